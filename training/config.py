@@ -1,0 +1,395 @@
+"""The recipe: everything a training run varies by, as one TOML file and one frozen `Recipe`.
+
+Keys that a recipe leaves out take the defaults given here; a key that is unknown or out of its range is refused by
+`load_recipe` with one line that names it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from embedding.errors import InvalidRecipe, NotFound
+from embedding.images import Preprocessing
+from embedding.networks import Architecture, NetworkName
+from training.sections import Section, error_at, invalid_recipe, refuse_unknown_keys
+
+DATA_VARIABLE = "LOOKALIKE_DATA"
+"""Environment variable naming the folder that data paths are relative to."""
+
+WEIGHTS_VARIABLE = "LOOKALIKE_WEIGHTS"
+"""Environment variable naming a state-dict file that takes the place of a recipe's initial weights."""
+
+Side = Literal["train", "calibration", "test"]
+Protocol = Literal["identity-disjoint", "closed-set"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Steps = Annotated[int, Field(ge=0)]
+Range = tuple[float, float]
+"""Lowest and highest."""
+
+
+def _count_or_share(value: Any) -> Any:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (0 <= value < 1 or type(value) is int and value > 0)
+    ):
+        raise ValueError(f"takes a count of 0 or more, or a share with a decimal point in [0, 1); got {value!r}")
+    return value
+
+
+def _edge_or_grey(value: Any) -> Any:
+    if value != "edge" and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1):
+        raise ValueError(f'takes "edge" or a grey level in [0, 1]; got {value!r}')
+    return value
+
+
+class DataPart(Section):
+    """What every data source has."""
+
+    role: Literal["split", "train", "calibration", "test"] = "split"
+    """The side that all images of this part go to; "split" leaves it to [split]."""
+    max_bad_images: Annotated[int | float, BeforeValidator(_count_or_share)] = 0
+    """Images that may be unreadable, listed and skipped: a count, or with a decimal point a share of the part."""
+
+
+class FolderData(DataPart):
+    """Images in folders; the identity is the path of an image's folder, relative to `path`."""
+
+    source: Literal["folder"]
+    path: str
+    """The folder, relative to the data root, or absolute."""
+
+
+class ManifestData(DataPart):
+    """A CSV or Parquet table with columns path, identity and, optionally, split (train, calibration or test)."""
+
+    source: Literal["manifest"]
+    path: str
+    """The table, relative to the data root, or absolute."""
+    images: str | None = None
+    """Folder that the table's paths are relative to, relative to the data root; by default the table's own."""
+
+
+class ZipData(DataPart):
+    """A zip of folders as in `folder`, or of images and a manifest; nothing is unpacked."""
+
+    source: Literal["zip"]
+    path: str
+    """The zip, relative to the data root, or absolute."""
+    prefix: str = ""
+    """Only members under this folder are taken; identities and the manifest's paths are relative to it."""
+    manifest: str | None = None
+    """Member that holds the manifest, relative to `prefix`; without it, identities come from folders."""
+
+
+class MnistData(DataPart):
+    """The four official files of MNIST or Fashion-MNIST; the identity is the class, "0" to "9"."""
+
+    source: Literal["mnist", "fashion_mnist"]
+    path: str
+    """Folder that holds the IDX files (.gz or unpacked), or a root in torchvision's layout above them."""
+    files: Literal["all", "train", "test"] = "all"
+    """Which official files: 60,000 training images, 10,000 test images, or both."""
+
+
+class OmniglotData(DataPart):
+    """Omniglot's ALPHABET/characterNN folders, zipped or not; the identity is ALPHABET/characterNN."""
+
+    source: Literal["omniglot"]
+    path: str
+    """A zip or folder such as images_background.zip, relative to the data root, or absolute."""
+
+
+class DigitsData(DataPart):
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey; the identity is "0" to "9". Needs no data root."""
+
+    source: Literal["digits"]
+
+
+DataConfig = Annotated[
+    FolderData | ManifestData | ZipData | MnistData | OmniglotData | DigitsData, Field(discriminator="source")
+]
+
+
+class SplitConfig(Section):
+    """Which images train, which teach the margin, and which judge the result.
+
+    Images whose side the data already states (a part's role, a manifest's split column) keep it; the shares divide
+    the others.
+    """
+
+    protocol: Protocol = "identity-disjoint"
+    """No identity on two sides, or, when asked for, every identity on all sides ("closed-set")."""
+    train: Share = 0.7
+    """Share of identities (closed-set: of each identity's images)."""
+    calibration: Share = 0.15
+    test: Share = 0.15
+    by: Literal["identity", "super"] = "identity"
+    """With "super", identities of one super-class (the first folder of ALPHABET/character) stay on one side."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Another seed gives another split; images added later leave the sides of the others as they were."""
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        if not math.isclose(total := self.train + self.calibration + self.test, 1, abs_tol=1e-6):
+            raise ValueError(f"train + calibration + test must be 1; got {total:g}")
+        if self.by == "super" and self.protocol == "closed-set":
+            raise ValueError('by = "super" keeps identities apart; it needs protocol = "identity-disjoint"')
+        return self
+
+
+class NetworkConfig(Section):
+    """The network; its input side and channels are those of [preprocessing]."""
+
+    name: NetworkName
+    embedding_dim: Annotated[int, Field(ge=2, le=4096)] = 128
+    """Width D of the embedding."""
+    width: Annotated[int, Field(ge=4, le=512)] = 32
+    """Channels of the first stage of small_cnn; other networks have their own."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of features dropped before the projection, in training only."""
+    weights: str = "random"
+    """Initial weights: "random", "pretrained" (torchvision's), or a state-dict file, relative to the data root or
+    absolute. LOOKALIKE_WEIGHTS takes its place unless it is "random"."""
+
+    def architecture(self, preprocessing: Preprocessing) -> Architecture:
+        """The network for images of this preprocessing."""
+        return Architecture(
+            network=self.name,
+            image_size=preprocessing.image_size,
+            channels=preprocessing.channels,
+            embedding_dim=self.embedding_dim,
+            width=self.width,
+            dropout=self.dropout,
+        )
+
+    def initial_weights(self, data_root: Path | None, environment: Mapping[str, str] = os.environ) -> str:
+        """ "random", "pretrained" or the path of an existing file, for `embedding.networks.build`.
+
+        Raises NotFound when the file does not exist.
+        """
+        given = self.weights if self.weights == "random" else environment.get(WEIGHTS_VARIABLE) or self.weights
+        if given in {"random", "pretrained"}:
+            return given
+        path = Path(given) if given != self.weights or data_root is None else data_root / given
+        if not path.is_file():
+            raise NotFound(
+                f"no weights file {path}; set {WEIGHTS_VARIABLE} to a state-dict file of {self.name}, or "
+                'network.weights to "random" or "pretrained"',
+                field="network.weights",
+            )
+        return str(path)
+
+
+class AugmentationConfig(Section):
+    """Random changes, drawn anew for each image of a batch; all are off by default."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Degrees, up to this to either side."""
+    translation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the side, up to this in each direction."""
+    scale: Range = (1.0, 1.0)
+    """Magnification, log-uniform, within [0.25, 4]."""
+    shear: Annotated[float, Field(ge=0, le=45)] = 0.0
+    """Degrees, up to this to either side, along each axis."""
+    crop: Range = (1.0, 1.0)
+    """Share of the area kept by a random square crop that is then enlarged, within [0.05, 1]."""
+    horizontal_flip: Share = 0.0
+    """Probability of mirroring left and right."""
+    elastic: Annotated[float, Field(ge=0, le=0.2)] = 0.0
+    """Standard deviation of a smooth random displacement, as a share of the side."""
+    elastic_cells: Annotated[int, Field(ge=2, le=32)] = 4
+    """Cells a side of the grid of displacements: fewer are smoother."""
+    fill: Annotated[Literal["edge"] | float, BeforeValidator(_edge_or_grey)] = "edge"
+    """What comes in from outside the image: its edge pixels, or a grey level from 0 (black) to 1 (white)."""
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Factor on all values, within 1 ± this."""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Factor on the distance from the image's mean grey, within 1 ± this."""
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Factor on the distance from each pixel's own grey, within 1 ± this; colour images only."""
+    grey: Share = 0.0
+    """Probability of losing all colour; colour images only."""
+    erase: Share = 0.0
+    """Probability of covering a random rectangle, 2 to 20 % of the area, with random grey."""
+    noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Standard deviation of Gaussian noise; values run from 0 to 1."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name, least, most in (("scale", 0.25, 4.0), ("crop", 0.05, 1.0)):
+            low, high = getattr(self, name)
+            if not least <= low <= high <= most:
+                raise error_at(name, f"takes [low, high], {least:g} <= low <= high <= {most:g}; got {[low, high]}")
+        return self
+
+
+class SamplingConfig(Section):
+    """What a batch is made of: P identities with K images each."""
+
+    identities_per_batch: Annotated[int, Field(ge=2, le=4096)] = 32
+    """P; at most the number of training identities."""
+    images_per_identity: Annotated[int, Field(ge=2, le=512)] = 4
+    """K; an identity with fewer images repeats some."""
+
+
+class ContrastiveConfig(Section):
+    """Hadsell, Chopra, LeCun 2006, over all pairs of a batch."""
+
+    name: Literal["contrastive"]
+    margin: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Distance beyond which non-matching pairs are left alone; distances lie in [0, 2]."""
+
+
+class TripletConfig(Section):
+    """Schroff et al. 2015 (semi-hard), Hermans et al. 2017 (batch-hard)."""
+
+    name: Literal["triplet"]
+    margin: Annotated[float, Field(gt=0, le=2)] = 0.2
+    """How much farther than the match a non-match must lie; distances lie in [0, 2]."""
+    mining: Literal["batch-hard", "semi-hard", "all"] = "batch-hard"
+    """Which triplets of a batch count."""
+
+
+class SupervisedContrastiveConfig(Section):
+    """Khosla et al. 2020, L_out."""
+
+    name: Literal["supervised-contrastive"]
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Divides cosine similarities; small values look at the hardest non-matches."""
+
+
+LossConfig = Annotated[ContrastiveConfig | TripletConfig | SupervisedContrastiveConfig, Field(discriminator="name")]
+
+
+class OptimizerConfig(Section):
+    """AdamW with a linear warm-up and a cosine descent to zero at the last step."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """At the end of the warm-up."""
+    backbone_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For the backbone alone, where its weights are pretrained; by default `learning_rate`."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    """Decoupled, on weight matrices only."""
+    warmup_steps: Steps = 100
+    gradient_clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; by default it is not clipped."""
+
+
+class TrainingConfig(Section):
+    """How long, how precise, and what is written on the way."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Optimizer steps."""
+    log_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two log lines."""
+    evaluate_every: Steps = 0
+    """Steps between two evaluations on the calibration side; 0 for none before the end."""
+    checkpoint_every: Steps = 500
+    """Steps between two checkpoints that `--resume` continues from; 0 for none."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the network's arithmetic; losses and distances are always float32. "auto" picks for the device."""
+    channels_last: bool = True
+    """Memory layout of images and feature maps, faster on most devices."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights, with this decay a step, and ship that; by default not."""
+    freeze_backbone_steps: Steps = 0
+    """First steps in which only the projection learns, where the backbone's weights are pretrained."""
+
+
+def _as_parts(value: Any) -> Any:
+    return (value,) if isinstance(value, Mapping) else value
+
+
+def _known_preprocessing(value: Any) -> Any:
+    refuse_unknown_keys(Preprocessing, value)
+    return value
+
+
+class Recipe(Section):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+    """Names the bundle: lower-case letters, digits, - and _."""
+    description: str = ""
+    """One sentence for the model card."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of initial weights, batches and augmentation; the split has its own."""
+    data: Annotated[tuple[DataConfig, ...], BeforeValidator(_as_parts), Field(min_length=1)]
+    """Where the images are: one [data] table, or several [[data]] tables with roles."""
+    split: SplitConfig = SplitConfig()
+    preprocessing: Annotated[Preprocessing, BeforeValidator(_known_preprocessing)]
+    network: NetworkConfig
+    augmentation: AugmentationConfig = AugmentationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    loss: LossConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        for key in ("saturation", "grey"):
+            if self.preprocessing.channels == 1 and getattr(self.augmentation, key):
+                raise error_at(f"augmentation.{key}", "grey images have no colour to change; remove this key")
+        if self.optimizer.warmup_steps > self.training.steps:
+            raise error_at(
+                "optimizer.warmup_steps",
+                f"got {self.optimizer.warmup_steps}; at most training.steps, which is {self.training.steps}",
+            )
+        try:
+            self.network.architecture(self.preprocessing)
+        except ValidationError as error:
+            raise error_at("network", str(error.errors()[0]["ctx"]["error"])) from error
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network that this recipe trains."""
+        return self.network.architecture(self.preprocessing)
+
+
+_DISCRIMINATORS = frozenset(
+    {"folder", "manifest", "zip", "mnist", "fashion_mnist", "omniglot", "digits"}
+    | {"contrastive", "triplet", "supervised-contrastive"}
+)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises NotFound when there is no such file, and InvalidRecipe, one line naming the key, when it is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFound(f"no recipe {path}; give the path of a .toml file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRecipe(f"{path} cannot be read as a recipe ({error}); give the path of a .toml file") from error
+    return parse_recipe(text, where=str(path))
+
+
+def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
+    """A recipe from its TOML text; `where` begins the message of an error. Raises InvalidRecipe."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRecipe(f"{where} is not valid TOML: {error}") from error
+    one_part = isinstance(table.get("data"), dict)
+    try:
+        return Recipe.model_validate(_tuples(table))
+    except ValidationError as error:
+        raise invalid_recipe(error, where=where, not_keys=_DISCRIMINATORS | ({0} if one_part else set())) from error
+
+
+def _tuples(value: Any) -> Any:
+    """TOML's arrays as the tuples that strict validation asks for."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

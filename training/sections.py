@@ -1,0 +1,86 @@
+"""What every section of a recipe shares: frozen, strict, and errors of one line that name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from embedding.errors import InvalidRecipe
+
+
+class Section(BaseModel):
+    """A table of a recipe. An unknown key is refused with the keys that are accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        refuse_unknown_keys(cls, value)
+        return handler(value)
+
+
+def refuse_unknown_keys(model: type[BaseModel], table: Any) -> None:
+    """Raise a validation error for the first key of `table` that `model` does not have."""
+    if not isinstance(table, Mapping):
+        return
+    for key in table:
+        if key not in model.model_fields:
+            guess, accepted = did_you_mean(key, model.model_fields), ", ".join(model.model_fields)
+            raise error_at(key, f"unknown key{guess}; accepted: {accepted}")
+
+
+def error_at(key: str, message: str) -> PydanticCustomError:
+    """The error for a validator to raise when `key`, a dotted path below its section, is at fault."""
+    return PydanticCustomError("error_at", "{message}", {"key": key, "message": message})
+
+
+def did_you_mean(word: object, candidates: Sequence[str] | Mapping[str, object]) -> str:
+    """`, did you mean 'steps'?` when a candidate is close to `word`, else nothing."""
+    close = get_close_matches(str(word), list(candidates), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def invalid_recipe(error: ValidationError, *, where: str, not_keys: Collection[str | int]) -> InvalidRecipe:
+    """The first error as one line: file, dotted key, what is wrong, what was got.
+
+    `not_keys` are parts of pydantic's path that a recipe does not spell, such as the discriminators of unions.
+    """
+    first = error.errors(include_url=False)[0]
+    path = [part for part in first["loc"] if part not in not_keys] + _key_in_question(first)
+    key = ".".join(str(part) for part in path)
+    others = error.error_count() - 1
+    more = f" (and {others} more error{'s' if others > 1 else ''})" if others else ""
+    return InvalidRecipe(f"{where}: {key}: {_sentence(first)}{more}", field=key)
+
+
+def _key_in_question(error: ErrorDetails) -> list[str]:
+    if error["type"] == "error_at":
+        return [error["ctx"]["key"]]
+    if error["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+        return [error["ctx"]["discriminator"].strip("'")]
+    return []
+
+
+def _sentence(error: ErrorDetails) -> str:
+    context, got = error.get("ctx", {}), error["input"]
+    match error["type"]:
+        case "error_at":
+            return error["msg"]
+        case "missing" | "union_tag_not_found":
+            return "this key is required"
+        case "union_tag_invalid":
+            return _not_among(context["tag"], context["expected_tags"].replace("'", "").split(", "))
+        case "literal_error":
+            return _not_among(got, context["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+        case "value_error":
+            return str(context["error"])
+    return f"{error['msg'].replace('Input should', 'must')}; got {got!r}"
+
+
+def _not_among(got: object, accepted: Sequence[str]) -> str:
+    return f"got {got!r}{did_you_mean(got, accepted)}; accepted: {', '.join(accepted)}"
