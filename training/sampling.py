@@ -1,0 +1,84 @@
+"""P×K batches: which images each training step sees, as a pure function of the seed and the step.
+
+Shapes: N images of the training side, B = P·K images of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.errors import InvalidDataset
+
+Indices = NDArray[np.int64]
+
+
+class SamplerState(TypedDict):
+    """Where an `IdentityBatches` stands."""
+
+    seed: int
+    step: int
+
+
+class IdentityBatches(Iterator[Indices]):
+    """An endless iterator over batches of P identities with K images each: int64 indices [P·K], identity by identity.
+
+    An epoch shuffles the identities and deals them out, P a batch, so that each is seen once; the last batch is filled
+    up with identities dealt earlier in the epoch when P does not divide their number. Each visit draws K images of
+    the identity without replacement; an identity with n < K images gives each of them ⌊K/n⌋ or ⌈K/n⌉ times.
+
+    Batch `step` depends on `labels_N`, the sizes, `seed` and `step` alone, so a resumed run continues exactly.
+    Raises InvalidDataset when there are fewer than P identities.
+    """
+
+    def __init__(self, labels_N: Indices, *, identities_per_batch: int, images_per_identity: int, seed: int) -> None:
+        if identities_per_batch < 1 or images_per_identity < 1:
+            raise ValueError(
+                "identities_per_batch and images_per_identity must be at least 1; "
+                f"got {identities_per_batch} and {images_per_identity}"
+            )
+        order_N = np.argsort(labels_N, kind="stable")
+        _, first_of_identity = np.unique(labels_N[order_N], return_index=True)
+        self._images_of: list[Indices] = np.split(order_N, first_of_identity[1:]) if len(labels_N) else []
+        if len(self._images_of) < identities_per_batch:
+            raise InvalidDataset(
+                f"the training side has {len(self._images_of)} identities, fewer than a batch of "
+                f"{identities_per_batch}; lower sampling.identities_per_batch or give it more identities",
+                field="sampling.identities_per_batch",
+            )
+        self.identities_per_batch = identities_per_batch
+        self.images_per_identity = images_per_identity
+        self.batches_per_epoch = -(-len(self._images_of) // identities_per_batch)
+        self._seed = seed
+        self._step = 0
+
+    def __next__(self) -> Indices:
+        batch_B = self.batch(self._step)
+        self._step += 1
+        return batch_B
+
+    def batch(self, step: int) -> Indices:
+        """The batch of a step, counted from 0, wherever the iterator stands."""
+        rng = np.random.default_rng([self._seed, step, 1])
+        return np.concatenate([self._visit(identity, rng) for identity in self._identities(step)])
+
+    def state_dict(self) -> SamplerState:
+        return SamplerState(seed=self._seed, step=self._step)
+
+    def load_state_dict(self, state: SamplerState) -> None:
+        self._seed, self._step = state["seed"], state["step"]
+
+    def _identities(self, step: int) -> Indices:
+        epoch, position = divmod(step, self.batches_per_epoch)
+        dealt = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._images_of))
+        # Counting back from the end of the epoch, the last batch reaches into those before it.
+        first = min(position * self.identities_per_batch, len(dealt) - self.identities_per_batch)
+        return dealt[first : first + self.identities_per_batch]
+
+    def _visit(self, identity: int, rng: np.random.Generator) -> Indices:
+        images = self._images_of[identity]
+        rounds, rest = divmod(self.images_per_identity, len(images))
+        return np.concatenate([*([images] * rounds), rng.permutation(images)[:rest]])
