@@ -1,0 +1,66 @@
+# Every target makes the environment it needs; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PROTO_VENV := .venv-proto
+PROTO_INSTALLED := $(PROTO_VENV)/.installed
+STUBS := lookalike/v1
+# Stubs of this release import on every protobuf and grpcio from 5.29 and 1.71 on, so users need no upgrade.
+PROTO_TOOLS := grpcio-tools==1.71.2 mypy-protobuf==5.1.0 setuptools==80.9.0
+
+.PHONY: help demo test test-slow check format proto proto-check breaking clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(PROTO_INSTALLED): Makefile
+	test -x $(PROTO_VENV)/bin/python || $(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	touch $@
+
+demo: $(INSTALLED) ## train, calibrate, index, serve and ask, on handwritten digits
+	$(BIN)/lookalike demo
+
+test: $(INSTALLED) ## the default suite, under 5 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(INSTALLED) ## the longer tests
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED) proto-check ## format, lint, types, import arrows, the wire contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/hadolint Dockerfile
+
+format: $(INSTALLED) ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# $(1) is the folder to write lookalike/v1 into.
+generate = PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
+	-I proto -I third_party/googleapis --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
+	$(wildcard proto/lookalike/v1/*.proto) && rm $(1)/$(STUBS)/common_pb2_grpc.py*
+
+proto: $(PROTO_INSTALLED) ## regenerate the committed stubs
+	$(call generate,.)
+
+proto-check: $(PROTO_INSTALLED)
+	rm -rf build/stubs && mkdir -p build/stubs
+	$(call generate,build/stubs)
+	cp $(STUBS)/__init__.py build/stubs/$(STUBS)/
+	diff -r -x __pycache__ build/stubs/$(STUBS) $(STUBS) || { echo "stubs are stale: run 'make proto' and commit them"; exit 1; }
+
+breaking: $(INSTALLED) ## refuse wire changes that break clients of main
+	$(BIN)/buf breaking --against '.git#branch=main'
+
+clean: ## remove what make made
+	rm -rf $(VENV) $(PROTO_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

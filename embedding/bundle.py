@@ -1,0 +1,260 @@
+"""The bundle: one directory that holds a trained model as data, never as code.
+
+    bundle.json          name, architecture, preprocessing, lineage, fingerprint
+    calibration.json     learned margin, error rates, match probability
+    weights.safetensors
+    SHA256SUMS           checksums of the three, verified on every load
+    README.md, card/     the model card
+
+The fingerprint covers weights, architecture and preprocessing, hence everything that an embedding depends on; a new
+calibration of the same weights keeps it. Written beside its destination and renamed, so that no half bundle appears.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from embedding.calibration import Calibration
+from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
+from embedding.images import Preprocessing
+from embedding.networks import Architecture, EmbeddingNetwork, build
+
+WEIGHTS = "weights.safetensors"
+MANIFEST = "bundle.json"
+CALIBRATION = "calibration.json"
+SUMS = "SHA256SUMS"
+_SUMMED = (MANIFEST, CALIBRATION, WEIGHTS)
+
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$"
+
+
+class Lineage(BaseModel):
+    """Where a bundle comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    created: AwareDatetime
+    recipe: dict[str, JsonValue]
+    """The whole recipe as validated, defaults included."""
+    data: dict[str, JsonValue]
+    """Counts of images and identities a side of the split, skipped files, protocol."""
+    metrics: dict[str, JsonValue]
+    """Evaluation on the test side, by metric name."""
+    environment: dict[str, str]
+    """Versions and hardware that it was trained with."""
+
+
+class Manifest(BaseModel):
+    """What `bundle.json` holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    modality: Literal["image"] = "image"
+    architecture: Architecture
+    preprocessing: Preprocessing
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    lineage: Lineage
+
+    @model_validator(mode="after")
+    def _same_input(self) -> Self:
+        seen = (self.preprocessing.image_size, self.preprocessing.channels)
+        if seen != (self.architecture.image_size, self.architecture.channels):
+            raise ValueError("preprocessing and architecture must agree on image_size and channels")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle on disk whose checksums and schema have been verified. Weights are read by `network`."""
+
+    path: Path
+    manifest: Manifest
+    calibration: Calibration
+    _weights: bytes
+
+    @property
+    def name(self) -> str:
+        """Identifier of the model: the recipe's name and the start of the fingerprint."""
+        return f"{self.manifest.name}-{self.fingerprint[:12]}"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, architecture and preprocessing, in hexadecimal."""
+        return self.manifest.fingerprint
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.manifest.architecture
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.manifest.preprocessing
+
+    @property
+    def lineage(self) -> Lineage:
+        return self.manifest.lineage
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.manifest.architecture.embedding_dim
+
+    def network(self) -> EmbeddingNetwork:
+        """The trained network, in evaluation mode, on the CPU."""
+        with torch.random.fork_rng(devices=[]):  # building draws random weights that the trained ones replace
+            network = build(self.architecture)
+        try:
+            network.load_state_dict(load_tensors(self._weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise DamagedData(
+                f"{self.path / WEIGHTS} does not fit the architecture in {MANIFEST}: train again"
+            ) from error
+        return network.eval()
+
+    @classmethod
+    def load(cls, path: Path | str) -> Bundle:
+        """Read and verify a bundle. Raises NotFound, or DamagedData when it was truncated or edited."""
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise NotFound(f"no bundle at {path}: {MANIFEST} is missing; make one with `lookalike train`")
+        files = _read_verified(path)
+        try:
+            manifest = Manifest.model_validate_json(files[MANIFEST])
+            calibration = Calibration.model_validate_json(files[CALIBRATION])
+        except ValidationError as error:
+            raise DamagedData(f"{path} was written by another version of lookalike: {_first(error)}") from error
+        if fingerprint(manifest.architecture, manifest.preprocessing, files[WEIGHTS]) != manifest.fingerprint:
+            raise DamagedData(f"{path}: the fingerprint in {MANIFEST} is not that of its weights; restore the bundle")
+        return cls(path=path, manifest=manifest, calibration=calibration, _weights=files[WEIGHTS])
+
+
+def write_bundle(
+    path: Path | str,
+    *,
+    name: str,
+    network: EmbeddingNetwork,
+    preprocessing: Preprocessing,
+    calibration: Calibration,
+    lineage: Lineage,
+    extra_files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle atomically and read it back.
+
+    `extra_files` maps relative paths to contents, such as the model card. Raises AlreadyExists unless `overwrite`,
+    and StorageFailed when the disk refuses; neither leaves anything behind.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise AlreadyExists(f"{path} exists; choose another place or ask to overwrite it")
+    weights = save_tensors({key: tensor.contiguous().cpu() for key, tensor in network.state_dict().items()})
+    manifest = Manifest(
+        name=name,
+        architecture=network.architecture,
+        preprocessing=preprocessing,
+        fingerprint=fingerprint(network.architecture, preprocessing, weights),
+        lineage=lineage,
+    )
+    files = {
+        MANIFEST: manifest.model_dump_json(indent=2).encode(),
+        CALIBRATION: calibration.model_dump_json(indent=2).encode(),
+        WEIGHTS: weights,
+    }
+    sums = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in _SUMMED)
+    _write_directory(path, {**(extra_files or {}), **files, SUMS: sums.encode()})
+    return Bundle.load(path)
+
+
+def fingerprint(architecture: Architecture, preprocessing: Preprocessing, weights: bytes) -> str:
+    """SHA-256, in hexadecimal, over everything that an embedding depends on."""
+    described = json.dumps(
+        {
+            "architecture": architecture.model_dump(mode="json"),
+            "preprocessing": preprocessing.model_dump(mode="json"),
+            "weights": hashlib.sha256(weights).hexdigest(),
+        },
+        sort_keys=True,
+    )
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _read_verified(path: Path) -> dict[str, bytes]:
+    try:
+        listed = (path / SUMS).read_text("ascii").split("\n")
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in listed)}
+        files = {name: (path / name).read_bytes() for name in _SUMMED}
+    except FileNotFoundError as error:
+        raise DamagedData(
+            f"the bundle at {path} lacks {Path(error.filename).name}; restore it or train again"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageFailed(f"cannot read the bundle at {path}: {error}") from error
+    for name, content in files.items():
+        if sums.get(name) != hashlib.sha256(content).hexdigest():
+            raise DamagedData(
+                f"{path / name} was truncated or edited: its checksum differs from {SUMS}; restore the bundle"
+            )
+    return files
+
+
+def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write all files into a new directory beside `path`, make them durable, and rename it into place."""
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        partial.chmod(0o755)
+        for name, content in files.items():
+            _write_durably(partial / name, content)
+        _sync_directory(partial)
+        if path.exists():
+            replaced = partial.with_name(f"{partial.name}.replaced")
+            path.rename(replaced)
+            partial.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise StorageFailed(
+            f"cannot write the bundle to {path}: {error.strerror or error}; nothing was left there"
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"

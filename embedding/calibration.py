@@ -1,0 +1,143 @@
+"""What a bundle knows about its distances: the learned margin, error rates and match probability.
+
+Training measures these on identities the model never saw and writes them; `decision.py` reads them.
+Thresholds are float32 values held in JSON numbers, so that they survive the wire bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from functools import cached_property
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from embedding.errors import InvalidOperatingPoint
+
+MAX_DISTANCE = 2.0
+"""The largest Euclidean distance between unit vectors."""
+
+SUPPORTING_PAIRS = 3
+"""A false-accept rate is supported when the impostor pairs would show at least this many errors (rule of three)."""
+
+
+def _as_float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+Threshold = Annotated[float, Field(ge=0, le=MAX_DISTANCE), AfterValidator(_as_float32)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ErrorRates(_Frozen):
+    """Measured error rates at one threshold: a pair is accepted when its distance is at most the threshold."""
+
+    threshold: Threshold
+    far: Rate
+    """False-accept rate: the share of non-matching pairs accepted."""
+    far_upper95: Rate
+    """One-sided 95 % upper bound of `far`; identities, not pairs, are taken as independent."""
+    frr: Rate
+    """False-reject rate: the share of matching pairs rejected."""
+    frr_upper95: Rate
+    """One-sided 95 % upper bound of `frr`."""
+
+
+class MatchProbability(_Frozen):
+    """P(match | distance) = 1 / (1 + exp(−slope·(midpoint − distance))), at equal priors (Platt 1999)."""
+
+    kind: Literal["logistic"] = "logistic"
+    midpoint: Threshold
+    """The distance of probability one half: the learned margin."""
+    slope: Annotated[float, Field(gt=0)]
+    """Steepness, per unit of distance."""
+
+    def at(self, distance: float) -> float:
+        """Probability in [0, 1] of a match at `distance`."""
+        return 0.5 * (1.0 + math.tanh(0.5 * self.slope * (self.midpoint - distance)))
+
+
+class Calibration(_Frozen):
+    """Error rates and match probability of one model, measured on held-out identities."""
+
+    version: Annotated[int, Field(ge=1)] = 1
+    protocol: Literal["identity-disjoint", "closed-set"]
+    """Whether the calibration identities were unseen in training."""
+    identities: Annotated[int, Field(ge=2)]
+    matching_pairs: Annotated[int, Field(ge=1)]
+    impostor_pairs: Annotated[int, Field(ge=1)]
+    learned_margin: Threshold
+    """The distance at which a match and a non-match are equally likely at equal priors: the default threshold."""
+    probability: MatchProbability
+    curve: Annotated[tuple[ErrorRates, ...], Field(min_length=2)]
+    """Error rates by rising threshold; the last row stands at distance 2 and accepts everything."""
+    named_points: dict[str, Threshold] = {}
+    """Thresholds by name, for example `learned-margin`, `equal-error` or `far-1e-2`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.probability.midpoint != self.learned_margin:
+            raise ValueError("probability.midpoint must equal learned_margin")
+        if self.curve[-1].threshold != MAX_DISTANCE:
+            raise ValueError(f"the last row of curve must stand at threshold {MAX_DISTANCE}")
+        for low, high in zip(self.curve, self.curve[1:], strict=False):
+            if not low.threshold < high.threshold:
+                raise ValueError("curve must rise strictly in threshold")
+            if low.far > high.far or low.frr < high.frr:
+                raise ValueError("along curve far must not fall and frr must not rise")
+            if low.far_upper95 > high.far_upper95 or low.frr_upper95 < high.frr_upper95:
+                raise ValueError("along curve far_upper95 must not fall and frr_upper95 must not rise")
+        return self
+
+    @cached_property
+    def _thresholds(self) -> list[float]:
+        return [row.threshold for row in self.curve]
+
+    @property
+    def smallest_supported_far(self) -> float:
+        """The smallest rate that the impostor pairs support; anything below would be extrapolated."""
+        return SUPPORTING_PAIRS / self.impostor_pairs
+
+    def rates_at(self, threshold: float) -> ErrorRates:
+        """Error rates at any threshold, never flattering: between two rows FAR is the upper row's, FRR the lower's."""
+        above = min(bisect_left(self._thresholds, threshold), len(self.curve) - 1)
+        below = bisect_right(self._thresholds, threshold) - 1
+        accepts, rejects = self.curve[above], self.curve[max(below, 0)]
+        return ErrorRates(
+            threshold=threshold,
+            far=accepts.far,
+            far_upper95=accepts.far_upper95,
+            frr=rejects.frr if below >= 0 else 1.0,
+            frr_upper95=rejects.frr_upper95 if below >= 0 else 1.0,
+        )
+
+    def threshold_for_far(self, target_far: float) -> float:
+        """The largest measured threshold whose FAR is at most `target_far`.
+
+        Raises InvalidOperatingPoint when the calibration has too few impostor pairs to support the rate.
+        """
+        if not 0 < target_far <= 1:
+            raise InvalidOperatingPoint(
+                f"target_far must lie in (0, 1]; got {target_far:g}", field="operating_point.target_far"
+            )
+        if target_far < self.smallest_supported_far:
+            raise InvalidOperatingPoint(
+                f"target_far {target_far:g} is below {self.smallest_supported_far:.3g}, the smallest rate that this "
+                f"calibration's {self.impostor_pairs} impostor pairs support; ask for a larger rate, or calibrate on "
+                "more identities",
+                field="operating_point.target_far",
+            )
+        supported = [row.threshold for row in self.curve if row.far <= target_far]
+        if not supported:
+            raise InvalidOperatingPoint(
+                f"no threshold of this calibration reaches a false-accept rate of {target_far:g}; the smallest "
+                f"measured is {self.curve[0].far:.3g}",
+                field="operating_point.target_far",
+            )
+        return supported[-1]

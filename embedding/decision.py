@@ -1,0 +1,203 @@
+"""distance → Decision: the one place where a match is decided.
+
+Verify, Search, match streams and batch jobs all measure with `distances` and judge with `Judge`, so they
+cannot disagree. N items, D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.calibration import MAX_DISTANCE, Calibration, ErrorRates
+from embedding.errors import InvalidOperatingPoint, InvalidVector
+
+Vectors = NDArray[np.float32]
+
+UNIT_TOLERANCE = 1e-3
+"""How far from 1 the length of an embedding may be."""
+
+_ROWS_AT_ONCE = 2048  # keeps the working set of `distances` in the second-level cache
+
+
+def distances(query_D: Vectors, items_ND: Vectors) -> Vectors:
+    """Euclidean distances [N] from one query to N items, float32, in [0, 2].
+
+    Each result depends on its own two vectors alone, bit for bit: not on N, on the item's row, on memory
+    alignment, or on which of the two is the query. Squares are summed by halving, so that every addition is an
+    element-wise operation whose order is fixed by D; a BLAS product or a reduction would promise none of this.
+    """
+    query_D = np.ascontiguousarray(query_D, dtype=np.float32)
+    out_N = np.empty(len(items_ND), dtype=np.float32)
+    for start in range(0, len(items_ND), _ROWS_AT_ONCE):
+        square_nD = np.asarray(items_ND[start : start + _ROWS_AT_ONCE], dtype=np.float32) - query_D
+        square_nD *= square_nD
+        out_N[start : start + _ROWS_AT_ONCE] = _sum_by_halving(square_nD)
+    np.sqrt(out_N, out=out_N)
+    return np.minimum(out_N, np.float32(MAX_DISTANCE), out=out_N)
+
+
+def _sum_by_halving(terms_nD: Vectors) -> Vectors:
+    width = terms_nD.shape[1]
+    while width > 1:
+        half = width // 2
+        terms_nD[:, :half] += terms_nD[:, width - half : width]
+        width -= half
+    return terms_nD[:, 0]
+
+
+def distance(a_D: Vectors, b_D: Vectors) -> np.float32:
+    """Euclidean distance between two embeddings; equals the matching element of `distances` bit for bit."""
+    return np.float32(distances(a_D, b_D[None, :])[0])
+
+
+def checked_embedding(vector: NDArray[np.generic] | bytes, width: int, *, field: str = "embedding") -> Vectors:
+    """A float32 embedding [D] from an array or little-endian float32 bytes, unchanged, or InvalidVector."""
+    if isinstance(vector, bytes):
+        if len(vector) != 4 * width:
+            raise InvalidVector(
+                f"an embedding of this model is {width} float32 values ({4 * width} bytes); got {len(vector)} bytes",
+                field=field,
+            )
+        array = np.frombuffer(vector, dtype="<f4").astype(np.float32, copy=False)
+    else:
+        array = np.ascontiguousarray(vector, dtype=np.float32)
+        if array.shape != (width,):
+            raise InvalidVector(f"an embedding of this model has shape ({width},); got {array.shape}", field=field)
+    if not np.isfinite(array).all():
+        raise InvalidVector("the embedding holds NaN or infinite values; send finite numbers", field=field)
+    length = float(np.linalg.norm(array.astype(np.float64)))
+    if abs(length - 1) > UNIT_TOLERANCE:
+        raise InvalidVector(
+            f"the embedding has length {length:.4g}; divide it by its length so that it is a unit vector", field=field
+        )
+    return array
+
+
+class Verdict(Enum):
+    """Which side of the threshold a distance fell on."""
+
+    MATCH = "match"
+    NON_MATCH = "non-match"
+    UNCERTAIN = "uncertain"
+    """Inside the band around the threshold that the caller asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatingPoint:
+    """Where to put the threshold: at most one of the first three; none means the learned margin."""
+
+    target_far: float | None = None
+    """Wanted false-accept rate, in (0, 1]."""
+    threshold: float | None = None
+    """Explicit distance, in [0, 2]."""
+    name: str | None = None
+    """A named point of the calibration."""
+    uncertain_within: float = 0.0
+    """Half-width, in distance, of the band around the threshold that answers UNCERTAIN; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """A verdict and its evidence."""
+
+    verdict: Verdict
+    distance: float
+    """Euclidean distance between the two embeddings, in [0, 2]; a float32 value."""
+    threshold: float
+    """The distance at or below which a pair matches; a float32 value."""
+    match_probability: float
+    """Probability of a match at this distance, at equal priors."""
+    far: float
+    """False-accept rate of this threshold on held-out identities."""
+    far_upper95: float
+    """One-sided 95 % upper bound of `far`."""
+    frr: float
+    """False-reject rate of this threshold on held-out identities."""
+    model: str
+    """Identifier of the model whose embeddings were compared."""
+    calibration: int
+    """Version of the calibration that supplied threshold, probability and rates."""
+
+    @property
+    def signed_margin(self) -> float:
+        """threshold − distance: positive inside the threshold, negative outside."""
+        return self.threshold - self.distance
+
+    @property
+    def is_match(self) -> bool:
+        return self.verdict is Verdict.MATCH
+
+
+class Judge:
+    """Decides at one operating point of one model: resolve the threshold once, judge many distances.
+
+    Raises InvalidOperatingPoint when the calibration cannot support the point.
+    """
+
+    def __init__(self, calibration: Calibration, point: OperatingPoint | None = None, *, model: str) -> None:
+        point = point or OperatingPoint()
+        self.model = model
+        self.calibration = calibration
+        self.rates: ErrorRates = calibration.rates_at(_threshold(calibration, point))
+        if not 0 <= point.uncertain_within <= MAX_DISTANCE:
+            raise InvalidOperatingPoint(
+                f"uncertain_within must lie in [0, {MAX_DISTANCE:g}]; got {point.uncertain_within:g}",
+                field="operating_point.uncertain_within",
+            )
+        self._band = point.uncertain_within
+
+    @property
+    def threshold(self) -> float:
+        """The distance at or below which a pair matches; a float32 value."""
+        return self.rates.threshold
+
+    def judge(self, distance: float) -> Decision:
+        """The decision at one distance (a float32 value, as `distances` gives it)."""
+        distance = float(distance)
+        return Decision(
+            verdict=self._verdict(distance),
+            distance=distance,
+            threshold=self.threshold,
+            match_probability=self.calibration.probability.at(distance),
+            far=self.rates.far,
+            far_upper95=self.rates.far_upper95,
+            frr=self.rates.frr,
+            model=self.model,
+            calibration=self.calibration.version,
+        )
+
+    def _verdict(self, distance: float) -> Verdict:
+        if self._band and abs(self.threshold - distance) < self._band:
+            return Verdict.UNCERTAIN
+        return Verdict.MATCH if distance <= self.threshold else Verdict.NON_MATCH
+
+
+def _threshold(calibration: Calibration, point: OperatingPoint) -> float:
+    given = [name for name in ("target_far", "threshold", "name") if getattr(point, name) is not None]
+    if len(given) > 1:
+        raise InvalidOperatingPoint(
+            f"an operating point takes one of target_far, threshold and name; got {' and '.join(given)}",
+            field="operating_point",
+        )
+    if point.target_far is not None:
+        return calibration.threshold_for_far(point.target_far)
+    if point.threshold is not None:
+        if not 0 <= point.threshold <= MAX_DISTANCE:
+            raise InvalidOperatingPoint(
+                f"threshold must lie in [0, {MAX_DISTANCE:g}], the range of distances; got {point.threshold:g}",
+                field="operating_point.threshold",
+            )
+        return float(np.float32(point.threshold))
+    if point.name is not None:
+        if point.name not in calibration.named_points:
+            raise InvalidOperatingPoint(
+                f"no operating point named {point.name!r}; this model has "
+                f"{', '.join(sorted(calibration.named_points))}",
+                field="operating_point.name",
+            )
+        return calibration.named_points[point.name]
+    return calibration.learned_margin

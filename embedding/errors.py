@@ -1,0 +1,86 @@
+"""Every error a user can cause or meet, as one tree.
+
+    LookalikeError
+    ├── InvalidInput            what was sent cannot be used; send something else
+    │   ├── InvalidImage        not an image, truncated, of a format that is not accepted
+    │   ├── ImageTooLarge       more pixels than the cap
+    │   ├── InvalidVector       wrong width, NaN or infinite, not of unit length
+    │   ├── InvalidOperatingPoint   a threshold or rate that the calibration cannot support
+    │   ├── InvalidRecipe       an unknown key, or a value out of its range
+    │   └── InvalidDataset      a folder, manifest or split that cannot be trained on
+    ├── NotFound                no such gallery, item, model or file
+    ├── AlreadyExists           the name is taken
+    ├── ModelMismatch           embeddings of another model
+    ├── Busy                    another process holds the folder
+    ├── DamagedData             a checksum, manifest or weights file does not agree
+    └── StorageFailed           the disk refused a read or a write
+
+`reason` is stable and machine-readable; the message is one line for a person and says what to do next.
+`field` is the path of the offending request field or recipe key, where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LookalikeError(Exception):
+    """Base of the tree; `str(error)` is fit to show to a user."""
+
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidInput(LookalikeError):
+    reason = "INVALID_INPUT"
+
+
+class InvalidImage(InvalidInput):
+    reason = "INVALID_IMAGE"
+
+
+class ImageTooLarge(InvalidInput):
+    reason = "IMAGE_TOO_LARGE"
+
+
+class InvalidVector(InvalidInput):
+    reason = "INVALID_VECTOR"
+
+
+class InvalidOperatingPoint(InvalidInput):
+    reason = "INVALID_OPERATING_POINT"
+
+
+class InvalidRecipe(InvalidInput):
+    reason = "INVALID_RECIPE"
+
+
+class InvalidDataset(InvalidInput):
+    reason = "INVALID_DATASET"
+
+
+class NotFound(LookalikeError):
+    reason = "NOT_FOUND"
+
+
+class AlreadyExists(LookalikeError):
+    reason = "ALREADY_EXISTS"
+
+
+class ModelMismatch(LookalikeError):
+    reason = "MODEL_MISMATCH"
+
+
+class Busy(LookalikeError):
+    reason = "BUSY"
+
+
+class DamagedData(LookalikeError):
+    reason = "DAMAGED_DATA"
+
+
+class StorageFailed(LookalikeError):
+    reason = "STORAGE_FAILED"

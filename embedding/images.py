@@ -1,0 +1,117 @@
+"""bytes → pixels: an allow-list of formats, a pixel cap read from the header, upright, alpha onto white."""
+
+from __future__ import annotations
+
+import io
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from embedding.errors import ImageTooLarge, InvalidImage
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+"""Accepted formats; PPM stands for the whole family of PBM, PGM and PPM."""
+
+MAX_PIXELS = 50_000_000
+"""Default cap on width × height: about 150 MB once decoded to RGB."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff"})
+"""File name endings, in lower case, under which images are looked for in folders and archives."""
+
+Pixels = NDArray[np.uint8]
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to an upright image of mode "L" or "RGB": first frame, EXIF turn applied, alpha laid onto white.
+
+    16-bit samples are reduced to 8 bits by their full range, never by the image's own extremes.
+    Raises InvalidImage, or ImageTooLarge before any pixel is decoded.
+    """
+    if not data:
+        raise InvalidImage("the image is empty (0 bytes); send the bytes of an image file")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, max_pixels)
+            image.load()
+            return _plain(ImageOps.exif_transpose(image))
+    except InvalidImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(f"the image exceeds the cap of {max_pixels:,} pixels; send a smaller one") from error
+    except UnidentifiedImageError as error:
+        raise InvalidImage(f"not an image of an accepted format ({', '.join(FORMATS)})") from error
+    except (MemoryError, ImageTooLarge):
+        raise
+    except Exception as error:  # the decoders raise almost any type on hostile bytes
+        raise InvalidImage(f"the image is truncated or damaged ({error}); send it whole") from error
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLarge(
+            f"the image is {width}x{height} = {width * height:,} pixels; at most {max_pixels:,} are accepted: "
+            "send a smaller one"
+        )
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """Reduce any mode to "L" or "RGB"."""
+    if image.mode in {"I", "I;16", "I;16B", "I;16L", "I;16N"}:
+        samples = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise InvalidImage("floating-point samples have no agreed range; convert the image to 8 or 16 bits")
+    if image.has_transparency_data:
+        turned = image.convert("RGBA")
+        white = Image.new("RGBA", turned.size, "white")
+        flat = Image.alpha_composite(white, turned).convert("RGB")
+        return flat.convert("L") if image.mode in {"LA", "La", "L", "1"} else flat
+    if image.mode in {"1", "L"}:
+        return image.convert("L")
+    return image.convert("RGB")
+
+
+class Preprocessing(BaseModel):
+    """From a decoded image to the pixels a network sees; part of a bundle's fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    image_size: Annotated[int, Field(ge=8, le=1024)]
+    """Side of the square that the network sees, in pixels."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for RGB."""
+    fit: Literal["stretch", "pad", "crop"] = "stretch"
+    """How a rectangle becomes a square: stretched, padded with `background`, or cropped at the centre."""
+    background: Annotated[int, Field(ge=0, le=255)] = 255
+    """Grey level of the padding."""
+    mean: tuple[float, ...] = (0.5,)
+    """Per channel, subtracted after scaling to [0, 1]; a single value serves every channel."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    """Per channel, divided by after the mean is subtracted; a single value serves every channel."""
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> Self:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in {1, self.channels}:
+                raise ValueError(f"{name} takes 1 or {self.channels} values; got {len(getattr(self, name))}")
+        return self
+
+    def pixels(self, image: Image.Image) -> Pixels:
+        """uint8 array [C, H, W] with H = W = image_size."""
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        array_HWC = np.asarray(self._square(image)).reshape(self.image_size, self.image_size, self.channels)
+        return np.ascontiguousarray(array_HWC.transpose(2, 0, 1))
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        size = (self.image_size, self.image_size)
+        if image.size == size:
+            return image
+        if self.fit == "pad":
+            fill = self.background if self.channels == 1 else (self.background,) * 3
+            return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=fill)
+        if self.fit == "crop":
+            return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        return image.resize(size, Image.Resampling.BILINEAR)

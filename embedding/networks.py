@@ -1,0 +1,231 @@
+"""Networks by name: a backbone, a projection head, and L2 normalisation.
+
+Shapes: B images, C channels, H height, W width, F backbone features, D embedding width.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from embedding.errors import InvalidRecipe, NotFound
+
+NetworkName = Literal[
+    "small_cnn",
+    "resnet18",
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "vit_b_16",
+]
+
+ROWS_OF_A_TILE = 8
+"""Row counts of a matrix product are padded to a multiple of this wherever the result must not depend on the batch."""
+
+
+class Architecture(BaseModel):
+    """What `build` needs to make a network; part of a bundle's fingerprint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    network: NetworkName
+    image_size: Annotated[int, Field(ge=8, le=1024)]
+    """Side of the square input, in pixels."""
+    channels: Literal[1, 3] = 3
+    """1 for grey, 3 for RGB; torchvision's backbones see a grey image three times."""
+    embedding_dim: Annotated[int, Field(ge=2, le=4096)] = 128
+    """Width D of the embedding."""
+    width: Annotated[int, Field(ge=4, le=512)] = 32
+    """Channels of the first stage of `small_cnn`; other networks have their own."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of features dropped before the projection, in training only."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.network == "vit_b_16" and self.image_size % 16:
+            raise ValueError(
+                f"vit_b_16 cuts 16-pixel patches: image_size must be a multiple of 16; got {self.image_size}"
+            )
+        if self.network not in {"small_cnn", "vit_b_16"} and self.image_size < 32:
+            raise ValueError(f"{self.network} reduces 32-fold: image_size must be at least 32; got {self.image_size}")
+        return self
+
+
+class EmbeddingNetwork(nn.Module):
+    """Normalised images [B, C, H, W] to unit embeddings [B, D]."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.backbone, features = _BACKBONES[architecture.network](architecture)
+        self.dropout = nn.Dropout(architecture.dropout)
+        self.projection = nn.Linear(features, architecture.embedding_dim)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        if self.architecture.network != "small_cnn" and self.architecture.channels == 1:
+            images_BCHW = images_BCHW.expand(-1, 3, -1, -1)
+        features_BF: Tensor = self.backbone(images_BCHW)
+        emb_BD = self.projection(self.dropout(features_BF)) if self.training else self._project_whole_tiles(features_BF)
+        return F.normalize(emb_BD.float(), dim=1)
+
+    def _project_whole_tiles(self, features_BF: Tensor) -> Tensor:
+        # A matrix product sums the rows of an incomplete tile in another order, so that an image's embedding would
+        # depend on the size of its batch in the last bits. Whole tiles keep it the same, bit for bit.
+        size = len(features_BF)
+        whole_BF = F.pad(features_BF, (0, 0, 0, -size % ROWS_OF_A_TILE))
+        emb_BD: Tensor = self.projection(whole_BF)[:size]
+        return emb_BD
+
+
+def build(architecture: Architecture, *, weights: str | Path = "random") -> EmbeddingNetwork:
+    """A network with random weights, torchvision's pretrained ones ("pretrained"), or those of a local file.
+
+    A local file is a state dict (`.safetensors`, or anything `torch.load` reads with `weights_only=True`) of the
+    backbone, with or without its classifier, or of a whole `EmbeddingNetwork`.
+    Raises NotFound for a missing file and InvalidRecipe for weights that do not fit.
+    """
+    if weights == "pretrained":
+        if architecture.network == "small_cnn":
+            raise InvalidRecipe(
+                "small_cnn has no pretrained weights; accepted: random, or the path of a state-dict file",
+                field="network.weights",
+            )
+        network = EmbeddingNetwork(architecture)
+        _load_backbone(network, _torchvision_weights(architecture.network), "torchvision's pretrained weights")
+        return network
+    network = EmbeddingNetwork(architecture)
+    if weights != "random":
+        _load_backbone(network, read_state_dict(Path(weights)), str(weights))
+    return network
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a local state-dict file; a `state_dict` or `model` wrapper and `module.` prefixes are removed."""
+    if not path.is_file():
+        raise NotFound(
+            f"no weights file {path}; give the path of a state dict, 'random' or 'pretrained'", field="network.weights"
+        )
+    try:
+        loaded: object = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise InvalidRecipe(
+            f"{path} is not a plain state dict ({type(error).__name__}); save one with "
+            "torch.save(model.state_dict(), path)",
+            field="network.weights",
+        ) from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, Mapping):
+        raise InvalidRecipe(f"{path} holds a {type(loaded).__name__}, not a state dict", field="network.weights")
+    return {str(key).removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _load_backbone(network: EmbeddingNetwork, state: dict[str, Tensor], source: str) -> None:
+    target: nn.Module = network if any(key.startswith("backbone.") for key in state) else network.backbone
+    wanted = target.state_dict()
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise InvalidRecipe(
+            f"{source} lacks {len(missing)} of the {len(wanted)} tensors of {network.architecture.network}, "
+            f"for example {missing[0]}; give weights of the same network",
+            field="network.weights",
+        )
+    for key, tensor in wanted.items():
+        if key in state and state[key].shape != tensor.shape:
+            raise InvalidRecipe(
+                f"{source} has {key} of shape {list(state[key].shape)}; {network.architecture.network} needs "
+                f"{list(tensor.shape)}",
+                field="network.weights",
+            )
+    target.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+
+
+def _torchvision_weights(name: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    state: dict[str, Tensor] = get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+    return state
+
+
+class _ResidualStage(nn.Module):
+    """Two 3×3 convolutions with a skip, then 2×2 max-pooling."""
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(fan_out)
+        self.second = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(fan_out)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        first_BCHW = F.relu(self.first_norm(self.first(x_BCHW)))
+        second_BCHW = F.relu(first_BCHW + self.second_norm(self.second(first_BCHW)))
+        return F.max_pool2d(second_BCHW, 2)
+
+
+def _small_cnn(architecture: Architecture) -> tuple[nn.Module, int]:
+    """Residual stages that halve the image until at most 4 pixels are left a side; the map is flattened, not pooled,
+
+    because where a stroke lies tells characters and faces apart.
+    """
+    stages: list[nn.Module] = []
+    size, fan_in, fan_out = architecture.image_size, int(architecture.channels), architecture.width
+    while size > 4:
+        stages.append(_ResidualStage(fan_in, fan_out))
+        size, fan_in, fan_out = size // 2, fan_out, min(2 * fan_out, 8 * architecture.width)
+    return nn.Sequential(*stages, nn.Flatten()), fan_in * size * size
+
+
+def _torchvision(name: str) -> Callable[[Architecture], tuple[nn.Module, int]]:
+    def make(architecture: Architecture) -> tuple[nn.Module, int]:
+        from torchvision.models import get_model  # 1 s to import: only for who needs it
+
+        options: dict[str, Any] = {"image_size": architecture.image_size} if name == "vit_b_16" else {}
+        model: Any = get_model(name, weights=None, **options)
+        if name.startswith("resnet"):
+            features, model.fc = model.fc.in_features, nn.Identity()
+        elif name == "vit_b_16":
+            features, model.heads = model.hidden_dim, nn.Identity()
+        elif name == "convnext_tiny":
+            features, model.classifier[2] = model.classifier[2].in_features, nn.Identity()
+        else:
+            linear = next(layer for layer in model.classifier if isinstance(layer, nn.Linear))
+            features, model.classifier = linear.in_features, nn.Identity()
+        return model, features
+
+    return make
+
+
+_BACKBONES: dict[str, Callable[[Architecture], tuple[nn.Module, int]]] = {
+    "small_cnn": _small_cnn,
+    **{
+        name: _torchvision(name)
+        for name in (
+            "resnet18",
+            "resnet50",
+            "mobilenet_v2",
+            "mobilenet_v3_small",
+            "mobilenet_v3_large",
+            "efficientnet_b0",
+            "convnext_tiny",
+            "vit_b_16",
+        )
+    },
+}
