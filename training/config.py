@@ -35,11 +35,9 @@ Range = tuple[float, float]
 
 
 def _count_or_share(value: Any) -> Any:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (0 <= value < 1 or type(value) is int and value > 0)
-    ):
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_share = isinstance(value, float) and 0 <= value < 1
+    if not (is_count or is_share):
         raise ValueError(f"takes a count of 0 or more, or a share with a decimal point in [0, 1); got {value!r}")
     return value
 

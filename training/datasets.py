@@ -1,0 +1,232 @@
+"""Labelled images: listed and checked once, then read as batches of pixels.
+
+Shapes: N images of a set, n of a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.errors import InvalidDataset
+from embedding.images import Pixels, Preprocessing
+from training.config import DATA_VARIABLE, DataConfig, FolderData, ManifestData, Side, ZipData
+from training.images import ChainedImages
+from training.pixels import PixelStore
+from training.sources import Listing, list_folder, list_part, list_zip
+
+Indices = NDArray[np.int64] | Sequence[int]
+OnProgress = Callable[[int, int], None]
+"""Called with images done and images in all."""
+
+CACHE_BYTES = 2 * 2**30
+"""Default room for decoded pixels in memory; a larger set is decoded anew for each batch."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedImage:
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Images with their identities. An identity of one image can be told from others but has no match of its own."""
+
+    names: list[str]
+    """Of each image: its path within its source; unique."""
+    identities: list[str]
+    """The identities present, sorted; labels are positions in this list."""
+    labels_N: NDArray[np.int64]
+    sides: list[Side | None]
+    """Of each image: the side of the split that the data states, or None."""
+    skipped: tuple[SkippedImage, ...] = ()
+    """Images left out because they could not be read."""
+    store: PixelStore
+    rows_N: NDArray[np.int64]
+    """Of each image: its row in `store`."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def pixels(self, indices: Indices, preprocessing: Preprocessing) -> Pixels:
+        """uint8 pixels [n, C, H, W] of the images at `indices`; safe to call from several threads."""
+        return self.store.pixels(self.rows_N[np.asarray(indices, dtype=np.int64)], preprocessing)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of one image file (PNG where the source holds arrays)."""
+        return self.store.images.read(int(self.rows_N[index]))
+
+    def subset(self, indices: Indices) -> ImageSet:
+        """The images at `indices`, in that order; labels are renumbered to the identities that remain."""
+        at_n = np.asarray(indices, dtype=np.int64)
+        kept, labels_n = np.unique(self.labels_N[at_n], return_inverse=True)
+        return ImageSet(
+            names=[self.names[at] for at in at_n],
+            identities=[self.identities[label] for label in kept],
+            labels_N=labels_n.astype(np.int64),
+            sides=[self.sides[at] for at in at_n],
+            store=self.store,
+            rows_N=self.rows_N[at_n],
+        )
+
+    @property
+    def super_classes(self) -> list[str] | None:
+        """Of each identity: its first folder (ALPHABET of ALPHABET/character); None unless every identity has one."""
+        if not all("/" in identity for identity in self.identities):
+            return None
+        return [identity.split("/", 1)[0] for identity in self.identities]
+
+    @property
+    def single_image_identities(self) -> list[str]:
+        """Identities of one image: impostors to all others, without a matching pair."""
+        counts = np.bincount(self.labels_N, minlength=len(self.identities))
+        return [self.identities[label] for label in np.flatnonzero(counts == 1)]
+
+
+def data_root(option: Path | None, environment: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder that data paths are relative to: the option, else LOOKALIKE_DATA, else None."""
+    if option is not None:
+        return option
+    return Path(environment[DATA_VARIABLE]) if environment.get(DATA_VARIABLE) else None
+
+
+def load(
+    data: Sequence[DataConfig],
+    *,
+    data_root: Path | None,
+    preprocessing: Preprocessing,
+    cache_bytes: int = CACHE_BYTES,
+    on_progress: OnProgress | None = None,
+) -> ImageSet:
+    """List all parts and read every image once, so that a bad one is known before training and not in the midst of it.
+
+    Bad images are skipped and listed in `skipped`, up to the part's max_bad_images.
+    Raises InvalidDataset when the data is absent, names an image twice, has an image without an identity, has too
+    many bad images, fewer than two identities, or no identity of two images.
+    """
+    parts = [list_part(part, data_root=data_root) for part in data]
+    names = [name for part in parts for name in part.names]
+    identities = [identity for part in parts for identity in part.identities]
+    _refuse_repeated(names)
+    _refuse_unlabelled(names, identities)
+    store = PixelStore(ChainedImages([part.images for part in parts]), preprocessing, cache_bytes=cache_bytes)
+    bad = store.check(on_progress)
+    _refuse_too_many_bad(data, parts, bad)
+    good_N = np.setdiff1d(np.arange(len(names)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
+    present, labels_N = np.unique(np.asarray(identities, dtype=object)[good_N], return_inverse=True)
+    sides = [side for part in parts for side in part.sides]
+    images = ImageSet(
+        names=[names[row] for row in good_N],
+        identities=[str(identity) for identity in present],
+        labels_N=labels_N.astype(np.int64),
+        sides=[sides[row] for row in good_N],
+        skipped=tuple(SkippedImage(names[row], reason) for row, reason in bad.items()),
+        store=store,
+        rows_N=good_N.astype(np.int64),
+    )
+    _check_identities(images)
+    return images
+
+
+def load_path(
+    path: Path,
+    *,
+    preprocessing: Preprocessing,
+    max_bad_images: int | float = 0,
+    cache_bytes: int = CACHE_BYTES,
+    on_progress: OnProgress | None = None,
+) -> ImageSet:
+    """Labelled images at a path: a folder of class folders, a zip of one, or a CSV or Parquet manifest."""
+    where = str(path.absolute())
+    part: DataConfig
+    match path.suffix.lower():
+        case ".zip":
+            part = ZipData(source="zip", path=where, max_bad_images=max_bad_images)
+        case ".csv" | ".parquet":
+            part = ManifestData(source="manifest", path=where, max_bad_images=max_bad_images)
+        case _:
+            part = FolderData(source="folder", path=where, max_bad_images=max_bad_images)
+    return load([part], data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+
+
+def list_images(path: Path) -> Listing:
+    """Images of a folder or zip for a gallery or a batch of queries: names in order, read lazily, none decoded.
+
+    Identities are the names of the folders that images lie in, empty for images that lie in none.
+    """
+    if not path.exists():
+        raise InvalidDataset(f"no such file or folder: {path}; give a folder or a zip of images")
+    if path.is_dir():
+        return list_folder(path)
+    if path.suffix.lower() == ".zip":
+        return list_zip(path)
+    raise InvalidDataset(f"{path} is neither a folder nor a .zip; give a folder or a zip of images")
+
+
+def _refuse_repeated(names: list[str]) -> None:
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise InvalidDataset(f"the image {name} is listed {times} times; list it once, with one identity", field="data")
+
+
+def _refuse_unlabelled(names: list[str], identities: list[str]) -> None:
+    bare = [name for name, identity in zip(names, identities, strict=True) if not identity]
+    if bare:
+        raise InvalidDataset(
+            f"{bare[0]} lies in no class folder{_and_more(len(bare) - 1)}; put each image into a folder named "
+            "after its identity, or give a manifest",
+            field="data.path",
+        )
+
+
+def _refuse_too_many_bad(data: Sequence[DataConfig], parts: Sequence[Listing], bad: Mapping[int, str]) -> None:
+    start = 0
+    for config, part in zip(data, parts, strict=True):
+        rows = [row for row in bad if start <= row < start + len(part)]
+        limit = config.max_bad_images
+        if len(rows) > (limit * len(part) if isinstance(limit, float) else limit):
+            shown = "; ".join(f"{part.names[row - start]}: {bad[row]}" for row in rows[:3])
+            raise InvalidDataset(
+                f"{len(rows)} of {len(part)} images cannot be used, and max_bad_images is {limit}: "
+                f"{shown}{_and_more(len(rows) - 3)}; remove them or raise max_bad_images",
+                field="data.max_bad_images",
+            )
+        start += len(part)
+
+
+def _check_identities(images: ImageSet) -> None:
+    if len(images.identities) < 2:
+        raise InvalidDataset(
+            f"only one identity, {images.identities[0]!r}; at least two are needed to tell a match from a non-match"
+            if images.identities
+            else "no image is left; at least two identities are needed",
+            field="data",
+        )
+    single = images.single_image_identities
+    if len(single) == len(images.identities):
+        raise InvalidDataset(
+            "every identity has one image only, so that nothing matches; give at least two images of some",
+            field="data",
+        )
+    if single:
+        shown = ", ".join(single[:3])
+        _log.warning(
+            "%d of %d identities have one image and serve as non-matches only: %s%s",
+            len(single), len(images.identities), shown, _and_more(len(single) - 3),
+        )  # fmt: skip
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""

@@ -1,0 +1,193 @@
+"""Where the images of a data set lie: in a folder, in a zip, in an array. Read one at a time, from any thread."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from embedding.errors import InvalidDataset, InvalidImage
+from embedding.images import IMAGE_SUFFIXES, decode
+
+MAX_FILE_BYTES = 256 * 2**20
+"""Larger files are not read as images; in a zip this stops a small member that inflates without end."""
+
+
+class Images(Protocol):
+    """Images by row number; every method may be called from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> bytes:
+        """The bytes of an encoded image file. Raises InvalidImage when they cannot be had."""
+        ...
+
+    def image(self, row: int) -> Image.Image:
+        """The decoded image, mode "L" or "RGB". Raises InvalidImage or ImageTooLarge."""
+        ...
+
+
+class FolderImages:
+    """Files below a folder."""
+
+    def __init__(self, root: Path, paths: Sequence[str]) -> None:
+        self._root, self._paths = root, list(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, row: int) -> bytes:
+        path = self._root / self._paths[row]
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise InvalidImage("not a regular file; give an image file")
+            _check_file_size(status.st_size)
+            return path.read_bytes()
+        except OSError as error:
+            raise InvalidImage(f"the file cannot be read ({error.strerror})") from error
+
+    def image(self, row: int) -> Image.Image:
+        return decode(self.read(row))
+
+
+class ZipImages:
+    """Members of a zip; nothing is unpacked to disk. Each thread reads through a handle of its own."""
+
+    def __init__(self, path: Path, members: Sequence[str]) -> None:
+        self._path, self._members = path, list(members)
+        self._local = threading.local()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def read(self, row: int) -> bytes:
+        try:
+            member = self._archive().getinfo(self._members[row])
+            _check_file_size(member.file_size)
+            return self._archive().read(member)
+        except KeyError as error:
+            raise InvalidImage("the zip has no such member") from error
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            # RuntimeError: encrypted; NotImplementedError: a compression that Python does not know.
+            raise InvalidImage(f"the member cannot be unpacked ({error})") from error
+
+    def image(self, row: int) -> Image.Image:
+        return decode(self.read(row))
+
+    def _archive(self) -> zipfile.ZipFile:
+        archive: zipfile.ZipFile | None = getattr(self._local, "archive", None)
+        if archive is None:
+            archive = self._local.archive = zipfile.ZipFile(self._path)
+        return archive
+
+
+class ArrayImages:
+    """uint8 arrays [N, H, W], grey; encoded as PNG when bytes are asked for."""
+
+    def __init__(self, pixels_NHW: NDArray[np.uint8]) -> None:
+        self._pixels_NHW = pixels_NHW
+
+    def __len__(self) -> int:
+        return len(self._pixels_NHW)
+
+    def read(self, row: int) -> bytes:
+        buffer = io.BytesIO()
+        self.image(row).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    def image(self, row: int) -> Image.Image:
+        return Image.fromarray(self._pixels_NHW[row])
+
+
+class ChainedImages:
+    """Several sources, one after another."""
+
+    def __init__(self, parts: Sequence[Images]) -> None:
+        self._parts = list(parts)
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, row: int) -> bytes:
+        part, own_row = self._find(row)
+        return part.read(own_row)
+
+    def image(self, row: int) -> Image.Image:
+        part, own_row = self._find(row)
+        return part.image(own_row)
+
+    def _find(self, row: int) -> tuple[Images, int]:
+        at = bisect_right(self._starts, row) - 1
+        return self._parts[at], row - self._starts[at]
+
+
+def image_files(root: Path) -> list[str]:
+    """Paths below `root`, with forward slashes and sorted, of all files whose ending says image.
+
+    Hidden files and folders are passed over; links are followed, but never back into a folder they lie in.
+    """
+    found = [path.relative_to(root).as_posix() for path in _walk(root, frozenset())]
+    return sorted(path for path in found if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        with os.scandir(folder) as scan:
+            entries = [(Path(entry.path), entry.is_dir()) for entry in scan if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InvalidDataset(f"the folder {folder} cannot be listed ({error.strerror})", field="data.path") from error
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    for path, is_folder in entries:
+        if is_folder:
+            yield from _walk(path, above | {here})
+        else:
+            yield path
+
+
+def zip_members(path: Path) -> list[str]:
+    """Names of all files of a zip, sorted, without hidden ones. Raises InvalidDataset for a damaged or hostile zip."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [member.filename for member in archive.infolist() if not member.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InvalidDataset(
+            f"{path} cannot be read as a zip ({error}); give a whole .zip file", field="data.path"
+        ) from error
+    for name in names:
+        check_inside(name, where=str(path))
+    return sorted(name for name in names if not _is_hidden(name))
+
+
+def check_inside(name: str, *, where: str) -> None:
+    """Raise InvalidDataset when a relative path of an archive or manifest leads outside its root."""
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or (parts.parts and parts.parts[0].endswith(":")):
+        raise InvalidDataset(
+            f"{where}: {name!r} leads outside its root; paths must be relative, without '..'", field="data.path"
+        )
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def _check_file_size(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise InvalidImage(f"the file has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read as an image")

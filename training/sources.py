@@ -1,0 +1,183 @@
+"""Data sources: each lists its images, their identities, and the sides of the split that the data itself states."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from embedding.errors import InvalidDataset
+from embedding.images import IMAGE_SUFFIXES
+from training.config import (
+    DATA_VARIABLE,
+    DataConfig,
+    DigitsData,
+    FolderData,
+    ManifestData,
+    MnistData,
+    OmniglotData,
+    Side,
+    ZipData,
+)
+from training.idx import read_mnist
+from training.images import ArrayImages, ChainedImages, FolderImages, Images, ZipImages, image_files, zip_members
+from training.manifest import parse_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The images of a source, in a fixed order: element i of each list belongs to row i of `images`."""
+
+    names: list[str]
+    """Paths with forward slashes, relative to the source; unique within it."""
+    identities: list[str]
+    """Empty text where the source does not tell."""
+    sides: list[Side | None]
+    """None where the source leaves the side to the recipe's shares."""
+    images: Images
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def list_part(data: DataConfig, *, data_root: Path | None) -> Listing:
+    """The images of one part of a recipe's data. Raises InvalidDataset, naming where it looked."""
+    listing = _list(data, data_root)
+    return listing if data.role == "split" else replace(listing, sides=[data.role] * len(listing))
+
+
+def _list(data: DataConfig, data_root: Path | None) -> Listing:
+    if isinstance(data, DigitsData):
+        return _digits()
+    path = _existing(data.path, data_root)
+    match data:
+        case FolderData():
+            return list_folder(path)
+        case ManifestData():
+            return _manifest(path, path.parent if data.images is None else _existing(data.images, data_root))
+        case ZipData():
+            return list_zip(path, prefix=data.prefix, manifest=data.manifest)
+        case MnistData():
+            return _mnist(path, ("train", "test") if data.files == "all" else (data.files,))
+        case OmniglotData():
+            return _omniglot(path)
+
+
+def list_folder(root: Path) -> Listing:
+    """All images below a folder; the identity is the path of the folder that an image lies in."""
+    names = image_files(root)
+    return _listing(names, FolderImages(root, names), where=str(root))
+
+
+def list_zip(path: Path, *, prefix: str = "", manifest: str | None = None) -> Listing:
+    """The images of a zip, with identities from its folders or from the manifest it holds."""
+    start = f"{prefix.rstrip('/')}/" if prefix else ""
+    if manifest is not None:
+        rows = parse_manifest(_member(path, start + manifest), where=f"{path}/{start}{manifest}")
+        return Listing(
+            names=[row.path for row in rows],
+            identities=[row.identity for row in rows],
+            sides=[row.side for row in rows],
+            images=ZipImages(path, [start + row.path for row in rows]),
+        )
+    members = [name for name in _images_of_zip(path) if name.startswith(start)]
+    return _listing([name.removeprefix(start) for name in members], ZipImages(path, members), where=f"{path}/{start}")
+
+
+def _listing(names: list[str], images: Images, *, where: str) -> Listing:
+    if not names:
+        endings = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InvalidDataset(f"no images in {where}; looked for files ending in {endings}", field="data.path")
+    folders = [PurePosixPath(name).parent.as_posix() for name in names]
+    identities = ["" if folder == "." else folder for folder in folders]
+    return Listing(names=names, identities=identities, sides=[None] * len(names), images=images)
+
+
+def _manifest(table: Path, images: Path) -> Listing:
+    try:
+        data = table.read_bytes()
+    except OSError as error:
+        raise InvalidDataset(f"{table} cannot be read ({error.strerror})", field="data.path") from error
+    rows = parse_manifest(data, where=str(table))
+    return Listing(
+        names=[row.path for row in rows],
+        identities=[row.identity for row in rows],
+        sides=[row.side for row in rows],
+        images=FolderImages(images, [row.path for row in rows]),
+    )
+
+
+def _omniglot(path: Path) -> Listing:
+    # The last two folders name the character, whatever the archive puts above them.
+    if path.is_dir():
+        members = image_files(path)
+        images: Images = FolderImages(path, members)
+    else:
+        members = _images_of_zip(path)
+        images = ZipImages(path, members)
+    tails = [PurePosixPath(member).parts[-3:] for member in members]
+    if short := [member for member, tail in zip(members, tails, strict=True) if len(tail) < 3]:
+        raise InvalidDataset(
+            f"{path}: {short[0]} does not lie in ALPHABET/characterNN/; give a zip or folder of Omniglot's layout",
+            field="data.path",
+        )
+    return _listing(["/".join(tail) for tail in tails], images, where=str(path))
+
+
+def _mnist(folder: Path, files: Sequence[str]) -> Listing:
+    pixels_and_labels = [read_mnist(folder, files=name) for name in files]
+    labels = np.concatenate([labels_N for _, labels_N in pixels_and_labels])
+    return Listing(
+        names=[
+            f"{name}/{at:05d}"
+            for name, (_, labels_N) in zip(files, pixels_and_labels, strict=True)
+            for at in range(len(labels_N))
+        ],
+        identities=[str(label) for label in labels],
+        sides=[None] * len(labels),
+        images=ChainedImages([ArrayImages(pixels_NHW) for pixels_NHW, _ in pixels_and_labels]),
+    )
+
+
+def _digits() -> Listing:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels_NHW = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return Listing(
+        names=[f"{at:04d}" for at in range(len(pixels_NHW))],
+        identities=[str(label) for label in digits.target],
+        sides=[None] * len(pixels_NHW),
+        images=ArrayImages(pixels_NHW),
+    )
+
+
+def _images_of_zip(path: Path) -> list[str]:
+    return [name for name in zip_members(path) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _member(path: Path, name: str) -> bytes:
+    if name not in zip_members(path):
+        raise InvalidDataset(
+            f"{path} has no member {name}; give the manifest's path inside the zip", field="data.manifest"
+        )
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name)
+
+
+def _existing(path: str, data_root: Path | None) -> Path:
+    if data_root is None and not Path(path).is_absolute():
+        raise InvalidDataset(
+            f"{path} is relative to the data root, which is not given; pass --data FOLDER or set {DATA_VARIABLE}",
+            field="data.path",
+        )
+    full = Path(path) if data_root is None else data_root / path
+    if not full.exists():
+        raise InvalidDataset(
+            f"no such file or folder: {full}; put the data there, or give another root with --data or {DATA_VARIABLE}",
+            field="data.path",
+        )
+    return full
