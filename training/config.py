@@ -124,15 +124,15 @@ class SplitConfig(Section):
     """
 
     protocol: Protocol = "identity-disjoint"
-    """No identity on two sides, or, when asked for, every identity on all sides ("closed-set")."""
+    """No identity on two sides, or, when asked for, each identity's images on all sides ("closed-set")."""
     train: Share = 0.7
-    """Share of identities (closed-set: of each identity's images)."""
+    """Share of identities; with by = "super" of super-classes, with closed-set of each identity's images."""
     calibration: Share = 0.15
     test: Share = 0.15
     by: Literal["identity", "super"] = "identity"
     """With "super", identities of one super-class (the first folder of ALPHABET/character) stay on one side."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Another seed gives another split; images added later leave the sides of the others as they were."""
+    """Another seed gives another split; more images of known identities leave an identity-disjoint one as it was."""
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Self:

@@ -176,9 +176,11 @@ def list_images(path: Path) -> Listing:
 
 
 def _refuse_repeated(names: list[str]) -> None:
-    name, times = Counter(names).most_common(1)[0]
-    if times > 1:
-        raise InvalidDataset(f"the image {name} is listed {times} times; list it once, with one identity", field="data")
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise InvalidDataset(
+                f"the image {name} is listed {times} times; list it once, with one identity", field="data"
+            )
 
 
 def _refuse_unlabelled(names: list[str], identities: list[str]) -> None:
