@@ -1,0 +1,126 @@
+"""Upper bounds of error rates whose pairs are not independent: identities are, so identities are resampled.
+
+Shapes: G identities, P pairs, T thresholds.
+
+An identity that is easily taken for others spoils all its pairs at once, so a million pairs of a few hundred
+identities carry far less evidence than a million coin tosses. The design effect says how much less: the variance
+of the rate when identities are drawn with replacement, each with all its pairs (the pigeonhole bootstrap, Owen
+2007), over the variance it would have if pairs were independent. The bound is Clopper and Pearson's on the pairs
+divided by the design effect (Korn, Graubard 1998).
+
+The bootstrap's variance is had in closed form. For weights w_i of mean 1 and variance 1, and e_ij the errors of the
+identity pair ij beyond the mean rate (errors_ij − rate·pairs_ij), the variance of Σ w_i w_j e_ij over i < j is
+Σ_i (Σ_j e_ij)² + Σ_{i<j} e_ij². For e_i within an identity, that of Σ w_i e_i is Σ_i e_i².
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import betaincinv, stdtrit
+
+from embedding.calibration import SUPPORTING_PAIRS
+from training.pairs import Floats, Ints, PairTable
+
+CONFIDENCE = 0.95
+
+Rates = NDArray[np.float64]
+
+
+def far_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
+    """One-sided 95 % upper bound [T] of the false-accept rate at each of T rising thresholds; it never falls."""
+    identities, n = len(table.sizes), len(table.impostor)
+    accepted_T = np.searchsorted(table.impostor, thresholds_T, side="right")
+    effect_T = _design_effect(
+        accepted_T, n, across_variance(table, thresholds_T, accepted_T / n), most=n / (identities // 2)
+    )
+    # Few accepts say little about their own variance; the nearest threshold with enough of them stands in.
+    effect_T = _borrowed(effect_T[::-1], accepted_T[::-1] >= SUPPORTING_PAIRS)[::-1]
+    return np.maximum.accumulate(upper_bound(accepted_T / n, n, effect_T, identities))
+
+
+def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
+    """One-sided 95 % upper bound [T] of the false-reject rate at each of T rising thresholds; it never rises."""
+    identities, m = int((table.sizes > 1).sum()), len(table.matching)
+    rejected_T = m - np.searchsorted(table.matching, thresholds_T, side="right")
+    effect_T = _design_effect(rejected_T, m, within_variance(table, thresholds_T, rejected_T / m), most=m / identities)
+    effect_T = _borrowed(effect_T, rejected_T >= SUPPORTING_PAIRS)
+    return np.maximum.accumulate(upper_bound(rejected_T / m, m, effect_T, identities)[::-1])[::-1]
+
+
+def upper_bound(rate_T: Rates, trials: int, effect_T: Rates, identities: int) -> Rates:
+    """Clopper–Pearson's 95 % upper bound on `trials` / design effect, with Korn and Graubard's correction of the
+    effective trials for a variance known from few identities (Student's t with identities − 1 degrees of freedom).
+    """
+    if identities < 2:
+        return np.ones_like(rate_T)
+    correction = (stdtrit(max(trials - 1, 1), CONFIDENCE) / stdtrit(identities - 1, CONFIDENCE)) ** 2
+    effective_T = trials / effect_T * min(correction, 1.0)
+    errors_T = rate_T * effective_T
+    bound_T: Rates = betaincinv(errors_T + 1, np.maximum(effective_T - errors_T, 1e-9), CONFIDENCE)
+    bound_T = np.maximum(bound_T, rate_T)
+    bound_T[rate_T >= 1] = 1
+    return bound_T
+
+
+def _design_effect(errors_T: Ints, trials: int, variance_T: Rates, *, most: float) -> Rates:
+    """Variance of the rate over its binomial variance: at least 1, and `most` where every or no trial is an error."""
+    rate_T = errors_T / trials
+    binomial_T = rate_T * (1 - rate_T) / trials
+    effect_T = np.full(len(rate_T), max(most, 1.0))
+    np.divide(variance_T, binomial_T, out=effect_T, where=binomial_T > 0)
+    effect_T[effect_T < 1] = 1
+    return effect_T
+
+
+def _borrowed(effect_T: Rates, is_supported_T: NDArray[np.bool_]) -> Rates:
+    """Each unsupported value replaced by the nearest supported one before it."""
+    source_T = np.maximum.accumulate(np.where(is_supported_T, np.arange(len(effect_T)), 0))
+    return effect_T[source_T]
+
+
+def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Rates:
+    """Variance of the false-accept rate when identities are resampled."""
+    identities, bins = len(table.sizes), len(thresholds_T) + 1
+    accepts_GB = np.zeros((identities, bins), dtype=np.int64)  # by the first threshold that accepts the pair
+    squares_B = np.zeros(bins)
+    products_B = np.zeros(bins)
+    for identity in range(identities - 1):
+        later_G = table.sizes[identity + 1 :]
+        column_K = np.repeat(np.arange(identity + 1, identities), later_G)
+        key_P = np.concatenate(
+            [column_K * bins + np.searchsorted(thresholds_T, across) for _, across in table.rows_of(identity)]
+        )
+        key_P.sort()
+        other_P, bin_P = np.divmod(key_P, bins)
+        pairs_G = later_G * table.sizes[identity]
+        # The r-th accept of an identity pair raises the square of its count by 2r − 1.
+        rank_P = np.arange(1, len(key_P) + 1) - np.repeat(np.cumsum(pairs_G) - pairs_G, pairs_G)
+        squares_B += np.bincount(bin_P, weights=2 * rank_P - 1, minlength=bins)
+        products_B += np.bincount(bin_P, weights=pairs_G[other_P - identity - 1], minlength=bins)
+        accepts_GB[identity] += np.bincount(bin_P, minlength=bins)
+        np.add.at(accepts_GB.reshape(-1), key_P, 1)
+
+    accepts_GT = np.cumsum(accepts_GB, axis=1)[:, :-1]
+    squares_T, products_T = np.cumsum(squares_B)[:-1], np.cumsum(products_B)[:-1]
+    items = table.sizes.sum()
+    pairs_G = table.sizes * (items - table.sizes)
+    pairs_squared = ((table.sizes**2).sum() ** 2 - (table.sizes**4).sum()) / 2
+    by_identity_T = ((accepts_GT - rate_T * pairs_G[:, None]) ** 2).sum(axis=0)
+    by_pair_T = squares_T - 2 * rate_T * products_T + rate_T**2 * pairs_squared
+    few = identities / (identities - 1)
+    variance_T: Rates = few * (by_identity_T + by_pair_T) / len(table.impostor) ** 2
+    return variance_T
+
+
+def within_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Rates:
+    """Variance of the false-reject rate when identities are resampled."""
+    several = np.flatnonzero(table.sizes > 1)
+    total_T = np.zeros(len(thresholds_T))
+    for identity in several.tolist():
+        within_P = np.sort(np.concatenate([within for within, _ in table.rows_of(identity)]))
+        rejected_T = len(within_P) - np.searchsorted(within_P, thresholds_T, side="right")
+        total_T += (rejected_T - rate_T * len(within_P)) ** 2
+    few = len(several) / max(len(several) - 1, 1)
+    variance_T: Rates = few * total_T / len(table.matching) ** 2
+    return variance_T
