@@ -1,0 +1,173 @@
+"""Distances and decisions: exact, symmetric, independent of the batch, never flattering."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from embedding.calibration import Calibration
+from embedding.decision import Judge, OperatingPoint, Vectors, Verdict, checked_embedding, distance, distances
+from embedding.errors import InvalidOperatingPoint, InvalidVector
+
+
+def unit(rows: int, width: int, seed: int = 0) -> Vectors:
+    vectors = np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@given(width=st.integers(1, 300), rows=st.integers(1, 40), seed=st.integers(0, 99))
+def test_distances_equal_the_float64_norm(width: int, rows: int, seed: int) -> None:
+    items, query = unit(rows, width, seed), unit(1, width, seed + 1000)[0]
+    exact = np.minimum(np.linalg.norm(items.astype(np.float64) - query.astype(np.float64), axis=1), 2)
+    np.testing.assert_allclose(distances(query, items), exact, rtol=2e-6, atol=1e-7)
+
+
+@given(
+    width=st.sampled_from([1, 7, 16, 100, 128, 129]), rows=st.integers(1, 50), seed=st.integers(0, 99), cut=st.data()
+)
+def test_a_distance_depends_on_its_own_two_vectors_alone(width: int, rows: int, seed: int, cut: st.DataObject) -> None:
+    items, query = unit(rows, width, seed), unit(1, width, seed + 1000)[0]
+    whole = distances(query, items)
+    row = cut.draw(st.integers(0, rows - 1))
+    start = cut.draw(st.integers(0, row))
+    unaligned = np.frombuffer(b"x" + items[row].tobytes(), np.uint8)[1:].copy().view(np.float32)
+    assert distances(query, items[start:])[row - start] == whole[row]
+    assert distance(query, unaligned) == whole[row]
+    assert distance(items[row], query) == whole[row]
+
+
+def test_rows_beyond_one_block_are_measured_alike() -> None:
+    items, query = unit(5000, 24), unit(1, 24, 1)[0]
+    assert (distances(query, items) == np.array([distance(query, item) for item in items])).all()
+
+
+def test_distances_leave_their_input_alone() -> None:
+    items, query = unit(5, 8), unit(1, 8, 1)[0]
+    before = items.copy()
+    distances(query, items)
+    assert (items == before).all()
+
+
+def test_coinciding_and_opposite_vectors() -> None:
+    a = unit(1, 64)[0]
+    assert distance(a, a) == 0
+    assert distance(a, -a) == pytest.approx(2)
+    assert distance(a, -a) <= 2
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (np.full(4, np.nan, np.float32), "NaN or infinite"),
+        (np.array([np.inf, 0, 0, 0], np.float32), "NaN or infinite"),
+        (np.zeros(4, np.float32), "length 0"),
+        (np.ones(4, np.float32), "length 2"),
+        (np.ones(3, np.float32), r"shape \(4,\)"),
+        (b"\x00" * 12, "16 bytes"),
+    ],
+)
+def test_a_bad_vector_is_named(vector: Vectors | bytes, message: str) -> None:
+    with pytest.raises(InvalidVector, match=message):
+        checked_embedding(vector, 4)
+
+
+def test_a_good_vector_keeps_its_bits() -> None:
+    vector = unit(1, 16)[0] * np.float32(1.0004)
+    assert checked_embedding(vector.astype("<f4").tobytes(), 16).tobytes() == vector.tobytes()
+
+
+def test_the_default_threshold_is_the_learned_margin(calibration: Calibration) -> None:
+    judge = Judge(calibration, model="m")
+    at = judge.judge(0.75)
+    assert (at.verdict, at.is_match, at.match_probability, at.signed_margin) == (Verdict.MATCH, True, 0.5, 0.0)
+    above = judge.judge(float(np.nextafter(np.float32(0.75), np.float32(1))))
+    assert above.verdict is Verdict.NON_MATCH
+    assert above.match_probability < 0.5
+
+
+def test_rates_between_rows_are_the_worse_of_both(calibration: Calibration) -> None:
+    rates = calibration.rates_at(0.75)
+    assert (rates.far, rates.far_upper95) == (0.1, 0.2)
+    assert (rates.frr, rates.frr_upper95) == (0.2, 0.3)
+
+
+def test_rates_below_the_first_row_reject_all(calibration: Calibration) -> None:
+    rates = calibration.rates_at(0.1)
+    assert (rates.far, rates.frr) == (0.0, 1.0)
+
+
+@given(t=st.floats(0, 2, width=32))
+def test_rates_never_flatter_a_neighbouring_row(calibration: Calibration, t: float) -> None:
+    rates = calibration.rates_at(t)
+    for row in calibration.curve:
+        if row.threshold <= t:
+            assert rates.far >= row.far
+            assert rates.frr <= row.frr
+        if row.threshold >= t:
+            assert rates.far <= row.far
+            assert rates.frr >= row.frr
+
+
+@pytest.mark.parametrize(
+    ("point", "threshold"),
+    [
+        (OperatingPoint(), 0.75),
+        (OperatingPoint(threshold=0.3), float(np.float32(0.3))),
+        (OperatingPoint(name="far-1e-2"), 0.5),
+        (OperatingPoint(target_far=0.01), 0.5),
+        (OperatingPoint(target_far=0.09), 0.5),
+        (OperatingPoint(target_far=0.1), 1.0),
+        (OperatingPoint(target_far=1.0), 2.0),
+    ],
+)
+def test_operating_points(calibration: Calibration, point: OperatingPoint, threshold: float) -> None:
+    assert Judge(calibration, point, model="m").threshold == threshold
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        (OperatingPoint(target_far=0.004), "smallest rate"),
+        (OperatingPoint(target_far=0.0), r"\(0, 1\]"),
+        (OperatingPoint(target_far=float("nan")), r"\(0, 1\]"),
+        (OperatingPoint(threshold=2.5), r"\[0, 2\]"),
+        (OperatingPoint(threshold=float("nan")), r"\[0, 2\]"),
+        (OperatingPoint(name="nope"), "far-1e-2, learned-margin"),
+        (OperatingPoint(threshold=1.0, target_far=0.1), "one of"),
+        (OperatingPoint(uncertain_within=-0.1), "uncertain_within"),
+    ],
+)
+def test_an_unsupported_point_is_refused(calibration: Calibration, point: OperatingPoint, message: str) -> None:
+    with pytest.raises(InvalidOperatingPoint, match=message):
+        Judge(calibration, point, model="m")
+
+
+@given(d=st.floats(0, 2, width=32), band=st.floats(0, 1, width=32))
+def test_the_band_answers_uncertain_and_nothing_else_changes(calibration: Calibration, d: float, band: float) -> None:
+    plain = Judge(calibration, model="m").judge(d)
+    banded = Judge(calibration, OperatingPoint(uncertain_within=band), model="m").judge(d)
+    inside = abs(0.75 - d) < band
+    assert banded.verdict is (Verdict.UNCERTAIN if inside else plain.verdict)
+    assert (banded.distance, banded.match_probability) == (plain.distance, plain.match_probability)
+
+
+@settings(max_examples=50)
+@given(arrays(np.float32, 2, elements=st.floats(0, 2, width=32)))
+def test_a_closer_pair_is_never_less_probable(calibration: Calibration, pair: Vectors) -> None:
+    assume(pair[0] < pair[1])
+    judge = Judge(calibration, model="m")
+    assert judge.judge(pair[0]).match_probability >= judge.judge(pair[1]).match_probability
+
+
+def test_a_calibration_that_contradicts_itself_is_refused(calibration: Calibration) -> None:
+    body = calibration.model_dump()
+    body["curve"] = list(reversed(body["curve"]))
+    with pytest.raises(ValueError, match="curve"):
+        Calibration.model_validate(body)
+
+
+def test_a_calibration_survives_json_bit_for_bit(calibration: Calibration) -> None:
+    assert Calibration.model_validate_json(calibration.model_dump_json()) == calibration

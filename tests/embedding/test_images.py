@@ -1,0 +1,160 @@
+"""Decoding: what comes in as a file comes out as plain pixels, or is refused by name."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from embedding.errors import ImageTooLarge, InvalidImage, LookalikeError
+from embedding.images import Preprocessing, decode
+
+
+def saved(image: Image.Image, format_: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """A dark top half and a light bottom half, 40 × 20."""
+    array = np.full((20, 40, 3), 220, np.uint8)
+    array[:10] = 30
+    return Image.fromarray(array)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF"])
+def test_every_accepted_format_decodes(picture: Image.Image, format_: str) -> None:
+    pixels = np.asarray(decode(saved(picture, format_)))
+    assert pixels.shape == (20, 40, 3)
+    assert abs(int(pixels[2].mean()) - 30) < 4
+    assert abs(int(pixels[-2].mean()) - 220) < 4
+
+
+def test_a_grey_pgm_stays_grey() -> None:
+    assert decode(saved(Image.new("L", (8, 8), 77), "PPM")).getpixel((0, 0)) == 77
+
+
+def test_alpha_is_laid_onto_white() -> None:
+    transparent = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert decode(saved(transparent, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_transparent_palette_is_laid_onto_white() -> None:
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert decode(saved(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_grey_with_alpha_stays_grey() -> None:
+    assert decode(saved(Image.new("LA", (4, 4), (0, 0)), "PNG")).getpixel((0, 0)) == 255
+
+
+@pytest.mark.parametrize(("sample", "level"), [(0, 0), (257, 1), (32768, 128), (65535, 255)])
+def test_16_bit_samples_keep_their_full_range(sample: int, level: int) -> None:
+    image = Image.fromarray(np.full((4, 4), sample, np.uint16))
+    assert decode(saved(image, "PNG")).getpixel((0, 0)) == level
+
+
+def test_cmyk_becomes_rgb() -> None:
+    red, green, blue = decode(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))
+    assert red > 200
+    assert green < 60
+    assert blue < 60
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    animated = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(animated).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_the_exif_turn_is_applied(picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to view
+    assert decode(saved(picture, "JPEG", exif=exif)).size == (20, 40)
+
+
+@pytest.mark.parametrize("data", [b"hello", b"\x00" * 64, b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_what_is_not_an_image_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidImage, match="not an image of an accepted format"):
+        decode(data)
+
+
+def test_an_empty_file_is_refused_as_such() -> None:
+    with pytest.raises(InvalidImage, match="0 bytes"):
+        decode(b"")
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_a_truncated_image_is_refused(picture: Image.Image, format_: str) -> None:
+    whole = saved(picture.resize((200, 200)), format_)
+    with pytest.raises(InvalidImage):
+        decode(whole[: len(whole) // 2])
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", b"")
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(50_000, 50_000), (8_000, 7_000), (12_000, 10_000)])
+def test_a_huge_header_is_refused_before_decoding(width: int, height: int) -> None:
+    with pytest.raises(ImageTooLarge, match="50,000,000"):
+        decode(png_header(width, height))
+
+
+def test_floating_point_samples_are_refused() -> None:
+    with pytest.raises(InvalidImage, match="8 or 16 bits"):
+        decode(saved(Image.new("F", (4, 4), 0.5), "TIFF"))
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"P5\n8 8\n255\n", b"II*\x00", b"\xff\xd8\xff\xe0", b""]),
+)
+def test_no_bytes_raise_anything_but_our_errors(body: bytes, magic: bytes) -> None:
+    try:
+        image = decode(magic + body)
+    except LookalikeError:
+        return
+    assert image.mode in {"L", "RGB"}
+
+
+def test_padding_keeps_the_shape_and_fills_with_the_background(picture: Image.Image) -> None:
+    pixels = Preprocessing(image_size=40, channels=1, fit="pad", background=7).pixels(picture)
+    assert pixels.shape == (1, 40, 40)
+    assert pixels[0, 0, 0] == 7
+    assert pixels[0, 20, 20] > 200
+
+
+def test_cropping_keeps_the_centre(picture: Image.Image) -> None:
+    array = np.asarray(picture).copy()
+    array[:, 15:25] = 128
+    pixels = Preprocessing(image_size=20, channels=3, fit="crop").pixels(Image.fromarray(array))
+    assert pixels.shape == (3, 20, 20)
+    assert (pixels[:, :, 5:15] == 128).all()
+
+
+def test_stretching_uses_the_whole_image(picture: Image.Image) -> None:
+    pixels = Preprocessing(image_size=20, channels=1, fit="stretch").pixels(picture)
+    assert abs(int(pixels[0, 0].mean()) - 30) < 2
+    assert abs(int(pixels[0, -1].mean()) - 220) < 2
+
+
+def test_mean_must_fit_the_channels() -> None:
+    with pytest.raises(ValueError, match="mean takes 1 or 3 values"):
+        Preprocessing(image_size=20, channels=3, mean=(0.5, 0.5))

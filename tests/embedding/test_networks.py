@@ -1,0 +1,108 @@
+"""Networks by name, and the three roads their weights come in by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from embedding.errors import InvalidRecipe, NotFound
+from embedding.networks import Architecture, NetworkName, build
+
+
+def arch(network: str, image_size: int = 32, channels: int = 3) -> Architecture:
+    return Architecture.model_validate({"network": network, "image_size": image_size, "channels": channels, "width": 8})
+
+
+@pytest.mark.parametrize("network", get_args(NetworkName))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_network_gives_unit_vectors(network: str, channels: int) -> None:
+    net = build(arch(network, 32, channels)).eval()
+    with torch.inference_mode():
+        emb = net(torch.randn(2, channels, 32, 32))
+    assert emb.shape == (2, 128)
+    torch.testing.assert_close(emb.norm(dim=1), torch.ones(2))
+    assert emb.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [8, 28, 64, 105, 112])
+def test_small_cnn_takes_every_size(size: int) -> None:
+    assert build(arch("small_cnn", size, 1))(torch.randn(2, 1, size, size)).shape == (2, 128)
+
+
+def test_every_parameter_learns() -> None:
+    net = build(arch("small_cnn"))
+    net(torch.randn(4, 3, 32, 32))[:, 0].sum().backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for name, p in net.named_parameters() if "norm" not in name
+    )
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_local_backbone_is_loaded(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(1)
+    donor = build(arch("mobilenet_v2"))
+    state = {f"module.{key}": value for key, value in donor.backbone.state_dict().items()}
+    state["module.classifier.1.weight"] = torch.zeros(10, 1280)  # the head of another task is left out
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
+    net = build(arch("mobilenet_v2"), weights=path)
+    for key, value in donor.backbone.state_dict().items():
+        assert torch.equal(net.backbone.state_dict()[key], value)
+
+
+def test_a_whole_network_is_loaded_with_its_projection(tmp_path: Path) -> None:
+    donor = build(arch("small_cnn"))
+    torch.save(donor.state_dict(), tmp_path / "w.pt")
+    net = build(arch("small_cnn"), weights=tmp_path / "w.pt")
+    assert torch.equal(net.projection.weight, donor.projection.weight)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    torch.save(build(arch("resnet18")).backbone.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InvalidRecipe, match=r"lacks .* tensors of mobilenet_v2"):
+        build(arch("mobilenet_v2"), weights=tmp_path / "w.pt")
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    torch.save(build(arch("small_cnn", 32)).backbone.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(InvalidRecipe, match="of shape"):
+        build(Architecture(network="small_cnn", image_size=32, width=16), weights=tmp_path / "w.pt")
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("code ran while weights were read",)
+
+
+@pytest.mark.parametrize("content", ["pickle", "text", "list"])
+def test_a_file_that_is_no_state_dict_is_refused_and_never_run(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "w.pt"
+    if content == "text":
+        path.write_text("not weights")
+    else:
+        torch.save(Payload() if content == "pickle" else [1, 2], path)
+    with pytest.raises(InvalidRecipe, match="state dict"):
+        build(arch("small_cnn"), weights=path)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no weights file"):
+        build(arch("small_cnn"), weights=tmp_path / "absent.pt")
+
+
+def test_small_cnn_has_no_pretrained_weights() -> None:
+    with pytest.raises(InvalidRecipe, match="random"):
+        build(arch("small_cnn"), weights="pretrained")
+
+
+@pytest.mark.parametrize(("network", "size"), [("vit_b_16", 40), ("resnet18", 28)])
+def test_a_size_the_network_cannot_take_is_refused(network: str, size: int) -> None:
+    with pytest.raises(ValueError, match="image_size must be"):
+        arch(network, size)
