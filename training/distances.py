@@ -5,7 +5,7 @@ Shapes: B items of a batch, D embedding width.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ COINCIDING = 1e-6
 def euclidean_matrix(emb_BD: Tensor) -> Tensor:
     """Euclidean distances [B, B] between the rows of a batch, in float32, or float64 when the rows are float64.
 
-    The Gram identity |a − b|² = |a|² + |b|² − 2a·b is evaluated in float64: in float32 it cancels, and two unit
-    vectors 1e-3 apart could come out at any distance below 5e-4 or above 1e-3. Memory is O(B²), never O(B²·D).
+    The Gram identity |a − b|² = |a|² + |b|² − 2a·b is evaluated in float64: in float32 it cancels, and of
+    two unit vectors 1e-3 apart it can say that they coincide. Memory is O(B²), never O(B²·D).
 
     The gradient of a distance d is (a − b)/d, and zero where d < `COINCIDING`. It can be taken once: the gradient
     has none of its own. Not a number in, not a number out.
@@ -48,4 +48,5 @@ class _EuclideanMatrix(torch.autograd.Function):
         weight_BB = weight_BB + weight_BB.T
         exact_BD = emb_BD.double()
         grad_BD = weight_BB.sum(1, keepdim=True) * exact_BD - weight_BB @ exact_BD
-        return cast(Tensor, grad_BD.to(emb_BD.dtype))
+        result_BD: Tensor = grad_BD.to(emb_BD.dtype)
+        return result_BD

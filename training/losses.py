@@ -118,8 +118,7 @@ class ContrastiveLoss(MetricLoss):
         self.margin = _checked_margin(margin)
 
     def terms(self, emb_BD: Tensor, dist_BB: Tensor, is_match_BB: Tensor) -> tuple[Tensor, Tensor]:
-        first_P, second_P = torch.triu_indices(len(dist_BB), len(dist_BB), offset=1, device=dist_BB.device)
-        dist_P, is_match_P = dist_BB[first_P, second_P], is_match_BB[first_P, second_P]
+        dist_P, is_match_P = _off_diagonal(dist_BB), _off_diagonal(is_match_BB)
         active_P = torch.where(is_match_P, dist_P > 0, dist_P < self.margin)
         return contrastive_loss(dist_P, is_match_P, margin=self.margin), _mean(active_P.float())
 
@@ -182,6 +181,12 @@ def build_loss(config: LossConfig) -> MetricLoss:
 
 def _mean(terms: Tensor) -> Tensor:
     return terms.sum() / max(terms.numel(), 1)
+
+
+def _off_diagonal(of_pairs_BB: Tensor) -> Tensor:
+    """All but the diagonal, [B − 1, B]: every pair twice, which no mean notices, but not copied by index."""
+    size = len(of_pairs_BB)
+    return of_pairs_BB.flatten()[:-1].view(size - 1, size + 1)[:, 1:]
 
 
 def _mean_where(dist_BB: Tensor, chosen_BB: Tensor) -> Tensor:
