@@ -195,7 +195,7 @@ class AugmentationConfig(Section):
     """Share of the side, up to this in each direction."""
     scale: Range = (1.0, 1.0)
     """Magnification, log-uniform, within [0.25, 4]."""
-    shear: Annotated[float, Field(ge=0, le=45)] = 0.0
+    shear: Annotated[float, Field(ge=0, le=30)] = 0.0
     """Degrees, up to this to either side, along each axis."""
     crop: Range = (1.0, 1.0)
     """Share of the area kept by a random square crop that is then enlarged, within [0.05, 1]."""

@@ -137,7 +137,7 @@ def _check(images: ImageSet, side_of: Sequence[Side], config: SplitConfig) -> No
         found = ", ".join(f"{side} {pairing[side]}" for side in SIDES)
         raise InvalidDataset(
             f"the {config.protocol} split leaves {' and '.join(short)} with too few identities of two images "
-            f"({found}); each side needs {PAIRING_IDENTITIES}, so {PAIRING_IDENTITIES * len(SIDES)} in all: add identities, or "
-            "change the shares of [split]",
+            f"({found}); each side needs {PAIRING_IDENTITIES}, so {PAIRING_IDENTITIES * len(SIDES)} in all: "
+            "add identities, or change the shares of [split]",
             field="split",
         )
