@@ -6,6 +6,7 @@ Shapes: B images, C channels, H height, W width, F backbone features, D embeddin
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -138,6 +139,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _load_backbone(network: EmbeddingNetwork, state: dict[str, Tensor], source: str) -> None:
+    if "features.1.conv.0.weight" in state:
+        state = {_torchvision_mobilenet_v2_key(key): value for key, value in state.items()}
     target: nn.Module = network if any(key.startswith("backbone.") for key in state) else network.backbone
     wanted = target.state_dict()
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
@@ -155,6 +158,19 @@ def _load_backbone(network: EmbeddingNetwork, state: dict[str, Tensor], source: 
                 field="network.weights",
             )
     target.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+
+
+def _torchvision_mobilenet_v2_key(key: str) -> str:
+    """The first published MobileNetV2 state dicts number a block's layers in one row; torchvision nests them."""
+    matched = re.fullmatch(r"features\.(\d+)\.conv\.(\d+)\.(\w+)", key)
+    if matched is None:
+        return key
+    block, layer, parameter = matched.groups()
+    nested = {"0": "0.0", "1": "0.1", "3": "1", "4": "2"} if block == "1" else _NESTED_MOBILENET_V2_LAYERS
+    return f"features.{block}.conv.{nested.get(layer, layer)}.{parameter}"
+
+
+_NESTED_MOBILENET_V2_LAYERS = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
 
 
 def _torchvision_weights(name: str) -> dict[str, Tensor]:

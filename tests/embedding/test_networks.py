@@ -54,6 +54,21 @@ def test_a_local_backbone_is_loaded(tmp_path: Path, suffix: str) -> None:
         assert torch.equal(net.backbone.state_dict()[key], value)
 
 
+def test_mobilenet_v2_weights_of_the_first_published_layout_are_loaded(tmp_path: Path) -> None:
+    flat_names = {"0.0": "0", "0.1": "1", "1.0": "3", "1.1": "4", "2": "6", "3": "7"}
+    first_block = {"0.0": "0", "0.1": "1", "1": "3", "2": "4"}
+    donor = build(arch("mobilenet_v2")).backbone.state_dict()
+    flat = {}
+    for key, value in donor.items():
+        block, middle, tail = key.partition(".conv.")
+        layer, _, parameter = tail.rpartition(".")
+        names = first_block if block == "features.1" else flat_names
+        flat[f"{block}.conv.{names[layer]}.{parameter}" if middle else key] = value
+    torch.save(flat, tmp_path / "w.pt")
+    loaded = build(arch("mobilenet_v2"), weights=tmp_path / "w.pt").backbone.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in donor.items())
+
+
 def test_a_whole_network_is_loaded_with_its_projection(tmp_path: Path) -> None:
     donor = build(arch("small_cnn"))
     torch.save(donor.state_dict(), tmp_path / "w.pt")
