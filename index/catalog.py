@@ -1,0 +1,213 @@
+"""A folder of galleries: one sub-folder each, written by one process at a time, read by any number.
+
+    root/
+        .lock           held by the writing process, whose number stands in it
+        <gallery id>/   store.sqlite and segments/
+
+A gallery is made and deleted by renaming its folder, so that a crash leaves a whole gallery or none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import threading
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from embedding.errors import (
+    AlreadyExists,
+    Busy,
+    DamagedData,
+    InvalidInput,
+    LookalikeError,
+    NotFound,
+    StorageFailed,
+)
+from index.gallery import SEAL_AFTER, Gallery
+from index.items import ModelRef
+from index.segments import sync_folder
+
+Galleries: TypeAlias = list[Gallery]
+
+_GALLERY_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_LOCK = ".lock"
+_MAKING = ".making-"
+_DELETED = ".deleted-"
+
+_log = logging.getLogger(__name__)
+
+
+class Catalog:
+    """The galleries of one folder, opened when first asked for; every method may be called from any thread.
+
+    A writer makes the folder where it is missing. Raises Busy, naming the process, when another writes to it, and
+    StorageFailed when the disk refuses. A read-only catalog shows each gallery as it was when it was opened.
+    """
+
+    def __init__(self, root: Path, *, read_only: bool = False, seal_after: int = SEAL_AFTER) -> None:
+        self.root = root
+        self._read_only = read_only
+        self._seal_after = seal_after
+        self._open: dict[str, Gallery] = {}
+        self._changing = threading.Lock()  # guards additions to and removals from _open
+        self._lock_file: int | None = None
+        if read_only:
+            if not root.is_dir():
+                raise NotFound(f"there is no folder of galleries at {root}; create a gallery first")
+            return
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock_file = _locked(root)
+            for path in root.iterdir():
+                if path.name.startswith((_MAKING, _DELETED)):
+                    shutil.rmtree(path, ignore_errors=True)  # what a crash has left of a creation or deletion
+        except OSError as error:
+            self.close()
+            raise _refused(root, error) from error
+
+    def create(self, gallery_id: str, model: ModelRef) -> Gallery:
+        """Make an empty gallery for embeddings of `model`; raises AlreadyExists."""
+        final = self._path(gallery_id)
+        self._check_writable()
+        if model.embedding_dim < 1:
+            raise InvalidInput(f"embedding_dim must be at least 1; got {model.embedding_dim}", field="embedding_dim")
+        with self._changing:
+            if final.exists():
+                raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
+            making = self.root / f"{_MAKING}{uuid.uuid4().hex}"
+            try:
+                making.mkdir()
+                Gallery.create(making, model)
+                sync_folder(making)
+                making.rename(final)
+                sync_folder(self.root)
+            except OSError as error:
+                raise _refused(final, error) from error
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+            return self._opened(gallery_id, final)
+
+    def get(self, gallery_id: str, *, model: ModelRef | None = None) -> Gallery:
+        """The gallery of this name, which must hold embeddings of `model` when that is given.
+
+        Raises NotFound, ModelMismatch, or DamagedData for a gallery that cannot be opened.
+        """
+        path = self._path(gallery_id)
+        gallery = self._open.get(gallery_id)
+        if gallery is None:
+            with self._changing:
+                gallery = self._open.get(gallery_id) or self._opened(gallery_id, path)
+        if model is not None:
+            gallery.check_model(model)
+        return gallery
+
+    def list(self) -> Galleries:
+        """The galleries that can be opened, by name; `damaged` tells of the others."""
+        return self._survey()[0]
+
+    def damaged(self) -> dict[str, LookalikeError]:
+        """Why each gallery that cannot be opened cannot, by name."""
+        return self._survey()[1]
+
+    def delete(self, gallery_id: str) -> None:
+        """Delete a gallery, damaged or not, with all its items; raises NotFound."""
+        path = self._path(gallery_id)
+        self._check_writable()
+        with self._changing:
+            if not path.is_dir():
+                raise _no_gallery(gallery_id)
+            gone = self.root / f"{_DELETED}{uuid.uuid4().hex}"
+            gallery = self._open.pop(gallery_id, None)
+            if gallery is not None:
+                gallery.close()
+            try:
+                path.rename(gone)
+                sync_folder(self.root)
+            except OSError as error:
+                raise _refused(path, error) from error
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close every gallery and let another process write."""
+        with self._changing:
+            for gallery in self._open.values():
+                gallery.close()
+            self._open.clear()
+            if self._lock_file is not None:
+                os.close(self._lock_file)
+                self._lock_file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _path(self, gallery_id: str) -> Path:
+        if not _GALLERY_ID.fullmatch(gallery_id):
+            raise InvalidInput(
+                "a gallery name is 1 to 63 lower-case letters, digits and hyphens, the first and last no hyphen; got "
+                f"{gallery_id[:80]!a}",
+                field="gallery_id",
+            )
+        return self.root / gallery_id
+
+    def _opened(self, gallery_id: str, path: Path) -> Gallery:
+        if not path.is_dir():
+            raise _no_gallery(gallery_id)
+        gallery = Gallery(gallery_id, path, read_only=self._read_only, seal_after=self._seal_after)
+        self._open[gallery_id] = gallery
+        return gallery
+
+    def _survey(self) -> tuple[Galleries, dict[str, LookalikeError]]:
+        galleries: Galleries = []
+        damaged: dict[str, LookalikeError] = {}
+        try:
+            names = sorted(path.name for path in self.root.iterdir() if _GALLERY_ID.fullmatch(path.name))
+        except OSError as error:
+            raise _refused(self.root, error) from error
+        for name in names:
+            try:
+                galleries.append(self.get(name))
+            except NotFound:
+                pass  # deleted since the folder was read, or a file of that name
+            except (DamagedData, StorageFailed, Busy) as error:
+                _log.warning("gallery %r cannot be opened: %s", name, error)
+                damaged[name] = error
+        return galleries, damaged
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise StorageFailed(f"{self.root} is open read-only; open it for writing")
+
+
+def _locked(root: Path) -> int:
+    """A descriptor that holds the folder's write lock until it is closed; the system frees it with the process."""
+    descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise Busy(
+            f"process {holder} writes to the galleries in {root}; stop it, send the work to it, or open read-only"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _no_gallery(gallery_id: str) -> NotFound:
+    return NotFound(f"no gallery {gallery_id!r} here", field="gallery_id")
+
+
+def _refused(path: Path, error: OSError) -> StorageFailed:
+    return StorageFailed(f"the disk refused {path}: {error.strerror or error}")

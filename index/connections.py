@@ -1,0 +1,98 @@
+"""Connections to one SQLite file: opening them, lending them to reading threads, naming their errors."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
+
+BUSY_SECONDS = 10.0
+"""How long to wait for another process that holds the file."""
+
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_REFUSED = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
+
+
+class Readers:
+    """Lends connections to any number of threads.
+
+    With `pinned`, all share that one, whose open transaction shows the moment it began; otherwise each borrower has
+    a connection of its own, which shows the newest commit.
+    """
+
+    def __init__(self, path: Path, *, pinned: sqlite3.Connection | None = None) -> None:
+        self._path = path
+        self._pinned = pinned
+        self._idle: deque[sqlite3.Connection] = deque()
+        self._lent = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lend(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read from; raises NotFound once closed."""
+        with self._lock:
+            if self._closed:
+                raise NotFound(f"the gallery in {self._path.parent} has been deleted or closed")
+            connection = self._pinned or (self._idle.pop() if self._idle else None)
+            self._lent += 1
+        try:
+            with translated(self._path):
+                connection = connection or connect(self._path, read_only=True)
+                yield connection
+        finally:
+            self._take_back(connection)
+
+    def close(self) -> None:
+        """Close what is not lent; the rest closes as it is given back."""
+        with self._lock:
+            self._closed = True
+            unused = list(self._idle)
+            self._idle.clear()
+            if self._pinned is not None and not self._lent:
+                unused.append(self._pinned)
+        for connection in unused:
+            connection.close()
+
+    def _take_back(self, connection: sqlite3.Connection | None) -> None:
+        with self._lock:
+            self._lent -= 1
+            shared = self._pinned is not None
+            if connection is None or (shared and not (self._closed and self._lent == 0)):
+                return
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+
+def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
+    """A connection to a file that exists, for any thread, in autocommit mode; commits are synced to the disk."""
+    uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
+    with translated(path):
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """SQLite's refusals as errors of ours; what only a mistake in our own SQL can cause passes through."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
+        if code in _DAMAGED:
+            raise DamagedData(f"{path} is damaged ({error}); restore it from a copy") from error
+        if code in _BUSY:
+            raise Busy(f"{path} is in use by another process ({error}); try again") from error
+        if code in _REFUSED:
+            name = getattr(error, "sqlite_errorname", "")
+            raise StorageFailed(f"the disk refused {path}: {error} ({name}); nothing was changed") from error
+        raise

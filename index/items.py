@@ -1,0 +1,122 @@
+"""What a gallery holds and answers: models, items, neighbours, and the checks at the door."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TypeAlias
+
+from embedding.decision import Decision, Vectors
+from embedding.errors import InvalidInput
+
+JSON: TypeAlias = str | int | float | bool | Sequence["JSON"] | Mapping[str, "JSON"] | None
+
+MAX_K = 10_000
+"""The most neighbours that one search returns."""
+
+MAX_MATCHES = 100_000
+"""The most matches that one call returns; beyond it the answer says that it is truncated."""
+
+MAX_PAGE = 1_000
+"""The most items on one page of a listing."""
+
+MAX_NAME = 256
+"""The longest item name or identity, in characters."""
+
+MAX_METADATA_BYTES = 64 * 1024
+"""The largest metadata of one item, as UTF-8 JSON."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRef:
+    """The model whose embeddings a gallery holds; embeddings of different fingerprints are never compared."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of weights, architecture and preprocessing, 64 hexadecimal digits."""
+    embedding_dim: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Item:
+    """One image of a gallery. To write, give the first four; the store fills in the rest."""
+
+    name: str
+    """Unique in its gallery: 1 to 256 printable characters without "/"."""
+    embedding: Vectors = field(repr=False)
+    """Unit vector [D], float32."""
+    identity: str | None = None
+    """What makes two images a match, where it is known."""
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+    etag: str = ""
+    """Changes with every write of the item. When given on a write, the stored item must still carry it."""
+    generation: int = 0
+    """The gallery's generation that this version of the item was written in; 0 until stored."""
+    update_time: datetime | None = None
+    """When this version was written, UTC; None until stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Neighbor:
+    """An item found by a search, and the decision on it."""
+
+    item: Item
+    decision: Decision
+
+
+def check_item_name(name: str, *, field: str = "name") -> None:
+    """Raises InvalidInput unless `name` may name an item."""
+    if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or "/" in name:
+        raise InvalidInput(
+            f"an item name is 1 to {MAX_NAME} printable characters without '/'; got {_shortened(name)}", field=field
+        )
+
+
+def check_identity(identity: str | None, *, field: str = "identity") -> None:
+    """Raises InvalidInput unless `identity` is absent or short and printable."""
+    if identity is not None and (not 1 <= len(identity) <= MAX_NAME or not identity.isprintable()):
+        raise InvalidInput(
+            f"an identity is 1 to {MAX_NAME} printable characters, or absent; got {_shortened(identity)}", field=field
+        )
+
+
+def check_count(value: int, most: int, *, field: str) -> None:
+    """Raises InvalidInput unless `value` lies in 1..most."""
+    if not 1 <= value <= most:
+        raise InvalidInput(f"{field} must lie in 1..{most}; got {value}", field=field)
+
+
+def metadata_json(metadata: Mapping[str, JSON], *, field: str = "metadata") -> str:
+    """The metadata as compact JSON text, or InvalidInput."""
+    try:
+        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        size = len(text.encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"metadata must be a JSON object: {error}", field=field) from error
+    if size > MAX_METADATA_BYTES:
+        raise InvalidInput(f"metadata may take {MAX_METADATA_BYTES} bytes as JSON; got {size}", field=field)
+    return text
+
+
+def page_token_after(last_name: str) -> str:
+    """An opaque token that continues a listing after `last_name`."""
+    return base64.urlsafe_b64encode(last_name.encode()).decode("ascii")
+
+
+def name_of_page_token(token: str) -> str:
+    """The name to continue after, "" for the first page, or InvalidInput."""
+    try:
+        return base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode()
+    except (binascii.Error, UnicodeError) as error:
+        raise InvalidInput(
+            "page_token is not one that a listing returned; leave it out to start from the first page",
+            field="page_token",
+        ) from error
+
+
+def _shortened(text: str) -> str:
+    return ascii(text) if len(text) <= 40 else f"{text[:40]!a}… ({len(text)} characters)"

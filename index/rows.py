@@ -1,0 +1,90 @@
+"""The writer's side of a snapshot: sealed rows, and append-only memory for fresh rows and for deaths.
+
+Appending never moves what a published snapshot looks at: its views end before the new rows, and a full buffer is
+replaced by a larger copy while the old one lives on in the snapshots that use it. One writer at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from embedding.decision import Vectors
+from index.exact import Block, Keys, Snapshot, squared_lengths
+
+
+class Growable:
+    """An array that grows along its first axis in amortised constant time."""
+
+    def __init__(self, dtype: DTypeLike, *row_shape: int) -> None:
+        self._buffer: NDArray[Any] = np.empty((0, *row_shape), dtype)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def reserve(self, more: int) -> None:
+        """Make room for `more` rows, so that extending by them cannot fail for want of memory."""
+        needed = self._length + more
+        if needed > len(self._buffer):
+            larger = np.empty((max(needed, 2 * len(self._buffer)), *self._buffer.shape[1:]), self._buffer.dtype)
+            larger[: self._length] = self._buffer[: self._length]
+            self._buffer = larger
+
+    def extend(self, rows: NDArray[Any]) -> None:
+        self.reserve(len(rows))
+        self._buffer[self._length : self._length + len(rows)] = rows
+        self._length += len(rows)
+
+    def view(self) -> NDArray[Any]:
+        """The rows so far, read-only; later rows do not show in it."""
+        rows = self._buffer[: self._length]
+        rows.flags.writeable = False
+        return rows
+
+
+class LiveRows:
+    """All rows of a gallery, to which the writer adds; `snapshot` is what readers get."""
+
+    def __init__(self, sealed: Block) -> None:
+        self._sealed = sealed
+        self._keys = Growable(np.int64)
+        self._vectors = Growable(np.float32, sealed.vectors_ND.shape[1])
+        self._norms = Growable(np.float32)
+        self._dead = Growable(np.intp)
+
+    def reserve(self, more: int, *, deaths: int) -> None:
+        """Make room for `more` rows and `deaths`, before the store commits what memory must then follow."""
+        for array in (self._keys, self._vectors, self._norms):
+            array.reserve(more)
+        self._dead.reserve(deaths)
+
+    def append(self, keys_N: Keys, vectors_ND: Vectors) -> None:
+        """Add living rows; keys rise, and are larger than any before."""
+        self._keys.extend(keys_N)
+        self._vectors.extend(vectors_ND)
+        self._norms.extend(squared_lengths(vectors_ND))
+
+    def kill(self, keys_R: Keys) -> None:
+        """Mark the rows of these keys as dead; each key at most once."""
+        self._dead.extend(self.snapshot(0).rows_of(keys_R))
+
+    def snapshot(self, generation: int) -> Snapshot:
+        """An immutable view of all rows so far, without copying any."""
+        return Snapshot(
+            generation=generation,
+            sealed=self._sealed,
+            fresh=Block(keys_N=self._keys.view(), vectors_ND=self._vectors.view(), norms_N=self._norms.view()),
+            dead_R=self._dead.view(),
+        )
+
+    def resealed(self, sealed: Block, *, since: Snapshot) -> LiveRows:
+        """The same living rows over a new sealed block, which holds exactly the living rows of `since`."""
+        now = self.snapshot(0)
+        rows = LiveRows(sealed)
+        first = len(since.fresh.keys_N)
+        rows.append(now.fresh.keys_N[first:], now.fresh.vectors_ND[first:])
+        rows.kill(now.keys(now.dead_R[len(since.dead_R) :]))
+        return rows
