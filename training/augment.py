@@ -139,8 +139,8 @@ def _grey(images_BCHW: Tensor) -> Tensor:
     """Luma [B, 1, H, W]; grey images are their own."""
     if images_BCHW.shape[1] == 1:
         return images_BCHW
-    red, green, blue = images_BCHW.split(1, dim=1)
-    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    red_B1HW, green_B1HW, blue_B1HW = (images_BCHW[:, at : at + 1] for at in range(3))
+    return _LUMA[0] * red_B1HW + _LUMA[1] * green_B1HW + _LUMA[2] * blue_B1HW
 
 
 def _within(start_B: Tensor, extent_B: Tensor, pixels: int) -> Tensor:
