@@ -14,8 +14,10 @@ from torch import Tensor
 from embedding.bundle import Bundle
 from embedding.decision import Vectors
 from embedding.errors import InvalidInput
-from embedding.images import MAX_PIXELS, Pixels, decode
-from embedding.networks import ROWS_OF_A_TILE
+from embedding.images import MAX_PIXELS, Pixels, Preprocessing, decode
+from embedding.networks import ROWS_OF_A_TILE, EmbeddingNetwork
+
+DEFAULT_BATCH_SIZE = 64
 
 _TOKEN_NETWORKS = {"vit_b_16", "convnext_tiny"}
 """Networks whose inner matrix products have rows that depend on the batch size."""
@@ -37,42 +39,43 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-class Encoder:
-    """Embeds images with one bundle's network.
+class PixelEncoder:
+    """Embeds prepared pixels with one network, which it moves to the device and keeps.
 
     On the CPU an image's embedding is the same bit for bit whatever else is in its batch; elsewhere it is the same
-    within 1e-5. Methods may be called from several threads at once.
+    within 1e-5. May be called from several threads at once.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: str = "auto", batch_size: int = 64, max_pixels: int = MAX_PIXELS
+        self,
+        network: EmbeddingNetwork,
+        preprocessing: Preprocessing,
+        *,
+        device: str = "auto",
+        batch_size: int = DEFAULT_BATCH_SIZE,
     ) -> None:
         if batch_size < 1:
             raise InvalidInput(f"batch_size must be at least 1; got {batch_size}", field="batch_size")
-        self.bundle = bundle
+        self.preprocessing = preprocessing
         self.device = pick_device(device)
+        self.embedding_dim = network.architecture.embedding_dim
         self._batch_size = batch_size
-        self._max_pixels = max_pixels
-        self._network = bundle.network().to(self.device).to(memory_format=torch.channels_last)
-        self._mean_C11 = self._per_channel(bundle.preprocessing.mean)
-        self._std_C11 = self._per_channel(bundle.preprocessing.std)
-        self._tile = ROWS_OF_A_TILE if bundle.architecture.network in _TOKEN_NETWORKS else 2
+        self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self._mean_C11 = torch.tensor(preprocessing.mean, device=self.device).reshape(-1, 1, 1)
+        self._std_C11 = torch.tensor(preprocessing.std, device=self.device).reshape(-1, 1, 1)
+        self._tile = ROWS_OF_A_TILE if network.architecture.network in _TOKEN_NETWORKS else 2
 
     @property
-    def embedding_dim(self) -> int:
-        return self.bundle.embedding_dim
-
-    def prepare(self, data: bytes) -> Pixels:
-        """Decode one image to the pixels [C, H, W] that the network sees. Raises InvalidImage or ImageTooLarge."""
-        return self.bundle.preprocessing.pixels(decode(data, max_pixels=self._max_pixels))
+    def pixel_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the pixels it takes."""
+        return self.preprocessing.channels, self.preprocessing.image_size, self.preprocessing.image_size
 
     def encode_pixels(self, pixels_BCHW: Pixels) -> Vectors:
-        """Unit float32 embeddings [B, D] of prepared pixels."""
-        shape = (self.bundle.architecture.channels,) + 2 * (self.bundle.architecture.image_size,)
-        if pixels_BCHW.dtype != np.uint8 or pixels_BCHW.shape[1:] != shape:
+        """Unit float32 embeddings [B, D] of uint8 pixels [B, C, H, W]."""
+        if pixels_BCHW.dtype != np.uint8 or pixels_BCHW.shape[1:] != self.pixel_shape:
             raise InvalidInput(
-                f"pixels must be uint8 [B, {', '.join(map(str, shape))}], as `prepare` gives them; "
-                f"got {pixels_BCHW.dtype} {list(pixels_BCHW.shape)}"
+                f"pixels must be uint8 [B, {', '.join(map(str, self.pixel_shape))}], as `Preprocessing.pixels` gives "
+                f"them; got {pixels_BCHW.dtype} {list(pixels_BCHW.shape)}"
             )
         emb_BD = np.empty((len(pixels_BCHW), self.embedding_dim), dtype=np.float32)
         with torch.inference_mode():
@@ -81,18 +84,9 @@ class Encoder:
                 emb_BD[start : start + self._batch_size] = self._forward(batch_BCHW).cpu().numpy()
         return emb_BD
 
-    def encode(self, images: Sequence[bytes]) -> Vectors:
-        """Unit float32 embeddings [B, D] of encoded images. Raises InvalidImage or ImageTooLarge."""
-        shape = (self.bundle.architecture.channels,) + 2 * (self.bundle.architecture.image_size,)
-        pixels_BCHW = np.stack([self.prepare(data) for data in images]) if images else np.empty((0, *shape), np.uint8)
-        return self.encode_pixels(pixels_BCHW)
-
     def warm_up(self) -> None:
         """Run one batch, so that the first caller does not pay for kernel selection and allocation."""
-        architecture = self.bundle.architecture
-        self.encode_pixels(
-            np.zeros((2, architecture.channels, architecture.image_size, architecture.image_size), np.uint8)
-        )
+        self.encode_pixels(np.zeros((2, *self.pixel_shape), np.uint8))
 
     def _forward(self, pixels_BCHW: Tensor) -> Tensor:
         size = len(pixels_BCHW)
@@ -106,5 +100,27 @@ class Encoder:
         emb_BD: Tensor = self._network(images_BCHW)
         return emb_BD[:size]
 
-    def _per_channel(self, values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, device=self.device).reshape(-1, 1, 1)
+
+class Encoder(PixelEncoder):
+    """Embeds image files with one bundle's network."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__(bundle.network(), bundle.preprocessing, device=device, batch_size=batch_size)
+        self.bundle = bundle
+        self._max_pixels = max_pixels
+
+    def prepare(self, data: bytes) -> Pixels:
+        """Decode one image to the pixels [C, H, W] that the network sees. Raises InvalidImage or ImageTooLarge."""
+        return self.preprocessing.pixels(decode(data, max_pixels=self._max_pixels))
+
+    def encode(self, images: Sequence[bytes]) -> Vectors:
+        """Unit float32 embeddings [B, D] of image files. Raises InvalidImage or ImageTooLarge."""
+        prepared = [self.prepare(data) for data in images]
+        return self.encode_pixels(np.stack(prepared) if prepared else np.empty((0, *self.pixel_shape), np.uint8))
