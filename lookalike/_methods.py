@@ -1,0 +1,113 @@
+"""The API's methods, each defined once for both clients.
+
+A descriptor binds a function of `_calls.py` to a client. Bound to a synchronous client it gives a function that
+returns the result, bound to an asynchronous one a function whose result is awaited or iterated asynchronously.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+
+from google.protobuf.message import Message
+
+from lookalike import _calls
+from lookalike._calls import Batch, Call, Page
+from lookalike._transport import AsyncTransport, Transport
+
+P = ParamSpec("P")
+R = TypeVar("R")
+E = TypeVar("E", bound=Message)
+
+
+class Unary(Generic[P, R]):
+    """One call, one result."""
+
+    def __init__(self, build: Callable[P, Call[R]]) -> None:
+        self._build = build
+        self._shown = _Shown(build)
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, client: Transport, owner: type) -> Callable[P, R]: ...
+    @overload
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaitable[R]]: ...
+    def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
+        if client is None:
+            return self
+        return self._shown.on(lambda *args, **kwargs: client.unary(self._build(*args, **kwargs)))
+
+
+class Paged(Generic[P, R]):
+    """A listing, iterated over all its pages."""
+
+    def __init__(self, build: Callable[Concatenate[str, P], Call[Page[R]]]) -> None:
+        self._build = build
+        self._shown = _Shown(build)
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, client: Transport, owner: type) -> Callable[P, Iterator[R]]: ...
+    @overload
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, AsyncIterator[R]]: ...
+    def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
+        if client is None:
+            return self
+        return self._shown.on(lambda *args, **kwargs: client.pages(lambda token: self._build(token, *args, **kwargs)))
+
+
+class Batched(Generic[P, E, R]):
+    """Many elements, one result for each, in as many calls as the limits ask for."""
+
+    def __init__(self, build: Callable[P, Batch[E, R]]) -> None:
+        self._build = build
+        self._shown = _Shown(build)
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, client: Transport, owner: type) -> Callable[P, list[R]]: ...
+    @overload
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaitable[list[R]]]: ...
+    def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
+        if client is None:
+            return self
+        return self._shown.on(lambda *args, **kwargs: client.batch(self._build(*args, **kwargs)))
+
+
+class _Shown:
+    """Name, docstring and parameters of a call, for `help` and editors."""
+
+    def __init__(self, build: Callable[..., Any]) -> None:
+        parameters = inspect.signature(build).parameters.values()
+        self._name, self._doc = build.__name__, build.__doc__
+        self._signature = inspect.Signature([given for given in parameters if given.name != "page_token"])
+
+    def on(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__name__, function.__doc__ = self._name, self._doc
+        function.__signature__ = self._signature  # type: ignore[attr-defined]
+        return function
+
+
+class Methods:
+    """Every call of the API."""
+
+    verify = Unary(_calls.verify)
+    verify_batch = Batched(_calls.verify_batch)
+    embed = Unary(_calls.embed)
+    search = Unary(_calls.search)
+    search_batch = Batched(_calls.search_batch)
+    create_gallery = Unary(_calls.create_gallery)
+    get_gallery = Unary(_calls.get_gallery)
+    list_galleries = Paged(_calls.list_galleries)
+    delete_gallery = Unary(_calls.delete_gallery)
+    get_item = Unary(_calls.get_item)
+    list_items = Paged(_calls.list_items)
+    update_items = Batched(_calls.update_items)
+    delete_items = Unary(_calls.delete_items)
+    get_model = Unary(_calls.get_model)
+    list_models = Paged(_calls.list_models)
+    is_serving = Unary(_calls.is_serving)

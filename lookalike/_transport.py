@@ -1,0 +1,218 @@
+"""How calls travel: the channel, its options and retries; blocking and asyncio.
+
+Only what must differ between the two is written twice: the call itself, and what waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from lookalike import _calls
+from lookalike._calls import Batch, Call, Page
+from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
+
+R = TypeVar("R")
+E = TypeVar("E", bound=Message)
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds that a call may take, retries included."""
+
+DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20
+"""The server's own default limit on a message."""
+
+_ENVELOPE_BYTES = 4096
+"""Room that a batch leaves for the rest of its message, beside the elements."""
+_ELEMENT_BYTES = 8
+"""Tag and length that precede an element."""
+_POLL_SECONDS = 0.1
+
+# Reads are repeated while the server is unavailable. Writes are not: the reply to a write that took place may be
+# what was lost, and with an etag its repetition would fail with Conflict. To repeat a write is the caller's decision.
+_RETRIED = (
+    {"service": _calls.MATCH},
+    {"service": _calls.SEARCH},
+    {"service": _calls.MODEL},
+    *(
+        {"service": _calls.GALLERY, "method": f"{read}"}
+        for read in ("GetGallery", "ListGalleries", "GetItem", "ListItems")
+    ),
+)
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": list(_RETRIED),
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    # When most calls fail, repeating them would only load a struggling server further.
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+}
+
+
+class _Settings:
+    def __init__(self, target: str, *, timeout: float, max_message_bytes: int) -> None:
+        if timeout <= 0:
+            raise ValueError(f"timeout must be positive, in seconds; got {timeout}")
+        if max_message_bytes <= 2 * _ENVELOPE_BYTES:
+            raise ValueError(f"max_message_bytes must be above {2 * _ENVELOPE_BYTES}; got {max_message_bytes}")
+        self.target = target
+        self.timeout = timeout
+        self._max_message_bytes = max_message_bytes
+
+    def _channel_options(self) -> list[tuple[str, Any]]:
+        return [
+            ("grpc.max_send_message_length", self._max_message_bytes),
+            ("grpc.max_receive_message_length", self._max_message_bytes),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+            # A call is repeated from this buffer; larger requests would silently not be repeated.
+            ("grpc.per_rpc_retry_buffer_size", self._max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 5000),
+        ]
+
+    def _packed(self, batch: Batch[E, R]) -> Iterator[tuple[int, Call[list[R]]]]:
+        """Calls of the batch, each with its number of elements."""
+        chunk: list[E] = []
+        room = self._max_message_bytes - _ENVELOPE_BYTES
+        size = 0
+        for element in batch.elements:
+            bytes_needed = element.ByteSize() + _ELEMENT_BYTES
+            if chunk and (len(chunk) == batch.most or size + bytes_needed > room):
+                yield len(chunk), batch.call(chunk)
+                chunk, size = [], 0
+            chunk.append(element)
+            size += bytes_needed
+        if chunk:
+            yield len(chunk), batch.call(chunk)
+
+    def _failed(self, error: Any) -> CallFailed:
+        return from_call(error, target=self.target, timeout=self.timeout)
+
+    def _not_ready(self, seconds: float) -> Unavailable:
+        return Unavailable(
+            f"{self.target} was not serving after {seconds:g} s; start it with `lookalike serve`, or wait longer",
+            code=grpc.StatusCode.UNAVAILABLE,
+        )
+
+
+class Transport(_Settings):
+    """Calls that block; may be used from several threads."""
+
+    def __init__(self, target: str, *, timeout: float, max_message_bytes: int) -> None:
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
+        self._channel = grpc.insecure_channel(target, options=self._channel_options())
+
+    def unary(self, call: Call[R]) -> R:
+        try:
+            response = self._method(call)(call.request, timeout=self.timeout)
+        except grpc.RpcError as error:
+            raise self._failed(error) from None
+        return call.parse(response)
+
+    def pages(self, call: Callable[[str], Call[Page[R]]]) -> Iterator[R]:
+        page = self.unary(call(""))
+        yield from page.elements
+        while page.next_token:
+            page = self.unary(call(page.next_token))
+            yield from page.elements
+
+    def batch(self, batch: Batch[E, R]) -> list[R]:
+        return [result for size, call in self._packed(batch) for result in _complete(self.unary(call), size)]
+
+    def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
+        give_up = time.monotonic() + timeout
+        while not self._serving_by(give_up):
+            if time.monotonic() >= give_up:
+                raise self._not_ready(timeout)
+            time.sleep(_POLL_SECONDS)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _method(self, call: Call[R]) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
+        return self._channel.unary_unary(f"/{call.method}")
+
+    def _serving_by(self, give_up: float) -> bool:
+        call = _calls.is_serving()
+        patience = max(give_up - time.monotonic(), 0.001)
+        try:
+            response = self._method(call)(call.request, timeout=patience, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+        return call.parse(response)
+
+
+class AsyncTransport(_Settings):
+    """Calls that are awaited; belongs to the event loop it was first used in."""
+
+    def __init__(self, target: str, *, timeout: float, max_message_bytes: int) -> None:
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
+        self._channel = grpc.aio.insecure_channel(target, options=self._channel_options())
+
+    async def unary(self, call: Call[R]) -> R:
+        try:
+            response = await self._method(call)(call.request, timeout=self.timeout)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from None
+        return call.parse(response)
+
+    async def pages(self, call: Callable[[str], Call[Page[R]]]) -> AsyncIterator[R]:
+        page = await self.unary(call(""))
+        for element in page.elements:
+            yield element
+        while page.next_token:
+            page = await self.unary(call(page.next_token))
+            for element in page.elements:
+                yield element
+
+    async def batch(self, batch: Batch[E, R]) -> list[R]:
+        return [result for size, call in self._packed(batch) for result in _complete(await self.unary(call), size)]
+
+    async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
+        give_up = time.monotonic() + timeout
+        while not await self._serving_by(give_up):
+            if time.monotonic() >= give_up:
+                raise self._not_ready(timeout)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    def _method(self, call: Call[R]) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        return self._channel.unary_unary(f"/{call.method}")
+
+    async def _serving_by(self, give_up: float) -> bool:
+        call = _calls.is_serving()
+        patience = max(give_up - time.monotonic(), 0.001)
+        try:
+            response = await self._method(call)(call.request, timeout=patience, wait_for_ready=True)
+        except grpc.aio.AioRpcError:
+            return False
+        return call.parse(response)
+
+
+def _complete(results: list[R], size: int) -> list[R]:
+    """Results are matched to elements by their order, so a short answer would shift all that follow."""
+    if len(results) != size:
+        raise ResourceExhausted(
+            f"the server answered {len(results)} of {size} elements; its version may not fit this client",
+            code=grpc.StatusCode.UNKNOWN,
+        )
+    return results

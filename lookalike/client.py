@@ -1,0 +1,61 @@
+"""The two clients: `Client` blocks, `AsyncClient` is awaited; they have the same methods.
+
+Images are given as the bytes of an image file, its path, an embedding, or the name of a stored item; galleries, items
+and models by their ids. Every failed call raises one error of `lookalike.errors`; in a batch an element fails alone,
+and its error stands in the place of its result. Reads are repeated a few times while the server is unavailable,
+writes never. A path is read when the method is called.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from lookalike._methods import Methods
+from lookalike._transport import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT, AsyncTransport, Transport
+
+
+class Client(Methods, Transport):
+    """A connection to a lookalike server at `target`, such as "localhost:50051"; may be used from several threads.
+
+    `timeout` is in seconds and holds for each call, retries included; a batch that takes several calls has it for
+    each of them. `max_message_bytes` is the most that one message may take; batches are cut to fit.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient(Methods, AsyncTransport):
+    """`Client` for asyncio: the same methods, awaited; listings are iterated with `async for`."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()

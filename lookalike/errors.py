@@ -1,0 +1,171 @@
+"""What a call can fail with, as one tree.
+
+CallFailed                  a call to the server failed
+├── InvalidRequest          the server cannot use what was sent; `fields` says which part and why
+├── NotFound                no such gallery, item or model
+├── AlreadyExists           the name is taken
+├── FailedPrecondition      not in this state: a gallery of another model, a gallery that still holds items
+├── Conflict                an etag that is no longer current; read again and repeat
+├── AccessDenied            not authenticated, or not allowed
+├── ResourceExhausted       a message over the limit, or a full disk
+├── Unavailable             no server there, or it is starting or stopping
+├── DeadlineExceeded        no answer within the timeout
+├── Cancelled               the call was given up
+├── DamagedData             the server found stored data damaged
+└── ServerError             anything else; the server's log says more
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class CallFailed(Exception):
+    """A call failed; `str(error)` is one line that is fit to show to a user."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode,
+        reason: str = "",
+        fields: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        """Stable and machine-readable, for example INVALID_IMAGE; empty when the server gave none."""
+        self.fields = dict(fields or {})
+        """What was wrong, by path of the request field, for example `pairs[3].b.encoded`."""
+        self.retry_after = retry_after
+        """Seconds to wait before trying again, when the server said so."""
+
+
+class InvalidRequest(CallFailed):
+    pass
+
+
+class NotFound(CallFailed):
+    pass
+
+
+class AlreadyExists(CallFailed):
+    pass
+
+
+class FailedPrecondition(CallFailed):
+    pass
+
+
+class Conflict(CallFailed):
+    pass
+
+
+class AccessDenied(CallFailed):
+    pass
+
+
+class ResourceExhausted(CallFailed):
+    pass
+
+
+class Unavailable(CallFailed):
+    pass
+
+
+class DeadlineExceeded(CallFailed):
+    pass
+
+
+class Cancelled(CallFailed):
+    pass
+
+
+class DamagedData(CallFailed):
+    pass
+
+
+class ServerError(CallFailed):
+    pass
+
+
+_BY_CODE: dict[grpc.StatusCode, type[CallFailed]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.ABORTED: Conflict,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhausted,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DATA_LOSS: DamagedData,
+}
+
+_CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class _EndedCall(Protocol):
+    """What grpc.Call and grpc.aio.AioRpcError have in common."""
+
+    def code(self) -> grpc.StatusCode: ...
+
+    def details(self) -> str | None: ...
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def from_call(call: _EndedCall, *, target: str, timeout: float) -> CallFailed:
+    """The error of a call that ended with a status other than OK."""
+    code = call.code()
+    rich = next((value for key, value in call.trailing_metadata() or () if key == _DETAILS_KEY), None)
+    if isinstance(rich, bytes):
+        try:
+            return from_status(status_pb2.Status.FromString(rich))
+        except DecodeError:
+            pass  # a proxy's own details; the plain status below says enough
+    details = _one_line(call.details() or "")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        cause = details.rpartition(": ")[2]  # gRPC strings the causes together, the first cause last
+        message = f"no server answers at {target} ({cause}); start one with `lookalike serve`, or check the address"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        message = f"{target} did not answer within {timeout:g} s; give it longer or send less at once"
+    else:
+        message = details or f"the call to {target} ended with {code.name}"
+    return _BY_CODE.get(code, ServerError)(message, code=code)
+
+
+def from_status(status: status_pb2.Status) -> CallFailed:
+    """The error that a rich status describes; batches carry one for each element that failed."""
+    code = _CODE_BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
+    info = error_details_pb2.ErrorInfo()
+    bad_request = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    retry_after: float | None = None
+    for detail in status.details:
+        if detail.Unpack(retry):
+            retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+        elif not detail.Unpack(info):
+            detail.Unpack(bad_request)
+    return _BY_CODE.get(code, ServerError)(
+        _one_line(status.message) or code.name,
+        code=code,
+        reason=info.reason,
+        fields={violation.field: violation.description for violation in bad_request.field_violations},
+        retry_after=retry_after,
+    )
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,197 @@
+"""What the client takes and gives: frozen dataclasses, numpy vectors.
+
+Distances are Euclidean between unit vectors, in [0, 2]; embeddings are float32 arrays [D] of unit length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Embedding: TypeAlias = NDArray[np.float32]
+
+JSON: TypeAlias = str | int | float | bool | Sequence["JSON"] | Mapping[str, "JSON"] | None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ItemName:
+    """Names an item of a gallery; wherever an image is taken, its stored embedding stands for it."""
+
+    gallery: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"galleries/{self.gallery}/items/{self.id}"
+
+
+ImageLike: TypeAlias = bytes | str | os.PathLike[str] | NDArray[np.floating[Any]] | ItemName
+"""An image: the bytes of an image file, the path of one, an embedding [D], or the name of a stored item."""
+
+
+class Verdict(Enum):
+    """Which side of the threshold a distance fell on."""
+
+    MATCH = "match"
+    NON_MATCH = "non-match"
+    UNCERTAIN = "uncertain"
+    """Inside the band around the threshold that the caller asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatingPoint:
+    """Where to put the threshold: at most one of the first three; none means the learned margin."""
+
+    target_far: float | None = None
+    """Wanted false-accept rate, in (0, 1]."""
+    threshold: float | None = None
+    """Explicit distance, in [0, 2]."""
+    name: str | None = None
+    """A named point of the model's calibration, for example `equal-error`."""
+    uncertain_within: float = 0.0
+    """Half-width, in distance, of the band around the threshold that answers UNCERTAIN; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """A verdict and its evidence."""
+
+    verdict: Verdict
+    distance: float
+    """Euclidean distance between the two embeddings, in [0, 2]; a float32 value."""
+    threshold: float
+    """The distance at or below which a pair matches; a float32 value."""
+    match_probability: float
+    """Probability of a match at this distance, at equal priors."""
+    far: float
+    """False-accept rate of this threshold on held-out identities."""
+    far_upper95: float
+    """One-sided 95 % upper bound of `far`."""
+    frr: float
+    """False-reject rate of this threshold on held-out identities."""
+    model: str
+    """The model that embedded both images."""
+    calibration: int
+    """Version of the calibration that supplied threshold, probability and rates."""
+
+    @property
+    def is_match(self) -> bool:
+        return self.verdict is Verdict.MATCH
+
+    @property
+    def signed_margin(self) -> float:
+        """threshold − distance: positive inside the threshold, negative outside."""
+        return self.threshold - self.distance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbor:
+    """An item found by a search, and whether it matches the query."""
+
+    item: ItemName
+    identity: str | None
+    metadata: dict[str, JSON]
+    decision: Decision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class NewItem:
+    """An item to store."""
+
+    id: str
+    """Unique in its gallery: 1 to 256 printable characters without "/"."""
+    image: ImageLike
+    """Anything but the name of an item."""
+    identity: str | None = None
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+    """Anything to get back with the item, as JSON; numbers travel as float64."""
+    etag: str = ""
+    """When given, the update fails with Conflict unless the stored item still carries it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Item:
+    """A stored item."""
+
+    name: ItemName
+    identity: str | None
+    metadata: dict[str, JSON]
+    etag: str
+    """Changes whenever the item does."""
+    generation: int
+    """The gallery's generation that stored this version."""
+    update_time: datetime
+    embedding: Embedding | None = field(default=None, repr=False)
+    """Only where one item is asked for; None in listings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gallery:
+    """A named collection of items embedded by one model."""
+
+    id: str
+    model: str
+    item_count: int
+    generation: int
+    """Number of committed writes so far."""
+    create_time: datetime
+    damage: str
+    """Why its items cannot be served; empty when all is well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorRates:
+    """Measured error rates at one threshold."""
+
+    threshold: float
+    far: float
+    """Share of non-matching pairs accepted."""
+    far_upper95: float
+    frr: float
+    """Share of matching pairs rejected."""
+    frr_upper95: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Error rates and match probability of a model, measured on held-out identities."""
+
+    version: int
+    protocol: str
+    """Whether the calibration identities were unseen in training: `identity-disjoint` or `closed-set`."""
+    identities: int
+    matching_pairs: int
+    impostor_pairs: int
+    learned_margin: float
+    """The default threshold: where a match and a non-match are equally likely at equal priors."""
+    probability_slope: float
+    """Steepness of match_probability = 1 / (1 + exp(−slope · (learned_margin − distance)))."""
+    curve: tuple[ErrorRates, ...] = field(repr=False)
+    """By rising threshold."""
+    named_points: dict[str, float]
+    """Thresholds by name."""
+    smallest_supported_far: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A trained embedding with its learned margin."""
+
+    id: str
+    fingerprint: str
+    """SHA-256 over weights, architecture and preprocessing, in hexadecimal."""
+    modality: str
+    embedding_dim: int
+    network: str
+    image_size: int
+    """Side of the square that the network sees, in pixels."""
+    create_time: datetime
+    calibration: Calibration
+    active: bool
+    """Whether this model answers the server's calls."""
