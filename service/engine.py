@@ -1,0 +1,142 @@
+"""The engine: one model and its galleries as an immutable snapshot, and the synchronous way to ask it.
+
+Questions (see `questions.py`) are answered here in the caller's thread, for the command line; `serving.py` answers
+the same questions without blocking an event loop. Swapping a model is replacing one Engine by another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+
+from embedding.bundle import Bundle
+from embedding.decision import Judge, OperatingPoint, checked_embedding
+from embedding.encoder import Encoder
+from embedding.errors import LookalikeError
+from embedding.images import MAX_PIXELS
+from index import Catalog, Gallery, ModelRef
+from service.sources import (
+    Embedded,
+    EncodedImage,
+    GivenEmbedding,
+    Source,
+    StoredItem,
+    Unusable,
+    distinct_images,
+    located,
+    value_of,
+)
+
+Answer = TypeVar("Answer")
+AnswerOf = TypeVar("AnswerOf", covariant=True)
+
+
+class Question(Protocol[AnswerOf]):
+    """Images to embed, and what to make of their embeddings; written once, asked in two ways."""
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        """The images, in the order in which the answer takes their embeddings."""
+
+    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], AnswerOf]:
+        """Check all that can be checked before images are embedded, and return what turns embeddings into the answer.
+
+        Raises LookalikeError when the question as a whole cannot be answered; so may the answer.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """An encoder and the galleries that it answers from. Methods may be called from any thread."""
+
+    encoder: Encoder
+    catalog: Catalog
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Path | str,
+        galleries: Path | str,
+        *,
+        read_only: bool = False,
+        device: str = "auto",
+        batch_size: int = 64,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Self:
+        """Load a bundle and open a folder of galleries; close it after use, or use it in a `with` statement.
+
+        Raises NotFound, DamagedData, StorageFailed, or Busy when another process writes to the galleries and
+        `read_only` is not set.
+        """
+        encoder = Encoder(Bundle.load(bundle), device=device, batch_size=batch_size, max_pixels=max_pixels)
+        return cls(encoder=encoder, catalog=Catalog(Path(galleries), read_only=read_only))
+
+    @property
+    def bundle(self) -> Bundle:
+        return self.encoder.bundle
+
+    @property
+    def model(self) -> ModelRef:
+        """The model as galleries are stamped with it."""
+        bundle = self.encoder.bundle
+        return ModelRef(name=bundle.name, fingerprint=bundle.fingerprint, embedding_dim=bundle.embedding_dim)
+
+    def judge(self, point: OperatingPoint | None) -> Judge:
+        """What decides at this operating point. Raises InvalidOperatingPoint."""
+        return Judge(self.bundle.calibration, point, model=self.bundle.name)
+
+    def gallery(self, gallery_id: str) -> Gallery:
+        """A gallery of this model. Raises NotFound, ModelMismatch or DamagedData."""
+        return self.catalog.get(gallery_id, model=self.model)
+
+    def ask(self, question: Question[Answer]) -> Answer:
+        """Answer in this thread. Raises LookalikeError."""
+        answer = question.begin(self)
+        return answer(self.embedded(question.sources, self._encode(distinct_images(question.sources))))
+
+    def embedded(self, sources: Sequence[Source], images: Mapping[bytes, Embedded]) -> list[Embedded]:
+        """What became of each source, given what became of the encoded images among them."""
+        return [self._embedded(source, images) for source in sources]
+
+    def close(self) -> None:
+        """Close the galleries."""
+        self.catalog.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _embedded(self, source: Source, images: Mapping[bytes, Embedded]) -> Embedded:
+        if isinstance(source, Unusable):
+            return source.error
+        try:
+            match source:
+                case EncodedImage():
+                    return value_of(images[source.data])
+                case StoredItem():
+                    return self.gallery(source.gallery).get(source.item).embedding
+                case GivenEmbedding():
+                    return checked_embedding(source.values, self.bundle.embedding_dim)
+        except LookalikeError as error:
+            return located(error, source.path)
+
+    def _encode(self, images: Sequence[bytes]) -> dict[bytes, Embedded]:
+        outcomes: dict[bytes, Embedded] = {}
+        pixels = {}
+        for data in images:
+            try:
+                pixels[data] = self.encoder.prepare(data)
+            except LookalikeError as error:
+                outcomes[data] = error
+        if pixels:
+            outcomes.update(zip(pixels, self.encoder.encode_pixels(np.stack(list(pixels.values()))), strict=True))
+        return outcomes

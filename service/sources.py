@@ -1,0 +1,73 @@
+"""Where an image comes from: encoded bytes, a stored item, or an embedding; and what became of embedding it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+from embedding.decision import Vectors
+from embedding.errors import LookalikeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedImage:
+    """The bytes of an image file."""
+
+    data: bytes = field(repr=False)
+    path: str | None = None
+    """The request field that it stands in, for errors to name; so with the other sources."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredItem:
+    """An item of a gallery; its stored embedding is used."""
+
+    gallery: str
+    item: str
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GivenEmbedding:
+    """An embedding of the serving model: an array [D], or its little-endian float32 bytes; checked when used."""
+
+    values: Vectors | bytes = field(repr=False)
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Unusable:
+    """What stood in an image's place and is none; in a batch it fails alone, as a bad image does."""
+
+    error: LookalikeError
+
+
+Source: TypeAlias = EncodedImage | StoredItem | GivenEmbedding | Unusable
+
+Embedded: TypeAlias = Vectors | LookalikeError
+"""A unit embedding [D], or why there is none."""
+
+_Error = TypeVar("_Error", bound=LookalikeError)
+
+
+def distinct_images(sources: Iterable[Source]) -> list[bytes]:
+    """The encoded images among `sources`, each content once."""
+    return list(dict.fromkeys(source.data for source in sources if isinstance(source, EncodedImage)))
+
+
+def located(error: _Error, path: str | None) -> _Error:
+    """The same error, naming the request field `path`.
+
+    A copy, because one error can stand for several fields: identical images share one.
+    """
+    copy = type(error)(str(error), field=path or error.field)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+def value_of(embedded: Embedded) -> Vectors:
+    """The embedding, or its error raised."""
+    if isinstance(embedded, LookalikeError):
+        raise embedded
+    return embedded
