@@ -73,7 +73,9 @@ class Readers:
 
 
 def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """A connection to a file that exists, for any thread, in autocommit mode; commits are synced to the disk."""
+    """A connection for any thread, in autocommit mode; commits are synced to the disk. The file must exist."""
+    if not path.is_file():
+        raise DamagedData(f"{path} is missing; restore it from a copy")
     uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
     with translated(path):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)

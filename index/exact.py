@@ -1,7 +1,7 @@
 """Exact search over one immutable snapshot: a fast approximate kernel chooses, `decision.distances` measures.
 
-The kernel is one matrix product, |q|² + |x|² − 2·q·x. Its rounding error is bounded (`slack`), and every row that
-could be among the nearest within that bound is measured again, so results are those of a full scan, bit for bit.
+The kernel ranks rows by |x|² − 2·q·x, the squared distance less |q|². Its rounding error is bounded (`slack`), and
+every row that could be among the nearest within that bound is measured again: results are those of a full scan.
 
 Shapes: Q queries, N rows, R rows to read, D embedding width.
 """
@@ -21,8 +21,7 @@ from embedding.decision import Vectors, distances
 Keys = NDArray[np.int64]
 Rows = NDArray[np.intp]
 
-_SQUARED_AT_ONCE = 16 * 2**20  # float32 values of one product, 64 MiB
-_FARTHEST = np.float32(MAX_DISTANCE**2)
+_RANKS_AT_ONCE = 16 * 2**20  # float32 values of one product, 16 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,49 +82,49 @@ class Snapshot:
     def nearest(self, queries_QD: Vectors, k: int) -> Iterator[tuple[Keys, Vectors]]:
         """For each query the keys and distances of its k nearest living rows and of all that tie with the k-th."""
         wanted = min(k, self.size)
-        for query_D, squared_N in zip(queries_QD, self._squared(queries_QD), strict=True):
+        for query_D, ranks_N in zip(queries_QD, self._ranks(queries_QD), strict=True):
             if not wanted:
                 yield np.empty(0, np.int64), np.empty(0, np.float32)
                 continue
-            keys_R, dist_R = self._measured(query_D, squared_N, _bound_of_smallest(squared_N, wanted))
+            farthest = _bound_of_smallest(ranks_N, wanted) + _squared_length(query_D)
+            keys_R, dist_R = self._measured(query_D, ranks_N, farthest)
             kept_R = dist_R <= np.partition(dist_R, wanted - 1)[wanted - 1]
             yield keys_R[kept_R], dist_R[kept_R]
 
     def within(self, query_D: Vectors, threshold: float) -> tuple[Keys, Vectors]:
         """Keys and distances of all living rows at `threshold` or nearer, in row order."""
-        (squared_N,) = self._squared(query_D[None])
-        keys_R, dist_R = self._measured(query_D, squared_N, threshold**2)
+        (ranks_N,) = self._ranks(query_D[None])
+        keys_R, dist_R = self._measured(query_D, ranks_N, threshold**2)
         kept_R = dist_R <= np.float32(threshold)
         return keys_R[kept_R], dist_R[kept_R]
 
-    def _squared(self, queries_QD: Vectors) -> Iterator[Vectors]:
-        """Approximate squared distances [N] of each query: within `slack` of the exact, infinite for dead rows."""
+    def _ranks(self, queries_QD: Vectors) -> Iterator[Vectors]:
+        """For each query the approximate squared distances [N] less |q|²; infinite for dead rows."""
         split = len(self.sealed.keys_N)
-        at_once = max(1, _SQUARED_AT_ONCE // max(1, len(self)))
+        at_once = max(1, _RANKS_AT_ONCE // max(1, len(self)))
         for start in range(0, len(queries_QD), at_once):
-            some_QD = queries_QD[start : start + at_once]
-            squared_QN = np.empty((len(some_QD), len(self)), np.float32)
-            np.matmul(some_QD, self.sealed.vectors_ND.T, out=squared_QN[:, :split])
-            np.matmul(some_QD, self.fresh.vectors_ND.T, out=squared_QN[:, split:])
-            squared_QN *= -2
-            squared_QN[:, :split] += self.sealed.norms_N
-            squared_QN[:, split:] += self.fresh.norms_N
-            squared_QN += np.einsum("qd,qd->q", some_QD, some_QD)[:, None]
-            # Distances are cut at 2, where farther rows tie: so must these be, or a tie could be missed.
-            np.minimum(squared_QN, _FARTHEST, out=squared_QN)
-            squared_QN[:, self.dead_R] = np.inf
-            yield from squared_QN
+            some_QD = queries_QD[start : start + at_once] * np.float32(-2)
+            ranks_QN = np.empty((len(some_QD), len(self)), np.float32)
+            np.matmul(some_QD, self.sealed.vectors_ND.T, out=ranks_QN[:, :split])
+            np.matmul(some_QD, self.fresh.vectors_ND.T, out=ranks_QN[:, split:])
+            ranks_QN[:, :split] += self.sealed.norms_N
+            ranks_QN[:, split:] += self.fresh.norms_N
+            ranks_QN[:, self.dead_R] = np.inf
+            yield from ranks_QN
 
-    def _measured(self, query_D: Vectors, squared_N: Vectors, bound: float) -> tuple[Keys, Vectors]:
-        """Keys and exact distances of every row whose exact squared distance may be at most that of `bound`."""
-        # The row that set the bound may be nearer than it seems by one slack, any other row farther by one.
-        reach = min(bound, float(_FARTHEST)) + 2 * slack(len(query_D))
-        rows_R = np.flatnonzero(squared_N <= reach)
+    def _measured(self, query_D: Vectors, ranks_N: Vectors, squared: float) -> tuple[Keys, Vectors]:
+        """Keys and exact distances of at least the rows that are no farther than any row of rank `squared` − |q|²."""
+        # A row of that rank may lie farther than its rank says by one slack, and another row nearer by one.
+        reach = squared + 2 * slack(len(query_D))
+        if reach >= MAX_DISTANCE**2:  # distances are cut at 2, where all farther rows tie
+            rows_R = np.flatnonzero(np.isfinite(ranks_N))
+        else:
+            rows_R = np.flatnonzero(ranks_N <= np.float32(reach - _squared_length(query_D)))
         return self.keys(rows_R), distances(query_D, self.vectors(rows_R))
 
 
 def slack(embedding_dim: int) -> float:
-    """The most by which the kernel's squared distance and the square of `decision.distances` differ.
+    """The most by which |q|² plus the kernel's rank and the square of `decision.distances` differ, below distance 2.
 
     With u = 2⁻²⁴ and vectors of length at most 1.001: a sum of D products errs by at most about D·u times the product
     of the lengths, in any order of summation (Higham 2002, eq. 3.5). The kernel has one that counts twice and two
@@ -139,6 +138,10 @@ def squared_lengths(vectors_ND: Vectors) -> Vectors:
     """|x|² of each row, float32 [N]."""
     lengths_N: Vectors = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     return lengths_N
+
+
+def _squared_length(vector_D: Vectors) -> float:
+    return float(np.dot(vector_D, vector_D))
 
 
 def _bound_of_smallest(values_N: Vectors, k: int) -> float:

@@ -1,0 +1,84 @@
+"""The kernel against a full scan with `decision.distances`, on data made to expose rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding.decision import Vectors, distances
+from index.exact import Block, Snapshot, slack, squared_lengths
+
+
+def block(vectors_ND: Vectors, first_key: int) -> Block:
+    keys_N = np.arange(first_key, first_key + len(vectors_ND))
+    return Block(keys_N=keys_N, vectors_ND=vectors_ND, norms_N=squared_lengths(vectors_ND))
+
+
+def snapshot(vectors_ND: Vectors, *, sealed: int, dead: list[int]) -> Snapshot:
+    return Snapshot(
+        generation=0,
+        sealed=block(vectors_ND[:sealed], 1),
+        fresh=block(vectors_ND[sealed:], 1 + sealed),
+        dead_R=np.array(dead, np.intp),
+    )
+
+
+@st.composite
+def crowded(draw: st.DrawFn) -> tuple[Vectors, Vectors, int, list[int]]:
+    """Queries, rows, how many of these are sealed, and which are dead: many rows tie, or nearly."""
+    width = draw(st.sampled_from([1, 2, 3, 17, 128]))
+    rows = draw(st.integers(0, 300))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    centres = rng.normal(size=(draw(st.integers(1, 4)), width))
+    spread = draw(st.sampled_from([0.0, 1e-7, 1e-4, 0.3]))
+    signs = rng.choice([-1, 1], size=(rows, 1))
+    vectors = signs * centres[rng.integers(len(centres), size=rows)] + spread * rng.normal(size=(rows, width))
+    lengths = 1 + 9e-4 * rng.uniform(-1, 1, size=(rows, 1))  # as far from 1 as an embedding may be
+    vectors_ND = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) * lengths).astype(np.float32)
+    queries_QD = (centres / np.linalg.norm(centres, axis=1, keepdims=True)).astype(np.float32)
+    dead = rng.permutation(rows)[: draw(st.integers(0, rows))].tolist()
+    return queries_QD, vectors_ND, draw(st.integers(0, rows)), dead
+
+
+@settings(deadline=None, max_examples=150)
+@given(crowded(), st.integers(1, 400))
+def test_nearest_are_those_of_a_full_scan_and_all_that_tie_with_the_last(
+    case: tuple[Vectors, Vectors, int, list[int]], k: int
+) -> None:
+    queries_QD, vectors_ND, sealed, dead = case
+    found = list(snapshot(vectors_ND, sealed=sealed, dead=dead).nearest(queries_QD, k))
+    living = np.setdiff1d(np.arange(len(vectors_ND)), dead)
+    for query_D, (keys, dists) in zip(queries_QD, found, strict=True):
+        exact = distances(query_D, vectors_ND[living])
+        last = np.sort(exact)[:k][-1] if len(living) else 0
+        expected = dict(zip((living + 1).tolist(), exact.tolist(), strict=True))
+        assert dict(zip(keys.tolist(), dists.tolist(), strict=True)) == {
+            key: dist for key, dist in expected.items() if dist <= last
+        }
+
+
+@settings(deadline=None, max_examples=150)
+@given(crowded(), st.data())
+def test_within_is_complete_at_a_threshold_that_rows_lie_on(
+    case: tuple[Vectors, Vectors, int, list[int]], data: st.DataObject
+) -> None:
+    queries_QD, vectors_ND, sealed, dead = case
+    living = np.setdiff1d(np.arange(len(vectors_ND)), dead)
+    exact = distances(queries_QD[0], vectors_ND[living])
+    threshold = data.draw(st.sampled_from([0.0, 2.0, *exact.tolist()]))
+    keys, dists = snapshot(vectors_ND, sealed=sealed, dead=dead).within(queries_QD[0], threshold)
+    assert keys.tolist() == (living[exact <= threshold] + 1).tolist()
+    assert dists.tolist() == exact[exact <= threshold].tolist()
+
+
+@pytest.mark.parametrize("width", [1, 2, 16, 128, 768, 4096])
+def test_kernel_stays_well_within_its_slack(width: int) -> None:
+    rng = np.random.default_rng(width)
+    vectors = rng.normal(size=(400, width))
+    vectors_ND = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    query_D = vectors_ND[0]
+    kernel_N = np.float64(query_D @ query_D) + squared_lengths(vectors_ND) - 2 * (vectors_ND @ query_D)
+    exact_N = distances(query_D, vectors_ND).astype(np.float64) ** 2
+    assert np.abs(kernel_N - exact_N).max() < slack(width)
