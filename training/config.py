@@ -139,7 +139,7 @@ class SplitConfig(Section):
         if not math.isclose(total := self.train + self.calibration + self.test, 1, abs_tol=1e-6):
             raise ValueError(f"train + calibration + test must be 1; got {total:g}")
         if self.by == "super" and self.protocol == "closed-set":
-            raise ValueError('by = "super" keeps identities apart; it needs protocol = "identity-disjoint"')
+            raise error_at("by", '"super" keeps identities apart; it needs protocol = "identity-disjoint"')
         return self
 
 
@@ -236,6 +236,9 @@ class SamplingConfig(Section):
     """P; at most the number of training identities."""
     images_per_identity: Annotated[int, Field(ge=2, le=512)] = 4
     """K; an identity with fewer images repeats some."""
+    turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
+    """Copies of every training identity, turned so, that count as identities of their own; right where no identity
+    looks like another one turned."""
 
 
 class ContrastiveConfig(Section):

@@ -46,6 +46,7 @@ from training.progress import TrainingDisplay
 from training.result import TrainingResult
 from training.sampling import IdentityBatches
 from training.schedule import build_optimizer, set_learning_rate
+from training.turns import TurnedImages
 
 Evaluate = Callable[[EmbeddingNetwork], Mapping[str, float]]
 """Metrics by name of the network as it would ship now, given in evaluation mode."""
@@ -83,12 +84,12 @@ class Trainer:
         self.network = network.to(self.device)
         self._memory_format = torch.channels_last if recipe.training.channels_last else torch.contiguous_format
         self.network.to(memory_format=self._memory_format)
-        self._train_set = train_set
+        self._train_set = TurnedImages(train_set, recipe.sampling.turned_identities)
         self._out_dir = out_dir
         self._display = progress or TrainingDisplay(Console(quiet=True, force_terminal=False))
         self._evaluate = evaluate
         self._batches = IdentityBatches(
-            train_set.labels_N,
+            self._train_set.labels_N,
             identities_per_batch=recipe.sampling.identities_per_batch,
             images_per_identity=recipe.sampling.images_per_identity,
             seed=recipe.seed,

@@ -1,0 +1,253 @@
+"""The whole path of one training run: images → split → network → learned margin → evaluation → bundle and card."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from pydantic import JsonValue
+from rich.console import Console
+from rich.progress import track
+
+from embedding.bundle import Bundle, Lineage, write_bundle
+from embedding.decision import Vectors
+from embedding.encoder import Encoder, PixelEncoder
+from embedding.errors import AlreadyExists
+from embedding.networks import EmbeddingNetwork, build
+from embedding.runtime import tune_malloc
+from training.calibration import Promise, calibrate, promised_versus_realised
+from training.config import Recipe
+from training.datasets import ImageSet, SkippedImage, load, load_path
+from training.evaluation import Evaluation
+from training.evaluation import evaluate as measure
+from training.progress import TrainingDisplay
+from training.report import model_card
+from training.result import TrainingResult
+from training.splits import SIDES, Split, split
+from training.trainer import Trainer
+
+CHUNK_IMAGES = 256
+"""Images decoded and embedded at once outside training."""
+
+WATCHED_IMAGES = 2_000
+"""Calibration images, at most, on which a running training is evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutReport:
+    """How a bundle does on labelled images, and whether its promised error rates held there."""
+
+    images: int
+    identities: int
+    evaluation: Evaluation
+    promises: tuple[Promise, ...]
+    skipped: tuple[SkippedImage, ...]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and figure of each measurement, for a table."""
+        rows = [("images", f"{self.images:,}"), ("identities", f"{self.identities:,}")]
+        rows += [
+            (name, "too few pairs" if value is None else f"{value:.4f}")
+            for name, value in self.evaluation.metrics().items()
+        ]
+        rows += [
+            (
+                f"FAR at target {promise.target_far:g}",
+                f"{promise.realised_far:.2e} (promised at most {promise.promised_far_upper95:.2e}: "
+                f"{'held' if promise.held else 'broken'}), FRR {promise.realised_frr:.3f}",
+            )
+            for promise in self.promises
+        ]
+        return rows
+
+    def json(self) -> dict[str, JsonValue]:
+        """All figures, for machines."""
+        return {
+            "images": self.images,
+            "identities": self.identities,
+            "metrics": dict(self.evaluation.metrics()),
+            "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
+            "skipped": {image.name: image.reason for image in self.skipped},
+        }
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: Path,
+    data_root: Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Bundle:
+    """Train as the recipe says, learn the margin on held-out identities, and write the bundle with its model card.
+
+    Checkpoints go to a folder beside `out` and are removed once the bundle stands.
+    Raises AlreadyExists before any work unless `overwrite`, and whatever the recipe, its data or the disk give cause
+    for: see `embedding.errors`.
+    """
+    if out.exists() and not overwrite:
+        raise AlreadyExists(f"{out} exists; choose another place, or ask to overwrite it")
+    tune_malloc()
+    console = console or Console(stderr=True)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
+        torch.manual_seed(recipe.seed)
+        network = build(recipe.architecture, weights=recipe.network.initial_weights(data_root))
+    images = load(recipe.data, data_root=data_root, preprocessing=recipe.preprocessing)
+    _say_skipped(console, images.skipped)
+    sides = split(images, recipe.split)
+    console.print(_describe(images, sides), highlight=False)
+
+    checkpoints = out.with_name(f"{out.name}.checkpoint")
+    trainer = Trainer(
+        recipe,
+        network,
+        images.subset(sides.train_N),
+        device=device,
+        out_dir=checkpoints if recipe.training.checkpoint_every else None,
+        progress=TrainingDisplay(console),
+        evaluate=lambda current: _watch(current, images.subset(sides.calibration_N[:WATCHED_IMAGES]), recipe, device),
+    )
+    result = trainer.fit(resume=resume)
+
+    encoder = PixelEncoder(network, recipe.preprocessing, device=device)
+    calibration_set, test_set = images.subset(sides.calibration_N), images.subset(sides.test_N)
+    calibration = calibrate(
+        _embed(encoder, calibration_set, console), calibration_set.labels_N, protocol=sides.protocol, seed=recipe.seed
+    )
+    test_emb_ND = _embed(encoder, test_set, console)
+    evaluation = measure(test_emb_ND, test_set.labels_N)
+    lineage = Lineage(
+        created=datetime.now(UTC),
+        recipe=recipe.model_dump(mode="json"),
+        data=_data_summary(images, sides),
+        metrics=dict(evaluation.metrics()),
+        environment=_environment(trainer.device, result),
+    )
+    card = model_card(
+        name=recipe.name,
+        recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
+        facts=_facts(recipe, images, sides, lineage),
+        evaluation=evaluation,
+        calibration=calibration,
+        test_emb_ND=test_emb_ND,
+        test_labels_N=test_set.labels_N,
+        image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
+        identity_names=dict(enumerate(test_set.identities)),
+        **({"intended_use": recipe.description} if recipe.description else {}),
+    )
+    bundle = write_bundle(
+        out,
+        name=recipe.name,
+        network=network,
+        preprocessing=recipe.preprocessing,
+        calibration=calibration,
+        lineage=lineage,
+        extra_files=card,
+        overwrite=overwrite,
+    )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return bundle
+
+
+def evaluate(
+    bundle: Bundle,
+    images: Path,
+    *,
+    device: str = "auto",
+    max_bad_images: int | float = 0,
+    console: Console | None = None,
+) -> HeldOutReport:
+    """Measure a bundle on a folder, zip or manifest of labelled images, best of identities that it never saw."""
+    console = console or Console(stderr=True)
+    found = load_path(images, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
+    _say_skipped(console, found.skipped)
+    emb_ND = _embed(Encoder(bundle, device=device), found, console)
+    return HeldOutReport(
+        images=len(found),
+        identities=len(found.identities),
+        evaluation=measure(emb_ND, found.labels_N),
+        promises=tuple(promised_versus_realised(bundle.calibration, emb_ND, found.labels_N)),
+        skipped=found.skipped,
+    )
+
+
+def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:
+    starts = range(0, len(images), CHUNK_IMAGES)
+    chunks = [
+        encoder.encode_pixels(_chunk(images, start, encoder))
+        for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
+    ]
+    return np.concatenate(chunks)
+
+
+def _chunk(images: ImageSet, start: int, encoder: PixelEncoder) -> NDArray[np.uint8]:
+    return images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
+
+
+def _watch(network: EmbeddingNetwork, images: ImageSet, recipe: Recipe, device: str) -> Mapping[str, float]:
+    """Figures of a running training, on calibration images."""
+    encoder = PixelEncoder(network, recipe.preprocessing, device=device)
+    emb_ND = _embed(encoder, images, Console(quiet=True))
+    metrics = measure(emb_ND, images.labels_N).metrics()
+    return {name: value for name, value in metrics.items() if name in {"recall@1", "EER"} and value is not None}
+
+
+def _describe(images: ImageSet, sides: Split) -> str:
+    counts = ", ".join(f"{side} {identities} ({size} images)" for side, identities, size in _side_counts(images, sides))
+    return f"identities, {sides.protocol}: {counts}"
+
+
+def _side_counts(images: ImageSet, sides: Split) -> list[tuple[str, int, int]]:
+    indices = (sides.train_N, sides.calibration_N, sides.test_N)
+    return [(side, len(np.unique(images.labels_N[at])), len(at)) for side, at in zip(SIDES, indices, strict=True)]
+
+
+def _data_summary(images: ImageSet, sides: Split) -> dict[str, JsonValue]:
+    return {
+        "protocol": sides.protocol,
+        "sides": {
+            side: {"identities": identities, "images": size} for side, identities, size in _side_counts(images, sides)
+        },
+        "skipped": {image.name: image.reason for image in images.skipped},
+    }
+
+
+def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage) -> dict[str, str]:
+    sources = ", ".join(f"{part.source} {getattr(part, 'path', '')}".strip() for part in recipe.data)
+    return {
+        "source": sources,
+        "split": sides.protocol,
+        **{side: f"{identities} identities, {size} images" for side, identities, size in _side_counts(images, sides)},
+        "skipped images": str(len(images.skipped)),
+        "created": f"{lineage.created:%Y-%m-%d %H:%M} UTC",
+        **lineage.environment,
+    }
+
+
+def _environment(device: torch.device, result: TrainingResult) -> dict[str, str]:
+    return {
+        "lookalike": version("lookalike"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "training": f"{result.steps} steps in {result.seconds:.0f} s, {result.images_per_second:.0f} images/s",
+    }
+
+
+def _say_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
+    for image in skipped:
+        console.print(f"skipped {image.name}: {image.reason}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+"""Turned copies of training identities that count as identities of their own: more to tell apart, at no cost.
+
+A character turned by a quarter is another character (Santoro et al. 2016, for Omniglot). Right where no identity looks
+like another one turned. N images of a set, n of a batch, C channels, H = W side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.images import Pixels, Preprocessing
+from training.datasets import ImageSet, Indices
+
+Turn = Literal["rotate-90", "rotate-180", "rotate-270", "mirror"]
+
+_TURNS: dict[Turn, Callable[[Pixels], Pixels]] = {
+    "rotate-90": lambda image_CHW: np.rot90(image_CHW, 1, axes=(1, 2)),
+    "rotate-180": lambda image_CHW: np.rot90(image_CHW, 2, axes=(1, 2)),
+    "rotate-270": lambda image_CHW: np.rot90(image_CHW, 3, axes=(1, 2)),
+    "mirror": lambda image_CHW: image_CHW[:, :, ::-1],
+}
+
+
+class TurnedImages:
+    """An ImageSet followed by its turned copies: image i + t·N is image i in its t-th turn, of an identity of its own.
+
+    With no turns it is the set itself.
+    """
+
+    def __init__(self, images: ImageSet, turns: Sequence[Turn]) -> None:
+        self._images = images
+        self._turns = [_TURNS[turn] for turn in turns]
+        copies = ("", *(f" {turn}" for turn in turns))
+        self.names = [f"{name}{copy}" for copy in copies for name in images.names]
+        self.labels_N: NDArray[np.int64] = np.concatenate(
+            [images.labels_N + turn * len(images.identities) for turn in range(len(copies))]
+        )
+
+    def pixels(self, indices: Indices, preprocessing: Preprocessing) -> Pixels:
+        """uint8 pixels [n, C, H, W] of the images at `indices`; safe to call from several threads."""
+        turn_n, at_n = np.divmod(np.asarray(indices, dtype=np.int64), len(self._images))
+        pixels_nCHW = self._images.pixels(at_n, preprocessing)
+        if not turn_n.any():
+            return pixels_nCHW
+        return np.stack(
+            [
+                self._turns[turn - 1](image_CHW) if turn else image_CHW
+                for turn, image_CHW in zip(turn_n, pixels_nCHW, strict=True)
+            ]
+        )
