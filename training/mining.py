@@ -78,7 +78,8 @@ def semi_hard(dist_BB: Tensor, is_match_BB: Tensor, *, fallback: SemiHardFallbac
         nearer_T = nearer_T - none_farther_T.long()
     else:
         nearer_T = nearer_T.masked_fill(none_farther_T, 0)
-    return Triplets(anchor_T, positive_T, order_BB[anchor_T, nearer_T])
+    # A distance that is NaN sorts beyond the end; its triplet is kept, so that the loss becomes NaN and is seen.
+    return Triplets(anchor_T, positive_T, order_BB[anchor_T, nearer_T.clamp_max(len(dist_BB) - 1)])
 
 
 @torch.no_grad()

@@ -1,0 +1,86 @@
+"""P×K batches: what an epoch holds, and that a batch depends on the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from embedding.errors import InvalidDataset
+from training.sampling import IdentityBatches
+
+
+def labels_of(sizes: list[int]) -> NDArray[np.int64]:
+    return np.random.default_rng(5).permutation(np.repeat(np.arange(len(sizes)), sizes))
+
+
+def sampler(sizes: list[int], per_batch: int, each: int, *, seed: int = 0) -> IdentityBatches:
+    return IdentityBatches(labels_of(sizes), identities_per_batch=per_batch, images_per_identity=each, seed=seed)
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=2, max_size=12)
+
+
+@given(sizes=SIZES, data=st.data(), seed=st.integers(0, 2**63 - 1))
+@settings(max_examples=60, deadline=None)
+def test_every_batch_has_p_identities_with_k_images_each(sizes: list[int], data: st.DataObject, seed: int) -> None:
+    per_batch, each = data.draw(st.integers(1, len(sizes))), data.draw(st.integers(1, 12))
+    labels_N = labels_of(sizes)
+    batches = sampler(sizes, per_batch, each, seed=seed)
+    for batch_B in islice(batches, 2 * batches.batches_per_epoch):
+        assert list(Counter(labels_N[batch_B].tolist()).values()) == [each] * per_batch
+        times = Counter(batch_B.tolist())
+        for image, count in times.items():
+            size = sizes[labels_N[image]]
+            assert each // size <= count <= -(-each // size)
+
+
+@given(sizes=SIZES, data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_sees_every_identity_and_repeats_only_in_its_last_batch(sizes: list[int], data: st.DataObject) -> None:
+    per_batch = data.draw(st.integers(1, len(sizes)))
+    labels_N = labels_of(sizes)
+    batches = sampler(sizes, per_batch, 2)
+    epochs = []
+    for _ in range(2):
+        seen = [labels_N[batch_B][::2].tolist() for batch_B in islice(batches, batches.batches_per_epoch)]
+        assert {identity for batch in seen for identity in batch} == set(range(len(sizes)))
+        early = [identity for batch in seen[:-1] for identity in batch]
+        assert len(early) == len(set(early))
+        epochs.append(seen)
+    if len(sizes) > 6:
+        assert epochs[0] != epochs[1]
+
+
+def test_a_resumed_sampler_continues_exactly() -> None:
+    whole, before, after = (sampler([4] * 10, 4, 3, seed=9) for _ in range(3))
+    expected = list(islice(whole, 20))
+    first = list(islice(before, 7))
+    after.load_state_dict(before.state_dict())
+    np.testing.assert_array_equal(np.stack(first + list(islice(after, 13))), np.stack(expected))
+
+
+def test_a_batch_can_be_asked_for_out_of_turn() -> None:
+    batches = sampler([4] * 10, 4, 3)
+    seventh = batches.batch(7)
+    np.testing.assert_array_equal(list(islice(batches, 8))[7], seventh)
+
+
+def test_seeds_differ() -> None:
+    assert not np.array_equal(sampler([9] * 9, 4, 4, seed=1).batch(0), sampler([9] * 9, 4, 4, seed=2).batch(0))
+
+
+@pytest.mark.parametrize("sizes", [[], [3, 3]])
+def test_too_few_identities_are_refused_by_number(sizes: list[int]) -> None:
+    with pytest.raises(InvalidDataset, match=rf"has {len(sizes)} identities, fewer than a batch of 3"):
+        sampler(sizes, 3, 2)
+
+
+def test_sizes_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        sampler([3, 3], 2, 0)
