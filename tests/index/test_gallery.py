@@ -1,0 +1,242 @@
+"""One gallery, through its public door: what it answers, what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding.decision import Judge, Vectors, distance
+from embedding.errors import InvalidInput, InvalidVector, LookalikeError, ModelMismatch, NotFound, StorageFailed
+from index import MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, Catalog, Gallery, Item, ModelRef
+
+
+def test_distances_and_verdicts_are_those_of_a_pair(filled: Gallery, pool: Vectors, judge: Judge) -> None:
+    for query in pool:
+        for neighbor in filled.search(query, k=len(pool), judge=judge):
+            assert neighbor.decision == judge.judge(float(distance(neighbor.item.embedding, query)))
+
+
+def test_ties_go_by_name_wherever_their_vectors_lie(gallery: Gallery, pool: Vectors, judge: Judge) -> None:
+    gallery.upsert([Item(name=name, embedding=pool[0]) for name in ("d", "b")])
+    gallery.seal()
+    gallery.upsert([Item(name=name, embedding=pool[0]) for name in ("c", "a", "B")])
+    assert [neighbor.item.name for neighbor in gallery.search(pool[0], k=4, judge=judge)] == ["B", "a", "b", "c"]
+    found, truncated = gallery.matches(pool[0], judge=judge, limit=2)
+    assert ([neighbor.item.name for neighbor in found], truncated) == (["B", "a"], True)
+
+
+def test_opposite_vectors_beyond_distance_two_tie(gallery: Gallery, judge: Judge) -> None:
+    query = np.array([1, 0, 0, 0, 0, 0], np.float32)
+    far = {"b": -1.0009, "a": -1.0, "c": -1.0005}
+    gallery.upsert([Item(name=name, embedding=query * np.float32(scale)) for name, scale in far.items()])
+    found = gallery.search(query * np.float32(1.0009), k=2, judge=judge)
+    assert [(neighbor.item.name, neighbor.decision.distance) for neighbor in found] == [("a", 2.0), ("b", 2.0)]
+
+
+def test_excluded_items_make_room_for_others(filled: Gallery, pool: Vectors, judge: Judge) -> None:
+    every = [neighbor.item.name for neighbor in filled.search(pool[3], k=20, judge=judge)]
+    without = filled.search(pool[3], k=10, judge=judge, exclude=[*every[:4], "not there"])
+    assert [neighbor.item.name for neighbor in without] == every[4:14]
+
+
+def test_k_beyond_the_gallery_gives_all_and_none_from_an_empty_one(
+    catalog: Catalog, filled: Gallery, model: ModelRef, pool: Vectors, judge: Judge
+) -> None:
+    assert len(filled.search(pool[0], k=MAX_K, judge=judge)) == len(pool)
+    empty = catalog.create("empty", model)
+    empty.seal()
+    assert empty.search(pool[0], k=5, judge=judge) == []
+    assert empty.search_batch(pool[:2], k=5, judge=judge) == [[], []]
+    assert empty.matches(pool[0], judge=judge) == ([], False)
+    assert (empty.size, empty.list(), list(empty.iterate())) == (0, ([], ""), [])
+
+
+@pytest.mark.parametrize("k", [0, -1, MAX_K + 1, 10**9])
+def test_k_is_bounded(filled: Gallery, pool: Vectors, judge: Judge, k: int) -> None:
+    for call in (
+        lambda: filled.search(pool[0], k=k, judge=judge),
+        lambda: filled.search_batch(pool[:2], k=k, judge=judge),
+    ):
+        with pytest.raises(InvalidInput, match=rf"^k must lie in 1\.\.10000; got {k}$") as caught:
+            call()
+        assert caught.value.field == "k"
+
+
+def test_limits_and_pages_are_bounded(filled: Gallery, pool: Vectors, judge: Judge) -> None:
+    with pytest.raises(InvalidInput, match="limit must lie in"):
+        filled.matches(pool[0], judge=judge, limit=MAX_MATCHES + 1)
+    with pytest.raises(InvalidInput, match="page_size must lie in"):
+        filled.list(page_size=0)
+    for token in ("!", "_w==", "ä"):
+        with pytest.raises(InvalidInput, match="page_token is not one") as caught:
+            filled.list(page_token=token)
+        assert caught.value.field == "page_token"
+
+
+def test_embeddings_of_another_model_are_refused(
+    catalog: Catalog, filled: Gallery, pool: Vectors, judge: Judge, model: ModelRef, other_model: ModelRef
+) -> None:
+    other_judge = Judge(judge.calibration, model=other_model.name)
+    for call in (
+        lambda: filled.search(pool[0], k=1, judge=other_judge),
+        lambda: filled.search_batch(pool[:1], k=1, judge=other_judge),
+        lambda: filled.matches(pool[0], judge=other_judge),
+        lambda: filled.check_model(other_model),
+        lambda: catalog.get("shapes", model=other_model),
+    ):
+        with pytest.raises(ModelMismatch, match=f"{model.name}.*{other_model.name}"):
+            call()
+    assert catalog.get("shapes", model=model) is filled
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (np.full(6, np.nan, np.float32), "NaN"),
+        (np.ones(6, np.float32), "length 2.449"),
+        (np.ones(5, np.float32), r"shape \(6,\); got \(5,\)"),
+    ],
+)
+def test_a_bad_vector_is_named_and_nothing_of_its_batch_is_stored(
+    gallery: Gallery, pool: Vectors, judge: Judge, vector: Vectors, message: str
+) -> None:
+    with pytest.raises(InvalidVector, match=rf"item 'bad'.*{message}") as caught:
+        gallery.upsert([Item(name="good", embedding=pool[0]), Item(name="bad", embedding=vector)])
+    assert caught.value.field == "items[1].embedding"
+    assert gallery.size == 0
+    with pytest.raises(InvalidVector, match=message) as caught:
+        gallery.search_batch([pool[0], vector], k=1, judge=judge)
+    assert caught.value.field == "queries[1]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"name": ""}, "name"),
+        ({"name": "a/b"}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"name": "a\ud800"}, "name"),
+        ({"name": "x" * 257}, "name"),
+        ({"identity": ""}, "identity"),
+        ({"identity": "\x00"}, "identity"),
+        ({"metadata": {"weight": float("nan")}}, "metadata"),
+        ({"metadata": {"when": datetime(2026, 1, 1, tzinfo=UTC)}}, "metadata"),
+        ({"metadata": {"text": "\ud800"}}, "metadata"),
+        ({"metadata": {"text": "x" * MAX_METADATA_BYTES}}, "metadata"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_by_field(
+    gallery: Gallery, pool: Vectors, changes: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        gallery.upsert([Item(**{"name": "x", "embedding": pool[0], **changes})])  # type: ignore[arg-type]
+    assert caught.value.field == f"items[0].{field}"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_twice_in_one_batch_is_refused(gallery: Gallery, pool: Vectors) -> None:
+    with pytest.raises(InvalidInput, match="'x' is written twice"):
+        gallery.upsert([Item(name="x", embedding=pool[0]), Item(name="x", embedding=pool[1])])
+
+
+def test_items_return_as_they_were_written(gallery: Gallery, pool: Vectors) -> None:
+    written = Item(name="mug é 1", embedding=pool[2], identity="mug", metadata={"price": 3.5, "tags": ["a", None]})
+    before = datetime.now(UTC)
+    (stored,) = gallery.upsert([written])
+    for item in (stored, gallery.get("mug é 1"), gallery.list()[0][0]):
+        assert (item.name, item.identity, item.metadata) == (written.name, written.identity, written.metadata)
+        assert item.embedding.tobytes() == pool[2].tobytes()
+        assert (item.etag, item.generation, item.update_time) == (stored.etag, 1, stored.update_time)
+    assert stored.update_time is not None
+    assert timedelta(0) <= stored.update_time - before + timedelta(milliseconds=1) < timedelta(minutes=1)
+
+
+def test_a_stale_etag_refuses_the_write(gallery: Gallery, pool: Vectors) -> None:
+    (first,) = gallery.upsert([Item(name="x", embedding=pool[0])])
+    (second,) = gallery.upsert([Item(name="x", embedding=pool[1], etag=first.etag)])
+    with pytest.raises(InvalidInput, match="'x' is not what it was") as caught:
+        gallery.upsert([Item(name="new", embedding=pool[3]), Item(name="x", embedding=pool[2], etag=first.etag)])
+    assert caught.value.field == "etag"
+    assert (gallery.get("x").etag, gallery.size, gallery.generation) == (second.etag, 1, 2)
+
+
+def test_unknown_items_are_named(filled: Gallery, pool: Vectors) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: filled.get("nope"),
+        lambda: filled.delete(["item-00", "nope"]),
+        lambda: filled.upsert([Item(name="nope", embedding=pool[0])], allow_missing=False),
+    ]
+    for call in calls:
+        with pytest.raises(NotFound, match="no item 'nope'"):
+            call()
+    assert (filled.size, filled.generation) == (len(pool), 2)
+
+
+def test_many_writes_seal_themselves(tmp_path: Path, model: ModelRef, pool: Vectors, judge: Judge) -> None:
+    with Catalog(tmp_path, seal_after=100) as catalog:
+        gallery = catalog.create("many", model)
+        for start in range(0, 400, 50):
+            gallery.upsert([Item(name=f"{i}", embedding=pool[i % 48]) for i in range(start, start + 50)])
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "many" / "segments").glob("*/manifest.json")):
+            assert time.monotonic() < deadline, "no segment was written"
+            threading.Event().wait(0.01)
+        assert len(gallery.search(pool[0], k=1000, judge=judge)) == 400
+    with Catalog(tmp_path, read_only=True) as catalog:
+        assert catalog.get("many").size == 400
+
+
+def test_a_closed_gallery_says_so(filled: Gallery, pool: Vectors, judge: Judge) -> None:
+    iterator = filled.iterate()
+    assert next(iterator).name == "item-00"
+    filled.close()
+    calls: list[Callable[[], object]] = [
+        lambda: filled.search(pool[0], k=1, judge=judge),
+        lambda: filled.get("item-00"),
+        lambda: filled.upsert([Item(name="x", embedding=pool[0])]),
+        filled.seal,
+    ]
+    for call in calls:
+        with pytest.raises(NotFound, match="deleted or closed"):
+            call()
+    assert len(list(iterator)) == len(pool) - 1  # a listing that had begun may end
+
+
+def test_a_read_only_gallery_refuses_writes(tmp_path: Path, catalog: Catalog, filled: Gallery, pool: Vectors) -> None:
+    with Catalog(tmp_path / "galleries", read_only=True) as reader:
+        gallery = reader.get("shapes")
+        calls: list[Callable[[], object]] = [
+            lambda: gallery.upsert([Item(name="x", embedding=pool[0])]),
+            lambda: gallery.delete(["item-00"]),
+            gallery.seal,
+        ]
+        for call in calls:
+            with pytest.raises(StorageFailed, match="read-only"):
+                call()
+
+
+def test_a_read_only_gallery_keeps_showing_the_moment_it_was_opened(
+    tmp_path: Path, filled: Gallery, pool: Vectors, judge: Judge
+) -> None:
+    with Catalog(tmp_path / "galleries", read_only=True) as reader:
+        gallery = reader.get("shapes")
+        before = [item.etag for item in gallery.iterate()]
+        for _ in range(3):  # overwrites, deletes, purges and reseals what the reader still shows
+            filled.upsert([Item(name=f"item-{i:02}", embedding=pool[0]) for i in range(10)])
+            filled.delete([f"item-{i:02}" for i in range(5)])
+            filled.seal()
+        found = gallery.search(pool[0], k=100, judge=judge)
+        assert sorted(neighbor.item.etag for neighbor in found) == sorted(before)
+        assert [item.etag for item in gallery.iterate()] == before
+
+
+def test_errors_are_one_line(filled: Gallery) -> None:
+    with pytest.raises(LookalikeError) as caught:
+        filled.get("a\nb" * 100)
+    assert len(str(caught.value).splitlines()) == 1
