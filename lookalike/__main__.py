@@ -1,0 +1,63 @@
+"""The `lookalike` command: `main` runs it, and turns what a user can cause into one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from embedding.errors import LookalikeError
+from lookalike.errors import CallFailed
+
+FAILED = 2
+INTERRUPTED = 130
+
+_EXTRA_OF_MODULE = {
+    "typer": "cli",
+    "rich": "cli",
+    "torch": "serve",
+    "torchvision": "serve",
+    "PIL": "serve",
+    "pydantic": "serve",
+    "safetensors": "serve",
+    "faiss": "serve",
+    "grpc_health": "serve",
+    "grpc_reflection": "serve",
+    "grpc_status": "serve",
+    "pyarrow": "serve",
+    "structlog": "serve",
+    "matplotlib": "train",
+    "scipy": "train",
+    "sklearn": "train",
+}
+"""The extra that brings each module which the base install, the client alone, lacks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; a bug alone ends in a traceback."""
+    try:
+        from lookalike.cli import run  # typer comes with an extra, whose absence must be said in words
+
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _failed(f"this command needs {error.name}: run pip install 'lookalike[{extra}]'")
+    except BrokenPipeError:
+        # The reader of the output has left, as `head` does; Python would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (LookalikeError, CallFailed, OSError) as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _failed(message: str) -> int:
+    print(f"lookalike: {' '.join(message.split())}", file=sys.stderr)
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The commands. Each module imports what is heavy inside the command that needs it, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from lookalike.cli import ask, batch, demo, gallery, model, serve, train
+
+app = typer.Typer(
+    name="lookalike",
+    help="Learn an embedding from labelled images, and answer: do two images match, and what matches this one?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(train.train)
+app.command()(train.evaluate)
+app.add_typer(gallery.app, name="gallery")
+app.command()(serve.serve)
+app.command()(ask.verify)
+app.command()(ask.search)
+app.command(name="batch-search")(batch.batch_search)
+app.add_typer(model.app, name="model")
+app.command()(serve.health)
+app.command()(demo.demo)
+
+# typer exports BadParameter alone of the errors it raises for a command line that does not parse; the others share
+# its base class.
+_Misuse: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code; raises what the command raises."""
+    try:
+        code = app(args=list(arguments), prog_name="lookalike", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except _Misuse as error:
+        return _say_misuse(error)
+    return code if isinstance(code, int) else 0
+
+
+def _say_misuse(error: Exception) -> int:
+    """A whole help text when no command was given, else one line that names the help to read."""
+    context = getattr(error, "ctx", None)
+    message = getattr(error, "format_message", lambda: str(error))()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+    else:
+        command = context.command_path if context else "lookalike"
+        print(f"lookalike: {' '.join(message.split())} See `{command} --help`.", file=sys.stderr)
+    return 2

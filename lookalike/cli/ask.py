@@ -1,0 +1,64 @@
+"""`lookalike verify` and `lookalike search`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lookalike.cli import options, show
+from lookalike.cli.backend import image_argument, open_backend
+
+NOT_A_MATCH = 1
+
+
+def verify(
+    a: Annotated[str, typer.Argument(help="An image file, or galleries/GALLERY/items/ITEM.")],
+    b: Annotated[str, typer.Argument(help="The other.")],
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    target_far: options.TargetFar = None,
+    threshold: options.Threshold = None,
+    point: options.Point = None,
+    uncertain_within: options.UncertainWithin = 0.0,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 unless the images match.")] = False,
+) -> None:
+    """Decide whether two images match."""
+    wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    images = image_argument(a), image_argument(b)
+    with open_backend(target, bundle, data, device=device) as backend:
+        decision = backend.verify(*images, operating_point=wanted)
+    if json:
+        print(show.as_json(decision))
+    else:
+        show.decision(decision, show.console())
+    if exit_code and not decision.is_match:
+        raise typer.Exit(NOT_A_MATCH)
+
+
+def search(
+    image: Annotated[str, typer.Argument(help="An image file, or galleries/GALLERY/items/ITEM.")],
+    gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")],
+    k: options.Neighbors = 10,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    target_far: options.TargetFar = None,
+    threshold: options.Threshold = None,
+    point: options.Point = None,
+    uncertain_within: options.UncertainWithin = 0.0,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Find the items of a gallery that are nearest to an image, each with its decision."""
+    wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    query = image_argument(image)
+    with open_backend(target, bundle, data, device=device) as backend:
+        neighbors = backend.search(gallery, query, k=k, operating_point=wanted)
+    if json:
+        print(show.as_json(neighbors))
+    else:
+        show.neighbors(neighbors, show.console())

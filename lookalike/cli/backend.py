@@ -1,0 +1,101 @@
+"""Who answers a command: a server, or the engine in this process. The commands see no difference."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from embedding.errors import InvalidInput
+from lookalike.client import Client
+from lookalike.types import (
+    Decision,
+    Gallery,
+    ImageLike,
+    Item,
+    ItemName,
+    Neighbor,
+    NewItem,
+    OperatingPoint,
+)
+
+
+class Backend(Protocol):
+    """What commands ask for: the methods of `Client` that they use."""
+
+    def verify(self, a: ImageLike, b: ImageLike, *, operating_point: OperatingPoint | None = None) -> Decision: ...
+
+    def search(
+        self, gallery: str, query: ImageLike, *, k: int = 10, operating_point: OperatingPoint | None = None
+    ) -> list[Neighbor]: ...
+
+    def search_batch(
+        self, gallery: str, queries: Iterable[ImageLike], *, k: int = 10, operating_point: OperatingPoint | None = None
+    ) -> Sequence[list[Neighbor] | Exception]: ...
+
+    def create_gallery(self, gallery: str) -> Gallery: ...
+
+    def get_gallery(self, gallery: str) -> Gallery: ...
+
+    def list_galleries(self) -> Iterator[Gallery]: ...
+
+    def delete_gallery(self, gallery: str, *, force: bool = False) -> None: ...
+
+    def get_item(self, name: ItemName) -> Item: ...
+
+    def list_items(self, gallery: str) -> Iterator[Item]: ...
+
+    def update_items(
+        self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True
+    ) -> Sequence[Item | Exception]: ...
+
+    def delete_items(self, gallery: str, ids: Iterable[str], *, allow_missing: bool = False) -> int: ...
+
+
+@contextmanager
+def open_backend(
+    target: str | None,
+    bundle: Path | None,
+    galleries: Path,
+    *,
+    read_only: bool = True,
+    device: str = "auto",
+) -> Iterator[Backend]:
+    """The server at `target`, or the engine over `bundle` and `galleries`; options go before the environment.
+
+    Raises InvalidInput when neither or both are given.
+    """
+    if target and bundle:
+        raise InvalidInput("give --target to ask a server, or --bundle to answer here, not both")
+    if not target and not bundle:
+        target, named = os.environ.get("LOOKALIKE_TARGET"), os.environ.get("LOOKALIKE_BUNDLE")
+        if not target and not named:
+            raise InvalidInput(
+                "nobody to ask: give --target HOST:PORT for a server (or set LOOKALIKE_TARGET), or --bundle DIR and "
+                "--data DIR to answer here"
+            )
+        bundle = None if target else Path(named or "")
+    if target:
+        with Client(target) as client:
+            yield client
+    elif bundle:
+        from lookalike.cli.local import LocalBackend
+
+        with LocalBackend.open(bundle, galleries, read_only=read_only, device=device) as local:
+            yield local
+
+
+def image_argument(argument: str) -> ImageLike:
+    """An image named on the command line: a file, or a stored item as `galleries/GALLERY/items/ITEM`.
+
+    Raises InvalidInput when there is no such file.
+    """
+    path = Path(argument)
+    if path.is_file():
+        return path.read_bytes()
+    match argument.split("/"):
+        case ["galleries", gallery, "items", item] if gallery and item:
+            return ItemName(gallery, item)
+    raise InvalidInput(f"no image at {argument}; give an image file, or a stored item as galleries/GALLERY/items/ITEM")

@@ -1,0 +1,130 @@
+"""Images on disk for a gallery or a batch of queries: a folder, or a CSV or Parquet manifest."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from embedding.errors import InvalidDataset
+from embedding.images import IMAGE_SUFFIXES
+from lookalike.types import JSON
+
+MAX_IMAGE_BYTES = 32 * 2**20
+"""A larger file is not read: two of them would not fit in one message of the server's default limit."""
+
+Element = TypeVar("Element")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image to read, and what is known about it."""
+
+    path: Path
+    name: str
+    """With forward slashes, relative to the folder, or as the manifest has it."""
+    identity: str | None = None
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+    id: str | None = None
+    """Of the item, where a manifest names it."""
+
+    def read(self) -> bytes:
+        """The bytes of the file. Raises OSError, or InvalidDataset for a file that is too large."""
+        size = self.path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise InvalidDataset(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
+        return self.path.read_bytes()
+
+    @property
+    def item_id(self) -> str:
+        """The manifest's, or the path with colons for the slashes that an item's id cannot have."""
+        return self.id or self.name.replace("/", ":")
+
+
+def list_images(source: Path) -> list[ImageFile]:
+    """The images of a folder, by name, or of a manifest, in its order. Raises InvalidDataset when there are none.
+
+    In a folder of class folders the identity is the path of the folder that an image lies in. A manifest has the
+    columns path (relative to the manifest) and, optionally, identity and id; its other columns become metadata.
+    """
+    if source.is_dir():
+        images = list(_folder(source))
+    elif source.suffix.lower() in {".csv", ".parquet"} and source.is_file():
+        images = list(_manifest(source))
+    elif source.exists():
+        raise InvalidDataset(f"{source} is neither a folder nor a .csv or .parquet manifest; give one of these")
+    else:
+        raise InvalidDataset(f"no such folder or manifest: {source}; check the path")
+    if not images:
+        raise InvalidDataset(f"no images in {source}; accepted are {', '.join(sorted(IMAGE_SUFFIXES))}")
+    _refuse_repeated(images, source)
+    return images
+
+
+def in_batches(elements: Iterable[Element], size: int) -> Iterator[list[Element]]:
+    batch: list[Element] = []
+    for element in elements:
+        batch.append(element)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _folder(root: Path) -> Iterator[ImageFile]:
+    for path in sorted(root.rglob("*")):
+        relative = path.relative_to(root)
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and path.is_file():
+            name = relative.as_posix()
+            above = PurePosixPath(name).parent.as_posix()
+            yield ImageFile(path, name, None if above == "." else above, {"path": name})
+
+
+def _manifest(table: Path) -> Iterator[ImageFile]:
+    rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _parquet_rows(table)
+    for number, row in enumerate(rows, start=1):
+        name = row.pop("path", None)
+        if not isinstance(name, str) or not name:
+            raise InvalidDataset(f"{table}, row {number}: the column path must name an image; got {name!r}")
+        identity, given_id = row.pop("identity", None), row.pop("id", None)
+        yield ImageFile(
+            table.parent / name,
+            name,
+            identity=None if identity in {None, ""} else str(identity),
+            metadata={"path": name, **{key: value for key, value in row.items() if value not in {None, ""}}},
+            id=None if given_id in {None, ""} else str(given_id),
+        )
+
+
+def _csv_rows(table: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, strict=True)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InvalidDataset(f"{table} is not a CSV table in UTF-8 ({error})") from error
+
+
+def _parquet_rows(table: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(table) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise InvalidDataset(f"{table} is not a Parquet table ({error})") from error
+
+
+def _refuse_repeated(images: Iterable[ImageFile], source: Path) -> None:
+    seen: dict[str, str] = {}
+    for image in images:
+        if image.item_id in seen:
+            raise InvalidDataset(
+                f"{source}: {seen[image.item_id]} and {image.name} would both be item {image.item_id!r}; rename one"
+            )
+        seen[image.item_id] = image.name

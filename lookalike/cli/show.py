@@ -1,0 +1,94 @@
+"""Answers on the terminal: decisions for people, JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lookalike.types import Decision, ItemName, Neighbor, Verdict
+
+_STYLES = {Verdict.MATCH: "bold green", Verdict.NON_MATCH: "bold red", Verdict.UNCERTAIN: "bold yellow"}
+_WIDTH_OF_A_FILE = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that wraps at a terminal's width and, written to a file or pipe, leaves lines whole."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH_OF_A_FILE)
+
+
+def decision(found: Decision, out: Console) -> None:
+    """The verdict, what it rests on, and how often it errs."""
+    relation = "≤" if found.distance <= found.threshold else ">"
+    out.print(
+        Text.assemble(
+            (found.verdict.value.upper(), _STYLES[found.verdict]),
+            f"  distance {found.distance:.4f} {relation} threshold {found.threshold:.4f}",
+            f"   probability of a match {found.match_probability:.1%}",
+        )
+    )
+    out.print(rates(found))
+
+
+def rates(found: Decision) -> str:
+    """How often this threshold errs, and on whose word."""
+    return (
+        f"at this threshold: FAR {found.far:.2%} (95 % upper bound {found.far_upper95:.2%}), FRR {found.frr:.2%}"
+        f"   model {found.model}, calibration {found.calibration}"
+    )
+
+
+def neighbors(found: Sequence[Neighbor], out: Console) -> None:
+    """A table of neighbours, and under it the threshold that they share."""
+    if not found:
+        out.print("the gallery holds nothing else")
+        return
+    shown = table(["rank", "item", "identity", "verdict", "distance", "probability"])
+    for rank, neighbor in enumerate(found, start=1):
+        judged = neighbor.decision
+        shown.add_row(
+            str(rank),
+            neighbor.item.id,
+            neighbor.identity or "",
+            Text(judged.verdict.value, style=_STYLES[judged.verdict]),
+            f"{judged.distance:.4f}",
+            f"{judged.match_probability:.1%}",
+        )
+    out.print(shown)
+    out.print(f"threshold {found[0].decision.threshold:.4f}; {rates(found[0].decision)}")
+
+
+def table(columns: Iterable[str]) -> Table:
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+
+
+def as_json(value: object) -> str:
+    """One JSON document."""
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Decision():
+            fields = {"verdict": value.verdict.value, "is_match": value.is_match}
+            rest = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)[1:]}
+            return {**fields, **rest, "signed_margin": value.signed_margin}
+        case ItemName():
+            return str(value)
+        case list() | tuple():
+            return [_plain(element) for element in value]
+        case dict():
+            return {key: _plain(element) for key, element in value.items()}
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        case _ if hasattr(value, "isoformat"):
+            return value.isoformat()
+        case _ if hasattr(value, "tolist"):
+            return value.tolist()
+    return value

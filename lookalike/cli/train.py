@@ -1,0 +1,56 @@
+"""`lookalike train` and `lookalike evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookalike.cli import options, show
+
+DATA_HELP = "Folder that the recipe's paths are relative to."
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file (.toml), or the name of one in recipes/.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write the bundle and its model card.")],
+    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", envvar="LOOKALIKE_DATA", help=DATA_HELP)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle.")] = False,
+    device: options.Device = "auto",
+) -> None:
+    """Train as a recipe says, learn the margin on held-out identities, and write a bundle with its model card."""
+    from lookalike.cli.recipes import find_recipe
+    from training.config import load_recipe
+    from training.pipeline import train as run
+
+    loaded = load_recipe(find_recipe(recipe))
+    bundle = run(loaded, out=out, data_root=data, device=device, resume=resume, overwrite=overwrite)
+    calibration = bundle.calibration
+    print(f"wrote {bundle.name} to {bundle.path}; its model card is {bundle.path / 'README.md'}")
+    print(
+        f"learned margin {calibration.learned_margin:.4f}, from {calibration.identities} identities "
+        f"({calibration.protocol})"
+    )
+
+
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    images: Annotated[Path, typer.Argument(help="Labelled images: class folders, a zip of them, or a manifest.")],
+    max_bad_images: Annotated[int, typer.Option("--max-bad-images", min=0, help="Unreadable images to skip.")] = 0,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Measure a bundle on labelled images, best of identities that it never saw."""
+    from embedding.bundle import Bundle
+    from training.pipeline import evaluate as measure
+
+    report = measure(Bundle.load(bundle), images, device=device, max_bad_images=max_bad_images)
+    if json:
+        print(show.as_json(report.json()))
+        return
+    table = show.table(["measure", "value"])
+    for name, value in report.rows():
+        table.add_row(name, value)
+    show.console().print(table)
