@@ -121,7 +121,7 @@ def load(
     identities = [identity for part in parts for identity in part.identities]
     _refuse_repeated(names)
     _refuse_unlabelled(names, identities)
-    store = PixelStore(ChainedImages([part.images for part in parts]), preprocessing, cache_bytes=cache_bytes)
+    store = PixelStore(ChainedImages([part.images for part in parts]), names, preprocessing, cache_bytes=cache_bytes)
     bad = store.check(on_progress)
     _refuse_too_many_bad(data, parts, bad)
     good_N = np.setdiff1d(np.arange(len(names)), np.fromiter(bad, dtype=np.int64, count=len(bad)))

@@ -6,7 +6,7 @@ Shapes: n images of a batch, C channels, H height, W width.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,8 +22,9 @@ _CHUNK = 256  # images between two progress calls, and handed to the pool at onc
 class PixelStore:
     """Pixels of `images`, prepared by `preprocessing`; once `check` has read them, they are kept if they fit."""
 
-    def __init__(self, images: Images, preprocessing: Preprocessing, *, cache_bytes: int) -> None:
+    def __init__(self, images: Images, names: Sequence[str], preprocessing: Preprocessing, *, cache_bytes: int) -> None:
         self.images = images
+        self._names = names
         self._preprocessing = preprocessing
         self._fits = len(images) * preprocessing.channels * preprocessing.image_size**2 <= cache_bytes
         self._kept_NCHW: Pixels | None = None
@@ -54,15 +55,21 @@ class PixelStore:
         return dict(sorted(bad.items()))
 
     def pixels(self, rows: Iterable[int] | NDArray[np.int64], preprocessing: Preprocessing) -> Pixels:
-        """uint8 pixels [n, C, H, W]. Raises InvalidImage or ImageTooLarge for an image that cannot be read."""
+        """uint8 pixels [n, C, H, W]. Raises InvalidImage or ImageTooLarge, naming the image that cannot be read."""
         rows_n = np.asarray(rows, dtype=np.int64)
         if self._kept_NCHW is not None and preprocessing == self._preprocessing:
             return self._kept_NCHW[rows_n]
         size = preprocessing.image_size
         out_nCHW = np.empty((len(rows_n), preprocessing.channels, size, size), dtype=np.uint8)
-        decoded = self._pool.map(lambda row: self._decode(int(row), preprocessing), rows_n)
-        for at, pixels_CHW in enumerate(decoded):
-            out_nCHW[at] = pixels_CHW
+
+        def read(at: int) -> None:
+            row = int(rows_n[at])
+            try:
+                out_nCHW[at] = self._decode(row, preprocessing)
+            except (InvalidImage, ImageTooLarge) as error:
+                raise type(error)(f"{self._names[row]}: {error}") from error
+
+        list(self._pool.map(read, range(len(rows_n))))
         return out_nCHW
 
     def _decode(self, row: int, preprocessing: Preprocessing) -> Pixels:

@@ -1,0 +1,189 @@
+"""Recipes: what ships is valid, and what is wrong is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from embedding.errors import InvalidRecipe, NotFound
+from training.config import (
+    AugmentationConfig,
+    ContrastiveConfig,
+    DigitsData,
+    NetworkConfig,
+    Recipe,
+    load_recipe,
+    parse_recipe,
+)
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+MINIMAL = """
+name = "tiny"
+[data]
+source = "digits"
+[preprocessing]
+image_size = 16
+channels = 1
+[network]
+name = "small_cnn"
+[loss]
+name = "triplet"
+[training]
+steps = 200
+"""
+
+
+def refused(old: str, new: str) -> InvalidRecipe:
+    assert old in MINIMAL
+    with pytest.raises(InvalidRecipe) as caught:
+        parse_recipe(MINIMAL.replace(old, new))
+    return caught.value
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_that_ships_is_valid_and_bears_its_files_name(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.description.endswith((".", "?"))
+
+
+def test_the_seven_recipes_ship() -> None:
+    names = {path.stem for path in RECIPES.glob("*.toml")}
+    assert names == {"digits", "emoji", "faces", "fashion_mnist", "grocery", "mnist", "omniglot"}
+
+
+def test_what_a_recipe_leaves_out_takes_defaults() -> None:
+    recipe = parse_recipe(MINIMAL)
+    assert recipe.data == (DigitsData(source="digits"),)
+    assert recipe.split.protocol == "identity-disjoint"
+    assert recipe.augmentation == AugmentationConfig()
+    assert recipe.architecture.image_size == 16
+    assert recipe.architecture.channels == 1
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = parse_recipe(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1
+
+
+def test_the_loss_is_chosen_by_name() -> None:
+    recipe = parse_recipe(MINIMAL.replace('name = "triplet"', 'name = "contrastive"\nmargin = 0.5'))
+    assert recipe.loss == ContrastiveConfig(name="contrastive", margin=0.5)
+
+
+def test_several_parts_keep_their_order_and_roles() -> None:
+    parts = '[[data]]\nsource = "digits"\n[[data]]\nsource = "zip"\npath = "a.zip"\nrole = "test"\n'
+    recipe = parse_recipe(MINIMAL.replace('[data]\nsource = "digits"\n', parts))
+    assert [(part.source, part.role) for part in recipe.data] == [("digits", "split"), ("zip", "test")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "said"),
+    [
+        ("steps = 200", "step = 200", "training.step", "unknown key, did you mean 'steps'?; accepted: steps, "),
+        ('name = "tiny"', 'name = "tiny"\nsede = 3', "sede", "unknown key, did you mean 'seed'?"),
+        ("image_size = 16", "image_sise = 16", "preprocessing.image_sise", "did you mean 'image_size'?"),
+        ("steps = 200", "steps = 0", "training.steps", "must be greater than or equal to 1; got 0"),
+        ("steps = 200", 'steps = "200"', "training.steps", "must be a valid integer; got '200'"),
+        ("steps = 200", "steps = 200.5", "training.steps", "got 200.5"),
+        ("steps = 200", "steps = true", "training.steps", "got True"),
+        ("steps = 200", "", "training.steps", "this key is required"),
+        ("steps = 200", "steps = 50", "optimizer.warmup_steps", "at most training.steps, which is 50"),
+        ('"triplet"', '"tripplet"', "loss.name", "did you mean 'triplet'?; accepted: contrastive, triplet, supervised"),
+        ('name = "triplet"', "margin = 1.0", "loss.name", "this key is required"),
+        ('name = "triplet"', 'name = "triplet"\nmargin = 2.5', "loss.margin", "less than or equal to 2; got 2.5"),
+        ('name = "triplet"', 'name = "triplet"\nmargin = nan', "loss.margin", "finite"),
+        ('name = "triplet"', 'name = "triplet"\ntemperature = 1.0', "loss.temperature", "accepted: name, margin, "),
+        ('"digits"', '"digit"', "data.source", "did you mean 'digits'?; accepted: folder, manifest, zip, mnist"),
+        ('"digits"', '"folder"', "data.path", "this key is required"),
+        ('"digits"', '"digits"\npath = "x"', "data.path", "unknown key"),
+        ('"digits"', '"digits"\nmax_bad_images = -1', "data.max_bad_images", "count of 0 or more, or a share"),
+        ('"digits"', '"digits"\nmax_bad_images = 1.5', "data.max_bad_images", "got 1.5"),
+        ('[data]\nsource = "digits"', 'data = []', "data", "at least 1 item"),
+        ('[data]\nsource = "digits"', '[[data]]\nsource = "digits"\nrol = 1', "data.0.rol", "did you mean 'role'?"),
+        ("[loss]", "[split]\ntrain = 0.9\n[loss]", "split", "train + calibration + test must be 1; got 1.2"),
+        ("[loss]", '[split]\nprotocol = "closed"\n[loss]', "split.protocol", "accepted: identity-disjoint, closed-set"),
+        ("[loss]", '[split]\nprotocol = "closed-set"\nby = "super"\n[loss]', "split.by", "needs protocol"),
+        ("[loss]", "[augmentation]\nscale = [1.1, 0.9]\n[loss]", "augmentation.scale", "takes [low, high]"),
+        ("[loss]", '[augmentation]\nfill = "white"\n[loss]', "augmentation.fill", "grey level in [0, 1]; got 'white'"),
+        ("[loss]", "[augmentation]\ngrey = 0.5\n[loss]", "augmentation.grey", "grey images have no colour"),
+        ("[loss]", "[augmentation]\nshear = 60\n[loss]", "augmentation.shear", "less than or equal to 30"),
+        ("[loss]", "[sampling]\nimages_per_identity = 1\n[loss]", "sampling.images_per_identity", "equal to 2; got 1"),
+        ('"small_cnn"', '"resnet18"', "network", "image_size must be at least 32; got 16"),
+        ('"small_cnn"', '"resnet19"', "network.name", "did you mean 'resnet18'?"),
+        ('name = "tiny"', 'name = "Tiny!"', "name", "got 'Tiny!'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_is_named_with_what_is_accepted(old: str, new: str, field: str, said: str) -> None:
+    error = refused(old, new)
+    assert error.field == field
+    assert f"recipe: {field}: " in str(error)
+    assert said in str(error)
+    assert "\n" not in str(error)
+
+
+def test_one_error_is_shown_and_the_others_counted() -> None:
+    error = refused("steps = 200", 'steps = 0\nprecision = "fp8"')
+    assert error.field == "training.steps"
+    assert "(and 1 more error)" in str(error)
+
+
+def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("name = \n")
+    with pytest.raises(InvalidRecipe, match=r"broken\.toml is not valid TOML: .*line 1"):
+        load_recipe(path)
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidRecipe, match="cannot be read as a recipe"):
+        load_recipe(path)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRecipe, match="cannot be read as a recipe"):
+        load_recipe(tmp_path)
+
+
+def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"no recipe .*absent\.toml"):
+        load_recipe(tmp_path / "absent.toml")
+
+
+class TestInitialWeights:
+    """Where a network's first weights come from."""
+
+    @pytest.mark.parametrize("weights", ["random", "pretrained"])
+    def test_words_stand_for_themselves(self, weights: str) -> None:
+        assert NetworkConfig(name="resnet18", weights=weights).initial_weights(None, {}) == weights
+
+    def test_a_path_is_relative_to_the_data_root(self, tmp_path: Path) -> None:
+        (tmp_path / "weights.pt").touch()
+        network = NetworkConfig(name="resnet18", weights="weights.pt")
+        assert network.initial_weights(tmp_path, {}) == str(tmp_path / "weights.pt")
+
+    def test_the_environment_takes_the_place_of_a_recipes_weights(self, tmp_path: Path) -> None:
+        path = tmp_path / "mine.pt"
+        path.touch()
+        environment = {"LOOKALIKE_WEIGHTS": str(path)}
+        assert NetworkConfig(name="resnet18", weights="pretrained").initial_weights(None, environment) == str(path)
+
+    def test_the_environment_leaves_random_weights_alone(self) -> None:
+        environment = {"LOOKALIKE_WEIGHTS": "/nowhere/mine.pt"}
+        assert NetworkConfig(name="small_cnn").initial_weights(None, environment) == "random"
+
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        network = NetworkConfig(name="resnet18", weights="weights.pt")
+        with pytest.raises(NotFound, match=r"no weights file .*weights\.pt; set LOOKALIKE_WEIGHTS") as caught:
+            network.initial_weights(tmp_path, {})
+        assert caught.value.field == "network.weights"
+
+
+def test_recipes_are_compared_by_value() -> None:
+    assert parse_recipe(MINIMAL) == Recipe.model_validate(parse_recipe(MINIMAL).model_dump())
