@@ -17,9 +17,10 @@ import numpy as np
 from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, checked_embedding
 from embedding.encoder import Encoder
-from embedding.errors import LookalikeError
+from embedding.errors import DamagedData, LookalikeError
 from embedding.images import MAX_PIXELS
 from index import Catalog, Gallery, ModelRef
+from service.refusals import GalleryNotEmpty
 from service.sources import (
     Embedded,
     EncodedImage,
@@ -29,6 +30,7 @@ from service.sources import (
     Unusable,
     distinct_images,
     located,
+    naming,
     value_of,
 )
 
@@ -90,9 +92,17 @@ class Engine:
         """What decides at this operating point. Raises InvalidOperatingPoint."""
         return Judge(self.bundle.calibration, point, model=self.bundle.name)
 
-    def gallery(self, gallery_id: str) -> Gallery:
-        """A gallery of this model. Raises NotFound, ModelMismatch or DamagedData."""
-        return self.catalog.get(gallery_id, model=self.model)
+    def gallery(self, gallery_id: str, *, path: str | None = None) -> Gallery:
+        """A gallery of this model. Raises NotFound, ModelMismatch or DamagedData, naming the request field `path`."""
+        with naming(path):
+            return self.catalog.get(gallery_id, model=self.model)
+
+    def delete_gallery(self, gallery_id: str, *, force: bool = False) -> None:
+        """Delete a gallery of any model. Raises NotFound, and GalleryNotEmpty unless it is empty or `force` is set."""
+        with naming("name"):
+            if not force:
+                self._check_empty(gallery_id)
+            self.catalog.delete(gallery_id)
 
     def ask(self, question: Question[Answer]) -> Answer:
         """Answer in this thread. Raises LookalikeError."""
@@ -114,6 +124,16 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_empty(self, gallery_id: str) -> None:
+        try:
+            size = self.catalog.get(gallery_id).size
+        except DamagedData as error:
+            raise GalleryNotEmpty(
+                f"gallery {gallery_id!r} is damaged and may hold items; set force to delete it all the same"
+            ) from error
+        if size:
+            raise GalleryNotEmpty(f"gallery {gallery_id!r} holds {size} items; set force to delete them with it")
 
     def _embedded(self, source: Source, images: Mapping[bytes, Embedded]) -> Embedded:
         if isinstance(source, Unusable):

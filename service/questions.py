@@ -13,12 +13,15 @@ from typing import TypeAlias
 import numpy as np
 
 from embedding.decision import Decision, Judge, OperatingPoint, Vectors, distance
-from embedding.errors import LookalikeError
+from embedding.errors import InvalidInput, LookalikeError
 from index import Gallery, Neighbor
 from service.engine import Engine
 from service.sources import Embedded, Source, StoredItem, value_of
 
 Neighbors: TypeAlias = list[Neighbor]
+
+MAX_RESULTS = 200_000
+"""Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +89,7 @@ class Search:
         return (self.query,)
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Neighbors]:
-        judge, gallery = engine.judge(self.point), engine.gallery(self.gallery)
+        judge, gallery = engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
 
         def answer(embedded: Sequence[Embedded]) -> Neighbors:
             query_D = value_of(embedded[0])
@@ -109,7 +112,14 @@ class SearchBatch:
         return self.queries
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Neighbors | LookalikeError]]:
-        judge, gallery = engine.judge(self.point), engine.gallery(self.gallery)
+        judge, gallery = engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
+        results = len(self.queries) * min(self.k, gallery.size)
+        if results > MAX_RESULTS:
+            raise InvalidInput(
+                f"{len(self.queries)} queries of k = {self.k} would return {results:,} neighbours, and at most "
+                f"{MAX_RESULTS:,} are sent at once; lower k or split the batch",
+                field="k",
+            )
 
         def answer(embedded: Sequence[Embedded]) -> list[Neighbors | LookalikeError]:
             outcomes: dict[int, Neighbors | LookalikeError] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -64,6 +65,15 @@ def located(error: _Error, path: str | None) -> _Error:
     copy = type(error)(str(error), field=path or error.field)
     copy.__cause__ = error.__cause__
     return copy
+
+
+@contextmanager
+def naming(path: str | None) -> Iterator[None]:
+    """Errors raised within name the request field `path`."""
+    try:
+        yield
+    except LookalikeError as error:
+        raise located(error, path) from error
 
 
 def value_of(embedded: Embedded) -> Vectors:

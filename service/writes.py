@@ -52,7 +52,7 @@ class UpdateItems:
         return [draft.image if isinstance(draft, Draft) else draft for draft in self.drafts]
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Stored]]:
-        gallery = engine.gallery(self.gallery)
+        gallery = engine.gallery(self.gallery, path="parent")
         self._check_distinct()
 
         def answer(embedded: Sequence[Embedded]) -> list[Stored]:

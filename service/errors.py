@@ -1,0 +1,105 @@
+"""Domain errors as gRPC statuses: one table, and one place that ends a call with an error.
+
+Statuses follow google.rpc: an ErrorInfo with the stable reason, a BadRequest with the path of the wrong field, and
+for errors of ours a RequestInfo that finds the log line. AIP-193.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from embedding import errors as domain
+from service import refusals
+from service.calls import request_id
+
+DOMAIN = "lookalike"
+"""The `domain` of every ErrorInfo."""
+
+_CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
+    domain.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    domain.NotFound: grpc.StatusCode.NOT_FOUND,
+    domain.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    domain.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.Busy: grpc.StatusCode.UNAVAILABLE,
+    domain.DamagedData: grpc.StatusCode.DATA_LOSS,
+    domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
+    refusals.StaleEtag: grpc.StatusCode.ABORTED,
+    refusals.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
+    refusals.NotReady: grpc.StatusCode.UNAVAILABLE,
+}
+"""A class stands for its subclasses too, unless they have a line of their own."""
+
+_log = structlog.get_logger(__name__)
+
+
+@asynccontextmanager
+async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Ends the call with the status of whatever is raised within: the only place that aborts an RPC."""
+    try:
+        yield
+    except Exception as error:  # the boundary: everything is answered, and what nobody foresaw is logged
+        rich = rpc_status.to_status(status(error))
+        await context.abort(rich.code, rich.details, rich.trailing_metadata)
+
+
+def status(error: BaseException) -> status_pb2.Status:
+    """The status of an error. An error that nobody foresaw is logged; the caller learns only the request's id."""
+    code = code_of(error)
+    if code is None or not isinstance(error, domain.LookalikeError):
+        return _unforeseen(error)
+    details: list[Message] = [
+        error_details_pb2.ErrorInfo(
+            reason=error.reason, domain=DOMAIN, metadata={"field": error.field} if error.field else {}
+        )
+    ]
+    if error.field and code is grpc.StatusCode.INVALID_ARGUMENT:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=str(error), reason=error.reason
+        )
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    return _status(code, str(error), details)
+
+
+def code_of(error: BaseException) -> grpc.StatusCode | None:
+    """The code of a domain error; None for an error that nobody foresaw."""
+    if isinstance(error, domain.StorageFailed) and _disk_is_full(error):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), None)
+
+
+def _unforeseen(error: BaseException) -> status_pb2.Status:
+    _log.error("unforeseen error", request_id=request_id(), exc_info=error)
+    return _status(
+        grpc.StatusCode.INTERNAL,
+        f"internal error; the server's log has it under request {request_id()}",
+        [
+            error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN),
+            error_details_pb2.RequestInfo(request_id=request_id()),
+        ],
+    )
+
+
+def _status(code: grpc.StatusCode, message: str, details: list[Message]) -> status_pb2.Status:
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code.value[0], message=message, details=packed)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return cause.errno in {errno.ENOSPC, errno.EDQUOT}
+    return isinstance(cause, sqlite3.Error) and getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL

@@ -1,0 +1,76 @@
+"""The engine on an event loop: the same questions, with every image, distance and disk access in a pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from service.batching import Batcher
+from service.engine import Answer, Engine, Question
+from service.refusals import NotReady
+from service.settings import Settings
+from service.sources import distinct_images
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AsyncEngine:
+    """One engine for one event loop, with its batcher and the pool that searches, reads and writes galleries."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self._batcher = Batcher(
+            engine.encoder,
+            batch_size=settings.batch_size,
+            decode_threads=settings.decode_threads,
+            encode_threads=settings.encode_threads,
+        )
+        self._pool = ThreadPoolExecutor(settings.gallery_threads, thread_name_prefix="gallery")
+
+    async def ask(self, question: Question[Answer], form: Callable[[Answer], R]) -> R:
+        """The answer as `form` makes it, in the pool too: formatting thousands of neighbours takes time.
+
+        Raises LookalikeError.
+        """
+        images = distinct_images(question.sources)
+        if not images:
+            return await self.run(lambda: form(self.engine.ask(question)))
+        answer = await self.run(question.begin, self.engine)
+        outcomes = await self._batcher.embed_all(images)
+        return await self.run(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
+
+    async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call a blocking function of the engine or its galleries in the pool."""
+        call = partial(copy_context().run, function, *args, **kwargs)  # logs there keep the request's id
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    async def warm_up(self) -> None:
+        """Make the first caller's image as fast as the next."""
+        await self._batcher.warm_up()
+
+    def close(self) -> None:
+        """Let running work end and free the threads; the engine's galleries stay open."""
+        self._batcher.close()
+        self._pool.shutdown(cancel_futures=True)
+
+
+class Serving:
+    """Holds the engine that answers. Replacing it is one assignment; calls that have begun keep the one they took."""
+
+    def __init__(self) -> None:
+        self._engine: AsyncEngine | None = None
+
+    @property
+    def current(self) -> AsyncEngine:
+        """The engine that answers. Raises NotReady until there is one."""
+        if self._engine is None:
+            raise NotReady("the model is still loading; try again when the health service says SERVING")
+        return self._engine
+
+    def replace(self, engine: AsyncEngine | None) -> None:
+        self._engine = engine

@@ -1,0 +1,56 @@
+"""What a server is told at start."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from embedding.errors import InvalidInput
+from embedding.images import MAX_PIXELS
+
+MiB = 2**20
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Settings(BaseModel):
+    """Settings of one server process; `Settings.checked` names the one that is wrong in one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: Path
+    """Directory of the bundle whose model answers."""
+    galleries: Path
+    """Folder of the galleries; made when it is missing. One process writes to it."""
+    host: str = "127.0.0.1"
+    """Name or address to listen on; the default is reachable from this machine alone."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 50051
+    """TCP port to listen on; 0 takes any free one."""
+    max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
+    """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED."""
+    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
+    """Largest width × height of an image, read from its header before anything is decoded."""
+    device: str = "auto"
+    """Where the encoder runs: auto, cpu, cuda or mps."""
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Most images embedded in one forward pass."""
+    decode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
+    """Images decoded at the same time."""
+    encode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
+    """Threads of one forward pass on the CPU."""
+    gallery_threads: Annotated[int, Field(ge=1, le=256)] = 2 * _CORES
+    """Searches, reads and writes of galleries made at the same time; each uses one thread."""
+    drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long calls in flight may take to finish once the server is told to stop."""
+
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """Settings from untrusted values. Raises InvalidInput naming the first that is wrong."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = ".".join(map(str, problem["loc"]))
+            raise InvalidInput(f"{name}: {problem['msg']}; got {problem['input']!r}", field=name) from error

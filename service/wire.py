@@ -1,0 +1,140 @@
+"""Domain → messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from google.protobuf import json_format, struct_pb2, timestamp_pb2
+
+from embedding import calibration as measured
+from embedding.bundle import Bundle
+from embedding.decision import Decision, Vectors, Verdict
+from index import JSON, Gallery, Item, Neighbor
+from lookalike.v1 import common_pb2, gallery_pb2, model_pb2, search_pb2
+
+_VERDICTS = {
+    Verdict.MATCH: common_pb2.VERDICT_MATCH,
+    Verdict.NON_MATCH: common_pb2.VERDICT_NON_MATCH,
+    Verdict.UNCERTAIN: common_pb2.VERDICT_UNCERTAIN,
+}
+
+
+def decision(decided: Decision) -> common_pb2.Decision:
+    return common_pb2.Decision(
+        verdict=_VERDICTS[decided.verdict],
+        distance=decided.distance,
+        threshold=decided.threshold,
+        signed_margin=decided.signed_margin,
+        match_probability=decided.match_probability,
+        far=decided.far,
+        far_upper95=decided.far_upper95,
+        frr=decided.frr,
+        model=model_name(decided.model),
+        calibration=decided.calibration,
+    )
+
+
+def embedding(emb_D: Vectors) -> bytes:
+    """Little-endian float32 values."""
+    return emb_D.astype("<f4", copy=False).tobytes()
+
+
+def neighbors(found: Sequence[Neighbor], gallery_id: str) -> list[search_pb2.Neighbor]:
+    return [
+        search_pb2.Neighbor(
+            item=item_name(gallery_id, neighbor.item.name),
+            identity=neighbor.item.identity or "",
+            metadata=struct(neighbor.item.metadata),
+            decision=decision(neighbor.decision),
+        )
+        for neighbor in found
+    ]
+
+
+def item(stored: Item, gallery_id: str, *, with_embedding: bool = False) -> gallery_pb2.Item:
+    return gallery_pb2.Item(
+        name=item_name(gallery_id, stored.name),
+        identity=stored.identity or "",
+        metadata=struct(stored.metadata),
+        etag=stored.etag,
+        generation=stored.generation,
+        update_time=timestamp(stored.update_time) if stored.update_time else None,
+        embedding=embedding(stored.embedding) if with_embedding else b"",
+    )
+
+
+def gallery(described: Gallery) -> gallery_pb2.Gallery:
+    return gallery_pb2.Gallery(
+        name=gallery_name(described.id),
+        model=model_name(described.model.name),
+        item_count=described.size,
+        generation=described.generation,
+        create_time=timestamp(described.created),
+    )
+
+
+def damaged_gallery(gallery_id: str, error: Exception) -> gallery_pb2.Gallery:
+    """A gallery of which no more is known than why it cannot be served."""
+    return gallery_pb2.Gallery(name=gallery_name(gallery_id), damage=str(error))
+
+
+def model(bundle: Bundle, *, active: bool) -> model_pb2.Model:
+    return model_pb2.Model(
+        name=model_name(bundle.name),
+        fingerprint=bundle.fingerprint,
+        modality=bundle.manifest.modality,
+        embedding_dim=bundle.embedding_dim,
+        network=bundle.architecture.network,
+        image_size=bundle.architecture.image_size,
+        create_time=timestamp(bundle.lineage.created),
+        calibration=calibration(bundle.calibration),
+        active=active,
+    )
+
+
+def calibration(known: measured.Calibration) -> model_pb2.Calibration:
+    return model_pb2.Calibration(
+        version=known.version,
+        protocol=known.protocol,
+        identities=known.identities,
+        matching_pairs=known.matching_pairs,
+        impostor_pairs=known.impostor_pairs,
+        learned_margin=known.learned_margin,
+        probability_slope=known.probability.slope,
+        curve=[
+            model_pb2.ErrorRates(
+                threshold=row.threshold,
+                far=row.far,
+                far_upper95=row.far_upper95,
+                frr=row.frr,
+                frr_upper95=row.frr_upper95,
+            )
+            for row in known.curve
+        ],
+        named_points=known.named_points,
+        smallest_supported_far=known.smallest_supported_far,
+    )
+
+
+def struct(values: Mapping[str, JSON]) -> struct_pb2.Struct | None:
+    """The message, or None, which leaves the field unset, when there are no values."""
+    return json_format.ParseDict(dict(values), struct_pb2.Struct()) if values else None
+
+
+def timestamp(moment: datetime) -> timestamp_pb2.Timestamp:
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+def gallery_name(gallery_id: str) -> str:
+    return f"galleries/{gallery_id}"
+
+
+def item_name(gallery_id: str, item_id: str) -> str:
+    return f"galleries/{gallery_id}/items/{item_id}"
+
+
+def model_name(name: str) -> str:
+    return f"models/{name}"
