@@ -214,9 +214,9 @@ class Trainer:
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
-            self._result.seconds_waiting += time.perf_counter() - asked
             if batch is None:
                 return
+            self._result.seconds_waiting += time.perf_counter() - asked
             yield batch
 
     def _report(self, meter: Meter, watch: CollapseWatch) -> None:

@@ -1,0 +1,41 @@
+"""The allocator's setting, measured by page faults in a process of its own."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import resource, sys
+import numpy as np
+from embedding.runtime import tune_malloc
+
+if sys.argv[1] == "tuned":
+    assert tune_malloc() and tune_malloc()
+np.ones(2_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    np.ones(2_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    run = subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True)
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_used_again_instead_of_mapped_anew() -> None:
+    # numpy asks for huge pages, so that 16 MB may fault only a few times as it comes
+    assert faults("tuned") < faults("as it comes") / 2
+
+
+def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedding.runtime import tune_malloc
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert tune_malloc() is False

@@ -1,0 +1,323 @@
+"""Whole training runs of a tiny network: resume, precision, freezing, averaging, and runs that go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from embedding.errors import DamagedData, InvalidDataset, InvalidImage, InvalidRecipe, NotFound
+from embedding.images import Pixels, Preprocessing
+from embedding.networks import EmbeddingNetwork, build
+from training.checkpoint import FILE
+from training.config import Recipe
+from training.datasets import ImageSet, Indices, load
+from training.monitor import TrainingDiverged
+from training.progress import TrainingDisplay
+from training.trainer import Evaluate, Trainer
+
+STEPS = 9
+
+
+def recipe(**sections: Mapping[str, Any]) -> Recipe:
+    table: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "data": {"source": "folder", "path": "images"},
+        "preprocessing": {"image_size": 8, "channels": 1},
+        "network": {"name": "small_cnn", "embedding_dim": 8, "width": 4, "dropout": 0.2},
+        "augmentation": {"translation": 0.1, "noise": 0.05},
+        "sampling": {"identities_per_batch": 4, "images_per_identity": 3},
+        "loss": {"name": "supervised-contrastive"},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
+        "training": {"steps": STEPS, "log_every": 2, "checkpoint_every": 4, "precision": "fp32"},
+    }
+    merged = {**table, **{name: {**table[name], **section} for name, section in sections.items()}}
+    if "name" in sections.get("loss", {}):
+        merged["loss"] = sections["loss"]
+    return Recipe.model_validate(merged, strict=False)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """Five identities: a bright square at a place of its own, on noise."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for identity in range(5):
+        (root / "images" / str(identity)).mkdir(parents=True)
+        for item in range(6):
+            pixels = rng.integers(0, 90, (8, 8), dtype=np.uint8)
+            pixels[identity : identity + 3, 6 - identity : 8 - identity] = 255
+            Image.fromarray(pixels).save(root / "images" / str(identity) / f"{item}.png")
+    return load(recipe().data, data_root=root, preprocessing=recipe().preprocessing)
+
+
+def network(for_recipe: Recipe) -> EmbeddingNetwork:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build(for_recipe.architecture)
+
+
+def trainer(
+    for_recipe: Recipe, images: ImageSet, out_dir: Path | None = None, evaluate: Evaluate | None = None
+) -> Trainer:
+    return Trainer(for_recipe, network(for_recipe), images, device="cpu", out_dir=out_dir, evaluate=evaluate)
+
+
+def weights(of: Trainer) -> dict[str, Tensor]:
+    return of.network.state_dict()
+
+
+def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
+def killed_at(step: int) -> Evaluate:
+    """To be evaluated at every step."""
+    left = iter(range(step - 1, -1, -1))
+
+    def evaluate(_: EmbeddingNetwork) -> dict[str, float]:
+        if next(left) == 0:
+            raise Killed
+        return {}
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"training": {"ema_decay": 0.9, "freeze_backbone_steps": 5}, "optimizer": {"gradient_clip": 0.5}},
+        {"training": {"precision": "bf16", "channels_last": False}, "loss": {"name": "triplet", "mining": "semi-hard"}},
+    ],
+    ids=["plain", "averaged, frozen, clipped", "bf16"],
+)
+@pytest.mark.parametrize("killed", [5, 8])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    images: ImageSet, tmp_path: Path, sections: dict[str, dict[str, Any]], killed: int
+) -> None:
+    sections = {**sections, "training": {**sections.get("training", {}), "evaluate_every": 1}}
+    whole = trainer(recipe(**sections), images)
+    expected = whole.fit()
+    with pytest.raises(Killed):
+        trainer(recipe(**sections), images, tmp_path, killed_at(killed)).fit()
+
+    resumed = trainer(recipe(**sections), images, tmp_path)
+    result = resumed.fit(resume=True)
+    assert_same_bits(weights(resumed), weights(whole))
+    assert [(report.step, report.loss) for report in result.history] == [
+        (report.step, report.loss) for report in expected.history
+    ]
+    assert result.steps == STEPS
+
+
+def test_a_finished_run_resumes_to_itself(images: ImageSet, tmp_path: Path) -> None:
+    first = trainer(recipe(training={"ema_decay": 0.9}), images, tmp_path)
+    expected = first.fit()
+    again = trainer(recipe(training={"ema_decay": 0.9}), images, tmp_path)
+    assert again.fit(resume=True) == expected
+    assert_same_bits(weights(again), weights(first))
+
+
+def test_another_seed_gives_another_run(images: ImageSet) -> None:
+    one, other = trainer(recipe(), images), trainer(recipe().model_copy(update={"seed": 4}), images)
+    assert [report.loss for report in one.fit().history] != [report.loss for report in other.fit().history]
+
+
+def test_evaluation_changes_nothing_in_training(images: ImageSet) -> None:
+    modes = []
+
+    def evaluate(evaluated: EmbeddingNetwork) -> dict[str, float]:
+        modes.append(evaluated.training)
+        torch.rand(100)
+        return {"recall": 0.5}
+
+    plain, evaluated = (
+        trainer(recipe(), images),
+        trainer(recipe(training={"evaluate_every": 3}), images, None, evaluate),
+    )
+    plain.fit()
+    assert evaluated.fit().evaluations == {3: {"recall": 0.5}, 6: {"recall": 0.5}, 9: {"recall": 0.5}}
+    assert modes == [False] * 3
+    assert_same_bits(weights(plain), weights(evaluated))
+
+
+def test_training_leaves_the_callers_random_numbers_alone(images: ImageSet) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    trainer(recipe(), images).fit()
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "contrastive"},
+        {"name": "triplet", "margin": 0.5, "mining": "semi-hard"},
+        {"name": "triplet", "margin": 0.5, "mining": "batch-hard"},
+        {"name": "triplet", "margin": 0.5, "mining": "all"},
+        {"name": "supervised-contrastive"},
+    ],
+    ids=lambda loss: "-".join(str(value) for value in loss.values()),
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_loss_pulls_matches_together(images: ImageSet, loss: dict[str, Any], precision: str) -> None:
+    run = trainer(recipe(loss=loss, training={"steps": 40, "log_every": 10, "precision": precision}), images)
+    history = run.fit().history
+    assert history[-1].loss < 0.7 * history[0].loss
+    assert history[-1].d_ap < 0.6 * history[-1].d_an
+    assert {tensor.dtype for tensor in run.network.parameters()} == {torch.float32}
+    assert not run.network.training
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_on_cuda(images: ImageSet, precision: str, tmp_path: Path) -> None:
+    tiny = recipe(training={"steps": 40, "log_every": 10, "precision": precision})
+    history = Trainer(tiny, network(tiny), images, device="cuda", out_dir=tmp_path).fit().history
+    assert history[-1].loss < 0.7 * history[0].loss
+    resumed = Trainer(tiny, network(tiny), images, device="cuda", out_dir=tmp_path)
+    assert resumed.fit(resume=True).steps == 40
+
+
+def test_fp16_needs_a_gpu(images: ImageSet) -> None:
+    with pytest.raises(InvalidRecipe, match="fp16 needs a CUDA device and this one is cpu; use bf16 or fp32"):
+        trainer(recipe(training={"precision": "fp16"}), images)
+
+
+def test_a_frozen_backbone_keeps_every_bit_while_the_projection_learns(images: ImageSet) -> None:
+    frozen = recipe(training={"freeze_backbone_steps": STEPS})
+    run, before = trainer(frozen, images), network(frozen).state_dict()
+    run.fit()
+    after = weights(run)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "projection.weight",
+        "projection.bias",
+    }
+    assert all(parameter.requires_grad for parameter in run.network.parameters())
+
+
+def test_the_shipped_weights_are_the_average(images: ImageSet) -> None:
+    plain, averaged = trainer(recipe(), images), trainer(recipe(training={"ema_decay": 0.99}), images)
+    plain.fit()
+    averaged.fit()
+    assert not torch.equal(weights(plain)["projection.weight"], weights(averaged)["projection.weight"])
+    buffer = "backbone.0.first_norm.running_mean"
+    assert torch.equal(weights(plain)[buffer], weights(averaged)[buffer])
+
+
+def test_figures_of_a_run(images: ImageSet) -> None:
+    result = trainer(recipe(), images).fit()
+    assert [report.step for report in result.history] == [2, 4, 6, 8, 9]
+    assert sum(report.images for report in result.history) == STEPS * 12
+    assert 0 <= result.seconds_waiting <= result.seconds
+    assert result.images_per_second == pytest.approx(STEPS * 12 / result.seconds)
+    assert result.warnings == []
+
+
+def test_a_run_without_a_terminal_prints_a_line_a_report(images: ImageSet) -> None:
+    out = io.StringIO()
+    tiny = recipe()
+    Trainer(tiny, network(tiny), images, device="cpu", progress=TrainingDisplay(Console(file=out, width=40))).fit()
+    lines = out.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["2/9", "4/9", "6/9", "8/9", "9/9"]
+    assert all(word in lines[0] for word in ("loss", "active", "d_ap", "d_an", "spread", "images/s"))
+
+
+def test_images_that_all_look_alike_are_called_a_collapse(images: ImageSet) -> None:
+    class Blank(ImageSet):
+        def pixels(self, indices: Indices, preprocessing: Preprocessing) -> Pixels:
+            return np.zeros((len(indices), 1, 8, 8), dtype=np.uint8)
+
+    out = io.StringIO()
+    tiny = recipe(training={"log_every": 1}, augmentation={"noise": 0.0, "translation": 0.0}, network={"dropout": 0.0})
+    blank = Blank(**{part.name: getattr(images, part.name) for part in dataclasses.fields(images)})
+    display = TrainingDisplay(Console(file=out))
+    result = Trainer(tiny, network(tiny), blank, device="cpu", progress=display).fit()
+    assert ["collapsed" in warning for warning in result.warnings] == [True]
+    assert "warning: step 5: the embedding has collapsed" in out.getvalue()
+
+
+def test_a_diverged_run_stops_in_words_and_keeps_the_last_good_checkpoint(images: ImageSet, tmp_path: Path) -> None:
+    def poison(evaluated: EmbeddingNetwork) -> dict[str, float]:
+        with torch.no_grad():
+            evaluated.projection.weight.fill_(torch.nan)
+        return {}
+
+    run = trainer(recipe(training={"evaluate_every": 5}), images, tmp_path, poison)
+    with pytest.raises(TrainingDiverged, match="the loss became nan at step 6; try"):
+        run.fit()
+    resumed = trainer(recipe(), images, tmp_path)
+    assert resumed.fit(resume=True).steps == STEPS
+    assert all(tensor.isfinite().all() for tensor in weights(resumed).values())
+
+
+def test_an_image_that_vanishes_ends_the_run_with_its_error(images: ImageSet) -> None:
+    class Vanishing(ImageSet):
+        def pixels(self, indices: Indices, preprocessing: Preprocessing) -> Pixels:
+            raise InvalidImage("the file cannot be read")
+
+    vanishing = Vanishing(**{part.name: getattr(images, part.name) for part in dataclasses.fields(images)})
+    with pytest.raises(InvalidImage, match="cannot be read"):
+        trainer(recipe(), vanishing).fit()
+
+
+def test_too_few_identities_for_a_batch(images: ImageSet) -> None:
+    with pytest.raises(InvalidDataset, match="5 identities, fewer than a batch of 6"):
+        trainer(recipe(sampling={"identities_per_batch": 6}), images)
+
+
+@pytest.fixture
+def stopped(images: ImageSet, tmp_path: Path) -> Path:
+    """The folder of a run killed after its checkpoint at step 4."""
+    with pytest.raises(Killed):
+        trainer(recipe(training={"evaluate_every": 1}), images, tmp_path, killed_at(5)).fit()
+    return tmp_path
+
+
+def test_keys_that_change_no_weight_may_change(images: ImageSet, stopped: Path) -> None:
+    free = recipe(training={"log_every": 5, "evaluate_every": 0, "checkpoint_every": 0})
+    resumed, whole = trainer(free, images, stopped), trainer(recipe(), images)
+    resumed.fit(resume=True)
+    whole.fit()
+    assert_same_bits(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_of_another_recipe_names_the_keys(images: ImageSet, stopped: Path) -> None:
+    changed = recipe(optimizer={"learning_rate": 0.02}, training={"steps": 20})
+    with pytest.raises(InvalidRecipe, match=r"\(optimizer.learning_rate, training.steps differ\)") as error:
+        trainer(changed, images, stopped).fit(resume=True)
+    assert error.value.field == "optimizer.learning_rate"
+
+
+def test_a_checkpoint_of_other_images_is_refused(images: ImageSet, stopped: Path) -> None:
+    with pytest.raises(InvalidRecipe, match=r"\(training images differ\)"):
+        trainer(recipe(), images.subset(range(29)), stopped).fit(resume=True)
+
+
+def test_there_must_be_a_checkpoint_to_resume(images: ImageSet, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="train without --resume"):
+        trainer(recipe(), images, tmp_path).fit(resume=True)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:4], lambda data: b"\xff" * len(data)])
+def test_a_damaged_checkpoint_is_refused(images: ImageSet, stopped: Path, damage: Callable[[bytes], bytes]) -> None:
+    (stopped / FILE).write_bytes(damage((stopped / FILE).read_bytes()))
+    with pytest.raises(DamagedData, match="train again without --resume"):
+        trainer(recipe(), images, stopped).fit(resume=True)
