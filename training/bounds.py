@@ -19,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, stdtrit
 
-from embedding.calibration import SUPPORTING_PAIRS
 from training.pairs import Floats, Ints, PairTable
 
 CONFIDENCE = 0.95
+
+SUPPORTING_CLUSTERS = 3
+"""Errors of fewer identities, or identity pairs, say too little about their own variance; the design effect of the
+nearest threshold where more of them err stands in."""
 
 Rates = NDArray[np.float64]
 
@@ -31,11 +34,9 @@ def far_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
     """One-sided 95 % upper bound [T] of the false-accept rate at each of T rising thresholds; it never falls."""
     identities, n = len(table.sizes), len(table.impostor)
     accepted_T = np.searchsorted(table.impostor, thresholds_T, side="right")
-    effect_T = _design_effect(
-        accepted_T, n, across_variance(table, thresholds_T, accepted_T / n), most=n / (identities // 2)
-    )
-    # Few accepts say little about their own variance; the nearest threshold with enough of them stands in.
-    effect_T = _borrowed(effect_T[::-1], accepted_T[::-1] >= SUPPORTING_PAIRS)[::-1]
+    variance_T, erring_T = across_variance(table, thresholds_T, accepted_T / n)
+    effect_T = _design_effect(accepted_T, n, variance_T, most=n / (identities // 2))
+    effect_T = _borrowed(effect_T[::-1], erring_T[::-1] >= SUPPORTING_CLUSTERS)[::-1]
     return np.maximum.accumulate(upper_bound(accepted_T / n, n, effect_T, identities))
 
 
@@ -43,8 +44,9 @@ def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
     """One-sided 95 % upper bound [T] of the false-reject rate at each of T rising thresholds; it never rises."""
     identities, m = int((table.sizes > 1).sum()), len(table.matching)
     rejected_T = m - np.searchsorted(table.matching, thresholds_T, side="right")
-    effect_T = _design_effect(rejected_T, m, within_variance(table, thresholds_T, rejected_T / m), most=m / identities)
-    effect_T = _borrowed(effect_T, rejected_T >= SUPPORTING_PAIRS)
+    variance_T, erring_T = within_variance(table, thresholds_T, rejected_T / m)
+    effect_T = _design_effect(rejected_T, m, variance_T, most=m / identities)
+    effect_T = _borrowed(effect_T, erring_T >= SUPPORTING_CLUSTERS)
     return np.maximum.accumulate(upper_bound(rejected_T / m, m, effect_T, identities)[::-1])[::-1]
 
 
@@ -79,12 +81,13 @@ def _borrowed(effect_T: Rates, is_supported_T: NDArray[np.bool_]) -> Rates:
     return effect_T[source_T]
 
 
-def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Rates:
-    """Variance of the false-accept rate when identities are resampled."""
+def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
+    """Variance [T] of the false-accept rates when identities are resampled, and how many identity pairs err [T]."""
     identities, bins = len(table.sizes), len(thresholds_T) + 1
     accepts_GB = np.zeros((identities, bins), dtype=np.int64)  # by the first threshold that accepts the pair
     squares_B = np.zeros(bins)
     products_B = np.zeros(bins)
+    erring_B = np.zeros(bins, dtype=np.int64)
     for identity in range(identities - 1):
         later_G = table.sizes[identity + 1 :]
         column_K = np.repeat(np.arange(identity + 1, identities), later_G)
@@ -98,6 +101,7 @@ def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Ra
         rank_P = np.arange(1, len(key_P) + 1) - np.repeat(np.cumsum(pairs_G) - pairs_G, pairs_G)
         squares_B += np.bincount(bin_P, weights=2 * rank_P - 1, minlength=bins)
         products_B += np.bincount(bin_P, weights=pairs_G[other_P - identity - 1], minlength=bins)
+        erring_B += np.bincount(bin_P[rank_P == 1], minlength=bins)
         accepts_GB[identity] += np.bincount(bin_P, minlength=bins)
         np.add.at(accepts_GB.reshape(-1), key_P, 1)
 
@@ -109,18 +113,18 @@ def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Ra
     by_identity_T = ((accepts_GT - rate_T * pairs_G[:, None]) ** 2).sum(axis=0)
     by_pair_T = squares_T - 2 * rate_T * products_T + rate_T**2 * pairs_squared
     few = identities / (identities - 1)
-    variance_T: Rates = few * (by_identity_T + by_pair_T) / len(table.impostor) ** 2
-    return variance_T
+    return few * (by_identity_T + by_pair_T) / len(table.impostor) ** 2, np.cumsum(erring_B)[:-1]
 
 
-def within_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Rates:
-    """Variance of the false-reject rate when identities are resampled."""
+def within_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
+    """Variance [T] of the false-reject rates when identities are resampled, and how many identities err [T]."""
     several = np.flatnonzero(table.sizes > 1)
     total_T = np.zeros(len(thresholds_T))
+    erring_T = np.zeros(len(thresholds_T), dtype=np.int64)
     for identity in several.tolist():
         within_P = np.sort(np.concatenate([within for within, _ in table.rows_of(identity)]))
         rejected_T = len(within_P) - np.searchsorted(within_P, thresholds_T, side="right")
         total_T += (rejected_T - rate_T * len(within_P)) ** 2
+        erring_T += rejected_T > 0
     few = len(several) / max(len(several) - 1, 1)
-    variance_T: Rates = few * total_T / len(table.matching) ** 2
-    return variance_T
+    return few * total_T / len(table.matching) ** 2, erring_T

@@ -124,7 +124,7 @@ def test_perfect_separation_puts_the_margin_in_the_middle_of_the_gap() -> None:
     assert calibration.named_points["equal-error"] == calibration.learned_margin
     rates = calibration.rates_at(calibration.learned_margin)
     assert rates.far == rates.frr == 0
-    assert 0 < rates.far_upper95 < 0.01
+    assert 3 / 190 < rates.far_upper95 < 0.1, "190 tight identity pairs are the evidence, not 4,750 image pairs"
     assert 0 < rates.frr_upper95 < 0.2
     assert calibration.probability.at(float(matching.max())) > 0.5 > calibration.probability.at(float(impostor.min()))
     assert 1 < calibration.probability.slope < 1000
@@ -190,8 +190,8 @@ def test_closed_form_variance_equals_the_bootstraps() -> None:
     thresholds = np.array([0.5, 0.7, 1.0, 2.0], dtype=np.float32)
     far = np.searchsorted(table.impostor, thresholds, "right") / len(table.impostor)
     frr = 1 - np.searchsorted(table.matching, thresholds, "right") / len(table.matching)
-    far_sd = np.sqrt(across_variance(table, thresholds, far))
-    frr_sd = np.sqrt(within_variance(table, thresholds, frr))
+    far_sd = np.sqrt(across_variance(table, thresholds, far)[0])
+    frr_sd = np.sqrt(within_variance(table, thresholds, frr)[0])
     for row, threshold in enumerate(thresholds[:3]):
         expected = brute_force_bootstrap(emb, labels, float(threshold), 3000)
         assert (far_sd[row], frr_sd[row]) == pytest.approx(expected, rel=0.12)
@@ -199,7 +199,7 @@ def test_closed_form_variance_equals_the_bootstraps() -> None:
 
 
 def test_bounds_hold_for_the_population_and_for_other_identities() -> None:
-    """150 calibrations on 20 identities each: a 95 % bound may miss, but not much more often than it says."""
+    """100 calibrations on 20 identities each: a 95 % bound may miss, but not much more often than it says."""
     population = random_effects(1500, 1, seed=10**6)[0]
     dist = np.sort(distance_block(population, population)[np.triu_indices(1500, 1)])
     twins = random_effects(10_000, 2, seed=10**6 + 1)[0]
@@ -212,7 +212,7 @@ def test_bounds_hold_for_the_population_and_for_other_identities() -> None:
         return measure_pairs(held_out(*random_effects(20, 6, seed=seed)), max_items=999, seed=0)
 
     covered, kept, covered_frr = [], [], []
-    for repeat in range(150):
+    for repeat in range(100):
         seen, unseen = table(repeat), table(repeat + 1000)
         bound = far_upper_bounds(seen, thresholds)
         covered.append(bound >= true_far)

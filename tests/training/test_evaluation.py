@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from embedding.decision import distances
 from embedding.errors import InvalidDataset, InvalidVector
 from training import evaluation, pairs
-from training.evaluation import evaluate, verification_curve
+from training.evaluation import VerificationCurve, evaluate, verification_curve
 from training.pairs import distance_block, held_out
 
 Array = NDArray[np.float32]
@@ -94,6 +94,18 @@ def test_verification_equals_scikit_learn() -> None:
     assert result.tar_at_far_1e_2 == tar[far <= 1e-2].max()
     assert (result.identities, result.matching_pairs) == (5, is_match.sum())
     assert result.impostor_pairs == (~is_match).sum()
+
+
+def test_true_accept_rate_is_read_at_the_last_threshold_that_keeps_the_promise() -> None:
+    curve = VerificationCurve(
+        thresholds=np.array([-1, 0.1, 0.2, 0.3, 0.4]),
+        matching=np.array([0, 1, 2, 3, 4]),
+        impostor=np.array([0, 0, 3, 4, 300]),
+        resolution=0.0,
+    )
+    assert curve.tar_at_far(3 / 300) == 2 / 4
+    assert curve.tar_at_far(3.9 / 300) == 2 / 4
+    assert curve.tar_at_far(4 / 300) == 3 / 4
 
 
 def test_rates_without_enough_pairs_are_none() -> None:

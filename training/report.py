@@ -1,0 +1,292 @@
+"""The model card: what a model is, how good it is on identities it never saw, and what it must not be used for."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.calibration import Calibration
+from embedding.decision import distance
+from training.calibration import Promise, promised_versus_realised
+from training.evaluation import Evaluation, verification_curve
+from training.pairs import HeldOut, distance_block, held_out, row_blocks
+from training.plots import ImageOf, distance_plot, error_plot, pair_plot, projection_plot, reliability_plot
+from training.reliability import reliability
+
+WORST = 5
+"""How many of the worst errors of each kind are shown."""
+
+PROMISED_FARS = (1e-1, 1e-2, 1e-3, 1e-4)
+
+
+def model_card(
+    *,
+    name: str,
+    recipe_text: str,
+    facts: Mapping[str, str],
+    evaluation: Evaluation,
+    calibration: Calibration,
+    test_emb_ND: NDArray[np.generic],
+    test_labels_N: NDArray[np.generic],
+    image_of: ImageOf,
+    identity_names: Mapping[int, str] | None = None,
+    intended_use: str = "Deciding whether two images of the kind it was trained on show the same identity.",
+) -> dict[str, bytes]:
+    """Files of a model card by relative path: `README.md` and the pictures it shows, under `card/`.
+
+    `facts` is the table of data, split and lineage, by label. `test_emb_ND` and `test_labels_N` belong to identities
+    that neither training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of a test row, and
+    `identity_names` a readable name for a label.
+
+    Raises InvalidVector and InvalidDataset as `evaluate` does.
+    """
+    data = held_out(test_emb_ND, test_labels_N)
+    curve = verification_curve(data)
+    measured = reliability(curve, calibration.probability)
+
+    def name_of(identity: int) -> str:
+        return (identity_names or {}).get(identity, str(identity))
+
+    text = _CARD.format(
+        name=name,
+        worst=WORST,
+        unseen="identities"
+        if calibration.protocol == "identity-disjoint"
+        else "images, though all know its identities",
+        summary=_summary(evaluation, calibration),
+        metrics=_metrics_table(evaluation, measured.expected_calibration_error),
+        points=_points_table(calibration),
+        promises=_promises(
+            promised_versus_realised(calibration, data.embeddings, data.identities, targets=PROMISED_FARS)
+        ),
+        facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
+        calibration=_calibration_table(calibration),
+        intended_use=intended_use,
+        limits="\n".join(f"- {limit}" for limit in _limits(calibration)),
+        recipe=recipe_text.strip(),
+    )
+    return {
+        "README.md": text.encode(),
+        "card/distances.png": distance_plot(curve, calibration),
+        "card/errors.png": error_plot(curve, calibration),
+        "card/reliability.png": reliability_plot(measured),
+        "card/projection.png": projection_plot(data.embeddings, data.identities, name_of),
+        "card/worst.png": _worst_pairs_picture(data, calibration, image_of, name_of),
+    }
+
+
+_CARD = """\
+# {name}
+
+{summary}
+
+## Metrics on the test side
+
+{metrics}
+
+## Operating points
+
+Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs.
+
+{points}
+
+## Promised against realised
+
+The calibration chose these thresholds; the test side is the check: neither training nor calibration saw its {unseen}.
+
+{promises}
+
+![Distances of matching and non-matching pairs with the learned margin; error rates by threshold](card/distances.png)
+
+![ROC and DET curves](card/errors.png)
+
+![Reliability of the match probability](card/reliability.png)
+
+![Test embeddings on their first two principal components](card/projection.png)
+
+## Worst errors
+
+The {worst} most distant matching pairs and the {worst} closest non-matching pairs of the test side.
+
+![The worst errors as image pairs](card/worst.png)
+
+## Data, split and lineage
+
+{facts}
+
+## Calibration
+
+{calibration}
+
+## Intended use and limits
+
+{intended_use}
+
+{limits}
+
+## Recipe
+
+```toml
+{recipe}
+```
+"""
+
+
+def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
+    rates = calibration.rates_at(calibration.learned_margin)
+    protocol = (
+        "identities the model never saw in training"
+        if calibration.protocol == "identity-disjoint"
+        else "**the same identities it was trained on (closed set)**, on images it never saw"
+    )
+    return (
+        f"Two images match when their embeddings lie within **{calibration.learned_margin:.4f}** of each other, the "
+        f"learned margin. At that threshold {_rate(rates.far)} of non-matching pairs were accepted (at most "
+        f"{_rate(rates.far_upper95)} with 95 % confidence) and {_rate(rates.frr)} of matching pairs rejected, on "
+        f"{protocol}. An image's nearest neighbour among {evaluation.retrieval.gallery:,} test images matches it in "
+        f"{_rate(evaluation.retrieval.recall_at_1)} of cases."
+    )
+
+
+def _metrics_table(evaluation: Evaluation, calibration_error: float) -> str:
+    retrieval, verification = evaluation.retrieval, evaluation.verification
+    rows = [
+        (name, "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}")
+        for name, value in evaluation.metrics().items()
+    ]
+    rows.append(("expected calibration error", f"{calibration_error:.4f}"))
+    return (
+        _table(("metric", "value"), rows)
+        + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"
+        + (f"; {retrieval.queries_left_out:,} more without a match left out" if retrieval.queries_left_out else "")
+        + f". Verification: {verification.identities:,} identities, {verification.matching_pairs:,} matching and "
+        f"{verification.impostor_pairs:,} non-matching pairs."
+    )
+
+
+def _points_table(calibration: Calibration) -> str:
+    rows = []
+    for name, threshold in calibration.named_points.items():
+        rates = calibration.rates_at(threshold)
+        values = (rates.far, rates.far_upper95, rates.frr, rates.frr_upper95)
+        rows.append((f"`{name}`", f"{threshold:.4f}", *map(_rate, values)))
+    return _table(("point", "threshold", "FAR", "FAR at most", "FRR", "FRR at most"), rows)
+
+
+def _promises(promises: Sequence[Promise]) -> str:
+    if not promises:
+        return "The calibration has too few non-matching pairs to promise any of the usual rates."
+    rows = [
+        (
+            _rate(promise.target_far),
+            f"{promise.threshold:.4f}",
+            _rate(promise.promised_far_upper95),
+            _rate(promise.realised_far),
+            "yes" if promise.held else "**no**",
+            _rate(promise.promised_frr_upper95),
+            _rate(promise.realised_frr),
+        )
+        for promise in promises
+    ]
+    header = (
+        "target FAR",
+        "threshold",
+        "FAR promised at most",
+        "FAR realised",
+        "held",
+        "FRR promised at most",
+        "FRR realised",
+    )
+    return _table(header, rows) + f"\n\nRealised on {promises[0].impostor_pairs:,} non-matching test pairs."
+
+
+def _calibration_table(calibration: Calibration) -> str:
+    return _table(
+        ("", ""),
+        [
+            ("version", str(calibration.version)),
+            ("protocol", calibration.protocol),
+            ("identities", f"{calibration.identities:,}"),
+            ("matching pairs", f"{calibration.matching_pairs:,}"),
+            ("non-matching pairs", f"{calibration.impostor_pairs:,}"),
+            ("smallest supported FAR", _rate(calibration.smallest_supported_far)),
+            ("learned margin", f"{calibration.learned_margin:.6f}"),
+            ("slope of the match probability", f"{calibration.probability.slope:.3f} per unit of distance"),
+        ],
+    )
+
+
+def _limits(calibration: Calibration) -> Iterable[str]:
+    if calibration.protocol == "closed-set":
+        yield (
+            "**Closed set.** Training, calibration and test share their identities, so every figure here is about "
+            "these identities only; nothing was measured about identities the model has not seen."
+        )
+    yield (
+        f"The smallest false-accept rate that the calibration supports is "
+        f"{_rate(calibration.smallest_supported_far)}; smaller targets are refused, not extrapolated."
+    )
+    yield "Probabilities hold at equal priors: where matches are rare, a probability of one half is too generous."
+    yield (
+        "Rates hold for pairs drawn like those of the calibration. Other cameras, other kinds of images, or identities "
+        "chosen to resemble each other shift them: calibrate on your own held-out images."
+    )
+    yield "Rates are for one comparison. Searching a gallery of N compares N times and errs accordingly more often."
+
+
+def _worst_pairs_picture(
+    data: HeldOut, calibration: Calibration, image_of: ImageOf, name_of: Callable[[int], str]
+) -> bytes:
+    def measured(pairs: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int, str]]:
+        for first, second in pairs:
+            apart = float(distance(data.embeddings[first], data.embeddings[second]))
+            yield first, second, f"{apart:.3f}, P = {calibration.probability.at(apart):.2g}"
+
+    farthest, closest = worst_pairs(data, WORST)
+    return pair_plot(
+        [
+            ("Most distant matching pairs: distance, probability of a match, identity", list(measured(farthest))),
+            ("Closest non-matching pairs", list(measured(closest))),
+        ],
+        image_of,
+        lambda row: name_of(int(data.identities[row])),
+    )
+
+
+def worst_pairs(data: HeldOut, count: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Rows of the `count` most distant matching pairs and the `count` closest non-matching pairs, worst first."""
+    farthest: list[tuple[float, int, int]] = []
+    closest: list[tuple[float, int, int]] = []
+    for block in row_blocks(len(data.identities), len(data.identities)):
+        dist_MK = distance_block(data.embeddings[block], data.embeddings[block.start :])
+        is_match_MK = data.identities[block, None] == data.identities[block.start :]
+        is_pair_MK = np.triu(np.ones(dist_MK.shape, dtype=bool), k=1)
+        for best, badness_MK in (
+            (farthest, np.where(is_match_MK & is_pair_MK, dist_MK, -np.inf)),
+            (closest, np.where(~is_match_MK & is_pair_MK, -dist_MK, -np.inf)),
+        ):
+            top = np.argpartition(badness_MK, -min(count, badness_MK.size), axis=None)[-count:]
+            for row, column in zip(*np.unravel_index(top, badness_MK.shape), strict=True):
+                if np.isfinite(badness_MK[row, column]):
+                    best.append((float(badness_MK[row, column]), block.start + int(row), block.start + int(column)))
+        farthest, closest = heapq.nlargest(count, farthest), heapq.nlargest(count, closest)
+    return [(a, b) for _, a, b in farthest], [(a, b) for _, a, b in closest]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _rate(rate: float) -> str:
+    """A rate as a percentage where that reads well, else in powers of ten."""
+    if rate == 0 or rate >= 1e-3:
+        return f"{100 * rate:.3g} %"
+    return f"{rate:.1e}"
