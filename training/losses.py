@@ -11,6 +11,7 @@ Shapes: B items of a batch, P pairs, T triplets, D embedding width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -80,7 +81,7 @@ def supervised_contrastive_loss(similarity_BB: Tensor, is_match_BB: Tensor, *, t
     return (log_sum_B - attraction_B).where(has_positive_B, 0).sum() / has_positive_B.sum().clamp_min(1)
 
 
-class MetricLoss(nn.Module):
+class MetricLoss(nn.Module, ABC):
     """Unit embeddings [B, D] and integer identities [B] to a `LossOutput`. Subclasses say what a term is.
 
     Raises ValueError when the shapes or the dtype of the identities are wrong.
@@ -105,9 +106,9 @@ class MetricLoss(nn.Module):
                 _mean_where(dist_BB, ~is_match_BB),
             )
 
+    @abstractmethod
     def terms(self, emb_BD: Tensor, dist_BB: Tensor, is_match_BB: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the share of its terms that pass a gradient."""
-        raise NotImplementedError
 
 
 class ContrastiveLoss(MetricLoss):

@@ -5,9 +5,6 @@ Shapes: N images of the training side, B = P·K images of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypedDict
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,21 +13,15 @@ from embedding.errors import InvalidDataset
 Indices = NDArray[np.int64]
 
 
-class SamplerState(TypedDict):
-    """Where an `IdentityBatches` stands."""
-
-    seed: int
-    step: int
-
-
-class IdentityBatches(Iterator[Indices]):
-    """An endless iterator over batches of P identities with K images each: int64 indices [P·K], identity by identity.
+class IdentityBatches:
+    """An endless series of batches of P identities with K images each.
 
     An epoch shuffles the identities and deals them out, P a batch, so that each is seen once; the last batch is filled
     up with identities dealt earlier in the epoch when P does not divide their number. Each visit draws K images of
     the identity without replacement; an identity with n < K images gives each of them ⌊K/n⌋ or ⌈K/n⌉ times.
 
-    Batch `step` depends on `labels_N`, the sizes, `seed` and `step` alone, so a resumed run continues exactly.
+    A batch depends on `labels_N`, the sizes, `seed` and the step alone: there is no state that a resumed run would have
+    to restore, and batches may be made ahead by any thread.
     Raises InvalidDataset when there are fewer than P identities.
     """
 
@@ -53,23 +44,11 @@ class IdentityBatches(Iterator[Indices]):
         self.images_per_identity = images_per_identity
         self.batches_per_epoch = -(-len(self._images_of) // identities_per_batch)
         self._seed = seed
-        self._step = 0
-
-    def __next__(self) -> Indices:
-        batch_B = self.batch(self._step)
-        self._step += 1
-        return batch_B
 
     def batch(self, step: int) -> Indices:
-        """The batch of a step, counted from 0, wherever the iterator stands."""
+        """Indices [B] of the batch of a step, counted from 0; identity by identity."""
         rng = np.random.default_rng([self._seed, step, 1])
         return np.concatenate([self._visit(identity, rng) for identity in self._identities(step)])
-
-    def state_dict(self) -> SamplerState:
-        return SamplerState(seed=self._seed, step=self._step)
-
-    def load_state_dict(self, state: SamplerState) -> None:
-        self._seed, self._step = state["seed"], state["step"]
 
     def _identities(self, step: int) -> Indices:
         epoch, position = divmod(step, self.batches_per_epoch)
