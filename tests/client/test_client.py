@@ -1,0 +1,279 @@
+"""The client against a real server; what both clients share is tried through both."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+import lookalike
+from lookalike import (
+    AlreadyExists,
+    AsyncClient,
+    CallFailed,
+    Client,
+    Conflict,
+    Decision,
+    FailedPrecondition,
+    InvalidRequest,
+    Item,
+    ItemName,
+    NewItem,
+    NotFound,
+    OperatingPoint,
+    ResourceExhausted,
+    Unavailable,
+    Verdict,
+)
+from lookalike._calls import MAX_PAIRS
+from service.server import Server
+from tests.service.harness import DIM, MARGIN, MAX_MESSAGE_BYTES, png
+
+
+def fill(client: Client, gallery: str, count: int) -> list[Item]:
+    outcomes = client.update_items(
+        gallery, [NewItem(id=f"{n:04}", image=png(n), identity=f"p{n % 3}") for n in range(count)]
+    )
+    items = [outcome for outcome in outcomes if isinstance(outcome, Item)]
+    assert len(items) == count
+    return items
+
+
+class TestVerify:
+    def test_gives_the_whole_decision(self, client: Client) -> None:
+        decision = client.verify(png(1), png(2), operating_point=OperatingPoint(name="strict"))
+        assert decision.threshold == 0.125
+        assert (decision.far, decision.far_upper95, decision.frr) == (0.0, 0.02, 0.6)
+        assert decision.calibration == 3
+        assert decision.model.startswith("toy-")
+        assert decision.is_match is (decision.distance <= 0.125)
+        assert decision.signed_margin == decision.threshold - decision.distance
+
+    def test_every_way_to_give_an_image_agrees_bit_for_bit(self, client: Client, gallery: str, tmp_path: Path) -> None:
+        client.update_items(gallery, [NewItem(id="a", image=png(1))])
+        path = tmp_path / "a.png"
+        path.write_bytes(png(1))
+        embedding = client.embed(png(1))
+        assert embedding.shape == (DIM,)
+        assert embedding.dtype == np.float32
+        ways = [png(1), path, str(path), embedding, embedding.astype(np.float64), ItemName(gallery, "a")]
+        decisions = {client.verify(way, png(2)) for way in ways}
+        assert len(decisions) == 1
+
+    def test_operating_points_reach_the_server(self, client: Client) -> None:
+        a, b = png(1), png(2)
+        assert client.verify(a, b).threshold == MARGIN
+        assert client.verify(a, b, operating_point=OperatingPoint(threshold=1.5)).threshold == 1.5
+        assert client.verify(a, b, operating_point=OperatingPoint(target_far=0.01)).threshold == MARGIN
+        wide = OperatingPoint(threshold=1.0, uncertain_within=2.0)
+        assert client.verify(a, b, operating_point=wide).verdict is Verdict.UNCERTAIN
+
+    def test_threshold_zero_is_not_taken_for_unset(self, client: Client) -> None:
+        assert client.verify(png(1), png(2), operating_point=OperatingPoint(threshold=0.0)).threshold == 0.0
+
+    def test_two_thresholds_are_refused_before_anything_is_sent(self, client: Client) -> None:
+        with pytest.raises(ValueError, match="target_far and threshold"):
+            client.verify(png(1), png(2), operating_point=OperatingPoint(target_far=0.1, threshold=1.0))
+
+    def test_an_array_that_is_no_embedding_is_refused(self, client: Client) -> None:
+        with pytest.raises(ValueError, match="floating-point array"):
+            client.verify(np.zeros((8, 8), np.uint8), png(2))
+
+    def test_a_missing_file_is_an_ordinary_error(self, client: Client, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            client.verify(tmp_path / "none.png", png(2))
+
+
+class TestBatches:
+    def test_a_bad_pair_fails_alone_and_in_its_place(self, client: Client) -> None:
+        good, bad, last = client.verify_batch([(png(1), png(2)), (b"no image", png(2)), (png(1), png(1))])
+        assert isinstance(good, Decision)
+        assert good == client.verify(png(1), png(2))
+        assert isinstance(bad, InvalidRequest)
+        assert bad.reason == "INVALID_IMAGE"
+        assert isinstance(last, Decision)
+        assert last.distance == 0.0
+
+    def test_more_elements_than_one_call_takes_are_sent_in_several(self, client: Client) -> None:
+        embedding, other = client.embed(png(1)), client.embed(png(2))
+        pairs = [(embedding, other if n % 2 else embedding) for n in range(2 * MAX_PAIRS + 3)]
+        decisions = client.verify_batch(pairs)
+        assert [isinstance(found, Decision) and found.distance == 0.0 for found in decisions] == [
+            n % 2 == 0 for n in range(len(pairs))
+        ]
+
+    def test_more_bytes_than_one_message_takes_are_sent_in_several(self, client: Client, gallery: str) -> None:
+        image = png(5, size=(300, 300))
+        count = MAX_MESSAGE_BYTES // len(image) + 3
+        outcomes = client.update_items(gallery, (NewItem(id=f"{n}", image=image) for n in range(count)))
+        assert [outcome.name.id for outcome in outcomes if isinstance(outcome, Item)] == [f"{n}" for n in range(count)]
+
+    def test_an_empty_batch_asks_nothing(self, client: Client) -> None:
+        assert client.verify_batch([]) == []
+
+    def test_search_batch_agrees_with_search(self, client: Client, gallery: str) -> None:
+        fill(client, gallery, 7)
+        queries = [png(100), b"no image", ItemName(gallery, "0002"), png(3)]
+        results = client.search_batch(gallery, queries, k=3)
+        assert isinstance(results[1], InvalidRequest)
+        for query, result in zip(queries, results, strict=True):
+            if not isinstance(result, CallFailed):
+                assert result == client.search(gallery, query, k=3)
+
+
+class TestGalleries:
+    def test_life_of_a_gallery(self, client: Client) -> None:
+        made = client.create_gallery("life")
+        assert (made.id, made.item_count, made.damage) == ("life", 0, "")
+        with pytest.raises(AlreadyExists):
+            client.create_gallery("life")
+        fill(client, "life", 2)
+        assert client.get_gallery("life").item_count == 2
+        assert "life" in [gallery.id for gallery in client.list_galleries()]
+        with pytest.raises(FailedPrecondition):
+            client.delete_gallery("life")
+        client.delete_gallery("life", force=True)
+        with pytest.raises(NotFound):
+            client.get_gallery("life")
+
+    def test_an_item_comes_back_as_it_was_stored(self, client: Client, gallery: str) -> None:
+        metadata = {"source": "scan", "page": 3, "tags": ["a", None, True], "nested": {"x": 0.5}}
+        (stored,) = client.update_items(gallery, [NewItem(id="ä b", image=png(1), identity="x", metadata=metadata)])
+        assert isinstance(stored, Item)
+        assert stored.embedding is None
+        item = client.get_item(ItemName(gallery, "ä b"))
+        assert (item.identity, item.metadata, item.etag) == ("x", metadata, stored.etag)
+        assert item.update_time.tzinfo is not None
+        assert item.embedding is not None
+        np.testing.assert_array_equal(item.embedding, client.embed(png(1)))
+
+    def test_listing_goes_on_over_pages(self, client: Client, gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        fill(client, gallery, 7)
+        monkeypatch.setattr("lookalike._calls.PAGE_SIZE", 2)
+        assert [item.name.id for item in client.list_items(gallery)] == [f"{n:04}" for n in range(7)]
+
+    def test_a_stale_etag_is_a_conflict(self, client: Client, gallery: str) -> None:
+        (first,) = fill(client, gallery, 1)
+        (second,) = client.update_items(gallery, [NewItem(id="0000", image=png(9), etag=first.etag)])
+        assert isinstance(second, Item)
+        (refused,) = client.update_items(gallery, [NewItem(id="0000", image=png(9), etag=first.etag)])
+        assert isinstance(refused, Conflict)
+
+    def test_without_allow_missing_an_unknown_item_fails_alone(self, client: Client, gallery: str) -> None:
+        fill(client, gallery, 1)
+        items = [NewItem(id="0000", image=png(4)), NewItem(id="new", image=png(5))]
+        known, unknown = client.update_items(gallery, items, allow_missing=False)
+        assert isinstance(known, Item)
+        assert isinstance(unknown, NotFound)
+
+    def test_delete_items_is_all_or_nothing(self, client: Client, gallery: str) -> None:
+        fill(client, gallery, 3)
+        with pytest.raises(NotFound):
+            client.delete_items(gallery, ["0000", "none"])
+        assert client.delete_items(gallery, ["0000", "none"], allow_missing=True) == 1
+        assert [item.name.id for item in client.list_items(gallery)] == ["0001", "0002"]
+
+    def test_search_leaves_out_the_item_itself(self, client: Client, gallery: str) -> None:
+        fill(client, gallery, 4)
+        found = client.search(gallery, ItemName(gallery, "0001"))
+        assert sorted(neighbor.item.id for neighbor in found) == ["0000", "0002", "0003"]
+        assert found[0].identity is not None
+        assert [n.decision.distance for n in found] == sorted(n.decision.distance for n in found)
+
+    def test_k_zero_is_not_taken_for_the_default(self, client: Client, gallery: str) -> None:
+        with pytest.raises(ValueError, match="k must be at least 1"):
+            client.search(gallery, png(1), k=0)
+        with pytest.raises(ValueError, match="k must be at least 1"):
+            client.search_batch(gallery, [png(1)], k=0)
+
+
+class TestModels:
+    def test_the_whole_calibration_is_readable(self, client: Client) -> None:
+        model = client.get_model()
+        assert model.active
+        assert model.embedding_dim == DIM
+        calibration = model.calibration
+        assert calibration.learned_margin == MARGIN
+        assert calibration.named_points == {"learned-margin": MARGIN, "strict": 0.125}
+        assert [row.threshold for row in calibration.curve] == [0.125, MARGIN, 2.0]
+        assert calibration.smallest_supported_far == 3 / 600
+        assert [listed.id for listed in client.list_models()] == [model.id]
+        assert client.get_model(model.id) == model
+
+
+class TestErrors:
+    def test_a_bad_image_names_its_field_and_reason(self, client: Client) -> None:
+        with pytest.raises(InvalidRequest) as caught:
+            client.verify(png(1), b"no image")
+        error = caught.value
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.reason == "INVALID_IMAGE"
+        assert list(error.fields) == ["b.encoded"]
+        assert "\n" not in str(error)
+
+    def test_an_unsupported_rate_is_refused(self, client: Client) -> None:
+        with pytest.raises(InvalidRequest, match="smallest rate"):
+            client.verify(png(1), png(2), operating_point=OperatingPoint(target_far=1e-9))
+
+    def test_a_message_over_the_limit_says_so(self, server: Server) -> None:
+        with Client(server.address) as client, pytest.raises(ResourceExhausted, match="larger than max"):
+            client.embed(bytes(2 * MAX_MESSAGE_BYTES))
+
+    def test_nobody_there(self) -> None:
+        with Client("127.0.0.1:1", timeout=0.5) as client, pytest.raises(CallFailed, match=r"127\.0\.0\.1:1"):
+            client.get_model()
+        with Client("127.0.0.1:1") as client, pytest.raises(Unavailable, match="was not serving after"):
+            client.wait_until_ready(0.3)
+
+    @pytest.mark.parametrize("settings", [{"timeout": 0}, {"timeout": -1.0}, {"max_message_bytes": 100}])
+    def test_senseless_settings_are_refused(self, settings: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match="must be"):
+            Client("127.0.0.1:1", **settings)
+
+
+class TestAsync:
+    def test_answers_what_the_blocking_client_answers(self, client: Client, server: Server, gallery: str) -> None:
+        fill(client, gallery, 5)
+
+        async def ask() -> None:
+            async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+                await other.wait_until_ready(10)
+                assert await other.is_serving()
+                assert await other.verify(png(1), png(2)) == client.verify(png(1), png(2))
+                assert await other.search(gallery, png(9)) == client.search(gallery, png(9))
+                listed = [item.name async for item in other.list_items(gallery)]
+                assert listed == [item.name for item in client.list_items(gallery)]
+                pairs = [(png(1), png(2)), (png(1), b"no image")]
+                good, bad = await other.verify_batch(pairs)
+                assert good == client.verify(png(1), png(2))
+                assert isinstance(bad, InvalidRequest)
+                many = await asyncio.gather(*(other.verify(png(n), png(n + 1)) for n in range(20)))
+                assert many == [client.verify(png(n), png(n + 1)) for n in range(20)]
+                with pytest.raises(NotFound):
+                    await other.get_gallery("none")
+
+        asyncio.run(ask())
+
+    def test_nobody_there(self) -> None:
+        async def ask() -> None:
+            async with AsyncClient("127.0.0.1:1", timeout=0.5) as nobody:
+                with pytest.raises(CallFailed):
+                    await nobody.get_model()
+                with pytest.raises(Unavailable):
+                    await nobody.wait_until_ready(0.3)
+
+        asyncio.run(ask())
+
+    def test_has_every_method_of_the_blocking_client(self) -> None:
+        def public(kind: type) -> set[str]:
+            return {name for name in dir(kind) if not name.startswith("_")}
+
+        assert public(Client) == public(AsyncClient)
+
+
+def test_exported_names_are_sorted_and_exist() -> None:
+    assert lookalike.__all__ == sorted(lookalike.__all__)
+    assert all(hasattr(lookalike, name) for name in lookalike.__all__)

@@ -1,0 +1,185 @@
+"""What travels and how: method names, retries, and what the base install imports."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from lookalike import (
+    CallFailed,
+    Client,
+    Conflict,
+    FailedPrecondition,
+    ItemName,
+    NewItem,
+    ServerError,
+    Unavailable,
+    _calls,
+    _methods,
+)
+from lookalike.errors import from_status
+from lookalike.v1 import gallery_pb2, match_pb2, model_pb2, search_pb2
+
+
+class Flaky(grpc.GenericRpcHandler):
+    """Ends the first `failures` calls of each method with `code`, then answers with no bytes."""
+
+    def __init__(self, code: grpc.StatusCode, failures: int) -> None:
+        self._code, self._failures = code, failures
+        self._lock = threading.Lock()
+        self.seen: dict[str, int] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+            with self._lock:
+                self.seen[details.method] = self.seen.get(details.method, 0) + 1
+                fails = self.seen[details.method] <= self._failures
+            if fails:
+                context.abort(self._code, "not now")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@contextmanager
+def serving(handler: Flaky) -> Iterator[Client]:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with Client(f"127.0.0.1:{port}", timeout=10) as client:
+            yield client
+    finally:
+        server.stop(None).wait()
+
+
+def test_reads_are_repeated_while_the_server_is_unavailable() -> None:
+    with serving(handler := Flaky(grpc.StatusCode.UNAVAILABLE, failures=2)) as client:
+        client.get_gallery("g")
+        assert list(client.list_items("g")) == []
+        assert client.search("g", b"image") == []
+    assert handler.seen == {
+        "/lookalike.v1.GalleryService/GetGallery": 3,
+        "/lookalike.v1.GalleryService/ListItems": 3,
+        "/lookalike.v1.SearchService/Search": 3,
+    }
+
+
+def test_a_large_read_is_repeated_too() -> None:
+    with serving(Flaky(grpc.StatusCode.UNAVAILABLE, failures=1)) as client:
+        assert client.search("g", bytes(2 * 2**20)) == []
+
+
+def test_writes_are_not_repeated() -> None:
+    with serving(handler := Flaky(grpc.StatusCode.UNAVAILABLE, failures=1)) as client:
+        for write in (
+            lambda: client.update_items("g", [NewItem(id="a", image=b"")]),
+            lambda: client.delete_items("g", ["a"]),
+            lambda: client.create_gallery("g"),
+            lambda: client.delete_gallery("g"),
+        ):
+            with pytest.raises(Unavailable):
+                write()
+    assert set(handler.seen.values()) == {1}
+
+
+def test_other_failures_are_not_repeated() -> None:
+    with serving(handler := Flaky(grpc.StatusCode.INTERNAL, failures=9)) as client, pytest.raises(ServerError):
+        client.get_gallery("g")
+    assert list(handler.seen.values()) == [1]
+
+
+def test_a_short_answer_to_a_batch_is_refused() -> None:
+    with serving(Flaky(grpc.StatusCode.OK, failures=0)) as client, pytest.raises(CallFailed, match="0 of 1 elements"):
+        client.verify_batch([(b"a", b"b")])
+
+
+def test_every_method_of_the_contract_is_called_by_its_name() -> None:
+    contract = {
+        f"/{service.full_name}/{method.name}"
+        for module in (gallery_pb2, match_pb2, model_pb2, search_pb2)
+        for service in module.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+    with serving(handler := Flaky(grpc.StatusCode.ABORTED, failures=1)) as client:
+        for ask in (
+            lambda: client.verify(b"", b""),
+            lambda: client.verify_batch([(b"", b"")]),
+            lambda: client.embed(b""),
+            lambda: client.search("g", b""),
+            lambda: client.search_batch("g", [b""]),
+            lambda: client.create_gallery("g"),
+            lambda: client.get_gallery("g"),
+            lambda: list(client.list_galleries()),
+            lambda: client.delete_gallery("g"),
+            lambda: client.get_item(ItemName("g", "a")),
+            lambda: list(client.list_items("g")),
+            lambda: client.update_items("g", [NewItem(id="a", image=b"")]),
+            lambda: client.delete_items("g", ["a"]),
+            client.get_model,
+            lambda: list(client.list_models()),
+        ):
+            with pytest.raises(Conflict):
+                ask()
+    assert set(handler.seen) == contract
+
+
+def test_a_rich_status_becomes_a_typed_error() -> None:
+    def packed(detail: object) -> any_pb2.Any:
+        wrapped = any_pb2.Any()
+        wrapped.Pack(detail)  # type: ignore[arg-type]
+        return wrapped
+
+    violation = error_details_pb2.BadRequest.FieldViolation(field="a.b", description="too long")
+    error = from_status(
+        status_pb2.Status(
+            code=code_pb2.FAILED_PRECONDITION,
+            message="not\nnow",
+            details=[
+                packed(error_details_pb2.BadRequest(field_violations=[violation])),
+                packed(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1, nanos=500_000_000))),
+                packed(error_details_pb2.ErrorInfo(reason="MODEL_MISMATCH")),
+                packed(error_details_pb2.Help()),
+            ],
+        )
+    )
+    assert type(error) is FailedPrecondition
+    assert (str(error), error.reason, error.fields, error.retry_after) == (
+        "not now",
+        "MODEL_MISMATCH",
+        {"a.b": "too long"},
+        1.5,
+    )
+
+
+def test_a_status_of_an_unknown_code_is_a_server_error() -> None:
+    assert type(from_status(status_pb2.Status(code=999))) is ServerError
+
+
+def test_importing_the_client_brings_in_nothing_heavy() -> None:
+    program = (
+        "import sys, lookalike; lookalike.Client('127.0.0.1:1');"
+        "heavy = {'torch', 'torchvision', 'faiss', 'pydantic', 'typer', 'rich', 'PIL', 'pyarrow', 'sklearn', "
+        "'embedding', 'index', 'service', 'training', 'grpc_health', 'grpc_status'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_methods_show_their_parameters() -> None:
+    with Client("127.0.0.1:1") as client:
+        assert list(inspect.signature(client.list_items).parameters) == ["gallery"]
+        assert client.verify.__doc__ == _calls.verify.__doc__
+    assert isinstance(Client.verify, _methods.Unary)
