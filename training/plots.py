@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, PercentFormatter
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri
 
 from embedding.calibration import Calibration
@@ -65,9 +66,10 @@ def distance_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
     promised = np.array([row.threshold for row in calibration.curve])
     far_bound = np.array([row.far_upper95 for row in calibration.curve])
     frr_bound = np.array([row.frr_upper95 for row in calibration.curve])
-    floor = 0.5 / curve.impostor_pairs
-    rates.step(curve.thresholds, np.maximum(curve.far, floor), where="post", color=NON_MATCH, label="FAR, test")
-    rates.step(curve.thresholds, np.maximum(1 - curve.tar, floor), where="post", color=MATCH, label="FRR, test")
+    floor = 0.5 / curve.impostor_pairs  # where a rate of zero is drawn
+    drawn = _thinned(curve)
+    rates.step(drawn.thresholds, np.maximum(drawn.far, floor), where="post", color=NON_MATCH, label="FAR, test")
+    rates.step(drawn.thresholds, np.maximum(1 - drawn.tar, floor), where="post", color=MATCH, label="FRR, test")
     rates.step(promised, far_bound, where="pre", color=NON_MATCH, linestyle=":", label="FAR, promised at most")
     rates.step(promised, frr_bound, where="post", color=MATCH, linestyle=":", label="FRR, promised at most")
     rates.set(yscale="log", ylim=(floor, 1.5), xlim=(edges[0], edges[-1]), ylabel="error rate")
@@ -77,43 +79,35 @@ def distance_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
 
 
 def error_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
-    """ROC, its false-accept rate on a logarithmic axis, and DET on normal-deviate axes."""
+    """ROC, its false-accept rate on a logarithmic axis, and DET on normal-deviate axes; test beside calibration."""
     figure, (roc, det) = _figure(10, 4.8, columns=2)
-    least = 0.5 / curve.impostor_pairs  # where a rate of zero is drawn on an axis that has none
-    held_out_far = np.array([row.far for row in calibration.curve])
-    held_out_frr = np.array([row.frr for row in calibration.curve])
-    points = {"learned margin": ("o", calibration.learned_margin)}
-    if "equal-error" in calibration.named_points:
-        points["equal error, as calibrated"] = ("D", calibration.named_points["equal-error"])
-
-    roc.step(np.maximum(curve.far, least), curve.tar, where="post", color=MATCH, label="test")
-    roc.step(
-        np.maximum(held_out_far, least), 1 - held_out_frr, where="post", color=NEUTRAL, ls="--", label="calibration"
-    )
-    roc.set(xscale="log", xlim=(least, 1), ylim=(0, 1.02), title=f"ROC, area {curve.area:.4f}")
-    roc.set(xlabel="false-accept rate", ylabel="true-accept rate")
-
-    least_frr = 0.5 / curve.matching_pairs
-    for far, frr, colour, style in (
-        (held_out_far, held_out_frr, NEUTRAL, "--"),
-        (curve.far, 1 - curve.tar, MATCH, "-"),
+    least_far, least_frr = 0.5 / curve.impostor_pairs, 0.5 / curve.matching_pairs  # where a rate of zero is drawn
+    drawn = _thinned(curve)
+    for label, colour, style, far, frr in (
+        ("calibration", NEUTRAL, "--", [row.far for row in calibration.curve], [row.frr for row in calibration.curve]),
+        ("test", MATCH, "-", drawn.far, 1 - drawn.tar),
     ):
-        det.plot(_deviate(far, least), _deviate(frr, least_frr), style, color=colour, drawstyle="steps-post")
+        roc.step(np.maximum(far, least_far), 1 - np.asarray(frr), style, where="post", color=colour, label=label)
+        det.step(_deviate(far, least_far), _deviate(frr, least_frr), style, where="post", color=colour)
+    for name, marker in (("learned-margin", "o"), ("equal-error", "D")):
+        if name not in calibration.named_points:
+            continue
+        row = np.searchsorted(curve.thresholds, [calibration.named_points[name]], side="right") - 1
+        far, frr = curve.far[row], 1 - curve.tar[row]
+        point = partial(Line2D, marker=marker, color="black", markersize=7, linestyle="none", clip_on=False, zorder=5)
+        roc.add_line(point(np.maximum(far, least_far), 1 - frr, label=f"{name} of the calibration"))
+        det.add_line(point(_deviate(far, least_far), _deviate(frr, least_frr)))
+    roc.set(xscale="log", xlim=(least_far, 1), ylim=(0, 1.02), xlabel="false-accept rate", ylabel="true-accept rate")
+    roc.set_title(f"ROC, area {curve.area:.4f}")
+    _legend(roc, lower_right=True)
+
     det.axline((0, 0), slope=1, color=NEUTRAL, linewidth=0.7)
-    for name, (marker, threshold) in points.items():
-        row = int(np.searchsorted(curve.thresholds, threshold, side="right")) - 1
-        far, frr = curve.far[[row]], 1 - curve.tar[[row]]
-        point = partial(Line2D, marker=marker, color="black", markersize=7, linestyle="none", clip_on=False)
-        roc.add_line(point(np.maximum(far, least), 1 - frr, label=name))
-        det.add_line(point(_deviate(far, least), _deviate(frr, least_frr)))
     for axis in (det.xaxis, det.yaxis):
         axis.set_major_locator(FixedLocator(ndtri(list(_DET_TICKS))))
         axis.set_major_formatter(FixedFormatter(list(_DET_TICKS.values())))
-    det.set(xlim=(ndtri(least), ndtri(0.6)), ylim=(ndtri(least_frr), ndtri(0.6)))
-    det.set(
-        xlabel="false-accept rate", ylabel="false-reject rate", title=f"DET, equal error {curve.equal_error_rate:.4f}"
-    )
-    _legend(roc, lower_right=True)
+    det.set(xlim=(ndtri(least_far), ndtri(0.6)), ylim=(ndtri(least_frr), ndtri(0.6)))
+    det.set(xlabel="false-accept rate", ylabel="false-reject rate")
+    det.set_title(f"DET, equal error {curve.equal_error_rate:.4f}")
     return _png(figure)
 
 
@@ -141,14 +135,8 @@ def projection_plot(emb_ND: Floats, identity_N: Ints, name_of: Callable[[int], s
     identities, sizes = np.unique(identity_N, return_counts=True)
     chosen = identities[np.argsort(-sizes, kind="stable")[:named]].tolist()
     others_N2 = position_N2[~np.isin(identity_N, chosen)]
-    axes.scatter(
-        others_N2[:, 0],
-        others_N2[:, 1],
-        s=8,
-        color="#CCCCCC",
-        linewidths=0,
-        label=f"{len(identities) - len(chosen)} others",
-    )
+    rest = f"{len(identities) - len(chosen)} others"
+    axes.scatter(others_N2[:, 0], others_N2[:, 1], s=8, color="#CCCCCC", linewidths=0, label=rest)
     labels: list[tuple[NDArray[np.float32], str, str]] = []
     for rank, identity in enumerate(chosen):
         own_N2 = position_N2[identity_N == identity]
@@ -185,6 +173,7 @@ def pair_plot(
         for axes in grid:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
+            axes.set_anchor("N")
         for axes, (first, second, measured) in zip(grid, pairs, strict=False):
             axes.imshow(_side_by_side(image_of(first), image_of(second)), interpolation="nearest")
             names = [_drawable(name, 24) for name in dict.fromkeys((name_of(first), name_of(second)))]
@@ -208,7 +197,24 @@ def _place_labels(axes: Axes, labels: Sequence[tuple[NDArray[np.float32], str, s
         axes.text(x, y, name, fontsize=9, ha="center", va="center", bbox=box, parse_math=False)
 
 
-def _deviate(rate_T: NDArray[np.float64], smallest: float) -> NDArray[np.float64]:
+def _thinned(curve: VerificationCurve, rows: int = 1000) -> VerificationCurve:
+    """The same curve with as many rows as the eye can tell apart, dense where errors are rare."""
+    m, n = curve.matching_pairs, curve.impostor_pairs
+    kept = np.unique(
+        np.concatenate(
+            [
+                np.linspace(0, len(curve.thresholds) - 1, rows).astype(np.int64),
+                np.searchsorted(curve.impostor, np.geomspace(1, n, rows).astype(np.int64)),
+                np.searchsorted(curve.matching, m + 1 - np.geomspace(1, m, rows).astype(np.int64)),
+            ]
+        )
+    )
+    return replace(
+        curve, thresholds=curve.thresholds[kept], matching=curve.matching[kept], impostor=curve.impostor[kept]
+    )
+
+
+def _deviate(rate_T: ArrayLike, smallest: float) -> NDArray[np.float64]:
     """Normal deviates of rates, those nearer to 0 or 1 than `smallest` drawn at the edge."""
     deviate_T: NDArray[np.float64] = ndtri(np.clip(rate_T, smallest, 1 - smallest))
     return deviate_T

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from embedding.calibration import MatchProbability
 from training.evaluation import VerificationCurve
@@ -34,7 +35,7 @@ class Reliability:
 
 def reliability(curve: VerificationCurve, probability: MatchProbability, *, bins: int = 10) -> Reliability:
     """Reliability of match probabilities over the pairs that a verification curve counted."""
-    predicted_T = np.array([probability.at(distance) for distance in curve.thresholds[1:].tolist()])
+    predicted_T = expit(probability.slope * (probability.midpoint - curve.thresholds[1:]))  # as `probability.at`
     matching_T, impostor_T = np.diff(curve.tar) / 2, np.diff(curve.far) / 2
     bin_T = np.minimum((predicted_T * bins).astype(np.int64), bins - 1)
     weight_B, match_B, predicted_B = (

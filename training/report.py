@@ -19,8 +19,6 @@ from training.reliability import reliability
 WORST = 5
 """How many of the worst errors of each kind are shown."""
 
-PROMISED_FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-
 
 def model_card(
     *,
@@ -53,15 +51,11 @@ def model_card(
     text = _CARD.format(
         name=name,
         worst=WORST,
-        unseen="identities"
-        if calibration.protocol == "identity-disjoint"
-        else "images, though all know its identities",
+        unseen=_UNSEEN[calibration.protocol],
         summary=_summary(evaluation, calibration),
         metrics=_metrics_table(evaluation, measured.expected_calibration_error),
         points=_points_table(calibration),
-        promises=_promises(
-            promised_versus_realised(calibration, data.embeddings, data.identities, targets=PROMISED_FARS)
-        ),
+        promises=_promises(promised_versus_realised(calibration, data.embeddings, data.identities)),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
         calibration=_calibration_table(calibration),
         intended_use=intended_use,
@@ -133,6 +127,9 @@ The {worst} most distant matching pairs and the {worst} closest non-matching pai
 {recipe}
 ```
 """
+
+
+_UNSEEN = {"identity-disjoint": "identities", "closed-set": "images, though all know its identities"}
 
 
 def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
@@ -243,7 +240,7 @@ def _worst_pairs_picture(
     def measured(pairs: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int, str]]:
         for first, second in pairs:
             apart = float(distance(data.embeddings[first], data.embeddings[second]))
-            yield first, second, f"{apart:.3f}, P = {calibration.probability.at(apart):.2g}"
+            yield first, second, f"{apart:.3f}, {_probability(calibration.probability.at(apart))}"
 
     farthest, closest = worst_pairs(data, WORST)
     return pair_plot(
@@ -290,3 +287,7 @@ def _rate(rate: float) -> str:
     if rate == 0 or rate >= 1e-3:
         return f"{100 * rate:.3g} %"
     return f"{rate:.1e}"
+
+
+def _probability(probability: float) -> str:
+    return "P < 0.01" if probability < 0.01 else "P > 0.99" if probability > 0.99 else f"P = {probability:.2f}"
