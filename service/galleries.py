@@ -104,9 +104,9 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
             def delete() -> pb.BatchDeleteItemsResponse:
                 gallery = _opened(serving.engine.catalog, gallery_id, "parent")
-                return pb.BatchDeleteItemsResponse(
-                    deleted_count=gallery.delete(names, allow_missing=request.allow_missing)
-                )
+                with naming("names"):
+                    deleted = gallery.delete(names, allow_missing=request.allow_missing)
+                return pb.BatchDeleteItemsResponse(deleted_count=deleted)
 
             return await serving.run(delete)
 

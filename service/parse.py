@@ -118,10 +118,8 @@ def metadata(message: struct_pb2.Struct, path: str) -> Mapping[str, JSON]:
     """The metadata as JSON values."""
     try:
         values: dict[str, JSON] = json_format.MessageToDict(message)
-    except json_format.Error as error:
-        raise InvalidInput(
-            f"{path} must hold JSON values; NaN and infinite numbers are none ({error})", field=path
-        ) from error
+    except (json_format.Error, ValueError) as error:  # ValueError for NaN and infinite numbers
+        raise InvalidInput(f"{path} must hold JSON values, hence finite numbers: {error}", field=path) from error
     return values
 
 

@@ -1,0 +1,189 @@
+"""What the tests of the server share: a tiny model, images, raw stubs, and how to read an error."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from PIL import Image
+
+from embedding.bundle import Bundle, Lineage, write_bundle
+from embedding.calibration import Calibration, ErrorRates, MatchProbability
+from embedding.images import Preprocessing
+from embedding.networks import Architecture, build
+from lookalike.v1 import common_pb2, gallery_pb2, gallery_pb2_grpc, match_pb2_grpc, model_pb2_grpc, search_pb2_grpc
+from service.server import Server
+from service.settings import Settings
+
+T = TypeVar("T")
+
+DIM = 16
+SIDE = 16
+MARGIN = 0.25
+MAX_MESSAGE_BYTES = 256 * 1024
+
+
+def make_bundle(path: Path, *, seed: int) -> Bundle:
+    """A bundle of random weights; another seed is another model."""
+    torch.manual_seed(seed)
+    return write_bundle(
+        path,
+        name="toy",
+        network=build(Architecture(network="small_cnn", image_size=SIDE, channels=1, embedding_dim=DIM, width=8)),
+        preprocessing=Preprocessing(image_size=SIDE, channels=1),
+        calibration=Calibration(
+            version=3,
+            protocol="identity-disjoint",
+            identities=20,
+            matching_pairs=400,
+            impostor_pairs=600,
+            learned_margin=MARGIN,
+            probability=MatchProbability(midpoint=MARGIN, slope=8.0),
+            curve=(
+                ErrorRates(threshold=0.125, far=0.0, far_upper95=0.02, frr=0.6, frr_upper95=0.7),
+                ErrorRates(threshold=MARGIN, far=0.01, far_upper95=0.03, frr=0.2, frr_upper95=0.3),
+                ErrorRates(threshold=2.0, far=1.0, far_upper95=1.0, frr=0.0, frr_upper95=0.02),
+            ),
+            named_points={"learned-margin": MARGIN, "strict": 0.125},
+        ),
+        lineage=Lineage(created=datetime(2026, 1, 2, tzinfo=UTC), recipe={}, data={}, metrics={}, environment={}),
+    )
+
+
+def png(seed: int, *, size: tuple[int, int] = (SIDE, SIDE)) -> bytes:
+    """A PNG of noise; equal seeds give equal bytes."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def encoded(seed: int) -> common_pb2.ImageInput:
+    return common_pb2.ImageInput(encoded=png(seed))
+
+
+def stored(gallery: str, item: str) -> common_pb2.ImageInput:
+    return common_pb2.ImageInput(item=f"galleries/{gallery}/items/{item}")
+
+
+def unit(*values: float) -> bytes:
+    """A unit vector as it travels: `values`, then zeros, divided by their length."""
+    vector = np.zeros(DIM, np.float64)
+    vector[: len(values)] = values
+    return (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
+
+
+@dataclass
+class Stubs:
+    """The raw stubs on one channel."""
+
+    channel: grpc.Channel
+    match: match_pb2_grpc.MatchServiceStub = field(init=False)
+    search: search_pb2_grpc.SearchServiceStub = field(init=False)
+    galleries: gallery_pb2_grpc.GalleryServiceStub = field(init=False)
+    models: model_pb2_grpc.ModelServiceStub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.match = match_pb2_grpc.MatchServiceStub(self.channel)
+        self.search = search_pb2_grpc.SearchServiceStub(self.channel)
+        self.galleries = gallery_pb2_grpc.GalleryServiceStub(self.channel)
+        self.models = model_pb2_grpc.ModelServiceStub(self.channel)
+
+    def fill(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
+        """Create a gallery that holds these images, each with its name as identity."""
+        self.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+        response = self.galleries.BatchUpdateItems(
+            gallery_pb2.BatchUpdateItemsRequest(
+                parent=f"galleries/{gallery}",
+                requests=[
+                    gallery_pb2.UpdateItemRequest(
+                        item=gallery_pb2.Item(name=f"galleries/{gallery}/items/{name}", identity=name), image=image
+                    )
+                    for name, image in images.items()
+                ],
+                allow_missing=True,
+            )
+        )
+        assert [result.WhichOneof("result") for result in response.results] == ["item"] * len(images)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Stubs]:
+    with grpc.insecure_channel(address) as channel:
+        grpc.channel_ready_future(channel).result(timeout=10)
+        yield Stubs(channel)
+
+
+class Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=60)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+async def _made(settings: Settings) -> Server:
+    return Server(settings)  # on the loop that will run it
+
+
+@contextmanager
+def served(loop: Loop, settings: Settings) -> Iterator[Server]:
+    server = loop.run(_made(settings))
+    try:
+        loop.run(server.start())
+        yield server
+    finally:
+        loop.run(server.stop())
+
+
+def refused(call: Callable[[Any], Any], request: Message) -> grpc.RpcError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call(request)
+    return caught.value
+
+
+def rich(error: grpc.RpcError) -> status_pb2.Status:
+    """The google.rpc.Status that a failed call carries."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"no rich status: {error}"
+    return status
+
+
+def info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo:
+    return _detail(status, error_details_pb2.ErrorInfo())
+
+
+def fields(status: status_pb2.Status) -> list[str]:
+    """The paths that its BadRequest names."""
+    return [violation.field for violation in _detail(status, error_details_pb2.BadRequest()).field_violations]
+
+
+def _detail(status: status_pb2.Status, kind: Any) -> Any:
+    for detail in status.details:
+        if detail.Unpack(kind):
+            return kind
+    raise AssertionError(f"no {kind.DESCRIPTOR.full_name} among the details of {status}")
