@@ -55,6 +55,7 @@ class Catalog:
         self._read_only = read_only
         self._seal_after = seal_after
         self._open: dict[str, Gallery] = {}
+        self._reported: dict[str, str] = {}
         self._changing = threading.Lock()  # guards additions to and removals from _open
         self._lock_file: int | None = None
         if read_only:
@@ -100,9 +101,11 @@ class Catalog:
         """
         path = self._path(gallery_id)
         gallery = self._open.get(gallery_id)
-        if gallery is None:
+        if gallery is None or gallery.closed:
             with self._changing:
-                gallery = self._open.get(gallery_id) or self._opened(gallery_id, path)
+                gallery = self._open.get(gallery_id)
+                if gallery is None or gallery.closed:
+                    gallery = self._opened(gallery_id, path)
         if model is not None:
             gallery.check_model(model)
         return gallery
@@ -180,7 +183,9 @@ class Catalog:
             except NotFound:
                 pass  # deleted since the folder was read, or a file of that name
             except (DamagedData, StorageFailed, Busy) as error:
-                _log.warning("gallery %r cannot be opened: %s", name, error)
+                if self._reported.get(name) != str(error):  # once, not at every listing
+                    _log.warning("gallery %r cannot be opened: %s", name, error)
+                    self._reported[name] = str(error)
                 damaged[name] = error
         return galleries, damaged
 

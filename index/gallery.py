@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
-from weakref import WeakSet
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class Gallery:
         self._writing = threading.Lock()
         self._sealing = threading.Lock()  # taken before _writing
         self._sealer: threading.Thread | None = None
-        self._snapshots: WeakSet[Snapshot] = WeakSet()  # those that a reader may still use
+        self._shown: list[weakref.ref[Snapshot]] = []  # every snapshot that a reader may still use
         self._store = Store(folder / _STORE, read_only=read_only)
         try:
             self._load()
@@ -108,6 +108,10 @@ class Gallery:
     def generation(self) -> int:
         """Counts writes; a search answers from this generation or a later one."""
         return self._snapshot.generation
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def check_model(self, model: ModelRef) -> None:
         """Raises ModelMismatch unless this gallery holds embeddings of `model`."""
@@ -255,7 +259,7 @@ class Gallery:
         self._seal_at = max(self._seal_after, len(self._snapshot.sealed.keys_N) // 4)
 
     def _show(self, snapshot: Snapshot) -> None:
-        self._snapshots.add(snapshot)
+        self._shown.append(weakref.ref(snapshot))
         self._snapshot = snapshot
 
     def _publish(self, written: Written, vectors_ND: Vectors) -> None:
@@ -279,7 +283,9 @@ class Gallery:
             _log.warning("gallery %r stays unsealed for now: %s", self.id, error)
 
     def _oldest_read(self) -> int:
-        return min(snapshot.generation for snapshot in self._snapshots)
+        """The oldest generation that a reader may still use; the caller holds the write lock."""
+        self._shown = [shown for shown in self._shown if shown() is not None]
+        return min(snapshot.generation for shown in self._shown if (snapshot := shown()) is not None)
 
     @contextmanager
     def _write_lock(self) -> Iterator[None]:

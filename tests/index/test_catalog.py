@@ -81,7 +81,7 @@ def test_a_second_writer_is_told_which_process_writes(tmp_path: Path, model: Mod
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert child.stdin and child.stdout
+    assert child.stdout
     with child:
         assert child.stdout.readline() == "open\n"
         with pytest.raises(Busy, match=f"process {child.pid} writes to the galleries in"):
@@ -109,7 +109,7 @@ def test_read_only_catalogs_need_a_folder_and_change_nothing(tmp_path: Path, mod
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageFailed, match="the disk refused .*file: File exists"):
+    with pytest.raises(StorageFailed, match=r"the disk refused .*file: File exists"):
         Catalog(tmp_path / "file")
 
 
@@ -128,7 +128,13 @@ def cut(store: Path) -> None:
 @pytest.mark.parametrize("spoil", [spoil_header, empty, cut, Path.unlink])
 @pytest.mark.parametrize("read_only", [False, True])
 def test_one_bad_gallery_is_reported_and_the_others_answer(
-    tmp_path: Path, model: ModelRef, pool: Vectors, judge: Judge, spoil: Callable[[Path], None], read_only: bool
+    tmp_path: Path,
+    model: ModelRef,
+    pool: Vectors,
+    judge: Judge,
+    spoil: Callable[[Path], None],
+    read_only: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with Catalog(tmp_path) as catalog:
         for name in ("bad", "good"):
@@ -137,6 +143,7 @@ def test_one_bad_gallery_is_reported_and_the_others_answer(
     with Catalog(tmp_path, read_only=read_only) as catalog:
         assert [gallery.id for gallery in catalog.list()] == ["good"]
         assert catalog.damaged().keys() == {"bad"}
+        assert caplog.text.count("gallery 'bad' cannot be opened") == 1
         with pytest.raises(DamagedData, match=r"bad/store\.sqlite .*restore it from a copy"):
             catalog.get("bad")
         assert len(catalog.get("good").search(pool[0], k=1, judge=judge)) == 1
@@ -151,7 +158,10 @@ def test_a_store_of_a_later_schema_is_refused(tmp_path: Path, model: ModelRef) -
     connection = sqlite3.connect(tmp_path / "a" / "store.sqlite")
     connection.execute("PRAGMA user_version = 2")
     connection.close()
-    with Catalog(tmp_path) as catalog, pytest.raises(DamagedData, match="has schema 2; this version .* reads schema 1"):
+    with (
+        Catalog(tmp_path) as catalog,
+        pytest.raises(DamagedData, match=r"has schema 2; this version .* reads schema 1"),
+    ):
         catalog.get("a")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from embedding.decision import Judge, Vectors, distance
-from index import Catalog, ModelRef
+from index import Catalog, Gallery, ModelRef
+from index.connections import connect
 
 PRELUDE = """
 import json, random, resource, sys
@@ -61,6 +62,14 @@ with Catalog(root, seal_after=10**6) as catalog:
     gallery.upsert([Item(name="after", embedding=pool[0])])
     print(json.dumps({"refusal": refusal, "counts": counts}))
 """
+
+
+def test_commits_are_synced(catalog: Catalog, gallery: Gallery) -> None:
+    """Killing a process cannot show this, only cutting the power can: the setting is all that a test can see."""
+    connection = connect(catalog.root / "shapes" / "store.sqlite", read_only=False)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
 
 
 @pytest.fixture

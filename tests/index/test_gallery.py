@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +29,9 @@ def test_ties_go_by_name_wherever_their_vectors_lie(gallery: Gallery, pool: Vect
     gallery.upsert([Item(name=name, embedding=pool[0]) for name in ("d", "b")])
     gallery.seal()
     gallery.upsert([Item(name=name, embedding=pool[0]) for name in ("c", "a", "B")])
-    assert [neighbor.item.name for neighbor in gallery.search(pool[0], k=4, judge=judge)] == ["B", "a", "b", "c"]
+    for k in (4, 5):
+        found = gallery.search(pool[0], k=k, judge=judge)
+        assert [neighbor.item.name for neighbor in found] == ["B", "a", "b", "c", "d"][:k]
     found, truncated = gallery.matches(pool[0], judge=judge, limit=2)
     assert ([neighbor.item.name for neighbor in found], truncated) == (["B", "a"], True)
 
@@ -111,8 +116,8 @@ def test_a_bad_vector_is_named_and_nothing_of_its_batch_is_stored(
     assert caught.value.field == "items[1].embedding"
     assert gallery.size == 0
     with pytest.raises(InvalidVector, match=message) as caught:
-        gallery.search_batch([pool[0], vector], k=1, judge=judge)
-    assert caught.value.field == "queries[1]"
+        gallery.search_batch(vector[None], k=1, judge=judge)
+    assert caught.value.field == "queries[0]"
 
 
 @pytest.mark.parametrize(
@@ -132,10 +137,10 @@ def test_a_bad_vector_is_named_and_nothing_of_its_batch_is_stored(
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_field(
-    gallery: Gallery, pool: Vectors, changes: dict[str, object], field: str
+    gallery: Gallery, pool: Vectors, changes: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(InvalidInput) as caught:
-        gallery.upsert([Item(**{"name": "x", "embedding": pool[0], **changes})])  # type: ignore[arg-type]
+        gallery.upsert([replace(Item(name="x", embedding=pool[0]), **changes)])
     assert caught.value.field == f"items[0].{field}"
     assert "\n" not in str(caught.value)
 
@@ -164,6 +169,32 @@ def test_a_stale_etag_refuses_the_write(gallery: Gallery, pool: Vectors) -> None
         gallery.upsert([Item(name="new", embedding=pool[3]), Item(name="x", embedding=pool[2], etag=first.etag)])
     assert caught.value.field == "etag"
     assert (gallery.get("x").etag, gallery.size, gallery.generation) == (second.etag, 1, 2)
+
+
+def test_a_batch_that_fails_midway_leaves_nothing(
+    catalog: Catalog, filled: Gallery, pool: Vectors, judge: Judge
+) -> None:
+    refusing = sqlite3.connect(catalog.root / "shapes" / "store.sqlite")
+    refusing.execute(
+        "CREATE TRIGGER no BEFORE INSERT ON items WHEN new.name = 'no' BEGIN SELECT RAISE(FAIL, 'no'); END"
+    )
+    refusing.close()
+    before = [item.etag for item in filled.iterate()]
+    with pytest.raises(sqlite3.IntegrityError):
+        filled.upsert([Item(name=name, embedding=pool[0]) for name in ("item-00", "new", "no")])
+    assert [item.etag for item in filled.iterate()] == before
+    assert (filled.size, filled.generation) == (len(pool), 2)
+    filled.upsert([Item(name="yes", embedding=pool[0])])
+    assert len(filled.search(pool[0], k=100, judge=judge)) == len(pool) + 1
+
+
+def test_overwritten_versions_are_purged(catalog: Catalog, gallery: Gallery, pool: Vectors) -> None:
+    for vector in pool:
+        gallery.upsert([Item(name="x", embedding=vector)])
+    connection = sqlite3.connect(catalog.root / "shapes" / "store.sqlite")
+    (rows,) = connection.execute("SELECT count(*) FROM items").fetchone()
+    connection.close()
+    assert rows <= 2
 
 
 def test_unknown_items_are_named(filled: Gallery, pool: Vectors) -> None:
@@ -206,6 +237,11 @@ def test_a_closed_gallery_says_so(filled: Gallery, pool: Vectors, judge: Judge) 
         with pytest.raises(NotFound, match="deleted or closed"):
             call()
     assert len(list(iterator)) == len(pool) - 1  # a listing that had begun may end
+
+
+def test_a_closed_gallery_opens_anew_from_its_catalog(catalog: Catalog, filled: Gallery) -> None:
+    filled.close()
+    assert catalog.get("shapes").size == filled.size
 
 
 def test_a_read_only_gallery_refuses_writes(tmp_path: Path, catalog: Catalog, filled: Gallery, pool: Vectors) -> None:

@@ -140,9 +140,9 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
 
 
 def test_gallery_equals_brute_force_over_a_dict(machine: type[RuleBasedStateMachine]) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

@@ -123,7 +123,7 @@ def test_a_seal_that_the_disk_refuses_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", refuse)
-        with pytest.raises(StorageFailed, match="cannot be sealed: .*No space left on device"):
+        with pytest.raises(StorageFailed, match=r"cannot be sealed: .*No space left on device"):
             filled.seal()
     assert sorted(segments.rglob("*")) == before
     assert answers(filled, pool, judge) == expected
