@@ -119,9 +119,9 @@ class TestGeometry:
         assert abs(torch.corrcoef(torch.stack([row_B, column_B]))[0, 1]) < 0.2
 
     def test_scale_magnifies_about_the_middle(self) -> None:
-        row_B, column_B = centres(augment(spot(row=16, column=20, copies=400), scale=(0.5, 2.0), fill=1.0))
+        row_B, column_B = centres(augment(spot(row=20, column=20, copies=400), scale=(0.5, 2.0), fill=1.0))
         factor_B = column_B / (4 / 33)
-        assert row_B.abs().max() < 1e-3
+        torch.testing.assert_close(row_B, column_B, atol=1e-4, rtol=0)
         assert 1.9 < factor_B.max() < 2.02
         assert 0.49 < factor_B.min() < 0.52
         assert abs(factor_B.log().mean()) < 0.1  # as often half as double
@@ -139,6 +139,13 @@ class TestGeometry:
         torch.testing.assert_close(high_B - low_B, torch.full((200,), 0.5), atol=0.02, rtol=0)
         assert low_B.min() < 0.02
         assert high_B.max() > 0.98
+
+    def test_translation_is_a_share_of_what_a_crop_kept(self) -> None:
+        _, column_B = centres(
+            augment(spot(row=16, column=16, copies=2000), crop=(0.49, 0.49), translation=0.1, fill=1.0)
+        )
+        farthest = 0.5 * (1 - 0.7) / 0.7 + 0.1
+        assert farthest - 0.03 < column_B.abs().max() < farthest + 0.005
 
     def test_elastic_moves_parts_by_about_its_size(self) -> None:
         row_B, column_B = centres(augment(spot(row=16, column=16, copies=600), elastic=0.03, elastic_cells=2, fill=1.0))

@@ -210,7 +210,14 @@ class TestBadImages:
         with pytest.raises(InvalidDataset, match=r"1 of 2 images cannot be used, and max_bad_images is 0: ape/2\.png"):
             load([good, bad], data_root=tmp_path, preprocessing=GREY_8)
 
-    def test_an_encrypted_or_damaged_member_is_a_bad_image(self, tmp_path: Path) -> None:
+    def test_a_bad_image_counts_in_its_own_part_alone(self, tmp_path: Path) -> None:
+        write_folder(tmp_path / "bad", {"ape/1.png": png(1), "ape/2.png": b""})
+        write_folder(tmp_path / "good", files_without_archive_litter())
+        bad, good = (part(source="folder", path=name, max_bad_images=int(name == "bad")) for name in ("bad", "good"))
+        images = load([bad, good], data_root=tmp_path, preprocessing=GREY_8)
+        assert [skipped.name for skipped in images.skipped] == ["ape/2.png"]
+
+    def test_a_damaged_member_is_a_bad_image(self, tmp_path: Path) -> None:
         path = write_zip(tmp_path / "set.zip", FILES)
         data = bytearray(path.read_bytes())
         at = data.index(b"cat/1.png") + len("cat/1.png")  # the first byte of the member's compressed data
@@ -314,6 +321,7 @@ def test_parts_follow_one_another_and_roles_state_sides(tmp_path: Path) -> None:
     assert images.identities == ["ape", *IDENTITIES]
     assert images.labels_N.tolist() == [1, 1, 2, 2, 3, 3, 0, 1]
     assert images.sides == [None] * 6 + ["test"] * 2
+    assert images.subset([7, 0]).sides == ["test", None]
     assert levels(images) == [10, 20, 30, 40, 50, 60, 70, 80]
     assert images.read(7) == png(80)
 
