@@ -17,7 +17,11 @@ from embedding.errors import LookalikeError
 from training.losses import LossOutput, MetricLoss
 
 COLLAPSED_SPREAD = 0.05
+"""An embedding of less spread has collapsed; random initial weights have more."""
+
 STUCK_WITHIN = 0.01
+"""How near, relatively, a loss must come to that of a collapsed embedding to count as stuck there."""
+
 PATIENCE = 3
 """Reports in a row that must agree before a warning is given."""
 
@@ -53,6 +57,10 @@ class Report:
     @property
     def images_per_second(self) -> float:
         return self.images / self.seconds
+
+    def brief(self) -> str:
+        """What fits beside a progress bar on a terminal of 80 columns."""
+        return f"loss {self.loss:.4f}  active {self.active_fraction:.0%}  {self.images_per_second:,.0f} images/s"
 
     def __str__(self) -> str:
         return (

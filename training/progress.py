@@ -22,7 +22,7 @@ class TrainingDisplay:
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("train"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[figures]}", markup=False),
@@ -55,7 +55,7 @@ class TrainingDisplay:
     def report(self, report: Report) -> None:
         """Show the figures of a report."""
         if self._bar is not None:
-            self._bar.update(self._task, figures=str(report))
+            self._bar.update(self._task, figures=report.brief())
         else:
             self.say(f"step {report.step}/{self._total}  {report}")
 

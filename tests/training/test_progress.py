@@ -40,11 +40,11 @@ def test_lines_where_there_is_no_terminal() -> None:
     ]
 
 
-def test_a_bar_on_a_terminal() -> None:
+def test_a_bar_on_a_terminal_of_80_columns_has_room_for_its_figures() -> None:
     out = io.StringIO()
-    text = shown(Console(file=out, width=160, force_terminal=True, color_system=None), out)
+    text = shown(Console(file=out, width=80, force_terminal=True, color_system=None), out)
     assert "20/40" in text
-    assert "loss 0.1235" in text
+    assert "loss 0.1235  active 25%  1,200 images/s" in text
     assert "step 20: [recall] 0.5" in text
 
 
