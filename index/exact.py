@@ -21,7 +21,7 @@ from embedding.decision import Vectors, distances
 Keys = NDArray[np.int64]
 Rows = NDArray[np.intp]
 
-_RANKS_AT_ONCE = 16 * 2**20  # float32 values of one product, 16 MiB
+_RANKS_AT_ONCE = 16 * 2**20  # float32 values of one product, 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

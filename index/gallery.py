@@ -111,6 +111,7 @@ class Gallery:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` has been called; the catalog then opens the gallery anew."""
         return self._closed
 
     def check_model(self, model: ModelRef) -> None:
