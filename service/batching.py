@@ -36,6 +36,11 @@ class Batcher:
             1, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(encode_threads,)
         )
 
+    @property
+    def waiting(self) -> int:
+        """Images that are decoded and wait for the encoder."""
+        return len(self._waiting)
+
     async def warm_up(self) -> None:
         """Run the encoder once in its thread."""
         await asyncio.get_running_loop().run_in_executor(self._encode_thread, self._encoder.warm_up)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import errno
+import sqlite3
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from structlog.testing import capture_logs
+
+from embedding import errors as domain
+from lookalike.v1 import match_pb2
+from service import errors, refusals
+from tests.service.harness import Stubs, encoded, info, refused, rich
+
+
+def kinds(root: type[domain.LookalikeError]) -> Iterator[type[domain.LookalikeError]]:
+    for kind in root.__subclasses__():
+        yield kind
+        yield from kinds(kind)
+
+
+@pytest.mark.parametrize("kind", sorted(set(kinds(domain.LookalikeError)), key=lambda kind: kind.__name__))
+def test_every_domain_error_has_a_status(kind: type[domain.LookalikeError]) -> None:
+    status = errors.status(kind("what was wrong", field="a.b"))
+    assert status.code not in {grpc.StatusCode.OK.value[0], grpc.StatusCode.UNKNOWN.value[0]}
+    assert status.message == "what was wrong"
+    assert (info(status).reason, info(status).domain) == (kind.reason, "lookalike")
+    assert info(status).metadata["field"] == "a.b"
+
+
+def caused(cause: Exception) -> domain.StorageFailed:
+    error = domain.StorageFailed("the disk refused")
+    error.__cause__ = cause
+    return error
+
+
+def sqlite_error(code: int) -> sqlite3.Error:
+    error = sqlite3.OperationalError("refused")
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (OSError(errno.ENOSPC, "no space"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (OSError(errno.EDQUOT, "quota"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (sqlite_error(sqlite3.SQLITE_FULL), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (OSError(errno.EROFS, "read-only"), grpc.StatusCode.INTERNAL),
+        (sqlite_error(sqlite3.SQLITE_IOERR_READ), grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_a_full_disk_is_told_from_a_broken_one(cause: Exception, code: grpc.StatusCode) -> None:
+    assert errors.status(caused(cause)).code == code.value[0]
+
+
+def test_an_etag_conflict_is_aborted() -> None:
+    assert errors.status(refusals.StaleEtag("changed")).code == grpc.StatusCode.ABORTED.value[0]
+
+
+def test_an_unforeseen_error_is_logged_and_never_shown(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a secret path")
+
+    monkeypatch.setattr("service.engine.Engine.judge", broken)
+    request = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
+    with capture_logs() as logs:
+        error = refused(stubs.match.Verify, request)
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in str(error)
+    told = error_details_pb2.RequestInfo()
+    assert any(detail.Unpack(told) for detail in rich(error).details)
+    (line,) = [line for line in logs if line["event"] == "unforeseen error"]
+    assert line["request_id"] == told.request_id
+    assert "a secret path" in repr(line["exc_info"])
+
+
+def test_every_call_is_one_log_line_without_content(stubs: Stubs) -> None:
+    request = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
+    with capture_logs() as logs:
+        stubs.match.Verify(request)
+        request.ClearField("b")
+        refused(stubs.match.Verify, request)
+        deadline = time.monotonic() + 10
+        while len(logs) < 2 and time.monotonic() < deadline:  # a refusal is sent before its line is written
+            time.sleep(0.01)
+    assert [(line["event"], line["method"], line["code"]) for line in logs] == [
+        ("call", "/lookalike.v1.MatchService/Verify", "OK"),
+        ("call", "/lookalike.v1.MatchService/Verify", "INVALID_ARGUMENT"),
+    ]
+    for line in logs:
+        assert line.keys() == {"event", "method", "code", "ms", "request_id", "log_level"}
+        assert line["ms"] > 0
+        assert line["request_id"]
