@@ -74,8 +74,7 @@ def supervised_contrastive_loss(similarity_BB: Tensor, is_match_BB: Tensor, *, t
     positives_B = is_positive_BB.sum(1)
     logits_BB = similarity_BB / temperature
     itself_BB = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
-    # The least finite number and not −∞, whose gradient is NaN when an anchor has no other item.
-    log_sum_B = logits_BB.masked_fill(itself_BB, torch.finfo(logits_BB.dtype).min).logsumexp(1)
+    log_sum_B = logits_BB.masked_fill(itself_BB, -torch.inf).logsumexp(1)
     attraction_B = logits_BB.where(is_positive_BB, 0).sum(1) / positives_B.clamp_min(1)
     has_positive_B = positives_B > 0
     return (log_sum_B - attraction_B).where(has_positive_B, 0).sum() / has_positive_B.sum().clamp_min(1)

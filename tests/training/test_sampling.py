@@ -65,6 +65,13 @@ def test_a_batch_depends_on_its_step_and_not_on_those_asked_for_before() -> None
     assert len({batch_B.tobytes() for batch_B in ahead}) == 8
 
 
+def test_an_identity_shows_other_images_at_each_visit() -> None:
+    batches, labels_N = sampler([9] * 4, 4, 3), labels_of([9] * 4)
+    visits = {frozenset(batch_B[labels_N[batch_B] == 0].tolist()) for batch_B in map(batches.batch, range(20))}
+    assert len(visits) > 10
+    assert frozenset.union(*visits) == frozenset(np.flatnonzero(labels_N == 0).tolist())
+
+
 def test_seeds_differ() -> None:
     assert not np.array_equal(sampler([9] * 9, 4, 4, seed=1).batch(0), sampler([9] * 9, 4, 4, seed=2).batch(0))
 
