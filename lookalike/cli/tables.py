@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,9 @@ class ParquetTable:
             if kind is None:
                 self._publish()
         finally:
-            self._file.close()
+            self._writer.is_open = False  # else its destructor writes the footer into a file that is closed
+            with contextlib.suppress(OSError):  # a table that was published has nothing left to flush
+                self._file.close()
             self._partial.unlink(missing_ok=True)
 
     def _publish(self) -> None:

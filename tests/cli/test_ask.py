@@ -1,0 +1,107 @@
+"""`verify` and `search`, answered by a server and here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedding.bundle import Bundle
+from lookalike import Client
+from tests.cli.conftest import Run
+from tests.service.harness import MARGIN, png
+
+
+def test_verify_prints_the_decision_with_its_evidence(run: Run, where: list[str], pictures: Path) -> None:
+    ran = run("verify", pictures / "loose.png", pictures / "class-0/0.png", *where)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(("MATCH", "NON-MATCH"))
+    for words in ("distance", "threshold 0.2500", "probability", "FAR 1.00% (95 % upper bound 3.00%)", "FRR 20.00%"):
+        assert words in ran.out
+
+
+def test_verify_as_json_is_the_same_here_and_on_the_server(
+    run: Run, bundle: Bundle, target: str, pictures: Path
+) -> None:
+    a, b = pictures / "class-0/0.png", pictures / "class-1/1.png"
+    here = json.loads(run("verify", a, b, "--json", "--bundle", bundle.path).out)
+    there = json.loads(run("verify", a, b, "--json", "--target", target).out)
+    assert here == there
+    with Client(target) as client:
+        decision = client.verify(a, b)
+    assert (here["distance"], here["threshold"]) == (decision.distance, MARGIN)
+    assert here["is_match"] is (here["verdict"] == "match") is decision.is_match
+
+
+def test_exit_code_tells_the_verdict_only_when_asked(run: Run, where: list[str], pictures: Path) -> None:
+    a, b = pictures / "class-0/0.png", pictures / "class-1/1.png"
+    never = ["--threshold", "0", *where]
+    assert run("verify", a, b, *never).code == 0
+    assert run("verify", a, b, "--exit-code", *never).code == 1
+    assert run("verify", a, a, "--exit-code", *never).code == 0
+    assert run("verify", a, a, "--exit-code", "--uncertain-within", "1", *never).code == 1
+
+
+def test_search_lists_the_nearest_first(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    run("gallery", "create", name, *where)
+    run("gallery", "add", name, pictures, *where)
+    found = json.loads(run("search", pictures / "loose.png", "--gallery", name, "-k", 3, "--json", *where).out)
+    assert len(found) == 3
+    assert (found[0]["item"], found[0]["decision"]["distance"]) == (f"galleries/{name}/items/loose.png", 0.0)
+    table = run("search", f"galleries/{name}/items/class-1:1.png", "--gallery", name, *where).out
+    assert "class-0:0.png" in table
+    assert "class-1:1.png" not in table
+    assert "threshold 0.2500" in table
+
+
+def test_options_may_come_from_the_environment(
+    run: Run, target: str, bundle: Bundle, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = pictures / "loose.png"
+    monkeypatch.setenv("LOOKALIKE_BUNDLE", str(bundle.path))
+    assert run("verify", a, a).code == 0
+    monkeypatch.setenv("LOOKALIKE_TARGET", "127.0.0.1:1")
+    assert run("verify", a, a).code == 2
+    assert run("verify", a, a, "--target", target).code == 0
+    assert run("verify", a, a, "--bundle", bundle.path).code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes"),
+        (b"plain text", "not an image"),
+        (png(1)[:60], "truncated"),
+        (b"P5\n50000 50000\n255\n", "pixels"),
+    ],
+    ids=["empty", "text", "truncated", "huge"],
+)
+def test_what_is_no_image_is_refused_in_one_line(
+    run: Run, where: list[str], pictures: Path, content: bytes, words: str
+) -> None:
+    bad = pictures / "bad.png"
+    bad.write_bytes(content)
+    run("verify", pictures / "loose.png", bad, *where).failed_with(words)
+
+
+def test_bad_requests_are_refused_in_one_line(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    a = pictures / "loose.png"
+    run("verify", a, "none.png", *where).failed_with("no image at none.png")
+    run("search", a, "--gallery", name, *where).failed_with(name)
+    run("search", a, "--gallery", name, "-k", "0", *where).failed_with("-k")
+    run("search", a, "--gallery", name, "-k", "1000000000", *where).failed_with("-k")
+    run("verify", a, a, "--point", "nonsense", *where).failed_with("nonsense", "strict")
+    run("verify", a, a, "--target-far", "1e-9", *where).failed_with("smallest rate")
+    run("verify", a, a, "--target-far", "0", *where).failed_with("--target-far")
+    run("verify", a, a, "--threshold", "3", *where).failed_with("--threshold")
+    run("verify", a, a, "--threshold", "1", "--point", "strict", *where).failed_with("--threshold and --point")
+    run("verify", a, f"galleries/{name}/items/none", *where).failed_with(name)
+
+
+def test_who_answers_must_be_clear(run: Run, bundle: Bundle, target: str, pictures: Path, tmp_path: Path) -> None:
+    a = pictures / "loose.png"
+    run("verify", a, a).failed_with("--target", "--bundle")
+    run("verify", a, a, "--target", target, "--bundle", bundle.path).failed_with("not both")
+    run("verify", a, a, "--target", "127.0.0.1:1").failed_with("127.0.0.1:1", "lookalike serve")
+    run("verify", a, a, "--bundle", tmp_path / "none").failed_with("no bundle", "lookalike train")

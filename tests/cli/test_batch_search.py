@@ -1,0 +1,85 @@
+"""`batch-search`: a whole table or none."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from lookalike.cli import batch
+from tests.cli.conftest import Run
+from tests.processes import COMMAND, environment
+
+
+@pytest.fixture
+def filled(run: Run, where: list[str], name: str, pictures: Path) -> str:
+    run("gallery", "create", name, *where)
+    run("gallery", "add", name, pictures, *where)
+    return name
+
+
+def test_one_row_a_query_and_neighbour(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "BATCH_IMAGES", 3)
+    (pictures / "bad.png").write_bytes(b"no image")
+    out = tmp_path / "tables" / "neighbours.parquet"
+    ran = run("batch-search", pictures, "--gallery", filled, "--out", out, "-k", 4, *where)
+    assert ran.out == f"wrote the neighbours of 7 images to {out} (1 skipped)\n"
+    assert "skipped bad.png" in ran.err
+    with pq.ParquetFile(out) as file:
+        assert file.num_row_groups == 3
+        rows = file.read().to_pylist()
+    assert len(rows) == 7 * 4
+    assert [row["rank"] for row in rows[:4]] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["is_match"] is (row["verdict"] == "match") is (row["distance"] <= row["threshold"])
+        if row["rank"] == 1:
+            assert (row["item"], row["distance"]) == (row["query"].replace("/", ":"), 0.0)
+    assert [path.name for path in out.parent.iterdir()] == ["neighbours.parquet"]
+
+
+def test_nothing_is_left_of_a_failed_run(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tables" / "neighbours.parquet"
+    run("batch-search", pictures, "--gallery", "nowhere", "--out", out, *where).failed_with("nowhere")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.png").write_bytes(b"no image")
+    ran = run("batch-search", bad, "--gallery", filled, "--out", out, *where)
+    assert ran.code == 2
+    assert "none of the 1 images" in ran.err
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_table_that_exists_is_kept_unless_asked(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "neighbours.parquet"
+    out.write_bytes(b"precious")
+    run("batch-search", pictures, "--gallery", filled, "--out", out, *where).failed_with("exists", "--overwrite")
+    assert out.read_bytes() == b"precious"
+    assert run("batch-search", pictures, "--gallery", filled, "--out", out, "--overwrite", *where).code == 0
+    assert pq.read_table(out).num_rows == 7 * 7
+
+
+def test_a_disk_that_refuses_leaves_nothing(run: Run, target: str, name: str, pictures: Path, tmp_path: Path) -> None:
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, pictures, "--target", target)
+    out = tmp_path / "tables" / "neighbours.parquet"
+    ran = subprocess.run(
+        [*COMMAND, "batch-search", str(pictures), "--gallery", name, "--out", str(out), "--target", target],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)),
+    )
+    assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
+    assert ran.stderr.count("\n") == 1, ran.stderr
+    assert "cannot write" in ran.stderr
+    assert list(out.parent.iterdir()) == []

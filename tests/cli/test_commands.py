@@ -1,0 +1,153 @@
+"""The other commands: train, evaluate, model, serve, health; and how the command line as a whole behaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedding.bundle import MANIFEST, Bundle
+from lookalike import Client
+from lookalike.__main__ import main
+from tests.cli.conftest import Run
+from tests.processes import serving
+from tests.service.harness import MARGIN, make_bundle
+
+
+def python(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_help_is_printed_without_importing_anything_heavy() -> None:
+    program = (
+        "import sys; from lookalike.__main__ import main; main(['--help']);"
+        "heavy = {'torch', 'faiss', 'PIL', 'pydantic', 'pyarrow', 'sklearn', 'matplotlib', 'service', 'training'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    out = python(program)
+    assert out.splitlines()[-1] == "[]"
+    for command in ("train", "evaluate", "gallery", "serve", "verify", "search", "batch-search", "model", "demo"):
+        assert f"  {command} " in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["gallery"], ["model"]])
+def test_a_group_alone_prints_its_help(run: Run, arguments: list[str]) -> None:
+    ran = run(*arguments)
+    assert "Commands:" in ran.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["verfy"], ["verify", "a"], ["verify", "a", "b", "--nonsense"], ["search", "a", "-k", "x"]]
+)
+def test_misuse_is_one_line_that_names_the_help(run: Run, arguments: list[str]) -> None:
+    run(*arguments).failed_with("--help")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setitem(sys.modules, "lookalike.cli.local", None)
+    with pytest.raises(ModuleNotFoundError):  # our own modules are never an extra: that is a bug, and shows as one
+        main(["verify", __file__, __file__, "--bundle", "x"])
+    monkeypatch.delitem(sys.modules, "lookalike.cli.local")
+    monkeypatch.setitem(sys.modules, "service.server", None)
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from lookalike.__main__ import main\n"
+        "sys.exit(main(['serve', '--bundle', 'x']))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "lookalike: this command needs torch: run pip install 'lookalike[serve]'\n"
+
+
+class TestModelShow:
+    def test_a_bundle_and_the_server_that_runs_it_say_the_same(self, run: Run, bundle: Bundle, target: str) -> None:
+        here = json.loads(run("model", "show", bundle.path, "--json").out)
+        there = json.loads(run("model", "show", "--target", target, "--json").out)
+        assert here.pop("active") is False
+        assert there.pop("active") is True
+        assert here == there
+
+    def test_for_people(self, run: Run, bundle: Bundle) -> None:
+        out = run("model", "show", bundle.path).out
+        for words in (bundle.name, bundle.fingerprint, f"{MARGIN:.4f}", "strict", "0.1250", "20 identities"):
+            assert words in out
+
+    def test_bad_input(self, run: Run, tmp_path: Path) -> None:
+        run("model", "show").failed_with("--target")
+        run("model", "show", tmp_path).failed_with("no bundle")
+        bundle = make_bundle(tmp_path / "toy", seed=2)
+        manifest = bundle.path / MANIFEST
+        manifest.write_text(manifest.read_text().replace("toy", "boy"))
+        run("model", "show", bundle.path).failed_with("truncated or edited")
+
+
+class TestTrain:
+    @pytest.mark.parametrize(
+        ("old", "new", "words"),
+        [
+            ("steps = 200", "stepz = 200", "training.stepz"),
+            ("steps = 200", "steps = 0", "training.steps"),
+            ('source = "digits"', 'source = "nonsense"', "data"),
+            ("[loss]", "[loss", "TOML"),
+        ],
+    )
+    def test_a_bad_recipe_is_named_in_one_line(self, run: Run, tmp_path: Path, old: str, new: str, words: str) -> None:
+        recipe = Path(__file__).parents[2] / "recipes" / "digits.toml"
+        text = recipe.read_text()
+        assert old in text
+        (tmp_path / "bad.toml").write_text(text.replace(old, new))
+        run("train", "bad.toml", "--out", "bundle").failed_with(words)
+        assert not Path("bundle").exists()
+
+    def test_recipes_are_found_by_name(self, run: Run) -> None:
+        run("train", "digts", "--out", "bundle").failed_with("digits", "omniglot")
+
+    def test_a_bundle_is_not_replaced_unasked(self, run: Run, bundle: Bundle) -> None:
+        run("train", "digits", "--out", bundle.path).failed_with("exists")
+
+    def test_absent_data_names_the_option_and_the_variable(self, run: Run) -> None:
+        run("train", "omniglot", "--out", "bundle").failed_with("--data", "LOOKALIKE_DATA")
+
+
+class TestEvaluate:
+    def test_prints_every_measure(self, run: Run, bundle: Bundle, pictures: Path) -> None:
+        (pictures / "loose.png").unlink()
+        out = run("evaluate", bundle.path, pictures).out
+        for words in ("recall@1", "identities"):
+            assert words in out
+        assert json.loads(run("evaluate", bundle.path, pictures, "--json").out)["images"] == 6
+
+    def test_bad_input(self, run: Run, bundle: Bundle, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        run("evaluate", bundle.path, tmp_path / "empty").failed_with("empty")
+        run("evaluate", bundle.path, tmp_path / "none").failed_with("none")
+
+
+class TestHealth:
+    def test_tells_by_its_exit_code(self, run: Run, target: str) -> None:
+        assert run("health", "--target", target).code == 0
+        ran = run("health", "--target", "127.0.0.1:1", "--timeout", "0.3")
+        assert ran.code == 1
+        assert ran.out.count("\n") == 1
+
+
+class TestServe:
+    def test_says_where_it_serves_and_stops_when_told(self, bundle: Bundle, tmp_path: Path) -> None:
+        with serving(bundle.path, tmp_path / "galleries", log=tmp_path / "log") as (server, address):
+            with Client(address) as client:
+                assert client.is_serving()
+            server.terminate()
+            assert server.wait(30) == 0
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+    def test_bad_input(
+        self, run: Run, bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("service.logs.configure", lambda: None)  # it is for a process of its own
+        port = target.rpartition(":")[2]
+        run("serve", "--bundle", bundle.path, "--port", "70000").failed_with("port")
+        run("serve", "--bundle", bundle.path, "--data", tmp_path / "g", "--port", port).failed_with("in use")
+        run("serve", "--bundle", tmp_path / "none", "--data", tmp_path / "g", "--port", "0").failed_with("no bundle")

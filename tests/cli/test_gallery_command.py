@@ -1,0 +1,145 @@
+"""`gallery create|add|list|export|delete`, answered by a server and here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedding.bundle import Bundle
+from tests.cli.conftest import Run
+from tests.service.harness import DIM, make_bundle, png
+
+
+def items(run: Run, name: str, where: list[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run("gallery", "list", name, "--json", *where).out.splitlines()]
+
+
+def test_a_folder_becomes_items_with_identities(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    assert name in run("gallery", "create", name, *where).out
+    ran = run("gallery", "add", name, pictures, *where)
+    assert (ran.code, ran.out, ran.err) == (0, f"stored 7 items in gallery {name}\n", "")
+    stored = {item["name"].rpartition("/")[2]: item for item in items(run, name, where)}
+    assert stored["class-1:3.png"]["identity"] == "class-1"
+    assert stored["class-1:3.png"]["metadata"] == {"path": "class-1/3.png"}
+    assert stored["loose.png"]["identity"] is None
+    assert f"{name}  7" in " ".join(run("gallery", "list", *where).out.split()).replace(f"{name} 7", f"{name}  7")
+
+
+def test_adding_again_changes_nothing(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    run("gallery", "create", name, *where)
+    for _ in range(2):
+        assert run("gallery", "add", name, pictures, *where).code == 0
+    assert len(items(run, name, where)) == 7
+
+
+def test_bad_images_are_listed_and_skipped(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    (pictures / "bad.png").write_bytes(b"no image")
+    (pictures / "empty.jpg").touch()
+    run("gallery", "create", name, *where)
+    ran = run("gallery", "add", name, pictures, *where)
+    assert ran.out == f"stored 7 items in gallery {name} (2 skipped)\n"
+    assert "skipped bad.png: not an image" in ran.err
+    assert "skipped empty.jpg: the image is empty" in ran.err
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_manifest_names_items_identities_and_metadata(
+    run: Run, where: list[str], name: str, pictures: Path, kind: str
+) -> None:
+    rows = [
+        {"path": "class-0/0.png", "identity": "ann", "id": "first", "year": "1999"},
+        {"path": "loose.png", "identity": "", "id": "", "year": ""},
+        {"path": "gone.png", "identity": "", "id": "", "year": ""},
+    ]
+    manifest = pictures / f"manifest.{kind}"
+    if kind == "csv":
+        with manifest.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), manifest)
+    run("gallery", "create", name, *where)
+    ran = run("gallery", "add", name, manifest, *where)
+    assert ran.out == f"stored 2 items in gallery {name} (1 skipped)\n"
+    assert "gone.png" in ran.err
+    first, loose = items(run, name, where)
+    assert (first["identity"], first["metadata"]) == ("ann", {"path": "class-0/0.png", "year": "1999"})
+    assert (loose["identity"], loose["metadata"]) == (None, {"path": "loose.png"})
+
+
+def test_an_export_holds_every_item_with_its_embedding(
+    run: Run, where: list[str], name: str, pictures: Path, tmp_path: Path, bundle: Bundle
+) -> None:
+    from embedding.encoder import Encoder
+
+    run("gallery", "create", name, *where)
+    run("gallery", "add", name, pictures, *where)
+    out = tmp_path / "out" / "items.parquet"
+    assert run("gallery", "export", name, "--out", out, *where).code == 0
+    rows = {row["item"]: row for row in pq.read_table(out).to_pylist()}
+    assert len(rows) == 7
+    assert json.loads(rows["class-0:0.png"]["metadata"]) == {"path": "class-0/0.png"}
+    expected = Encoder(bundle, device="cpu").encode([png(0)])[0]
+    assert expected.shape == (DIM,)
+    np.testing.assert_allclose(rows["class-0:0.png"]["embedding"], expected, atol=1e-6)
+    run("gallery", "export", name, "--out", out, *where).failed_with("exists", "--overwrite")
+    assert run("gallery", "export", name, "--out", out, "--overwrite", *where).code == 0
+
+
+def test_deleting_items_and_galleries(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    run("gallery", "create", name, *where)
+    run("gallery", "add", name, pictures, *where)
+    run("gallery", "delete", name, "loose.png", "none", *where).failed_with("none")
+    assert len(items(run, name, where)) == 7
+    assert run("gallery", "delete", name, "loose.png", *where).code == 0
+    assert len(items(run, name, where)) == 6
+    run("gallery", "delete", name, *where).failed_with("6 items")
+    assert run("gallery", "delete", name, "--force", *where).code == 0
+    run("gallery", "list", name, *where).failed_with(name)
+
+
+def test_bad_input_is_refused_in_one_line(
+    run: Run, where: list[str], name: str, pictures: Path, tmp_path: Path
+) -> None:
+    run("gallery", "create", "Not A Name!", *where).failed_with("lower-case")
+    run("gallery", "create", name, *where)
+    run("gallery", "create", name, *where).failed_with(name)
+    (tmp_path / "empty").mkdir()
+    run("gallery", "add", name, tmp_path / "empty", *where).failed_with("no images")
+    run("gallery", "add", name, tmp_path / "none", *where).failed_with("no such folder")
+    run("gallery", "add", name, pictures / "notes.txt", *where).failed_with("neither a folder nor")
+    run("gallery", "add", "nowhere", pictures, *where).failed_with("nowhere")
+    (tmp_path / "empty" / "a.png").write_bytes(b"no image")
+    ran = run("gallery", "add", name, tmp_path / "empty", *where)
+    assert ran.code == 2
+    assert "none of the 1 images" in ran.err
+    for content in ("name,identity\nx,y\n", "path\n\xff\n"):
+        (tmp_path / "bad.csv").write_bytes(content.encode("latin-1"))
+        run("gallery", "add", name, tmp_path / "bad.csv", *where).failed_with("bad.csv")
+    (tmp_path / "bad.parquet").write_bytes(b"no table")
+    run("gallery", "add", name, tmp_path / "bad.parquet", *where).failed_with("not a Parquet table")
+
+
+def test_two_images_for_one_item_are_refused(run: Run, where: list[str], name: str, tmp_path: Path) -> None:
+    for path in (tmp_path / "p" / "a" / "1.png", tmp_path / "p" / "a:1.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(1))
+    run("gallery", "create", name, *where)
+    run("gallery", "add", name, tmp_path / "p", *where).failed_with("a/1.png", "a:1.png")
+
+
+def test_a_gallery_of_another_model_is_refused(run: Run, bundle: Bundle, pictures: Path, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "other", seed=1)
+    galleries = tmp_path / "galleries"
+    run("gallery", "create", "g", "--bundle", bundle.path, "--data", galleries)
+    a = pictures / "loose.png"
+    for command in (["gallery", "add", "g", pictures], ["search", a, "--gallery", "g"]):
+        run(*command, "--bundle", other.path, "--data", galleries).failed_with(bundle.name, other.name)

@@ -1,0 +1,37 @@
+"""The command line in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lookalike.cli.serve import READY_LINE
+
+COMMAND = [sys.executable, "-m", "lookalike"]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without the variables that the command line reads."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("LOOKALIKE_")}
+
+
+@contextmanager
+def serving(bundle: Path, galleries: Path, *, log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`lookalike serve` on a free port: the process and its address; terminated in the end, if it still runs."""
+    command = [*COMMAND, "serve", "--bundle", str(bundle), "--data", str(galleries), "--port", "0", "--device", "cpu"]
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()) as server,
+    ):
+        try:
+            line = server.stdout.readline() if server.stdout else ""
+            assert line.startswith(READY_LINE), log.read_text()
+            yield server, line.removeprefix(READY_LINE).strip()
+        finally:
+            if server.poll() is None:
+                server.terminate()
+            server.wait(30)
