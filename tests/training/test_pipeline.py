@@ -1,0 +1,144 @@
+"""From a recipe to a bundle, and from a bundle to a report, on small pictures of coloured shapes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from embedding.bundle import Bundle
+from embedding.decision import distance
+from embedding.encoder import Encoder
+from embedding.errors import AlreadyExists, InvalidDataset, LookalikeError
+from training.config import Recipe, parse_recipe
+from training.pipeline import evaluate, train
+
+RECIPE = """
+name = "shapes"
+seed = 1
+data = {source = "folder", path = "shapes"}
+split = {protocol = "identity-disjoint", train = 0.5, calibration = 0.25, test = 0.25}
+preprocessing = {image_size = 16, channels = 3}
+network = {name = "small_cnn", embedding_dim = 8, width = 8}
+sampling = {identities_per_batch = 6, images_per_identity = 4}
+loss = {name = "supervised-contrastive"}
+optimizer = {learning_rate = 5e-3, warmup_steps = 5}
+training = {steps = 40, checkpoint_every = 20}
+"""
+
+
+def draw_shapes(root: Path, *, identities: int = 12, images: int = 6) -> None:
+    """Each identity is a colour; its images differ in where the square stands and in noise."""
+    rng = np.random.default_rng(0)
+    for identity in range(identities):
+        (root / f"colour-{identity:02}").mkdir(parents=True)
+        colour = rng.integers(0, 256, 3)
+        for number in range(images):
+            pixels = rng.integers(100, 156, (16, 16, 3))
+            top, left = rng.integers(0, 6, 2)
+            pixels[top : top + 10, left : left + 10] = colour
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"colour-{identity:02}" / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    draw_shapes(root / "shapes")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return train(
+        parse_recipe(RECIPE),
+        out=tmp_path_factory.mktemp("out") / "shapes",
+        data_root=data,
+        device="cpu",
+        console=Console(quiet=True),
+    )
+
+
+def test_the_bundle_tells_matches_apart_on_unseen_identities(trained: Bundle) -> None:
+    auc = trained.lineage.metrics["ROC AUC"]
+    assert isinstance(auc, float)
+    assert auc > 0.9
+    assert 0 < trained.calibration.learned_margin < 2
+    assert trained.calibration.protocol == "identity-disjoint"
+
+
+def test_the_lineage_and_the_card_say_where_it_comes_from(trained: Bundle) -> None:
+    sides = trained.lineage.data["sides"]
+    assert sides == {
+        "train": {"identities": 6, "images": 36},
+        "calibration": {"identities": 3, "images": 18},
+        "test": {"identities": 3, "images": 18},
+    }
+    assert Recipe.model_validate(trained.lineage.recipe, strict=False) == parse_recipe(RECIPE)
+    card = (trained.path / "README.md").read_text()
+    assert "6 identities, 36 images" in card
+    assert parse_recipe(card.split("```toml")[1].split("```")[0]) == parse_recipe(RECIPE)
+
+
+def test_checkpoints_are_gone_once_the_bundle_stands(trained: Bundle) -> None:
+    assert [path.name for path in trained.path.parent.iterdir()] == ["shapes"]
+
+
+def test_the_same_recipe_gives_the_same_model(trained: Bundle, data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(123)  # the caller's random numbers play no part
+    again = train(parse_recipe(RECIPE), out=tmp_path / "b", data_root=data, device="cpu", console=Console(quiet=True))
+    assert again.fingerprint == trained.fingerprint
+    assert again.calibration == trained.calibration
+
+
+def test_an_existing_bundle_is_refused_before_any_work(trained: Bundle) -> None:
+    with pytest.raises(AlreadyExists):
+        train(parse_recipe(RECIPE), out=trained.path, data_root=Path("/nowhere"), console=Console(quiet=True))
+
+
+def test_evaluate_measures_with_the_served_distances(trained: Bundle, data: Path) -> None:
+    report = evaluate(trained, data / "shapes", device="cpu", console=Console(quiet=True))
+    files = sorted((data / "shapes").glob("*/*.png"))
+    emb = Encoder(trained, device="cpu").encode([file.read_bytes() for file in files])
+    pairs = [(i, j) for i in range(len(files)) for j in range(i)]
+    dist = np.array([distance(emb[i], emb[j]) for i, j in pairs])
+    is_match = np.array([files[i].parent == files[j].parent for i, j in pairs])
+    (promise,) = (promise for promise in report.promises if promise.target_far == 0.1)
+    assert promise.realised_far == pytest.approx((dist[~is_match] <= np.float32(promise.threshold)).mean())
+    assert promise.realised_frr == pytest.approx((dist[is_match] > np.float32(promise.threshold)).mean())
+    assert (report.images, report.identities) == (72, 12)
+    assert dict(report.rows())["identities"] == "12"
+    assert report.json()["metrics"] == dict(report.evaluation.metrics())
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda root: (root / "shapes").mkdir(), "image"),
+        (lambda root: draw_shapes(root / "shapes", identities=3), "identities"),
+        (lambda root: draw_shapes(root / "shapes", images=1), "one image"),
+        (lambda root: (draw_shapes(root / "shapes"), (root / "shapes/colour-00/bad.png").write_bytes(b"x")), "bad.png"),
+    ],
+    ids=["empty folder", "too few identities", "one image each", "bad image"],
+)
+def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(tmp_path: Path, write, message: str) -> None:  # type: ignore[no-untyped-def]
+    write(tmp_path)
+    with pytest.raises(LookalikeError, match=message) as raised:
+        train(parse_recipe(RECIPE), out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
+    assert isinstance(raised.value, InvalidDataset)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_skipped_images_are_listed(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes")
+    (tmp_path / "shapes/colour-00/bad.png").write_bytes(b"x")
+    recipe = parse_recipe(RECIPE.replace('path = "shapes"', 'path = "shapes", max_bad_images = 1'))
+    said = io.StringIO()
+    bundle = train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(file=said))
+    assert "skipped colour-00/bad.png" in said.getvalue()
+    assert "colour-00/bad.png" in str(bundle.lineage.data["skipped"])
