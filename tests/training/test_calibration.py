@@ -190,12 +190,17 @@ def test_closed_form_variance_equals_the_bootstraps() -> None:
     thresholds = np.array([0.5, 0.7, 1.0, 2.0], dtype=np.float32)
     far = np.searchsorted(table.impostor, thresholds, "right") / len(table.impostor)
     frr = 1 - np.searchsorted(table.matching, thresholds, "right") / len(table.matching)
-    far_sd = np.sqrt(across_variance(table, thresholds, far)[0])
-    frr_sd = np.sqrt(within_variance(table, thresholds, frr)[0])
+    far_variance, far_erring = across_variance(table, thresholds, far)
+    frr_variance, frr_erring = within_variance(table, thresholds, frr)
+    far_sd, frr_sd = np.sqrt(far_variance), np.sqrt(frr_variance)
     for row, threshold in enumerate(thresholds[:3]):
         expected = brute_force_bootstrap(emb, labels, float(threshold), 3000)
         assert (far_sd[row], frr_sd[row]) == pytest.approx(expected, rel=0.12)
     assert far_sd[3] == pytest.approx(0, abs=1e-6)
+    member = np.eye(40)[labels]
+    is_far = distance_block(emb, emb) > thresholds[2]
+    assert far_erring[2] == np.count_nonzero(np.triu(member.T @ ~is_far @ member, k=1))
+    assert frr_erring[2] == np.count_nonzero(np.diag(member.T @ is_far @ member))
 
 
 def test_bounds_hold_for_the_population_and_for_other_identities() -> None:

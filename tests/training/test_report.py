@@ -114,7 +114,7 @@ def test_the_smallest_set_has_a_card(channels: int) -> None:
     emb = np.array([[1, 0], [0.8, 0.6], [-1, 0], [-0.8, -0.6]], dtype=np.float32)
     test = held_out(emb, np.array([0, 0, 1, 1]))
     calibration = calibrate(test.embeddings, test.identities, protocol="identity-disjoint")
-    files = card_of(test, calibration=calibration, channels=channels, names={0: "Ärger/字符/" + "x" * 60, 1: "$_^{"})
+    files = card_of(test, calibration=calibration, channels=channels, names={0: "x" * 60 + "/字符", 1: "$_^{$"})
     text = files["README.md"].decode()
     assert "unsupported: too few non-matching pairs" in text
     assert "too few non-matching pairs to promise" in text
