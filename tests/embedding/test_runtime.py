@@ -15,10 +15,10 @@ from embedding.runtime import tune_malloc
 
 if sys.argv[1] == "tuned":
     assert tune_malloc() and tune_malloc()
-np.ones(2_000_000)
+np.ones(12_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    np.ones(2_000_000)
+for _ in range(8):
+    np.ones(12_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -30,7 +30,7 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_is_used_again_instead_of_mapped_anew() -> None:
-    # numpy asks for huge pages, so that 16 MB may fault only a few times as it comes
+    # numpy asks for huge pages, so that 96 MB may fault only a few times as it comes
     assert faults("tuned") < faults("as it comes") / 2
 
 

@@ -47,3 +47,17 @@ def test_closing_ends_the_thread() -> None:
     assert list(islice(items, 5)) == [0, 1, 2, 3, 4]
     items.close()
     assert threading.active_count() == before
+
+
+def test_closing_drops_the_items_that_wait() -> None:
+    made, never = [], threading.Event()
+
+    def make(step: int) -> int:
+        made.append(step)
+        never.wait(timeout=0.02)
+        return step
+
+    items = prefetched(make, count(), depth=500)
+    assert next(items) == 0
+    items.close()
+    assert len(made) < 250

@@ -213,6 +213,16 @@ def test_a_frozen_backbone_keeps_every_bit_while_the_projection_learns(images: I
     assert all(parameter.requires_grad for parameter in run.network.parameters())
 
 
+def test_clipped_gradients_move_nothing_far(images: ImageSet) -> None:
+    moved = []
+    for clip in (1e-12, None):  # far below the epsilon that AdamW divides by
+        run = trainer(recipe(optimizer={"gradient_clip": clip, "weight_decay": 0.0}), images)
+        before = run.network.projection.weight.detach().clone()
+        run.fit()
+        moved.append((run.network.projection.weight - before).abs().max().item())
+    assert moved[0] < 1e-4 < 1e-2 < moved[1]
+
+
 def test_the_shipped_weights_are_the_average(images: ImageSet) -> None:
     plain, averaged = trainer(recipe(), images), trainer(recipe(training={"ema_decay": 0.99}), images)
     plain.fit()
