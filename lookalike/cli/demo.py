@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,8 +22,11 @@ from lookalike.client import Client
 from lookalike.types import ItemName, NewItem
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from training.config import Recipe
 
+RECIPE = "digits"
 GALLERY = "digits"
 IMAGES_PER_IDENTITY = 40
 STOP_SECONDS = 10.0
@@ -41,45 +45,49 @@ def demo(
     started = time.monotonic()
     console = show.console()
     _prepare(out)
-    recipe_path = find_recipe("digits")
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(find_recipe(RECIPE))
 
-    console.rule("1. train, and learn the margin on digits that training never saw", align="left")
+    _say("1. Train, and learn the margin on digits that training never saw", console)
     bundle = train(recipe, out=out / "bundle", console=console)
     calibration = bundle.calibration
     console.print(
         f"{bundle.name}: learned margin {calibration.learned_margin:.4f}, from "
         f"{calibration.matching_pairs:,} matching and {calibration.impostor_pairs:,} other pairs of "
-        f"{calibration.identities} held-out digits. Model card: {out / 'bundle' / 'README.md'}"
+        f"{calibration.identities} held-out digits; model card: {out / 'bundle' / 'README.md'}"
     )
     folders = _write_images(recipe, out / "images")
 
-    console.rule("2. serve it, and fill a gallery with digits of the test side", align="left")
+    _say("2. Serve it, and fill a gallery with digits that neither training nor calibration saw", console)
     with _server(out) as target, Client(target) as client:
         console.print(f"a server in another process answers on {target}")
         client.create_gallery(GALLERY)
-        items = [
-            NewItem(id=f"{folder.name}:{path.name}", image=path, identity=folder.name)
-            for folder in folders
-            for path in sorted(folder.iterdir())
-        ]
-        client.update_items(GALLERY, items)
-        console.print(f"gallery {GALLERY}: {client.get_gallery(GALLERY).item_count} items")
+        client.update_items(
+            GALLERY,
+            (
+                NewItem(id=f"{folder.name}:{path.name}", image=path, identity=folder.name)
+                for folder in folders
+                for path in sorted(folder.iterdir())
+            ),
+        )
+        console.print(f"gallery {GALLERY} holds {client.get_gallery(GALLERY).item_count} items")
 
-        console.rule("3. are these two images a match?", align="left")
-        first, second = (sorted(folder.iterdir()) for folder in folders[:2])
-        pairs = ((first[0], first[1]), (first[0], second[0]))
-        for a, b in pairs:
-            console.print(f"{a.relative_to(out)} and {b.relative_to(out)}:")
+        _say("3. Are these two images a match?", console)
+        (a, same, *_), (other, *_) = (sorted(folder.iterdir()) for folder in folders[:2])
+        for b, truth in ((same, "the same digit, written twice"), (other, "two different digits")):
+            console.print(f"{a.relative_to(out)} and {b.relative_to(out)}, {truth}:")
             show.decision(client.verify(a, b), console)
 
-        console.rule("4. what in the gallery matches this image?", align="left")
-        console.print(f"{first[0].relative_to(out)}, which itself is left out:")
-        show.neighbors(client.search(GALLERY, ItemName(GALLERY, f"{folders[0].name}:{first[0].name}"), k=5), console)
+        _say("4. What in the gallery matches this image?", console)
+        console.print(f"{a.relative_to(out)}, itself left out:")
+        show.neighbors(client.search(GALLERY, ItemName(GALLERY, f"{a.parent.name}:{a.name}"), k=5), console)
 
-    console.rule(f"done in {time.monotonic() - started:.0f} s; each step by hand", align="left")
-    for command in _commands(recipe_path, out, first[0], second[0]):
+    _say(f"Done in {time.monotonic() - started:.0f} s. Each step by hand:", console)
+    for command in _commands(out, a, other):
         console.print(command, soft_wrap=True, markup=False)
+
+
+def _say(step: str, console: Console) -> None:
+    console.print(f"\n[bold]{step}[/bold]")
 
 
 def _prepare(out: Path) -> None:
@@ -140,11 +148,11 @@ def _address(server: subprocess.Popen[str], log: Path) -> str:
     raise StorageFailed(f"the server ended before it answered; {log} says why")
 
 
-def _commands(recipe: Path, out: Path, a: Path, b: Path) -> list[str]:
+def _commands(out: Path, a: Path, b: Path) -> list[str]:
     bundle, galleries = out / "bundle", out / "galleries"
     target = ["--target", "127.0.0.1:50051"]
     commands: list[list[str | Path]] = [
-        ["train", recipe, "--out", bundle, "--overwrite"],
+        ["train", RECIPE, "--out", bundle, "--overwrite"],
         ["model", "show", bundle],
         ["serve", "--bundle", bundle, "--data", galleries, "&"],
         ["gallery", "create", "mine", *target],
@@ -153,7 +161,7 @@ def _commands(recipe: Path, out: Path, a: Path, b: Path) -> list[str]:
         ["search", a, "--gallery", "mine", *target],
         ["batch-search", out / "images", "--gallery", "mine", "--out", out / "neighbours.parquet", *target],
     ]
-    return [
-        " ".join(["lookalike", *(word if word == "&" else shlex.quote(str(word)) for word in command)])
-        for command in commands
-    ]
+    quoted = [[word if word == "&" else shlex.quote(str(word)) for word in command] for command in commands]
+    environment = Path(os.path.relpath(sys.prefix))
+    activate = [] if shutil.which("lookalike") else [f". {shlex.quote(str(environment / 'bin' / 'activate'))}"]
+    return [*activate, *(" ".join(["lookalike", *words]) for words in quoted)]
