@@ -112,8 +112,8 @@ def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tu
     pairs_squared = ((table.sizes**2).sum() ** 2 - (table.sizes**4).sum()) / 2
     by_identity_T = ((accepts_GT - rate_T * pairs_G[:, None]) ** 2).sum(axis=0)
     by_pair_T = squares_T - 2 * rate_T * products_T + rate_T**2 * pairs_squared
-    few = identities / (identities - 1)
-    return few * (by_identity_T + by_pair_T) / len(table.impostor) ** 2, np.cumsum(erring_B)[:-1]
+    unbiased = identities / (identities - 1)
+    return unbiased * (by_identity_T + by_pair_T) / len(table.impostor) ** 2, np.cumsum(erring_B)[:-1]
 
 
 def within_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
@@ -126,5 +126,5 @@ def within_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tu
         rejected_T = len(within_P) - np.searchsorted(within_P, thresholds_T, side="right")
         total_T += (rejected_T - rate_T * len(within_P)) ** 2
         erring_T += rejected_T > 0
-    few = len(several) / max(len(several) - 1, 1)
-    return few * total_T / len(table.matching) ** 2, erring_T
+    unbiased = len(several) / max(len(several) - 1, 1)
+    return unbiased * total_T / len(table.matching) ** 2, erring_T

@@ -95,12 +95,13 @@ def promised_versus_realised(
 ) -> list[Promise]:
     """Hold a calibration to its word on N embeddings of identities that neither training nor calibration saw.
 
-    Targets below the calibration's smallest supported rate are left out, as the calibration would refuse them.
+    Targets that the calibration would refuse are left out: those below its smallest supported rate, and those that
+    even its smallest threshold exceeds because non-matching images coincide.
     """
     table = measure_pairs(held_out(emb_ND, labels_N), max_items=MAX_ITEMS, seed=seed)
     promises = []
     for target in sorted(targets, reverse=True):
-        if target < calibration.smallest_supported_far:
+        if target < max(calibration.smallest_supported_far, calibration.curve[0].far):
             continue
         promised = calibration.rates_at(calibration.threshold_for_far(target))
         promises.append(

@@ -254,6 +254,18 @@ def test_promised_versus_realised() -> None:
     assert promised_versus_realised(calibration, *unseen, targets=[1e-5]) == []
 
 
+def test_rates_that_coinciding_identities_put_out_of_reach_are_not_promised() -> None:
+    emb, labels = random_effects(40, 6)
+    emb[6:12] = emb[:6]  # two identities with the same images: 6 of 28,080 non-matching pairs at distance 0
+    calibration = calibrate(emb, labels, protocol="identity-disjoint")
+    assert set(calibration.named_points) == {"learned-margin", "equal-error", "far-1e-1", "far-1e-2", "far-1e-3"}
+    emb[12:36] = np.tile(emb[:6], (4, 1))
+    calibration = calibrate(emb, labels, protocol="identity-disjoint")
+    assert set(calibration.named_points) == {"learned-margin", "equal-error", "far-1e-1", "far-1e-2"}
+    promises = promised_versus_realised(calibration, *random_effects(40, 6, seed=2))
+    assert [promise.target_far for promise in promises] == [1e-1, 1e-2]
+
+
 def test_sampling_limit_is_what_the_module_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ITEMS", 60)
     emb, labels = random_effects(10, 12)
