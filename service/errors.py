@@ -26,6 +26,9 @@ from service.calls import request_id
 DOMAIN = "lookalike"
 """The `domain` of every ErrorInfo."""
 
+MAX_MESSAGE = 1000
+"""Longest message, in characters: it travels in headers, which are small, and may quote what the caller sent."""
+
 _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     domain.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -58,6 +61,7 @@ def status(error: BaseException) -> status_pb2.Status:
     code = code_of(error)
     if code is None or not isinstance(error, domain.LookalikeError):
         return _unforeseen(error)
+    message = str(error) if len(str(error)) <= MAX_MESSAGE else f"{str(error)[: MAX_MESSAGE - 1]}…"
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
             reason=error.reason, domain=DOMAIN, metadata={"field": error.field} if error.field else {}
@@ -65,10 +69,10 @@ def status(error: BaseException) -> status_pb2.Status:
     ]
     if error.field and code is grpc.StatusCode.INVALID_ARGUMENT:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=str(error), reason=error.reason
+            field=error.field, description=message, reason=error.reason
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    return _status(code, str(error), details)
+    return _status(code, message, details)
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 from structlog.testing import capture_logs
 
 from embedding import errors as domain
-from lookalike.v1 import match_pb2
+from lookalike.v1 import common_pb2, match_pb2
 from service import errors, refusals
 from tests.service.harness import Stubs, encoded, info, refused, rich
 
@@ -59,6 +59,14 @@ def test_a_full_disk_is_told_from_a_broken_one(cause: Exception, code: grpc.Stat
 
 def test_an_etag_conflict_is_aborted() -> None:
     assert errors.status(refusals.StaleEtag("changed")).code == grpc.StatusCode.ABORTED.value[0]
+
+
+def test_a_message_that_quotes_a_long_input_still_fits_into_headers(stubs: Stubs) -> None:
+    point = common_pb2.OperatingPoint(name="x" * 100_000)
+    error = refused(stubs.match.Verify, match_pb2.VerifyRequest(a=encoded(1), b=encoded(2), operating_point=point))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(error.details()) == errors.MAX_MESSAGE
+    assert info(rich(error)).reason == "INVALID_OPERATING_POINT"
 
 
 def test_an_unforeseen_error_is_logged_and_never_shown(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
