@@ -11,7 +11,11 @@
     ├── NotFound                no such gallery, item, model or file
     ├── AlreadyExists           the name is taken
     ├── ModelMismatch           embeddings of another model
+    ├── StaleEtag               the item has changed since it was read
+    ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
     ├── Busy                    another process holds the folder
+    ├── NotReady                the model is still loading
+    ├── TrainingDiverged        the loss is no longer a number
     ├── DamagedData             a checksum, manifest or weights file does not agree
     └── StorageFailed           the disk refused a read or a write
 
@@ -74,8 +78,24 @@ class ModelMismatch(LookalikeError):
     reason = "MODEL_MISMATCH"
 
 
+class StaleEtag(LookalikeError):
+    reason = "STALE_ETAG"
+
+
+class GalleryNotEmpty(LookalikeError):
+    reason = "GALLERY_NOT_EMPTY"
+
+
 class Busy(LookalikeError):
     reason = "BUSY"
+
+
+class NotReady(LookalikeError):
+    reason = "NOT_READY"
+
+
+class TrainingDiverged(LookalikeError):
+    reason = "TRAINING_DIVERGED"
 
 
 class DamagedData(LookalikeError):

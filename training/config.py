@@ -257,6 +257,9 @@ class TripletConfig(Section):
     """How much farther than the match a non-match must lie; distances lie in [0, 2]."""
     mining: Literal["batch-hard", "semi-hard", "all"] = "batch-hard"
     """Which triplets of a batch count."""
+    fallback: Literal["easiest", "hardest", "skip"] = "easiest"
+    """With semi-hard: what stands in where no non-match lies between the match and the margin: the easiest or the
+    hardest non-match, or nothing."""
 
 
 class SupervisedContrastiveConfig(Section):

@@ -174,7 +174,7 @@ def build_loss(config: LossConfig) -> MetricLoss:
         case ContrastiveConfig():
             return ContrastiveLoss(margin=config.margin)
         case TripletConfig():
-            return TripletLoss(margin=config.margin, mining=config.mining)
+            return TripletLoss(margin=config.margin, mining=config.mining, fallback=config.fallback)
         case SupervisedContrastiveConfig():
             return SupervisedContrastiveLoss(temperature=config.temperature)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedding.errors import LookalikeError
+from embedding.errors import TrainingDiverged
 from training.losses import LossOutput, MetricLoss
 
 COLLAPSED_SPREAD = 0.05
@@ -24,12 +24,6 @@ STUCK_WITHIN = 0.01
 
 PATIENCE = 3
 """Reports in a row that must agree before a warning is given."""
-
-
-class TrainingDiverged(LookalikeError):
-    """The loss is no longer a number."""
-
-    reason = "TRAINING_DIVERGED"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,14 +23,14 @@ from rich.progress import track
 from embedding.bundle import Bundle, Lineage, write_bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder, PixelEncoder
-from embedding.errors import AlreadyExists
+from embedding.errors import AlreadyExists, InvalidDataset
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
 from training.calibration import Promise, calibrate, promised_versus_realised
 from training.config import Recipe
 from training.datasets import ImageSet, SkippedImage, load, load_path
-from training.evaluation import Evaluation
 from training.evaluation import evaluate as measure
+from training.one_shot import one_shot
 from training.progress import TrainingDisplay
 from training.report import model_card
 from training.result import TrainingResult
@@ -50,17 +50,15 @@ class HeldOutReport:
 
     images: int
     identities: int
-    evaluation: Evaluation
+    metrics: Mapping[str, float | None]
+    """By name; None where the pairs are too few to support it."""
     promises: tuple[Promise, ...]
     skipped: tuple[SkippedImage, ...]
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and figure of each measurement, for a table."""
         rows = [("images", f"{self.images:,}"), ("identities", f"{self.identities:,}")]
-        rows += [
-            (name, "too few pairs" if value is None else f"{value:.4f}")
-            for name, value in self.evaluation.metrics().items()
-        ]
+        rows += [(name, "too few pairs" if value is None else f"{value:.4f}") for name, value in self.metrics.items()]
         rows += [
             (
                 f"FAR at target {promise.target_far:g}",
@@ -76,7 +74,7 @@ class HeldOutReport:
         return {
             "images": self.images,
             "identities": self.identities,
-            "metrics": dict(self.evaluation.metrics()),
+            "metrics": dict(self.metrics),
             "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
             "skipped": {image.name: image.reason for image in self.skipped},
         }
@@ -133,7 +131,7 @@ def train(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
-        metrics=dict(evaluation.metrics()),
+        metrics={**evaluation.metrics(), **_one_shot_metrics(test_emb_ND, test_set)},
         environment=_environment(trainer.device, result),
     )
     card = model_card(
@@ -178,10 +176,22 @@ def evaluate(
     return HeldOutReport(
         images=len(found),
         identities=len(found.identities),
-        evaluation=measure(emb_ND, found.labels_N),
+        metrics={**measure(emb_ND, found.labels_N).metrics(), **_one_shot_metrics(emb_ND, found)},
         promises=tuple(promised_versus_realised(bundle.calibration, emb_ND, found.labels_N)),
         skipped=found.skipped,
     )
+
+
+def _one_shot_metrics(emb_ND: Vectors, images: ImageSet) -> dict[str, float | None]:
+    """20-way one-shot accuracy within super-classes (alphabets), where any is large enough."""
+    if (super_classes := images.super_classes) is None:
+        return {}
+    _, group_of_identity = np.unique(super_classes, return_inverse=True)
+    try:
+        result = one_shot(emb_ND, images.labels_N, group_of_identity[images.labels_N])
+    except InvalidDataset:
+        return {}
+    return {f"{result.ways}-way one-shot accuracy within super-classes": 1 - result.error}
 
 
 def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from embedding.errors import TrainingDiverged
 from training.losses import ContrastiveLoss, LossOutput, MetricLoss, SupervisedContrastiveLoss, TripletLoss
-from training.monitor import CollapseWatch, Meter, Report, TrainingDiverged, loss_of_collapse, spread
+from training.monitor import CollapseWatch, Meter, Report, loss_of_collapse, spread
 
 LABELS_B = torch.arange(8) // 2
 REPORT = Report(

@@ -15,13 +15,12 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from embedding.errors import DamagedData, InvalidDataset, InvalidImage, InvalidRecipe, NotFound
+from embedding.errors import DamagedData, InvalidDataset, InvalidImage, InvalidRecipe, NotFound, TrainingDiverged
 from embedding.images import Pixels, Preprocessing
 from embedding.networks import EmbeddingNetwork, build
 from training.checkpoint import FILE
 from training.config import Recipe
 from training.datasets import ImageSet, Indices, load
-from training.monitor import TrainingDiverged
 from training.progress import TrainingDisplay
 from training.trainer import Evaluate, Trainer
 
