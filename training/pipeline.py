@@ -127,11 +127,12 @@ def train(
     )
     test_emb_ND = _embed(encoder, test_set, console)
     evaluation = measure(test_emb_ND, test_set.labels_N)
+    further_metrics = _one_shot_metrics(test_emb_ND, test_set)
     lineage = Lineage(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
-        metrics={**evaluation.metrics(), **_one_shot_metrics(test_emb_ND, test_set)},
+        metrics={**evaluation.metrics(), **further_metrics},
         environment=_environment(trainer.device, result),
     )
     card = model_card(
@@ -144,6 +145,7 @@ def train(
         test_labels_N=test_set.labels_N,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(test_set.identities)),
+        further_metrics=further_metrics,
         **({"intended_use": recipe.description} if recipe.description else {}),
     )
     bundle = write_bundle(
@@ -182,7 +184,7 @@ def evaluate(
     )
 
 
-def _one_shot_metrics(emb_ND: Vectors, images: ImageSet) -> dict[str, float | None]:
+def _one_shot_metrics(emb_ND: Vectors, images: ImageSet) -> dict[str, float]:
     """20-way one-shot accuracy within super-classes (alphabets), where any is large enough."""
     if (super_classes := images.super_classes) is None:
         return {}

@@ -31,13 +31,14 @@ def model_card(
     test_labels_N: NDArray[np.generic],
     image_of: ImageOf,
     identity_names: Mapping[int, str] | None = None,
+    further_metrics: Mapping[str, float] | None = None,
     intended_use: str = "Deciding whether two images of the kind it was trained on show the same identity.",
 ) -> dict[str, bytes]:
     """Files of a model card by relative path: `README.md` and the pictures it shows, under `card/`.
 
     `facts` is the table of data, split and lineage, by label. `test_emb_ND` and `test_labels_N` belong to identities
     that neither training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of a test row, and
-    `identity_names` a readable name for a label.
+    `identity_names` a readable name for a label. `further_metrics`, by name, stand beside those of `evaluation`.
 
     Raises InvalidVector and InvalidDataset as `evaluate` does.
     """
@@ -53,7 +54,9 @@ def model_card(
         worst=WORST,
         unseen=_UNSEEN[calibration.protocol],
         summary=_summary(evaluation, calibration),
-        metrics=_metrics_table(evaluation, measured.expected_calibration_error),
+        metrics=_metrics_table(
+            evaluation, {**(further_metrics or {}), "expected calibration error": measured.expected_calibration_error}
+        ),
         points=_points_table(calibration),
         promises=_promises(promised_versus_realised(calibration, data.embeddings, data.identities)),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
@@ -148,13 +151,13 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     )
 
 
-def _metrics_table(evaluation: Evaluation, calibration_error: float) -> str:
+def _metrics_table(evaluation: Evaluation, further: Mapping[str, float]) -> str:
     retrieval, verification = evaluation.retrieval, evaluation.verification
     rows = [
         (name, "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}")
         for name, value in evaluation.metrics().items()
     ]
-    rows.append(("expected calibration error", f"{calibration_error:.4f}"))
+    rows += [(name, f"{value:.4f}") for name, value in further.items()]
     return (
         _table(("metric", "value"), rows)
         + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"
