@@ -17,10 +17,9 @@ import numpy as np
 from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, checked_embedding
 from embedding.encoder import Encoder
-from embedding.errors import DamagedData, LookalikeError
+from embedding.errors import DamagedData, GalleryNotEmpty, LookalikeError
 from embedding.images import MAX_PIXELS
 from index import Catalog, Gallery, ModelRef
-from service.refusals import GalleryNotEmpty
 from service.sources import (
     Embedded,
     EncodedImage,

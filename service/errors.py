@@ -20,7 +20,6 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from embedding import errors as domain
-from service import refusals
 from service.calls import request_id
 
 DOMAIN = "lookalike"
@@ -37,9 +36,9 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.Busy: grpc.StatusCode.UNAVAILABLE,
     domain.DamagedData: grpc.StatusCode.DATA_LOSS,
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
-    refusals.StaleEtag: grpc.StatusCode.ABORTED,
-    refusals.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
-    refusals.NotReady: grpc.StatusCode.UNAVAILABLE,
+    domain.StaleEtag: grpc.StatusCode.ABORTED,
+    domain.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.NotReady: grpc.StatusCode.UNAVAILABLE,
 }
 """A class stands for its subclasses too, unless they have a line of their own."""
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from embedding.errors import NotReady
 from service.batching import Batcher
 from service.engine import Answer, Engine, Question
-from service.refusals import NotReady
 from service.settings import Settings
 from service.sources import distinct_images
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from embedding.decision import Vectors
-from embedding.errors import InvalidInput, LookalikeError, NotFound
+from embedding.errors import InvalidInput, LookalikeError, NotFound, StaleEtag
 from index import JSON, Gallery, Item
 from index.items import check_identity, check_item_name, metadata_json
 from service.engine import Engine
-from service.refusals import StaleEtag
 from service.sources import Embedded, Source, Unusable, located, value_of
 
 Stored: TypeAlias = Item | LookalikeError
@@ -91,7 +90,7 @@ class UpdateItems:
             try:
                 stored = gallery.upsert([item for _, item in left.values()], allow_missing=self.allow_missing)
                 return outcomes | dict(zip(left, stored, strict=True))
-            except (NotFound, InvalidInput):
+            except (NotFound, StaleEtag, InvalidInput):
                 refused = {row: error for row, (draft, _) in left.items() if (error := self._refusal(gallery, draft))}
                 if not refused:
                     raise

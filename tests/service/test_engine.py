@@ -11,11 +11,20 @@ import pytest
 from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, Verdict, distance
 from embedding.encoder import Encoder
-from embedding.errors import Busy, InvalidImage, InvalidInput, InvalidVector, LookalikeError, NotFound, StorageFailed
+from embedding.errors import (
+    Busy,
+    GalleryNotEmpty,
+    InvalidImage,
+    InvalidInput,
+    InvalidVector,
+    LookalikeError,
+    NotFound,
+    StaleEtag,
+    StorageFailed,
+)
 from index import Item
 from service.engine import Engine
 from service.questions import Embed, Search, SearchBatch, Verify, VerifyBatch
-from service.refusals import GalleryNotEmpty, StaleEtag
 from service.sources import EncodedImage, GivenEmbedding, StoredItem
 from service.writes import Draft, UpdateItems
 from tests.service.harness import DIM, png
