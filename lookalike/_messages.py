@@ -145,7 +145,7 @@ def gallery(message: gallery_pb2.Gallery) -> Gallery:
         model=_id(message.model),
         item_count=message.item_count,
         generation=message.generation,
-        create_time=_datetime(message.create_time),
+        create_time=_datetime(message.create_time) if message.HasField("create_time") else None,
         damage=message.damage,
     )
 

@@ -140,7 +140,8 @@ class Gallery:
     item_count: int
     generation: int
     """Number of committed writes so far."""
-    create_time: datetime
+    create_time: datetime | None
+    """None when the gallery is too damaged to tell."""
     damage: str
     """Why its items cannot be served; empty when all is well."""
 

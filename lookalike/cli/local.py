@@ -1,4 +1,7 @@
-"""The engine in this process, with the face of the client."""
+"""The engine in this process, with the face of the client.
+
+Answers pass through the messages of the wire contract, so that they are what a server would have sent.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,12 @@ import numpy as np
 
 from embedding import decision as engine_decision
 from embedding.bundle import Bundle
-from embedding.errors import LookalikeError
-from index import Gallery as StoredGallery
-from index import Item as StoredItemRow
-from index import Neighbor as StoredNeighbor
-from lookalike.types import (
-    Calibration,
-    Decision,
-    ErrorRates,
-    Gallery,
-    ImageLike,
-    Item,
-    ItemName,
-    Model,
-    Neighbor,
-    NewItem,
-    OperatingPoint,
-    Verdict,
-)
+from embedding.errors import DamagedData, LookalikeError
+from lookalike import _messages as messages
+from lookalike.types import Decision, Gallery, ImageLike, Item, ItemName, Model, Neighbor, NewItem, OperatingPoint
+from service import wire
 from service.engine import Engine
 from service.questions import Search, SearchBatch, Verify
-from service.refusals import GalleryNotEmpty
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem
 from service.writes import Draft, UpdateItems
 
@@ -53,13 +41,14 @@ class LocalBackend:
                 yield cls(engine)
 
     def verify(self, a: ImageLike, b: ImageLike, *, operating_point: OperatingPoint | None = None) -> Decision:
-        return _decision(self._engine.ask(Verify(a=_source(a), b=_source(b), point=_point(operating_point))))
+        decided = self._engine.ask(Verify(a=_source(a), b=_source(b), point=_point(operating_point)))
+        return messages.decision(wire.decision(decided))
 
     def search(
         self, gallery: str, query: ImageLike, *, k: int = 10, operating_point: OperatingPoint | None = None
     ) -> list[Neighbor]:
-        question = Search(gallery=gallery, query=_source(query), k=k, point=_point(operating_point))
-        return _neighbors(gallery, self._engine.ask(question))
+        found = self._engine.ask(Search(gallery=gallery, query=_source(query), k=k, point=_point(operating_point)))
+        return [messages.neighbor(neighbor) for neighbor in wire.neighbors(found, gallery)]
 
     def search_batch(
         self, gallery: str, queries: Iterable[ImageLike], *, k: int = 10, operating_point: OperatingPoint | None = None
@@ -67,30 +56,39 @@ class LocalBackend:
         sources = [_source(query) for query in queries]
         outcomes = self._engine.ask(SearchBatch(gallery=gallery, queries=sources, k=k, point=_point(operating_point)))
         return [
-            outcome if isinstance(outcome, LookalikeError) else _neighbors(gallery, outcome) for outcome in outcomes
+            outcome
+            if isinstance(outcome, LookalikeError)
+            else [messages.neighbor(neighbor) for neighbor in wire.neighbors(outcome, gallery)]
+            for outcome in outcomes
         ]
 
     def create_gallery(self, gallery: str) -> Gallery:
-        return _gallery(self._engine.catalog.create(gallery, self._engine.model))
+        return messages.gallery(wire.gallery(self._engine.catalog.create(gallery, self._engine.model)))
 
     def get_gallery(self, gallery: str) -> Gallery:
-        return _gallery(self._engine.catalog.get(gallery))
+        try:
+            return messages.gallery(wire.gallery(self._engine.catalog.get(gallery)))
+        except DamagedData as error:
+            return messages.gallery(wire.damaged_gallery(gallery, error))
 
     def list_galleries(self) -> Iterator[Gallery]:
+        """Every gallery, by name, damaged ones included."""
         catalog = self._engine.catalog
-        return iter(_gallery(gallery) for gallery in catalog.list())
+        whole = [wire.gallery(gallery) for gallery in catalog.list()]
+        damaged = [wire.damaged_gallery(gallery, error) for gallery, error in catalog.damaged().items()]
+        yield from sorted((messages.gallery(found) for found in whole + damaged), key=lambda gallery: gallery.id)
 
     def delete_gallery(self, gallery: str, *, force: bool = False) -> None:
-        if not force and (count := self._engine.catalog.get(gallery).size):
-            raise GalleryNotEmpty(f"gallery {gallery!r} holds {count} items; delete them first, or use force")
-        self._engine.catalog.delete(gallery)
+        self._engine.delete_gallery(gallery, force=force)
 
     def get_item(self, name: ItemName) -> Item:
-        return _item(name.gallery, self._engine.catalog.get(name.gallery).get(name.id))
+        stored = self._engine.catalog.get(name.gallery).get(name.id)
+        return messages.item(wire.item(stored, name.gallery, with_embedding=True))
 
     def list_items(self, gallery: str) -> Iterator[Item]:
         """Every item of a gallery, by name, here with its embedding."""
-        return (_item(gallery, item) for item in self._engine.catalog.get(gallery).iterate())
+        for item in self._engine.catalog.get(gallery).iterate():
+            yield messages.item(wire.item(item, gallery, with_embedding=True))
 
     def update_items(
         self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True
@@ -106,10 +104,18 @@ class LocalBackend:
             for item in items
         ]
         outcomes = self._engine.ask(UpdateItems(gallery=gallery, drafts=drafts, allow_missing=allow_missing))
-        return [outcome if isinstance(outcome, LookalikeError) else _item(gallery, outcome) for outcome in outcomes]
+        return [
+            outcome if isinstance(outcome, LookalikeError) else messages.item(wire.item(outcome, gallery))
+            for outcome in outcomes
+        ]
 
     def delete_items(self, gallery: str, ids: Iterable[str], *, allow_missing: bool = False) -> int:
-        return self._engine.gallery(gallery).delete(list(ids), allow_missing=allow_missing)
+        return self._engine.catalog.get(gallery).delete(list(ids), allow_missing=allow_missing)
+
+
+def describe_bundle(path: Path) -> Model:
+    """A bundle as the server would describe it. Raises NotFound or DamagedData."""
+    return messages.model(wire.model(Bundle.load(path), active=False))
 
 
 def _source(image: ImageLike) -> Source:
@@ -132,83 +138,4 @@ def _point(point: OperatingPoint | None) -> engine_decision.OperatingPoint | Non
         threshold=point.threshold,
         name=point.name,
         uncertain_within=point.uncertain_within,
-    )
-
-
-def _decision(decision: engine_decision.Decision) -> Decision:
-    return Decision(
-        verdict=Verdict(decision.verdict.value),
-        distance=decision.distance,
-        threshold=decision.threshold,
-        match_probability=decision.match_probability,
-        far=decision.far,
-        far_upper95=decision.far_upper95,
-        frr=decision.frr,
-        model=decision.model,
-        calibration=decision.calibration,
-    )
-
-
-def _neighbors(gallery: str, neighbors: Sequence[StoredNeighbor]) -> list[Neighbor]:
-    return [
-        Neighbor(
-            item=ItemName(gallery, neighbor.item.name),
-            identity=neighbor.item.identity,
-            metadata=dict(neighbor.item.metadata),
-            decision=_decision(neighbor.decision),
-        )
-        for neighbor in neighbors
-    ]
-
-
-def _item(gallery: str, item: StoredItemRow) -> Item:
-    if item.update_time is None:
-        raise ValueError(f"item {item.name!r} was never stored")
-    return Item(
-        name=ItemName(gallery, item.name),
-        identity=item.identity,
-        metadata=dict(item.metadata),
-        etag=item.etag,
-        generation=item.generation,
-        update_time=item.update_time,
-        embedding=item.embedding,
-    )
-
-
-def _gallery(gallery: StoredGallery) -> Gallery:
-    return Gallery(
-        id=gallery.id,
-        model=gallery.model.name,
-        item_count=gallery.size,
-        generation=gallery.generation,
-        create_time=gallery.created,
-        damage="",
-    )
-
-
-def describe_bundle(path: Path) -> Model:
-    """A bundle as the server would describe it. Raises NotFound or DamagedData."""
-    bundle = Bundle.load(path)
-    calibration = bundle.calibration
-    return Model(
-        id=bundle.name,
-        fingerprint=bundle.fingerprint,
-        modality=bundle.manifest.modality,
-        embedding_dim=bundle.embedding_dim,
-        network=bundle.architecture.network,
-        image_size=bundle.architecture.image_size,
-        create_time=bundle.lineage.created,
-        calibration=Calibration(
-            version=calibration.version,
-            protocol=calibration.protocol,
-            identities=calibration.identities,
-            matching_pairs=calibration.matching_pairs,
-            impostor_pairs=calibration.impostor_pairs,
-            learned_margin=calibration.learned_margin,
-            probability_slope=calibration.probability.slope,
-            curve=tuple(ErrorRates(**row.model_dump()) for row in calibration.curve),
-            named_points=dict(calibration.named_points),
-            smallest_supported_far=calibration.smallest_supported_far,
-        ),
-        active=False,
     )

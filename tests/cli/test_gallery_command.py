@@ -143,3 +143,14 @@ def test_a_gallery_of_another_model_is_refused(run: Run, bundle: Bundle, picture
     a = pictures / "loose.png"
     for command in (["gallery", "add", "g", pictures], ["search", a, "--gallery", "g"]):
         run(*command, "--bundle", other.path, "--data", galleries).failed_with(bundle.name, other.name)
+
+
+def test_a_damaged_gallery_is_listed_with_its_damage(run: Run, bundle: Bundle, pictures: Path, tmp_path: Path) -> None:
+    where = ["--bundle", bundle.path, "--data", tmp_path / "galleries"]
+    for name in ("bad", "good"):
+        run("gallery", "create", name, *where)
+    (tmp_path / "galleries" / "bad" / "store.sqlite").write_bytes(b"no database, but as long as one" * 500)
+    bad, good = (json.loads(line) for line in run("gallery", "list", "--json", *where).out.splitlines())
+    assert (bad["id"], bad["create_time"], bool(bad["damage"])) == ("bad", None, True)
+    assert (good["id"], good["damage"]) == ("good", "")
+    run("search", pictures / "loose.png", "--gallery", "bad", *where).failed_with("bad")
