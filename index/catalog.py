@@ -111,12 +111,28 @@ class Catalog:
         return gallery
 
     def list(self) -> Galleries:
-        """The galleries that can be opened, by name; `damaged` tells of the others."""
-        return self._survey()[0]
+        """The galleries that can be opened, by name; `survey` tells of the others too."""
+        return self.survey()[0]
 
-    def damaged(self) -> dict[str, LookalikeError]:
-        """Why each gallery that cannot be opened cannot, by name."""
-        return self._survey()[1]
+    def survey(self) -> tuple[Galleries, dict[str, LookalikeError]]:
+        """The galleries that can be opened, by name, and for each of the others why it cannot."""
+        galleries: Galleries = []
+        damaged: dict[str, LookalikeError] = {}
+        try:
+            names = sorted(path.name for path in self.root.iterdir() if _GALLERY_ID.fullmatch(path.name))
+        except OSError as error:
+            raise _refused(self.root, error) from error
+        for name in names:
+            try:
+                galleries.append(self.get(name))
+            except NotFound:
+                pass  # deleted since the folder was read, or a file of that name
+            except (DamagedData, StorageFailed, Busy) as error:
+                if self._reported.get(name) != str(error):  # once, not at every listing
+                    _log.warning("gallery %r cannot be opened: %s", name, error)
+                    self._reported[name] = str(error)
+                damaged[name] = error
+        return galleries, damaged
 
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not, with all its items; raises NotFound."""
@@ -169,25 +185,6 @@ class Catalog:
         gallery = Gallery(gallery_id, path, read_only=self._read_only, seal_after=self._seal_after)
         self._open[gallery_id] = gallery
         return gallery
-
-    def _survey(self) -> tuple[Galleries, dict[str, LookalikeError]]:
-        galleries: Galleries = []
-        damaged: dict[str, LookalikeError] = {}
-        try:
-            names = sorted(path.name for path in self.root.iterdir() if _GALLERY_ID.fullmatch(path.name))
-        except OSError as error:
-            raise _refused(self.root, error) from error
-        for name in names:
-            try:
-                galleries.append(self.get(name))
-            except NotFound:
-                pass  # deleted since the folder was read, or a file of that name
-            except (DamagedData, StorageFailed, Busy) as error:
-                if self._reported.get(name) != str(error):  # once, not at every listing
-                    _log.warning("gallery %r cannot be opened: %s", name, error)
-                    self._reported[name] = str(error)
-                damaged[name] = error
-        return galleries, damaged
 
     def _check_writable(self) -> None:
         if self._read_only:

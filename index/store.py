@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from embedding.decision import Vectors
-from embedding.errors import DamagedData, InvalidInput, NotFound
+from embedding.errors import DamagedData, NotFound, StaleEtag
 from index.connections import Readers, connect, translated
 from index.exact import Keys
 from index.items import Item, ModelRef, metadata_json
@@ -84,7 +84,7 @@ class Store:
     def upsert(self, items: Sequence[Item], *, allow_missing: bool, oldest_read: int) -> Written:
         """Insert or overwrite all items, or none. They must have been checked.
 
-        Raises NotFound for a name that is not there unless `allow_missing`, and InvalidInput for a stale etag.
+        Raises NotFound for a name that is not there unless `allow_missing`, and StaleEtag.
         `oldest_read` is the oldest generation that a snapshot still shows.
         """
         with self._transaction() as generation:
@@ -93,7 +93,7 @@ class Store:
                 if item.name not in present and not allow_missing:
                     raise _no_item(item.name)
                 if item.etag and item.etag != self._etag(present.get(item.name)):
-                    raise InvalidInput(
+                    raise StaleEtag(
                         f"item {item.name!r} is not what it was at etag {item.etag!r}; read it again, then write",
                         field="etag",
                     )

@@ -125,13 +125,10 @@ def _described(catalog: Catalog, gallery_id: str) -> pb.Gallery:
 
 
 def _page(catalog: Catalog, size: int, after: str) -> pb.ListGalleriesResponse:
-    whole = {gallery.id: wire.gallery(gallery) for gallery in catalog.list()}
-    damaged = {gallery_id: wire.damaged_gallery(gallery_id, error) for gallery_id, error in catalog.damaged().items()}
-    described = whole | damaged
-    names = sorted(name for name in described if name > after)
+    found = [gallery for gallery in wire.galleries(catalog) if gallery.name > after]
     return pb.ListGalleriesResponse(
-        galleries=[described[name] for name in names[:size]],
-        next_page_token=page_token_after(names[size - 1]) if len(names) > size else "",
+        galleries=found[:size],
+        next_page_token=page_token_after(found[size - 1].name) if len(found) > size else "",
     )
 
 

@@ -10,7 +10,7 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from embedding import calibration as measured
 from embedding.bundle import Bundle
 from embedding.decision import Decision, Vectors, Verdict
-from index import JSON, Gallery, Item, Neighbor
+from index import JSON, Catalog, Gallery, Item, Neighbor
 from lookalike.v1 import common_pb2, gallery_pb2, model_pb2, search_pb2
 
 _VERDICTS = {
@@ -77,6 +77,14 @@ def gallery(described: Gallery) -> gallery_pb2.Gallery:
 def damaged_gallery(gallery_id: str, error: Exception) -> gallery_pb2.Gallery:
     """A gallery of which no more is known than why it cannot be served."""
     return gallery_pb2.Gallery(name=gallery_name(gallery_id), damage=str(error))
+
+
+def galleries(catalog: Catalog) -> list[gallery_pb2.Gallery]:
+    """Every gallery by name, damaged ones included."""
+    healthy, damaged = catalog.survey()
+    described = {found.id: gallery(found) for found in healthy}
+    described |= {gallery_id: damaged_gallery(gallery_id, error) for gallery_id, error in damaged.items()}
+    return [described[gallery_id] for gallery_id in sorted(described)]
 
 
 def model(bundle: Bundle, *, active: bool) -> model_pb2.Model:

@@ -90,7 +90,7 @@ class UpdateItems:
             try:
                 stored = gallery.upsert([item for _, item in left.values()], allow_missing=self.allow_missing)
                 return outcomes | dict(zip(left, stored, strict=True))
-            except (NotFound, StaleEtag, InvalidInput):
+            except (NotFound, StaleEtag):
                 refused = {row: error for row, (draft, _) in left.items() if (error := self._refusal(gallery, draft))}
                 if not refused:
                     raise

@@ -73,10 +73,7 @@ class LocalBackend:
 
     def list_galleries(self) -> Iterator[Gallery]:
         """Every gallery, by name, damaged ones included."""
-        catalog = self._engine.catalog
-        whole = [wire.gallery(gallery) for gallery in catalog.list()]
-        damaged = [wire.damaged_gallery(gallery, error) for gallery, error in catalog.damaged().items()]
-        yield from sorted((messages.gallery(found) for found in whole + damaged), key=lambda gallery: gallery.id)
+        return map(messages.gallery, wire.galleries(self._engine.catalog))
 
     def delete_gallery(self, gallery: str, *, force: bool = False) -> None:
         self._engine.delete_gallery(gallery, force=force)

@@ -82,7 +82,7 @@ class Item(_message.Message):
     name: _builtins.str
     """Resource name, `galleries/{gallery}/items/{item}`; the id has 1 to 256 printable characters without '/'."""
     identity: _builtins.str
-    """What makes two images a match: a person, a product, a character; empty when unknown."""
+    """What makes two images a match: a person, a product, a character; at most 256 characters, empty when unknown."""
     etag: _builtins.str
     """Changes whenever the item does. When sent with an update, the update fails with ABORTED unless it is current."""
     generation: _builtins.int
@@ -91,7 +91,7 @@ class Item(_message.Message):
     """Little-endian float32 values, 4 × embedding_dim bytes. Output only; empty in ListItems."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants back with the item."""
+        """Anything the caller wants back with the item, at most 64 KiB as JSON."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:

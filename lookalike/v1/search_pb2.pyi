@@ -134,7 +134,9 @@ class BatchSearchRequest(_message.Message):
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
-    """How many nearest items to return for each, 1 to 10,000; unset (0) means 10."""
+    """How many nearest items to return for each, 1 to 10,000; unset (0) means 10. All queries together return at most
+    200,000 neighbours; a batch that could return more is refused with INVALID_ARGUMENT.
+    """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ImageInput]:
         """At least 1 and at most 1,024 images."""

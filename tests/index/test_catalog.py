@@ -142,14 +142,14 @@ def test_one_bad_gallery_is_reported_and_the_others_answer(
     spoil(tmp_path / "bad" / "store.sqlite")
     with Catalog(tmp_path, read_only=read_only) as catalog:
         assert [gallery.id for gallery in catalog.list()] == ["good"]
-        assert catalog.damaged().keys() == {"bad"}
+        assert catalog.survey()[1].keys() == {"bad"}
         assert caplog.text.count("gallery 'bad' cannot be opened") == 1
         with pytest.raises(DamagedData, match=r"bad/store\.sqlite .*restore it from a copy"):
             catalog.get("bad")
         assert len(catalog.get("good").search(pool[0], k=1, judge=judge)) == 1
     with Catalog(tmp_path) as catalog:
         catalog.delete("bad")
-        assert catalog.damaged() == {}
+        assert catalog.survey() == (catalog.list(), {})
 
 
 def test_a_store_of_a_later_schema_is_refused(tmp_path: Path, model: ModelRef) -> None:

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from embedding.decision import Judge, Vectors, distance
-from embedding.errors import InvalidInput, InvalidVector, LookalikeError, ModelMismatch, NotFound, StorageFailed
+from embedding.errors import (
+    InvalidInput,
+    InvalidVector,
+    LookalikeError,
+    ModelMismatch,
+    NotFound,
+    StaleEtag,
+    StorageFailed,
+)
 from index import MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, Catalog, Gallery, Item, ModelRef
 
 
@@ -165,7 +173,7 @@ def test_items_return_as_they_were_written(gallery: Gallery, pool: Vectors) -> N
 def test_a_stale_etag_refuses_the_write(gallery: Gallery, pool: Vectors) -> None:
     (first,) = gallery.upsert([Item(name="x", embedding=pool[0])])
     (second,) = gallery.upsert([Item(name="x", embedding=pool[1], etag=first.etag)])
-    with pytest.raises(InvalidInput, match="'x' is not what it was") as caught:
+    with pytest.raises(StaleEtag, match="'x' is not what it was") as caught:
         gallery.upsert([Item(name="new", embedding=pool[3]), Item(name="x", embedding=pool[2], etag=first.etag)])
     assert caught.value.field == "etag"
     assert (gallery.get("x").etag, gallery.size, gallery.generation) == (second.etag, 1, 2)
