@@ -39,6 +39,8 @@ MODEL = "lookalike.v1.ModelService"
 
 MAX_PAIRS = 256
 MAX_QUERIES = 1024
+MAX_NEIGHBORS = 200_000
+"""Of all queries of one BatchSearch."""
 MAX_ITEMS = 1024
 PAGE_SIZE = 1000
 
@@ -140,10 +142,9 @@ def search_batch(
     """Search many images: for each, in order, its neighbours, or the error that this image alone met."""
     point = messages.operating_point(operating_point)
     name = messages.gallery_name(gallery)
-    _checked_k(k)
     return Batch(
         (messages.image_input(query) for query in queries),
-        MAX_QUERIES,
+        max(1, min(MAX_QUERIES, MAX_NEIGHBORS // _checked_k(k))),
         lambda chunk: _call(
             f"{SEARCH}/BatchSearch",
             search_pb2.BatchSearchRequest(gallery=name, queries=chunk, k=k, operating_point=point),
@@ -300,6 +301,6 @@ def _error(status: status_pb2.Status) -> CallFailed:
 
 def _checked_k(k: int) -> int:
     """0 means "unset" on the wire and would be answered with the default, so it is refused here."""
-    if k == 0:
-        raise ValueError("k must be at least 1; got 0")
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
     return k

@@ -237,8 +237,8 @@ class SamplingConfig(Section):
     images_per_identity: Annotated[int, Field(ge=2, le=512)] = 4
     """K; an identity with fewer images repeats some."""
     turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
-    """Copies of every training identity, turned so, that count as identities of their own; right where no identity
-    looks like another one turned."""
+    """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
+    look like themselves or another one turned."""
 
 
 class ContrastiveConfig(Section):

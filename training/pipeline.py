@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shutil
@@ -41,7 +42,7 @@ CHUNK_IMAGES = 256
 """Images decoded and embedded at once outside training."""
 
 WATCHED_IMAGES = 2_000
-"""Calibration images, at most, on which a running training is evaluated."""
+"""Calibration images, at most, on which a running training is evaluated: evenly spread over the identities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,7 @@ def train(
     sides = split(images, recipe.split)
     console.print(_describe(images, sides), highlight=False)
 
+    watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
     checkpoints = out.with_name(f"{out.name}.checkpoint")
     trainer = Trainer(
         recipe,
@@ -116,7 +118,7 @@ def train(
         device=device,
         out_dir=checkpoints if recipe.training.checkpoint_every else None,
         progress=TrainingDisplay(console),
-        evaluate=lambda current: _watch(current, images.subset(sides.calibration_N[:WATCHED_IMAGES]), recipe, device),
+        evaluate=lambda current: _watch(current, watched, recipe, device),
     )
     result = trainer.fit(resume=resume)
 

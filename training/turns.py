@@ -1,7 +1,7 @@
 """Turned copies of training identities that count as identities of their own: more to tell apart, at no cost.
 
-A character turned by a quarter is another character (Santoro et al. 2016, for Omniglot). Right where no identity looks
-like another one turned. N images of a set, n of a batch, C channels, H = W side.
+A character turned by a quarter is another character (Santoro et al. 2016, for Omniglot). Helpful where
+few identities look like themselves or another one turned. N images of a set, n of a batch, C channels, H = W side.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lookalike.cli.images import ImageFile
 
 BATCH_IMAGES = 256
-"""Images that are read, embedded and searched at once; their neighbours make one row group."""
+"""Most images that are read, embedded and searched at once; their neighbours make one row group."""
+BATCH_ROWS = 100_000
+"""Most rows of a row group, so that memory does not grow with k."""
 
 
 def batch_search(
@@ -51,7 +53,7 @@ def batch_search(
         ParquetTable(out, _schema(), overwrite=overwrite) as table,
     ):
         batches = track(
-            list(in_batches(queries, BATCH_IMAGES)),
+            list(in_batches(queries, max(1, min(BATCH_IMAGES, BATCH_ROWS // k)))),
             "batch-search",
             console=console,
             transient=True,

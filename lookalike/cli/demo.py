@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 RECIPE = "digits"
 GALLERY = "digits"
 IMAGES_PER_IDENTITY = 40
+SAME = 5
+"""Which image to compare with the first of the same digit."""
 STOP_SECONDS = 10.0
 _MARK = "lookalike-demo"
 """A file that marks a folder as the demo's own, so that running it again may replace it."""
@@ -72,7 +74,8 @@ def demo(
         console.print(f"gallery {GALLERY} holds {client.get_gallery(GALLERY).item_count} items")
 
         _say("3. Are these two images a match?", console)
-        (a, same, *_), (other, *_) = (sorted(folder.iterdir()) for folder in folders[:2])
+        first, second = (sorted(folder.iterdir()) for folder in folders[:2])
+        a, same, other = first[0], first[SAME], second[0]
         for b, truth in ((same, "the same digit, written twice"), (other, "two different digits")):
             console.print(f"{a.relative_to(out)} and {b.relative_to(out)}, {truth}:")
             show.decision(client.verify(a, b), console)

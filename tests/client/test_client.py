@@ -111,6 +111,12 @@ class TestBatches:
         outcomes = client.update_items(gallery, (NewItem(id=f"{n}", image=image) for n in range(count)))
         assert [outcome.name.id for outcome in outcomes if isinstance(outcome, Item)] == [f"{n}" for n in range(count)]
 
+    def test_more_neighbors_than_one_call_gives_are_asked_for_in_several(self, client: Client, gallery: str) -> None:
+        fill(client, gallery, 3)
+        query = client.embed(png(9))
+        results = client.search_batch(gallery, [query] * 25, k=10_000)
+        assert results == [client.search(gallery, query)] * 25
+
     def test_an_empty_batch_asks_nothing(self, client: Client) -> None:
         assert client.verify_batch([]) == []
 
