@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from tests.processes import environment, serving
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ADDRESS = "127.0.0.1:50051"
+VARYING = ("step ", ". ", "far#", "equal-error", "learned-margin")
+"""Lines begin so whose number or order depends on the run: progress, a path to activate, operating points."""
 
 
 def blocks(language: str) -> list[str]:
@@ -43,60 +43,40 @@ def shape(output: str) -> list[str]:
     text = re.sub(r"digits-[0-9a-f]{12}|[0-9a-f]{64}", "HEX", text).replace(">", "≤")
     text = re.sub(r"-?[\d.,]*\d(e-?\d+)?", "#", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    points = sorted(line for line in lines if line.startswith(("far-", "equal-", "learned-margin")))
-    fixed = [line for line in lines if line and line not in points and not line.startswith(("step ", ". "))]
-    return fixed + sorted({line.split()[0] for line in points} - {"far-e-#", "far-#e-#"})
+    return [line for line in lines if line and not line.startswith(VARYING)]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
     """A folder to run in, whose own recipe for digits takes fewer steps."""
-    folder = tmp_path_factory.mktemp("readme")
     recipe = (ROOT / "recipes" / "digits.toml").read_text()
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "digits.toml").write_text(re.sub(r"^steps = \d+$", "steps = 20", recipe, flags=re.MULTILINE))
-    return folder
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "digits.toml").write_text(
+        re.sub(r"^steps = \d+$", "steps = 20", recipe, flags=re.MULTILINE)
+    )
+    return tmp_path
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[ExitStack]:
-    """Servers that commands of the README started in the background."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture(scope="module")
-def address(workplace: Path, servers: ExitStack) -> str:
-    """Runs every command and checks what it prints; gives the address of the server that one of them started."""
+def test_its_commands_print_what_it_shows_and_its_python_runs(workplace: Path) -> None:
     variables = {**environment(), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        taken = ADDRESS.replace("50051", str(free.getsockname()[1]))
-    for command, shown in transcript():
-        words = [word.replace(ADDRESS, taken) for word in shlex.split(command)]
-        if words[-1] == "&":
-            assert words[:2] == ["lookalike", "serve"]
-            bundle, galleries = (workplace / words[words.index(option) + 1] for option in ("--bundle", "--data"))
-            log = workplace / "server.log"
-            _, taken = servers.enter_context(serving(bundle, galleries, log=log))
-            continue
+
+    def run(*words: str) -> str:
         ran = subprocess.run(words, cwd=workplace, env=variables, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
-        assert shape(ran.stdout) == shape(shown), command
-    return taken
+        assert ran.returncode == 0, f"{words}\n{ran.stderr}"
+        return ran.stdout
 
-
-def test_its_commands_print_what_it_shows(address: str) -> None:
-    assert address
-
-
-def test_its_python_runs(address: str, workplace: Path) -> None:
-    for block in blocks("python"):
-        program = block.replace(ADDRESS, address)
-        ran = subprocess.run(
-            [sys.executable, "-c", program], cwd=workplace, capture_output=True, text=True, check=False
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert "Verdict." in ran.stdout
+    address = ADDRESS
+    with ExitStack() as servers:
+        for command, shown in transcript():
+            words = [word.replace(ADDRESS, address) for word in shlex.split(command)]
+            if words[-1] == "&":
+                assert words[:2] == ["lookalike", "serve"]
+                bundle, galleries = (workplace / words[words.index(option) + 1] for option in ("--bundle", "--data"))
+                _, address = servers.enter_context(serving(bundle, galleries, log=workplace / "server.log"))
+            else:
+                assert shape(run(*words)) == shape(shown), command
+        for program in blocks("python"):
+            assert "Verdict." in run(sys.executable, "-c", program.replace(ADDRESS, address))
 
 
 def test_its_quick_start_is_in_the_makefile() -> None:
