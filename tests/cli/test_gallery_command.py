@@ -154,3 +154,14 @@ def test_a_damaged_gallery_is_listed_with_its_damage(run: Run, bundle: Bundle, p
     assert (bad["id"], bad["create_time"], bool(bad["damage"])) == ("bad", None, True)
     assert (good["id"], good["damage"]) == ("good", "")
     run("search", pictures / "loose.png", "--gallery", "bad", *where).failed_with("bad")
+
+
+def test_a_file_too_large_to_send_is_skipped(
+    run: Run, where: list[str], name: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lookalike.cli.images.MAX_IMAGE_BYTES", 2000)
+    (pictures / "large.png").write_bytes(png(1) + bytes(2000))
+    run("gallery", "create", name, *where)
+    ran = run("gallery", "add", name, pictures, *where)
+    assert ran.out == f"stored 7 items in gallery {name} (1 skipped)\n"
+    assert "skipped large.png: the file has" in ran.err
