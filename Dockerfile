@@ -26,7 +26,7 @@ WORKDIR /src
 COPY constraints.txt ./
 # Both from the one index, since torchvision's operators load only into the torch they were built for; all the rest
 # comes from PyPI. A constraint of 2.14.1 also accepts the build 2.14.1+cpu, so the next step keeps what is here.
-RUN pip install --no-deps --index-url "${TORCH_INDEX_URL}" --constraint constraints.txt torch torchvision
+RUN pip install --no-deps ${TORCH_INDEX_URL:+--index-url "${TORCH_INDEX_URL}"} --constraint constraints.txt torch torchvision
 COPY --from=requirements /src/requirements.txt ./
 RUN pip install --constraint constraints.txt --requirement requirements.txt
 
