@@ -6,8 +6,10 @@ INSTALLED := $(VENV)/.installed
 PROTO_VENV := .venv-proto
 PROTO_INSTALLED := $(PROTO_VENV)/.installed
 STUBS := lookalike/v1
-# Stubs of this release import on every protobuf and grpcio from 5.29 and 1.71 on, so users need no upgrade.
-PROTO_TOOLS := grpcio-tools==1.71.2 mypy-protobuf==5.1.0 setuptools==80.9.0
+# Stubs of this generator import on every protobuf and grpcio from 5.29 and 1.71 on, so users need no upgrade. The list is
+# whole and installed as it is: the generator asks for an older protobuf than its typing plugin, and runs on the newer.
+PROTO_TOOLS := grpcio-tools==1.71.2 grpcio==1.85.1 mypy-protobuf==5.1.0 protobuf==7.36.2 setuptools==80.9.0 \
+	types-protobuf==7.35.1.20260906 typing-extensions==4.16.0
 
 .PHONY: help demo test test-slow check format proto proto-check breaking clean
 
@@ -21,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(PROTO_INSTALLED): Makefile
 	$(PROTO_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(PROTO_VENV)
-	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PROTO_TOOLS)
+	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PROTO_TOOLS)
 	touch $@
 
 demo: $(INSTALLED) ## train, calibrate, index, serve and ask, on handwritten digits
