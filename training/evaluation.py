@@ -99,10 +99,14 @@ def evaluate(
     """
     queries = held_out(emb_ND, labels_N)
     items = None if gallery is None else held_out(*gallery)
-    curve = verification_curve(queries, items)
-    identity_N = queries.identities if items is None else np.concatenate([queries.identities, items.identities])
+    return evaluation_of(verification_curve(queries, items), queries, items)
+
+
+def evaluation_of(curve: VerificationCurve, queries: HeldOut, gallery: HeldOut | None = None) -> Evaluation:
+    """`evaluate`, where the verification curve of the same embeddings is known already."""
+    identity_N = queries.identities if gallery is None else np.concatenate([queries.identities, gallery.identities])
     return Evaluation(
-        retrieval=retrieval(queries, items),
+        retrieval=retrieval(queries, gallery),
         verification=Verification(
             identities=len(np.unique(identity_N)),
             matching_pairs=curve.matching_pairs,

@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +23,14 @@ from rich.progress import track
 from embedding.bundle import Bundle, Lineage, write_bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder, PixelEncoder
-from embedding.errors import AlreadyExists, InvalidDataset
+from embedding.errors import AlreadyExists
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
-from training.calibration import Promise, calibrate, promised_versus_realised
+from training.calibration import calibrate
 from training.config import Recipe
 from training.datasets import ImageSet, SkippedImage, load, load_path
-from training.evaluation import evaluate as measure
-from training.one_shot import one_shot
+from training.evaluation import evaluate as evaluate_embeddings
+from training.measurement import Measurement, measure
 from training.progress import TrainingDisplay
 from training.report import model_card
 from training.result import TrainingResult
@@ -43,42 +42,6 @@ CHUNK_IMAGES = 256
 
 WATCHED_IMAGES = 2_000
 """Calibration images, at most, on which a running training is evaluated: evenly spread over the identities."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutReport:
-    """How a bundle does on labelled images, and whether its promised error rates held there."""
-
-    images: int
-    identities: int
-    metrics: Mapping[str, float | None]
-    """By name; None where the pairs are too few to support it."""
-    promises: tuple[Promise, ...]
-    skipped: tuple[SkippedImage, ...]
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Name and figure of each measurement, for a table."""
-        rows = [("images", f"{self.images:,}"), ("identities", f"{self.identities:,}")]
-        rows += [(name, "too few pairs" if value is None else f"{value:.4f}") for name, value in self.metrics.items()]
-        rows += [
-            (
-                f"FAR at target {promise.target_far:g}",
-                f"{promise.realised_far:.2e} (promised at most {promise.promised_far_upper95:.2e}: "
-                f"{'held' if promise.held else 'broken'}), FRR {promise.realised_frr:.3f}",
-            )
-            for promise in self.promises
-        ]
-        return rows
-
-    def json(self) -> dict[str, JsonValue]:
-        """All figures, for machines."""
-        return {
-            "images": self.images,
-            "identities": self.identities,
-            "metrics": dict(self.metrics),
-            "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
-            "skipped": {image.name: image.reason for image in self.skipped},
-        }
 
 
 def train(
@@ -127,27 +90,21 @@ def train(
     calibration = calibrate(
         _embed(encoder, calibration_set, console), calibration_set.labels_N, protocol=sides.protocol, seed=recipe.seed
     )
-    test_emb_ND = _embed(encoder, test_set, console)
-    evaluation = measure(test_emb_ND, test_set.labels_N)
-    further_metrics = _one_shot_metrics(test_emb_ND, test_set)
+    measurement = measure(_embed(encoder, test_set, console), test_set.labels_N, calibration, images=test_set)
     lineage = Lineage(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
-        metrics={**evaluation.metrics(), **further_metrics},
+        metrics=dict(measurement.metrics()),
         environment=_environment(trainer.device, result),
     )
     card = model_card(
         name=recipe.name,
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
         facts=_facts(recipe, images, sides, lineage),
-        evaluation=evaluation,
-        calibration=calibration,
-        test_emb_ND=test_emb_ND,
-        test_labels_N=test_set.labels_N,
+        measurement=measurement,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(test_set.identities)),
-        further_metrics=further_metrics,
         **({"intended_use": recipe.description} if recipe.description else {}),
     )
     bundle = write_bundle(
@@ -171,31 +128,13 @@ def evaluate(
     device: str = "auto",
     max_bad_images: int | float = 0,
     console: Console | None = None,
-) -> HeldOutReport:
+) -> Measurement:
     """Measure a bundle on a folder, zip or manifest of labelled images, best of identities that it never saw."""
     console = console or Console(stderr=True)
     found = load_path(images, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
     _say_skipped(console, found.skipped)
     emb_ND = _embed(Encoder(bundle, device=device), found, console)
-    return HeldOutReport(
-        images=len(found),
-        identities=len(found.identities),
-        metrics={**measure(emb_ND, found.labels_N).metrics(), **_one_shot_metrics(emb_ND, found)},
-        promises=tuple(promised_versus_realised(bundle.calibration, emb_ND, found.labels_N)),
-        skipped=found.skipped,
-    )
-
-
-def _one_shot_metrics(emb_ND: Vectors, images: ImageSet) -> dict[str, float]:
-    """20-way one-shot accuracy within super-classes (alphabets), where any is large enough."""
-    if (super_classes := images.super_classes) is None:
-        return {}
-    _, group_of_identity = np.unique(super_classes, return_inverse=True)
-    try:
-        result = one_shot(emb_ND, images.labels_N, group_of_identity[images.labels_N])
-    except InvalidDataset:
-        return {}
-    return {f"{result.ways}-way one-shot accuracy within super-classes": 1 - result.error}
+    return measure(emb_ND, found.labels_N, bundle.calibration, images=found)
 
 
 def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:
@@ -215,7 +154,7 @@ def _watch(network: EmbeddingNetwork, images: ImageSet, recipe: Recipe, device: 
     """Figures of a running training, on calibration images."""
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
     emb_ND = _embed(encoder, images, Console(quiet=True))
-    metrics = measure(emb_ND, images.labels_N).metrics()
+    metrics = evaluate_embeddings(emb_ND, images.labels_N).metrics()
     return {name: value for name, value in metrics.items() if name in {"recall@1", "EER"} and value is not None}
 
 

@@ -6,15 +6,14 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedding.calibration import Calibration
 from embedding.decision import distance
-from training.calibration import Promise, promised_versus_realised
-from training.evaluation import Evaluation, verification_curve
-from training.pairs import HeldOut, distance_block, held_out, row_blocks
+from training.calibration import Promise
+from training.evaluation import Evaluation
+from training.measurement import Measurement
+from training.pairs import HeldOut, distance_block, row_blocks
 from training.plots import ImageOf, distance_plot, error_plot, pair_plot, projection_plot, reliability_plot
-from training.reliability import reliability
 
 WORST = 5
 """How many of the worst errors of each kind are shown."""
@@ -25,26 +24,18 @@ def model_card(
     name: str,
     recipe_text: str,
     facts: Mapping[str, str],
-    evaluation: Evaluation,
-    calibration: Calibration,
-    test_emb_ND: NDArray[np.generic],
-    test_labels_N: NDArray[np.generic],
+    measurement: Measurement,
     image_of: ImageOf,
     identity_names: Mapping[int, str] | None = None,
-    further_metrics: Mapping[str, float] | None = None,
     intended_use: str = "Deciding whether two images of the kind it was trained on show the same identity.",
 ) -> dict[str, bytes]:
     """Files of a model card by relative path: `README.md` and the pictures it shows, under `card/`.
 
-    `facts` is the table of data, split and lineage, by label. `test_emb_ND` and `test_labels_N` belong to identities
-    that neither training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of a test row, and
-    `identity_names` a readable name for a label. `further_metrics`, by name, stand beside those of `evaluation`.
-
-    Raises InvalidVector and InvalidDataset as `evaluate` does.
+    `facts` is the table of data, split and lineage, by label. What was measured belongs to images that neither
+    training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of one of them, and `identity_names` a
+    readable name for a label.
     """
-    data = held_out(test_emb_ND, test_labels_N)
-    curve = verification_curve(data)
-    measured = reliability(curve, calibration.probability)
+    data, curve, calibration = measurement.data, measurement.curve, measurement.calibration
 
     def name_of(identity: int) -> str:
         return (identity_names or {}).get(identity, str(identity))
@@ -53,12 +44,10 @@ def model_card(
         name=name,
         worst=WORST,
         unseen=_UNSEEN[calibration.protocol],
-        summary=_summary(evaluation, calibration),
-        metrics=_metrics_table(
-            evaluation, {**(further_metrics or {}), "expected calibration error": measured.expected_calibration_error}
-        ),
+        summary=_summary(measurement.evaluation, calibration),
+        metrics=_metrics_table(measurement),
         points=_points_table(calibration),
-        promises=_promises(promised_versus_realised(calibration, data.embeddings, data.identities)),
+        promises=_promises(measurement.promises),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
         calibration=_calibration_table(calibration),
         intended_use=intended_use,
@@ -69,7 +58,7 @@ def model_card(
         "README.md": text.encode(),
         "card/distances.png": distance_plot(curve, calibration),
         "card/errors.png": error_plot(curve, calibration),
-        "card/reliability.png": reliability_plot(measured),
+        "card/reliability.png": reliability_plot(measurement.reliability),
         "card/projection.png": projection_plot(data.embeddings, data.identities, name_of),
         "card/worst.png": _worst_pairs_picture(data, calibration, image_of, name_of),
     }
@@ -151,13 +140,12 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     )
 
 
-def _metrics_table(evaluation: Evaluation, further: Mapping[str, float]) -> str:
-    retrieval, verification = evaluation.retrieval, evaluation.verification
+def _metrics_table(measurement: Measurement) -> str:
+    retrieval, verification = measurement.evaluation.retrieval, measurement.evaluation.verification
     rows = [
         (name, "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}")
-        for name, value in evaluation.metrics().items()
+        for name, value in measurement.metrics().items()
     ]
-    rows += [(name, f"{value:.4f}") for name, value in further.items()]
     return (
         _table(("metric", "value"), rows)
         + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"

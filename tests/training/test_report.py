@@ -16,6 +16,7 @@ from embedding.calibration import Calibration, MatchProbability
 from training import report
 from training.calibration import calibrate
 from training.evaluation import evaluate, verification_curve
+from training.measurement import measure
 from training.pairs import HeldOut, distance_block, held_out
 from training.reliability import reliability
 from training.report import model_card, worst_pairs
@@ -50,10 +51,7 @@ def card_of(
         name="digits-3fa9c1d2e4b7",
         recipe_text='[network]\nname = "small_cnn"  # {braces} and | bars',
         facts={"data": "8×8 digits | grey", "split": "by identity, seed 0"},
-        evaluation=evaluate(test.embeddings, test.identities),
-        calibration=calibration,
-        test_emb_ND=test.embeddings,
-        test_labels_N=test.identities,
+        measurement=measure(test.embeddings, test.identities, calibration),
         image_of=image_of,
         identity_names=names,
     )

@@ -1,0 +1,115 @@
+"""All that is measured on one set of labelled images, each thing once: for the lineage, the card and the command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from embedding.calibration import Calibration
+from embedding.errors import InvalidDataset
+from training.calibration import Promise, promised_versus_realised
+from training.datasets import ImageSet, SkippedImage
+from training.evaluation import Evaluation, VerificationCurve, evaluation_of, verification_curve
+from training.one_shot import one_shot
+from training.pairs import HeldOut, held_out
+from training.reliability import Reliability, reliability
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measurement:
+    """How a model does on labelled images, and whether its promised error rates held there."""
+
+    data: HeldOut
+    calibration: Calibration
+    """What was promised."""
+    curve: VerificationCurve
+    """Of all pairs of `data`."""
+    evaluation: Evaluation
+    """Each image against all others."""
+    reliability: Reliability
+    """Of the match probability."""
+    promises: tuple[Promise, ...]
+    one_shot_accuracy: float | None = None
+    """20-way, within super-classes; None where none is large enough."""
+    skipped: tuple[SkippedImage, ...] = ()
+
+    def metrics(self) -> dict[str, float | None]:
+        """Every figure by the name a report shows; None where the pairs are too few to support it."""
+        return {
+            **self.evaluation.metrics(),
+            **(
+                {}
+                if self.one_shot_accuracy is None
+                else {"20-way one-shot accuracy within super-classes": self.one_shot_accuracy}
+            ),
+            "expected calibration error": self.reliability.expected_calibration_error,
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and figure of each measurement, for a table."""
+        rows = [
+            ("images", f"{len(self.data.identities):,}"),
+            ("identities", f"{self.evaluation.verification.identities:,}"),
+        ]
+        rows += [(name, "too few pairs" if value is None else f"{value:.4f}") for name, value in self.metrics().items()]
+        rows += [
+            (
+                f"FAR at target {promise.target_far:g}",
+                f"{promise.realised_far:.2e} (promised at most {promise.promised_far_upper95:.2e}: "
+                f"{'held' if promise.held else 'broken'}), FRR {promise.realised_frr:.3f}",
+            )
+            for promise in self.promises
+        ]
+        if self.calibration.protocol == "closed-set":
+            rows.append(("promised for", "other images of the identities trained on (closed set), not for others"))
+        return rows
+
+    def json(self) -> dict[str, JsonValue]:
+        """All figures, for machines."""
+        return {
+            "images": len(self.data.identities),
+            "identities": self.evaluation.verification.identities,
+            "metrics": dict(self.metrics()),
+            "protocol": self.calibration.protocol,
+            "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
+            "skipped": {image.name: image.reason for image in self.skipped},
+        }
+
+
+def measure(
+    emb_ND: NDArray[np.generic],
+    labels_N: NDArray[np.generic],
+    calibration: Calibration,
+    *,
+    images: ImageSet | None = None,
+) -> Measurement:
+    """Measure N labelled embeddings and hold a calibration to its word on them.
+
+    `images`, what was embedded, adds the measurements that depend on names.
+    Raises InvalidVector and InvalidDataset as `evaluate` does.
+    """
+    data = held_out(emb_ND, labels_N)
+    curve = verification_curve(data)
+    return Measurement(
+        data=data,
+        calibration=calibration,
+        curve=curve,
+        evaluation=evaluation_of(curve, data),
+        reliability=reliability(curve, calibration.probability),
+        promises=tuple(promised_versus_realised(calibration, data.embeddings, data.identities)),
+        one_shot_accuracy=None if images is None else _one_shot_accuracy(data, images),
+        skipped=() if images is None else images.skipped,
+    )
+
+
+def _one_shot_accuracy(data: HeldOut, images: ImageSet) -> float | None:
+    if (super_classes := images.super_classes) is None:
+        return None
+    _, group_of_identity = np.unique(super_classes, return_inverse=True)
+    try:
+        return 1 - one_shot(data.embeddings, data.identities, group_of_identity[images.labels_N]).error
+    except InvalidDataset:
+        return None
