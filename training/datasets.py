@@ -144,21 +144,31 @@ def load_path(
     path: Path,
     *,
     preprocessing: Preprocessing,
+    gallery: Path | None = None,
     max_bad_images: int | float = 0,
     cache_bytes: int = CACHE_BYTES,
     on_progress: OnProgress | None = None,
 ) -> ImageSet:
-    """Labelled images at a path: a folder of class folders, a zip of one, or a CSV or Parquet manifest."""
+    """Labelled images at a path: a folder of class folders, a zip of one, or a CSV or Parquet manifest.
+
+    With a second path, both are read, and names begin with `images/` and `gallery/`.
+    """
+    if gallery is None:
+        data = [_part_at(path, max_bad_images)]
+    else:
+        data = [_part_at(path, max_bad_images, name="images"), _part_at(gallery, max_bad_images, name="gallery")]
+    return load(data, data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+
+
+def _part_at(path: Path, max_bad_images: int | float, *, name: str = "") -> DataConfig:
     where = str(path.absolute())
-    part: DataConfig
     match path.suffix.lower():
         case ".zip":
-            part = ZipData(source="zip", path=where, max_bad_images=max_bad_images)
+            return ZipData(name=name, source="zip", path=where, max_bad_images=max_bad_images)
         case ".csv" | ".parquet":
-            part = ManifestData(source="manifest", path=where, max_bad_images=max_bad_images)
+            return ManifestData(name=name, source="manifest", path=where, max_bad_images=max_bad_images)
         case _:
-            part = FolderData(source="folder", path=where, max_bad_images=max_bad_images)
-    return load([part], data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+            return FolderData(name=name, source="folder", path=where, max_bad_images=max_bad_images)
 
 
 def list_images(path: Path) -> Listing:

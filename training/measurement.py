@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from training.evaluation import Evaluation, VerificationCurve, evaluation_of, ve
 from training.one_shot import one_shot
 from training.pairs import HeldOut, held_out
 from training.reliability import Reliability, reliability
+from training.searches import Search
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +31,8 @@ class Measurement:
     """Of all pairs of `data`."""
     evaluation: Evaluation
     """Each image against all others."""
+    searches: Mapping[str, Evaluation]
+    """By name: searches of one part of the images in another."""
     reliability: Reliability
     """Of the match probability."""
     promises: tuple[Promise, ...]
@@ -38,15 +42,19 @@ class Measurement:
 
     def metrics(self) -> dict[str, float | None]:
         """Every figure by the name a report shows; None where the pairs are too few to support it."""
-        return {
-            **self.evaluation.metrics(),
-            **(
-                {}
-                if self.one_shot_accuracy is None
-                else {"20-way one-shot accuracy within super-classes": self.one_shot_accuracy}
-            ),
-            "expected calibration error": self.reliability.expected_calibration_error,
+        of_searches = {
+            f"{search}: {name}": value
+            for search, evaluation in self.searches.items()
+            for name, value in evaluation.metrics().items()
         }
+        return {**self.metrics_of_all(), **of_searches}
+
+    def metrics_of_all(self) -> dict[str, float | None]:
+        """The figures of each image against all others."""
+        metrics = self.evaluation.metrics()
+        if self.one_shot_accuracy is not None:
+            metrics["20-way one-shot accuracy within super-classes"] = self.one_shot_accuracy
+        return {**metrics, "expected calibration error": self.reliability.expected_calibration_error}
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and figure of each measurement, for a table."""
@@ -85,10 +93,11 @@ def measure(
     calibration: Calibration,
     *,
     images: ImageSet | None = None,
+    searches: Sequence[Search] = (),
 ) -> Measurement:
     """Measure N labelled embeddings and hold a calibration to its word on them.
 
-    `images`, what was embedded, adds the measurements that depend on names.
+    `images`, what was embedded, adds the measurements that depend on names; `searches` those of its parts.
     Raises InvalidVector and InvalidDataset as `evaluate` does.
     """
     data = held_out(emb_ND, labels_N)
@@ -98,11 +107,16 @@ def measure(
         calibration=calibration,
         curve=curve,
         evaluation=evaluation_of(curve, data),
+        searches={search.name: _evaluation(*search.sides(data)) for search in searches},
         reliability=reliability(curve, calibration.probability),
         promises=tuple(promised_versus_realised(calibration, data.embeddings, data.identities)),
         one_shot_accuracy=None if images is None else _one_shot_accuracy(data, images),
         skipped=() if images is None else images.skipped,
     )
+
+
+def _evaluation(queries: HeldOut, gallery: HeldOut | None) -> Evaluation:
+    return evaluation_of(verification_curve(queries, gallery), queries, gallery)
 
 
 def _one_shot_accuracy(data: HeldOut, images: ImageSet) -> float | None:

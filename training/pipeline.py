@@ -23,7 +23,7 @@ from rich.progress import track
 from embedding.bundle import Bundle, Lineage, write_bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder, PixelEncoder
-from embedding.errors import AlreadyExists
+from embedding.errors import AlreadyExists, InvalidDataset
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
 from training.calibration import calibrate
@@ -34,6 +34,7 @@ from training.measurement import Measurement, measure
 from training.progress import TrainingDisplay
 from training.report import model_card
 from training.result import TrainingResult
+from training.searches import EvaluationConfig, Search, SearchConfig, find
 from training.splits import SIDES, Split, split
 from training.trainer import Trainer
 
@@ -71,6 +72,8 @@ def train(
     _say_skipped(console, images.skipped)
     sides = split(images, recipe.split)
     console.print(_describe(images, sides), highlight=False)
+    test_set = images.subset(sides.test_N)
+    searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 
     watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
     checkpoints = out.with_name(f"{out.name}.checkpoint")
@@ -86,11 +89,13 @@ def train(
     result = trainer.fit(resume=resume)
 
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
-    calibration_set, test_set = images.subset(sides.calibration_N), images.subset(sides.test_N)
+    calibration_set = images.subset(sides.calibration_N)
     calibration = calibrate(
         _embed(encoder, calibration_set, console), calibration_set.labels_N, protocol=sides.protocol, seed=recipe.seed
     )
-    measurement = measure(_embed(encoder, test_set, console), test_set.labels_N, calibration, images=test_set)
+    measurement = measure(
+        _embed(encoder, test_set, console), test_set.labels_N, calibration, images=test_set, searches=searches
+    )
     lineage = Lineage(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
@@ -125,16 +130,38 @@ def evaluate(
     bundle: Bundle,
     images: Path,
     *,
+    gallery: Path | None = None,
     device: str = "auto",
     max_bad_images: int | float = 0,
     console: Console | None = None,
 ) -> Measurement:
-    """Measure a bundle on a folder, zip or manifest of labelled images, best of identities that it never saw."""
+    """Measure a bundle on a folder, zip or manifest of labelled images, best of identities that it never saw.
+
+    With a `gallery` of further images, the first are also searched among these. Of the searches of the bundle's recipe
+    those are repeated that find their images here.
+    """
     console = console or Console(stderr=True)
-    found = load_path(images, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
+    found = load_path(images, gallery=gallery, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
     _say_skipped(console, found.skipped)
+    searches = _searches_of(bundle, found, console)
+    if gallery is not None:
+        searches.append(find(_IN_GALLERY, found.names, found.labels_N))
     emb_ND = _embed(Encoder(bundle, device=device), found, console)
-    return measure(emb_ND, found.labels_N, bundle.calibration, images=found)
+    return measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
+
+
+_IN_GALLERY = SearchConfig(name="images in gallery", query="images/*", gallery="gallery/*")
+
+
+def _searches_of(bundle: Bundle, images: ImageSet, console: Console) -> list[Search]:
+    asked = EvaluationConfig.model_validate(bundle.lineage.recipe.get("evaluation", {}), strict=False)
+    searches = []
+    for search in asked.search:
+        try:
+            searches.append(find(search, images.names, images.labels_N))
+        except InvalidDataset as error:
+            console.print(f"not measured: {error}", markup=False, highlight=False, soft_wrap=True)
+    return searches
 
 
 def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:

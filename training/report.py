@@ -46,6 +46,7 @@ def model_card(
         unseen=_UNSEEN[calibration.protocol],
         summary=_summary(measurement.evaluation, calibration),
         metrics=_metrics_table(measurement),
+        searches=_searches_table(measurement.searches),
         points=_points_table(calibration),
         promises=_promises(measurement.promises),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
@@ -72,7 +73,7 @@ _CARD = """\
 ## Metrics on the test side
 
 {metrics}
-
+{searches}
 ## Operating points
 
 Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs.
@@ -142,16 +143,29 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
 
 def _metrics_table(measurement: Measurement) -> str:
     retrieval, verification = measurement.evaluation.retrieval, measurement.evaluation.verification
-    rows = [
-        (name, "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}")
-        for name, value in measurement.metrics().items()
-    ]
+    rows = [(name, _metric(value)) for name, value in measurement.metrics_of_all().items()]
     return (
         _table(("metric", "value"), rows)
         + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"
         + (f"; {retrieval.queries_left_out:,} more without a match left out" if retrieval.queries_left_out else "")
         + f". Verification: {verification.identities:,} identities, {verification.matching_pairs:,} matching and "
         f"{verification.impostor_pairs:,} non-matching pairs."
+    )
+
+
+def _searches_table(searches: Mapping[str, Evaluation]) -> str:
+    if not searches:
+        return ""
+    metrics = [evaluation.metrics() for evaluation in searches.values()]
+    rows = [
+        ("queries", *(f"{evaluation.retrieval.queries:,}" for evaluation in searches.values())),
+        ("gallery", *(f"{evaluation.retrieval.gallery:,}" for evaluation in searches.values())),
+        *((name, *(_metric(each[name]) for each in metrics)) for name in metrics[0]),
+    ]
+    return (
+        "\n## Searches of one part of the test side in another\n\n"
+        + _table(("", *searches), rows)
+        + "\n\nVerification is over the pairs of a query with a gallery item.\n"
     )
 
 
@@ -271,6 +285,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _metric(value: float | None) -> str:
+    return "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}"
 
 
 def _rate(rate: float) -> str:

@@ -29,6 +29,10 @@ sampling = {identities_per_batch = 6, images_per_identity = 4}
 loss = {name = "supervised-contrastive"}
 optimizer = {learning_rate = 5e-3, warmup_steps = 5}
 training = {steps = 40, checkpoint_every = 20}
+[[evaluation.search]]
+name = "later to first"
+query = "*/[1-5].png"
+gallery = "*/0.png"
 """
 
 
@@ -82,6 +86,51 @@ def test_the_lineage_and_the_card_say_where_it_comes_from(trained: Bundle) -> No
     card = (trained.path / "README.md").read_text()
     assert "6 identities, 36 images" in card
     assert parse_recipe(card.split("```toml")[1].split("```")[0]) == parse_recipe(RECIPE)
+
+
+def test_the_recipes_search_is_measured_on_the_test_side_and_repeated_by_evaluate(trained: Bundle, data: Path) -> None:
+    at_training, card = trained.lineage.metrics["later to first: recall@1"], (trained.path / "README.md").read_text()
+    assert isinstance(at_training, float)
+    row = next(line for line in card.split("## Searches of one part")[1].splitlines() if "recall@1 |" in line)
+    assert row == f"| recall@1 | {at_training:.4f} |"
+    assert "| queries | 15 |\n| gallery | 3 |" in card
+    report = evaluate(trained, data / "shapes", device="cpu", console=Console(quiet=True))
+    files = sorted((data / "shapes").glob("*/*.png"))
+    emb = Encoder(trained, device="cpu").encode([file.read_bytes() for file in files])
+    gallery = [row for row, file in enumerate(files) if file.name == "0.png"]
+    nearest = {
+        row: min(gallery, key=lambda item: distance(emb[row], emb[item]))
+        for row, file in enumerate(files)
+        if file.name != "0.png"
+    }
+    hits = [files[row].parent == files[item].parent for row, item in nearest.items()]
+    assert report.metrics()["later to first: recall@1"] == pytest.approx(np.mean(hits))
+
+
+def test_evaluate_searches_a_gallery_of_further_images(trained: Bundle, data: Path, tmp_path: Path) -> None:
+    for identity in range(12):
+        picture = Path(f"colour-{identity:02}", "0.png")
+        (tmp_path / picture).parent.mkdir()
+        (tmp_path / picture).write_bytes((data / "shapes" / picture).read_bytes())
+    report = evaluate(trained, data / "shapes", gallery=tmp_path, device="cpu", console=Console(quiet=True))
+    search = report.searches["images in gallery"]
+    assert (search.retrieval.queries, search.retrieval.gallery) == (72, 12)
+    assert search.verification.matching_pairs == 72
+
+
+def test_a_search_that_finds_nothing_is_refused_before_training_and_told_by_evaluate(
+    trained: Bundle, data: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(RECIPE.replace('gallery = "*/0.png"', 'gallery = "*/0.jpg"'))
+    with pytest.raises(InvalidDataset, match=r"none of 18 images has a name like '\*/0.jpg', the first is colour-"):
+        train(recipe, out=tmp_path / "b", data_root=data, device="cpu", console=Console(quiet=True))
+    draw_shapes(tmp_path / "other")
+    for first in tmp_path.glob("other/*/0.png"):
+        first.unlink()
+    said = io.StringIO()
+    report = evaluate(trained, tmp_path / "other", device="cpu", console=Console(file=said))
+    assert "not measured: the search 'later to first': none of 60 images" in said.getvalue()
+    assert not report.searches
 
 
 def test_checkpoints_are_gone_once_the_bundle_stands(trained: Bundle) -> None:
