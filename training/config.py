@@ -133,7 +133,7 @@ class SplitConfig(Section):
     calibration: Share = 0.15
     test: Share = 0.15
     by: Literal["identity", "super"] = "identity"
-    """With "super", identities of one super-class (the first folder of ALPHABET/character) stay on one side."""
+    """With "super", identities of one super-class (ALPHABET of ALPHABET/character) stay on one side."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Another seed gives another split; more images of known identities leave an identity-disjoint one as it was."""
 

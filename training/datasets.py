@@ -83,10 +83,10 @@ class ImageSet:
 
     @property
     def super_classes(self) -> list[str] | None:
-        """Of each identity: its first folder (ALPHABET of ALPHABET/character); None unless every identity has one."""
+        """Of each identity: the folder above it (ALPHABET of ALPHABET/character); None unless every one has one."""
         if not all("/" in identity for identity in self.identities):
             return None
-        return [identity.split("/", 1)[0] for identity in self.identities]
+        return [identity.rsplit("/", 1)[0] for identity in self.identities]
 
     @property
     def single_image_identities(self) -> list[str]:

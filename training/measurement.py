@@ -14,7 +14,7 @@ from embedding.errors import InvalidDataset
 from training.calibration import Promise, promised_versus_realised
 from training.datasets import ImageSet, SkippedImage
 from training.evaluation import Evaluation, VerificationCurve, evaluation_of, verification_curve
-from training.one_shot import one_shot
+from training.one_shot import OneShot, omniglot_drawers, one_shot
 from training.pairs import HeldOut, held_out
 from training.reliability import Reliability, reliability
 from training.searches import Search
@@ -36,8 +36,8 @@ class Measurement:
     reliability: Reliability
     """Of the match probability."""
     promises: tuple[Promise, ...]
-    one_shot_accuracy: float | None = None
-    """20-way, within super-classes; None where none is large enough."""
+    one_shot: Mapping[str, OneShot]
+    """By protocol: 20-way, within super-classes (alphabets); empty where none is large enough."""
     skipped: tuple[SkippedImage, ...] = ()
 
     def metrics(self) -> dict[str, float | None]:
@@ -52,8 +52,7 @@ class Measurement:
     def metrics_of_all(self) -> dict[str, float | None]:
         """The figures of each image against all others."""
         metrics = self.evaluation.metrics()
-        if self.one_shot_accuracy is not None:
-            metrics["20-way one-shot accuracy within super-classes"] = self.one_shot_accuracy
+        metrics |= {f"20-way one-shot accuracy, {protocol}": 1 - each.error for protocol, each in self.one_shot.items()}
         return {**metrics, "expected calibration error": self.reliability.expected_calibration_error}
 
     def rows(self) -> list[tuple[str, str]]:
@@ -110,7 +109,7 @@ def measure(
         searches={search.name: _evaluation(*search.sides(data)) for search in searches},
         reliability=reliability(curve, calibration.probability),
         promises=tuple(promised_versus_realised(calibration, data.embeddings, data.identities)),
-        one_shot_accuracy=None if images is None else _one_shot_accuracy(data, images),
+        one_shot={} if images is None else _one_shot(data, images),
         skipped=() if images is None else images.skipped,
     )
 
@@ -119,11 +118,15 @@ def _evaluation(queries: HeldOut, gallery: HeldOut | None) -> Evaluation:
     return evaluation_of(verification_curve(queries, gallery), queries, gallery)
 
 
-def _one_shot_accuracy(data: HeldOut, images: ImageSet) -> float | None:
+def _one_shot(data: HeldOut, images: ImageSet) -> dict[str, OneShot]:
     if (super_classes := images.super_classes) is None:
-        return None
+        return {}
     _, group_of_identity = np.unique(super_classes, return_inverse=True)
+    groups_N = group_of_identity[images.labels_N]
     try:
-        return 1 - one_shot(data.embeddings, data.identities, group_of_identity[images.labels_N]).error
-    except InvalidDataset:
-        return None
+        measured = {"images by lot": one_shot(data.embeddings, data.identities, groups_N)}
+        if (drawers_N := omniglot_drawers(images.names)) is not None:
+            measured["a drawer a side"] = one_shot(data.embeddings, data.identities, groups_N, drawers_N=drawers_N)
+    except InvalidDataset:  # no super-class is large enough
+        return {}
+    return measured

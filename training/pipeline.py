@@ -31,6 +31,9 @@ from training.config import Recipe
 from training.datasets import ImageSet, SkippedImage, load, load_path
 from training.evaluation import evaluate as evaluate_embeddings
 from training.measurement import Measurement, measure
+from training.one_shot import run_errors
+from training.one_shot_folders import RunFolders
+from training.pixels import PixelStore
 from training.progress import TrainingDisplay
 from training.report import model_card
 from training.result import TrainingResult
@@ -148,6 +151,18 @@ def evaluate(
         searches.append(find(_IN_GALLERY, found.names, found.labels_N))
     emb_ND = _embed(Encoder(bundle, device=device), found, console)
     return measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
+
+
+def one_shot_errors(bundle: Bundle, folders: RunFolders, *, device: str = "auto") -> NDArray[np.float64]:
+    """Share of queries named wrongly in each of R one-shot runs.
+
+    Raises InvalidImage or ImageTooLarge, naming the image that cannot be read.
+    """
+    store = PixelStore(folders.images, folders.names, bundle.preprocessing, cache_bytes=0)
+    encoder = Encoder(bundle, device=device)
+    rows_of_runs = [np.concatenate([run.queries_W, run.supports_W]) for run in folders.runs]  # in the order of names
+    emb_ND = np.concatenate([encoder.encode_pixels(store.pixels(rows, bundle.preprocessing)) for rows in rows_of_runs])
+    return run_errors(emb_ND, folders.runs)
 
 
 _IN_GALLERY = SearchConfig(name="images in gallery", query="images/*", gallery="gallery/*")
