@@ -14,6 +14,7 @@ from embedding.errors import InvalidDataset
 from training.calibration import Promise, promised_versus_realised
 from training.datasets import ImageSet, SkippedImage
 from training.evaluation import Evaluation, VerificationCurve, evaluation_of, verification_curve
+from training.identification import FalseIdentification, identification_table
 from training.one_shot import OneShot, omniglot_drawers, one_shot
 from training.pairs import HeldOut, held_out
 from training.reliability import Reliability, reliability
@@ -36,6 +37,8 @@ class Measurement:
     reliability: Reliability
     """Of the match probability."""
     promises: tuple[Promise, ...]
+    identification: tuple[FalseIdentification, ...]
+    """Searches of growing galleries that do not hold the query's identity."""
     one_shot: Mapping[str, OneShot]
     """By protocol: 20-way, within super-classes (alphabets); empty where none is large enough."""
     skipped: tuple[SkippedImage, ...] = ()
@@ -70,6 +73,14 @@ class Measurement:
             )
             for promise in self.promises
         ]
+        rows += [
+            (
+                f"false identification in {row.gallery:,} at {row.point}",
+                f"{row.measured:.4f} (from FAR {row.predicted:.4f})",
+            )
+            for row in self.identification
+            if row.measured is not None and row.gallery > 1
+        ]
         if self.calibration.protocol == "closed-set":
             rows.append(("promised for", "other images of the identities trained on (closed set), not for others"))
         return rows
@@ -82,6 +93,7 @@ class Measurement:
             "metrics": dict(self.metrics()),
             "protocol": self.calibration.protocol,
             "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
+            "identification": [row.model_dump(mode="json") for row in self.identification],
             "skipped": {image.name: image.reason for image in self.skipped},
         }
 
@@ -108,6 +120,7 @@ def measure(
         evaluation=evaluation_of(curve, data),
         searches={search.name: _evaluation(*search.sides(data)) for search in searches},
         reliability=reliability(curve, calibration.probability),
+        identification=identification_table(calibration, data),
         promises=tuple(promised_versus_realised(calibration, data.embeddings, data.identities)),
         one_shot={} if images is None else _one_shot(data, images),
         skipped=() if images is None else images.skipped,

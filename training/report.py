@@ -11,6 +11,7 @@ from embedding.calibration import Calibration
 from embedding.decision import distance
 from training.calibration import Promise
 from training.evaluation import Evaluation
+from training.identification import FalseIdentification
 from training.measurement import Measurement
 from training.pairs import HeldOut, distance_block, row_blocks
 from training.plots import ImageOf, distance_plot, error_plot, pair_plot, projection_plot, reliability_plot
@@ -49,6 +50,7 @@ def model_card(
         searches=_searches_table(measurement.searches),
         points=_points_table(calibration),
         promises=_promises(measurement.promises),
+        identification=_identification(measurement.identification),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
         calibration=_calibration_table(calibration),
         intended_use=intended_use,
@@ -85,6 +87,14 @@ Error rates on the calibration side; bounds are one-sided 95 %, resampling ident
 The calibration chose these thresholds; the test side is the check: neither training nor calibration saw its {unseen}.
 
 {promises}
+
+## Searching larger galleries
+
+How often a search accepts an item though the gallery holds none of the query's identity.
+
+{identification}
+
+## Distances and errors
 
 ![Distances of matching and non-matching pairs with the learned margin; error rates by threshold](card/distances.png)
 
@@ -205,6 +215,25 @@ def _promises(promises: Sequence[Promise]) -> str:
     return _table(header, rows) + f"\n\nRealised on {promises[0].impostor_pairs:,} non-matching test pairs."
 
 
+def _identification(rows: Sequence[FalseIdentification]) -> str:
+    header = ("point", "gallery", "predicted from FAR", "predicted at most", "measured")
+    cells = [
+        (
+            f"`{row.point}`",
+            f"{row.gallery:,}",
+            _rate(row.predicted),
+            _rate(row.predicted_upper95),
+            "too few test images" if row.measured is None else _rate(row.measured),
+        )
+        for row in rows
+    ]
+    return (
+        _table(header, cells)
+        + "\n\nPredicted as if the comparisons of a search erred independently. They share their query, so that errors "
+        "crowd on queries that are easily mistaken, and fewer searches err than predicted."
+    )
+
+
 def _calibration_table(calibration: Calibration) -> str:
     return _table(
         ("", ""),
@@ -236,7 +265,10 @@ def _limits(calibration: Calibration) -> Iterable[str]:
         "Rates hold for pairs drawn like those of the calibration. Other cameras, other kinds of images, or identities "
         "chosen to resemble each other shift them: calibrate on your own held-out images."
     )
-    yield "Rates are for one comparison. Searching a gallery of N compares N times and errs accordingly more often."
+    yield (
+        "Rates are for one comparison. Searching a gallery of N compares N times and errs more often: see the table of "
+        "larger galleries."
+    )
 
 
 def _worst_pairs_picture(
