@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from embedding.calibration import Calibration
+from embedding.calibration import Calibration, IsotonicProbability, MatchProbability
 from embedding.decision import distance
 from training.calibration import Promise
 from training.evaluation import Evaluation
@@ -245,9 +245,15 @@ def _calibration_table(calibration: Calibration) -> str:
             ("non-matching pairs", f"{calibration.impostor_pairs:,}"),
             ("smallest supported FAR", _rate(calibration.smallest_supported_far)),
             ("learned margin", f"{calibration.learned_margin:.6f}"),
-            ("slope of the match probability", f"{calibration.probability.slope:.3f} per unit of distance"),
+            ("match probability", _kind(calibration.probability)),
         ],
     )
+
+
+def _kind(probability: MatchProbability | IsotonicProbability) -> str:
+    if isinstance(probability, IsotonicProbability):
+        return f"isotonic, {len(probability.points)} points"
+    return f"logistic, slope {probability.slope:.3f} per unit of distance"
 
 
 def _limits(calibration: Calibration) -> Iterable[str]:

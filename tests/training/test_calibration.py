@@ -14,8 +14,9 @@ from embedding.decision import distance
 from embedding.errors import InvalidDataset
 from training import calibration as module
 from training.bounds import across_variance, far_upper_bounds, frr_upper_bounds, upper_bound, within_variance
-from training.calibration import calibrate, fit_match_probability, promised_versus_realised
+from training.calibration import calibrate, promised_versus_realised
 from training.pairs import PairTable, distance_block, held_out, measure_pairs
+from training.probability import Distances, fit_logistic
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -74,7 +75,7 @@ def test_named_points_are_rows_and_keep_their_names() -> None:
 def test_probability_equals_scikit_learns_at_equal_priors() -> None:
     emb, labels = random_effects(20, 6)
     matching, impostor = decided_pairs(emb, labels)
-    fitted = fit_match_probability(np.sort(matching), np.sort(impostor))
+    fitted = fit_logistic(Distances.of(matching), Distances.of(impostor))
     m, n = len(matching), len(impostor)
     dist = np.concatenate([matching, impostor] * 2)[:, None]
     is_match = np.repeat([True, False], m + n)
