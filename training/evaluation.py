@@ -44,6 +44,8 @@ class Retrieval(_Frozen):
     recall_at_10: float
     r_precision: float
     """Share of matching items among the nearest R, R being how many match the query; mean over queries."""
+    mean_average_precision: float
+    """Mean over all matching items of the share of matches among the items as near; mean over queries."""
     map_at_r: float
     """Mean average precision at R (Musgrave, Belongie, Lim 2020, section 3.2): R-precision that rewards order."""
 
@@ -79,6 +81,7 @@ class Evaluation(_Frozen):
             "recall@10": retrieval.recall_at_10,
             "R-precision": retrieval.r_precision,
             "MAP@R": retrieval.map_at_r,
+            "mAP": retrieval.mean_average_precision,
             "ROC AUC": verification.roc_auc,
             "EER": verification.equal_error_rate,
             "TAR@FAR=1e-2": verification.tar_at_far_1e_2,
@@ -126,7 +129,6 @@ def retrieval(queries: HeldOut, gallery: HeldOut | None = None) -> Retrieval:
     relevant_N = _count_of(queries.identities, items.identities) - is_self_search
     if not relevant_N.any():
         raise InvalidDataset("no query has a matching item to be found; hold out identities with two images or more")
-    depth = min(max(int(relevant_N.max()), *RECALL_AT), len(items.identities))
 
     rows = []
     for block in row_blocks(len(queries.identities), len(items.identities)):
@@ -136,15 +138,14 @@ def retrieval(queries: HeldOut, gallery: HeldOut | None = None) -> Retrieval:
             # The query itself matches, so it distracts nobody; infinitely far, it is cut off the matches found.
             dist_MK[np.arange(len(dist_MK)), np.arange(block.start, block.stop)] = np.inf
         distractor_MK = np.where(is_match_MK, np.float32(np.inf), dist_MK)
-        distractor_MK.partition(depth - 1, axis=1)
-        nearest_MR = np.sort(distractor_MK[:, :depth], axis=1)
+        distractor_MK.sort(axis=1)
         for row, relevant in enumerate(relevant_N[block]):
             if relevant:
                 found_R = np.sort(dist_MK[row, is_match_MK[row]])[:relevant]
-                ahead_R = np.searchsorted(nearest_MR[row], found_R, side="right")
+                ahead_R = np.searchsorted(distractor_MK[row], found_R, side="right")
                 rows.append(_query_metrics(np.arange(1, relevant + 1) + ahead_R))
 
-    recall_1, recall_5, recall_10, r_precision, map_at_r = np.mean(rows, axis=0).tolist()
+    recall_1, recall_5, recall_10, r_precision, mean_average_precision, map_at_r = np.mean(rows, axis=0).tolist()
     return Retrieval(
         queries=len(rows),
         queries_left_out=len(queries.identities) - len(rows),
@@ -153,18 +154,20 @@ def retrieval(queries: HeldOut, gallery: HeldOut | None = None) -> Retrieval:
         recall_at_5=recall_5,
         recall_at_10=recall_10,
         r_precision=r_precision,
+        mean_average_precision=mean_average_precision,
         map_at_r=map_at_r,
     )
 
 
 def _query_metrics(rank_R: Ints) -> list[float]:
-    """recall@1/5/10, R-precision and average precision at R of one query, from the ranks of its matching items."""
+    """recall@1/5/10, R-precision, average precision, and that at R, of one query from the ranks of its matches."""
     relevant = len(rank_R)
     is_within_R = rank_R <= relevant
     precision_R = np.arange(1, relevant + 1) / rank_R
     return [
         *(float(rank_R[0] <= k) for k in RECALL_AT),
         float(is_within_R.mean()),
+        float(precision_R.mean()),
         float((precision_R * is_within_R).mean()),
     ]
 

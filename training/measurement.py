@@ -12,11 +12,13 @@ from pydantic import JsonValue
 from embedding.calibration import Calibration
 from embedding.errors import InvalidDataset
 from training.calibration import Promise, promised_versus_realised
+from training.consistency import threshold_inconsistency
 from training.datasets import ImageSet, SkippedImage
 from training.evaluation import Evaluation, VerificationCurve, evaluation_of, verification_curve
 from training.identification import FalseIdentification, identification_table
 from training.one_shot import OneShot, omniglot_drawers, one_shot
 from training.pairs import HeldOut, held_out
+from training.probes import halves, knn_accuracy, linear_probe_accuracy, normalised_mutual_information
 from training.reliability import Reliability, reliability
 from training.searches import Search
 
@@ -39,6 +41,8 @@ class Measurement:
     promises: tuple[Promise, ...]
     identification: tuple[FalseIdentification, ...]
     """Searches of growing galleries that do not hold the query's identity."""
+    further: Mapping[str, float | None]
+    """Probes and threshold consistency, by name; None where they say nothing."""
     one_shot: Mapping[str, OneShot]
     """By protocol: 20-way, within super-classes (alphabets); empty where none is large enough."""
     skipped: tuple[SkippedImage, ...] = ()
@@ -56,6 +60,7 @@ class Measurement:
         """The figures of each image against all others."""
         metrics = self.evaluation.metrics()
         metrics |= {f"20-way one-shot accuracy, {protocol}": 1 - each.error for protocol, each in self.one_shot.items()}
+        metrics |= self.further
         return {**metrics, "expected calibration error": self.reliability.expected_calibration_error}
 
     def rows(self) -> list[tuple[str, str]]:
@@ -105,10 +110,13 @@ def measure(
     *,
     images: ImageSet | None = None,
     searches: Sequence[Search] = (),
+    trained_on: HeldOut | None = None,
 ) -> Measurement:
     """Measure N labelled embeddings and hold a calibration to its word on them.
 
     `images`, what was embedded, adds the measurements that depend on names; `searches` those of its parts.
+    In a closed set the probes are fitted to `trained_on`, training images of the same identities, otherwise to half of
+    the images.
     Raises InvalidVector and InvalidDataset as `evaluate` does.
     """
     data = held_out(emb_ND, labels_N)
@@ -120,6 +128,7 @@ def measure(
         evaluation=evaluation_of(curve, data),
         searches={search.name: _evaluation(*search.sides(data)) for search in searches},
         reliability=reliability(curve, calibration.probability),
+        further=_further(data, curve, trained_on),
         identification=identification_table(calibration, data),
         promises=tuple(promised_versus_realised(calibration, data.embeddings, data.identities)),
         one_shot={} if images is None else _one_shot(data, images),
@@ -129,6 +138,18 @@ def measure(
 
 def _evaluation(queries: HeldOut, gallery: HeldOut | None) -> Evaluation:
     return evaluation_of(verification_curve(queries, gallery), queries, gallery)
+
+
+def _further(data: HeldOut, curve: VerificationCurve, trained_on: HeldOut | None) -> dict[str, float | None]:
+    fitted_to, tested = (trained_on, data) if trained_on is not None else halves(data) or (None, None)
+    return {
+        "NMI": normalised_mutual_information(data),
+        "5-nearest-neighbour accuracy": knn_accuracy(data, trained_on),
+        "linear probe accuracy": None
+        if fitted_to is None or tested is None
+        else linear_probe_accuracy(fitted_to, tested),
+        "threshold inconsistency (OPIS)": threshold_inconsistency(data, curve),
+    }
 
 
 def _one_shot(data: HeldOut, images: ImageSet) -> dict[str, OneShot]:

@@ -33,6 +33,7 @@ from training.evaluation import evaluate as evaluate_embeddings
 from training.measurement import Measurement, measure
 from training.one_shot import run_errors
 from training.one_shot_folders import RunFolders
+from training.pairs import HeldOut, held_out
 from training.pixels import PixelStore
 from training.progress import TrainingDisplay
 from training.report import model_card
@@ -97,7 +98,12 @@ def train(
         _embed(encoder, calibration_set, console), calibration_set.labels_N, protocol=sides.protocol, seed=recipe.seed
     )
     measurement = measure(
-        _embed(encoder, test_set, console), test_set.labels_N, calibration, images=test_set, searches=searches
+        _embed(encoder, test_set, console),
+        test_set.labels_N,
+        calibration,
+        images=test_set,
+        searches=searches,
+        trained_on=_known_identities(encoder, images, sides, console) if sides.protocol == "closed-set" else None,
     )
     lineage = Lineage(
         created=datetime.now(UTC),
@@ -186,6 +192,14 @@ def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors
         for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
     ]
     return np.concatenate(chunks)
+
+
+def _known_identities(encoder: PixelEncoder, images: ImageSet, sides: Split, console: Console) -> HeldOut:
+    """Training images of the identities on the test side, with the labels that these have there."""
+    test_labels = np.unique(images.labels_N[sides.test_N])
+    known_N = sides.train_N[np.isin(images.labels_N[sides.train_N], test_labels)]
+    emb_ND = _embed(encoder, images.subset(known_N), console)
+    return held_out(emb_ND, np.searchsorted(test_labels, images.labels_N[known_N]))
 
 
 def _chunk(images: ImageSet, start: int, encoder: PixelEncoder) -> NDArray[np.uint8]:
