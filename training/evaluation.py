@@ -216,11 +216,21 @@ class VerificationCurve:
     @property
     def equal_error_rate(self) -> float:
         """Where FAR = FRR on the ROC polyline."""
-        gap_T = self.far - (1 - self.tar)
-        above = int(np.searchsorted(gap_T, 0, side="left"))
-        low, high = gap_T[above - 1], gap_T[above]
-        share = -low / (high - low)
-        return float(self.far[above - 1] + share * (self.far[above] - self.far[above - 1]))
+        above = self._crossing
+        (far_low, far_high), (tar_low, tar_high) = self.far[above - 1 : above + 1], self.tar[above - 1 : above + 1]
+        low, high = far_low + tar_low - 1, far_high + tar_high - 1
+        return float(far_low - low / (high - low) * (far_high - far_low))
+
+    @property
+    def equal_error_rate_error(self) -> float:
+        """Largest error of `equal_error_rate` that merging distances closer than `resolution` can have caused."""
+        between = slice(self._crossing - 1, self._crossing + 1)
+        return float(max(np.diff(self.far[between])[0], np.diff(self.tar[between])[0])) if self.resolution else 0.0
+
+    @property
+    def _crossing(self) -> int:
+        """The first threshold at which FAR reaches FRR."""
+        return int(np.searchsorted(self.far + self.tar - 1, 0, side="left"))
 
     def tar_at_far(self, far: float) -> float | None:
         """True-accept rate at the largest threshold with at most this FAR; None when the pairs do not support it."""

@@ -10,7 +10,7 @@ import numpy as np
 from embedding.calibration import Calibration, IsotonicProbability, MatchProbability
 from embedding.decision import distance
 from training.calibration import Promise
-from training.evaluation import Evaluation
+from training.evaluation import Evaluation, VerificationCurve
 from training.identification import FalseIdentification
 from training.measurement import Measurement
 from training.pairs import HeldOut, distance_block, row_blocks
@@ -159,7 +159,16 @@ def _metrics_table(measurement: Measurement) -> str:
         + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"
         + (f"; {retrieval.queries_left_out:,} more without a match left out" if retrieval.queries_left_out else "")
         + f". Verification: {verification.identities:,} identities, {verification.matching_pairs:,} matching and "
-        f"{verification.impostor_pairs:,} non-matching pairs."
+        f"{verification.impostor_pairs:,} non-matching pairs{_resolution(measurement.curve)}."
+    )
+
+
+def _resolution(curve: VerificationCurve) -> str:
+    if not curve.resolution:
+        return ""
+    return (
+        f", counted to within {curve.resolution:.1e} of distance: the area under the ROC is right to "
+        f"{curve.area_error:.0e}, the equal error rate to {curve.equal_error_rate_error:.0e}"
     )
 
 

@@ -137,6 +137,27 @@ def test_streamed_counts_agree_with_exact_ones(monkeypatch: pytest.MonkeyPatch) 
     assert exact.resolution == exact.area_error == 0
     assert abs(streamed.area - exact.area) <= streamed.area_error + 1e-12
     assert streamed.area_error < 1e-6
+    assert exact.equal_error_rate_error == 0
+    assert abs(streamed.equal_error_rate - exact.equal_error_rate) <= streamed.equal_error_rate_error + 1e-12
+
+
+def test_stated_errors_of_coarse_counts_hold_and_are_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    emb, labels = noisy_identities([5, 40, 30, 20, 1])
+    exact = verification_curve(held_out(emb, labels))
+    monkeypatch.setattr(evaluation, "EXACT_PAIRS", 0)
+    for bins in (4, 16, 64):
+        monkeypatch.setattr(evaluation, "_BINS_PER_UNIT", bins)
+        coarse = verification_curve(held_out(emb, labels))
+        assert 0 < abs(coarse.area - exact.area) <= coarse.area_error < 0.2
+        assert 0 < abs(coarse.equal_error_rate - exact.equal_error_rate) <= coarse.equal_error_rate_error < 0.3
+
+
+def test_streamed_counts_are_those_of_each_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    emb, labels = noisy_identities([5, 40, 30, 20, 1])
+    data = held_out(emb, labels)
+    exact = verification_curve(data)
+    monkeypatch.setattr(evaluation, "EXACT_PAIRS", 0)
+    streamed = verification_curve(data)
     at = np.searchsorted(exact.thresholds, streamed.thresholds, side="right") - 1
     np.testing.assert_array_equal(streamed.matching, exact.matching[at])
     np.testing.assert_array_equal(streamed.impostor, exact.impostor[at])
