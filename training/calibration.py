@@ -31,10 +31,13 @@ def calibrate(
     labels_N: NDArray[np.generic],
     *,
     protocol: Literal["identity-disjoint", "closed-set"],
+    groups_N: NDArray[np.generic] | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Learn the margin and measure the error rates of N labelled unit embeddings, all pairs of them.
 
+    `groups_N`, super-classes (alphabets of characters), are given where unseen identities are of unseen super-classes:
+    bounds then allow for these being few and unlike each other.
     An identity with a single image takes part in non-matching pairs only. `protocol` says whether training saw
     these identities; `seed` draws the sample when there are more than MAX_ITEMS items, and the folds that choose the
     kind of match probability.
@@ -42,7 +45,7 @@ def calibrate(
     Raises InvalidVector for rows that are not finite unit vectors, and InvalidDataset without a matching and a
     non-matching pair or when matching pairs are no nearer than non-matching ones.
     """
-    table = measure_pairs(held_out(emb_ND, labels_N), max_items=MAX_ITEMS, seed=seed)
+    table = measure_pairs(held_out(emb_ND, labels_N), max_items=MAX_ITEMS, seed=seed, groups_N=groups_N)
     probability = fit_match_probability(table, seed=seed)
     margin = probability.midpoint
     equal_error = _equal_error_threshold(table, margin)

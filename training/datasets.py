@@ -89,6 +89,13 @@ class ImageSet:
         return [identity.rsplit("/", 1)[0] for identity in self.identities]
 
     @property
+    def super_class_labels(self) -> NDArray[np.int64] | None:
+        """[N], the number of each image's super-class; None unless every identity has one."""
+        if (super_classes := self.super_classes) is None:
+            return None
+        return np.unique(super_classes, return_inverse=True)[1][self.labels_N]
+
+    @property
     def single_image_identities(self) -> list[str]:
         """Identities of one image: impostors to all others, without a matching pair."""
         counts = np.bincount(self.labels_N, minlength=len(self.identities))

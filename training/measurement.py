@@ -153,10 +153,8 @@ def _further(data: HeldOut, curve: VerificationCurve, trained_on: HeldOut | None
 
 
 def _one_shot(data: HeldOut, images: ImageSet) -> dict[str, OneShot]:
-    if (super_classes := images.super_classes) is None:
+    if (groups_N := images.super_class_labels) is None:
         return {}
-    _, group_of_identity = np.unique(super_classes, return_inverse=True)
-    groups_N = group_of_identity[images.labels_N]
     try:
         measured = {"images by lot": one_shot(data.embeddings, data.identities, groups_N)}
         if (drawers_N := omniglot_drawers(images.names)) is not None:

@@ -49,12 +49,11 @@ def draw_folders(images: Path, *, out: Path, ways: int, runs: int, seed: int) ->
     Raises InvalidDataset as `load_path` and `draw_runs` do, and AlreadyExists when `out` exists.
     """
     found = load_path(images, preprocessing=_TO_CHECK)
-    if (super_classes := found.super_classes) is None:
+    if (groups_N := found.super_class_labels) is None:
         raise InvalidDataset(f"{images} has no folders of ALPHABET/CHARACTER; runs are drawn within an alphabet")
-    _, group_of_identity = np.unique(super_classes, return_inverse=True)
     drawn = draw_runs(
         found.labels_N,
-        group_of_identity[found.labels_N],
+        groups_N,
         drawers_N=omniglot_drawers(found.names),
         ways=ways,
         runs=runs,

@@ -95,7 +95,11 @@ def train(
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
     calibration_set = images.subset(sides.calibration_N)
     calibration = calibrate(
-        _embed(encoder, calibration_set, console), calibration_set.labels_N, protocol=sides.protocol, seed=recipe.seed
+        _embed(encoder, calibration_set, console),
+        calibration_set.labels_N,
+        protocol=sides.protocol,
+        groups_N=calibration_set.super_class_labels if recipe.split.by == "super" else None,
+        seed=recipe.seed,
     )
     measurement = measure(
         _embed(encoder, test_set, console),

@@ -78,7 +78,8 @@ _CARD = """\
 {searches}
 ## Operating points
 
-Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs.
+Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs, and
+super-classes where the split keeps these apart.
 
 {points}
 

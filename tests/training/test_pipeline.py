@@ -36,9 +36,9 @@ gallery = "*/0.png"
 """
 
 
-def draw_shapes(root: Path, *, identities: int = 12, images: int = 6) -> None:
+def draw_shapes(root: Path, *, identities: int = 12, images: int = 6, seed: int = 0) -> None:
     """Each identity is a colour; its images differ in where the square stands and in noise."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for identity in range(identities):
         (root / f"colour-{identity:02}").mkdir(parents=True)
         colour = rng.integers(0, 256, 3)
@@ -116,6 +116,23 @@ def test_evaluate_searches_a_gallery_of_further_images(trained: Bundle, data: Pa
     search = report.searches["images in gallery"]
     assert (search.retrieval.queries, search.retrieval.gallery) == (72, 12)
     assert search.verification.matching_pairs == 72
+
+
+def test_a_split_by_super_class_has_bounds_that_resample_super_classes(tmp_path: Path) -> None:
+    for super_class in range(8):
+        draw_shapes(tmp_path / f"shapes/{super_class}", identities=3, images=3, seed=super_class)
+    text = RECIPE.replace("test = 0.25}", 'test = 0.25, by = "super"}').replace("steps = 40", "steps = 5")
+    bundles = []
+    for name, by in (("super", "super"), ("identity", "identity")):
+        recipe = parse_recipe(text.replace('by = "super"', f'by = "{by}"'))
+        bundles.append(
+            train(recipe, out=tmp_path / name, data_root=tmp_path, device="cpu", console=Console(quiet=True))
+        )
+    by_super, by_identity = (bundle.calibration for bundle in bundles)
+    assert by_super.identities == by_identity.identities == 6
+    # Two super-classes of three identities are far weaker evidence than six identities.
+    at = [known.rates_at(known.threshold_for_far(0.1)) for known in (by_super, by_identity)]
+    assert at[0].far_upper95 > 0.9 > at[1].far_upper95
 
 
 def test_a_search_that_finds_nothing_is_refused_before_training_and_told_by_evaluate(
