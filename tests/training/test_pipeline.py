@@ -10,13 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
 
 from embedding.bundle import Bundle
 from embedding.decision import distance
 from embedding.encoder import Encoder
 from embedding.errors import AlreadyExists, InvalidDataset, LookalikeError
 from training.config import Recipe, parse_recipe
+from training.datasets import load
 from training.pipeline import evaluate, train
+from training.splits import split
 
 RECIPE = """
 name = "shapes"
@@ -116,6 +119,32 @@ def test_evaluate_searches_a_gallery_of_further_images(trained: Bundle, data: Pa
     search = report.searches["images in gallery"]
     assert (search.retrieval.queries, search.retrieval.gallery) == (72, 12)
     assert search.verification.matching_pairs == 72
+
+
+def test_a_closed_set_is_probed_from_its_training_side_and_says_so(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes", identities=6, images=9)
+    draw_shapes(tmp_path / "shapes/a-few", identities=1, images=3)  # too few for three sides: they train only
+    text = RECIPE.replace("identity-disjoint", "closed-set").replace("steps = 40", "steps = 5")
+    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
+    bundle = train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
+    images = load(recipe.data, data_root=tmp_path, preprocessing=recipe.preprocessing)
+    sides = split(images, recipe.split)
+    assert 0 in images.labels_N[sides.train_N]
+    assert 0 not in images.labels_N[sides.test_N]
+    encoder = Encoder(bundle, device="cpu")
+    known, asked = (
+        (encoder.encode_pixels(images.pixels(rows, recipe.preprocessing)), images.labels_N[rows])
+        for rows in (sides.train_N[images.labels_N[sides.train_N] > 0], sides.test_N)
+    )
+    metrics = bundle.lineage.metrics
+    nearest = [np.argsort([distance(row, other) for other in known[0]])[:5] for row in asked[0]]
+    votes = [known[1][rows].tolist() for rows in nearest]
+    winners = [max(each, key=lambda one: (each.count(one), -each.index(one))) for each in votes]
+    assert metrics["5-nearest-neighbour accuracy"] == pytest.approx((np.array(winners) == asked[1]).mean())
+    probe = LogisticRegression(max_iter=2000).fit(known[0] * np.sqrt(8), known[1])
+    assert metrics["linear probe accuracy"] == pytest.approx(probe.score(asked[0] * np.sqrt(8), asked[1]))
+    report = evaluate(bundle, tmp_path / "shapes", device="cpu", console=Console(quiet=True))
+    assert "closed set" in dict(report.rows())["promised for"]
 
 
 def test_a_split_by_super_class_has_bounds_that_resample_super_classes(tmp_path: Path) -> None:
