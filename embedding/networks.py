@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -197,9 +197,9 @@ class _ResidualStage(nn.Module):
 
 
 def _small_cnn(architecture: Architecture) -> tuple[nn.Module, int]:
-    """Residual stages that halve the image until at most 4 pixels are left a side; the map is flattened, not pooled,
+    """Residual stages that halve the image until at most 4 pixels are left a side.
 
-    because where a stroke lies tells characters and faces apart.
+    The last map is flattened, not pooled: where a stroke lies tells characters and faces apart.
     """
     stages: list[nn.Module] = []
     size, fan_in, fan_out = architecture.image_size, int(architecture.channels), architecture.width
@@ -230,18 +230,5 @@ def _torchvision(name: str) -> Callable[[Architecture], tuple[nn.Module, int]]:
 
 
 _BACKBONES: dict[str, Callable[[Architecture], tuple[nn.Module, int]]] = {
-    "small_cnn": _small_cnn,
-    **{
-        name: _torchvision(name)
-        for name in (
-            "resnet18",
-            "resnet50",
-            "mobilenet_v2",
-            "mobilenet_v3_small",
-            "mobilenet_v3_large",
-            "efficientnet_b0",
-            "convnext_tiny",
-            "vit_b_16",
-        )
-    },
+    name: _small_cnn if name == "small_cnn" else _torchvision(name) for name in get_args(NetworkName)
 }

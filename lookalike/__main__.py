@@ -20,7 +20,6 @@ _EXTRA_OF_MODULE = {
     "PIL": "serve",
     "pydantic": "serve",
     "safetensors": "serve",
-    "faiss": "serve",
     "grpc_health": "serve",
     "grpc_reflection": "serve",
     "grpc_status": "serve",
@@ -29,6 +28,8 @@ _EXTRA_OF_MODULE = {
     "matplotlib": "train",
     "scipy": "train",
     "sklearn": "train",
+    "tomli_w": "train",
+    "training": "train",
 }
 """The extra that brings each module which the base install, the client alone, lacks."""
 

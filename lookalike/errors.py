@@ -141,6 +141,11 @@ def from_call(call: _EndedCall, *, target: str, timeout: float) -> CallFailed:
         message = f"no server answers at {target} ({cause}); start one with `lookalike serve`, or check the address"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer within {timeout:g} s; give it longer or send less at once"
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        # gRPC's own words, with the two sizes in brackets at the end.
+        message = (
+            f"the message is over the size limit {details[details.rfind('(') :]}; send smaller images or fewer at once"
+        )
     else:
         message = details or f"the call to {target} ended with {code.name}"
     return _BY_CODE.get(code, ServerError)(message, code=code)

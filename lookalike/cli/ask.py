@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
+from embedding.errors import InvalidInput
 from lookalike.cli import options, show
 from lookalike.cli.backend import image_argument, open_backend
+from lookalike.errors import InvalidRequest
 
 NOT_A_MATCH = 1
 
@@ -29,7 +33,7 @@ def verify(
     """Decide whether two images match."""
     wanted = options.operating_point(target_far, threshold, point, uncertain_within)
     images = image_argument(a), image_argument(b)
-    with open_backend(target, bundle, data, device=device) as backend:
+    with open_backend(target, bundle, data, device=device) as backend, _naming(a=a, b=b):
         decision = backend.verify(*images, operating_point=wanted)
     if json:
         print(show.as_json(decision))
@@ -56,9 +60,22 @@ def search(
     """Find the items of a gallery that are nearest to an image, each with its decision."""
     wanted = options.operating_point(target_far, threshold, point, uncertain_within)
     query = image_argument(image)
-    with open_backend(target, bundle, data, device=device) as backend:
+    with open_backend(target, bundle, data, device=device) as backend, _naming(query=image):
         neighbors = backend.search(gallery, query, k=k, operating_point=wanted)
     if json:
         print(show.as_json(neighbors))
     else:
         show.neighbors(neighbors, show.console())
+
+
+@contextmanager
+def _naming(**arguments: str) -> Iterator[None]:
+    """Begin the message of an error about one of the images with the argument that it came from."""
+    try:
+        yield
+    except (InvalidInput, InvalidRequest) as error:
+        fields = [error.field or ""] if isinstance(error, InvalidInput) else list(error.fields)
+        for field in fields:
+            if argument := arguments.get(field.partition(".")[0]):
+                raise InvalidInput(f"{argument}: {error}") from error
+        raise

@@ -41,13 +41,15 @@ class LocalBackend:
                 yield cls(engine)
 
     def verify(self, a: ImageLike, b: ImageLike, *, operating_point: OperatingPoint | None = None) -> Decision:
-        decided = self._engine.ask(Verify(a=_source(a), b=_source(b), point=_point(operating_point)))
+        decided = self._engine.ask(Verify(a=_source(a, "a"), b=_source(b, "b"), point=_point(operating_point)))
         return messages.decision(wire.decision(decided))
 
     def search(
         self, gallery: str, query: ImageLike, *, k: int = 10, operating_point: OperatingPoint | None = None
     ) -> list[Neighbor]:
-        found = self._engine.ask(Search(gallery=gallery, query=_source(query), k=k, point=_point(operating_point)))
+        found = self._engine.ask(
+            Search(gallery=gallery, query=_source(query, "query"), k=k, point=_point(operating_point))
+        )
         return [messages.neighbor(neighbor) for neighbor in wire.neighbors(found, gallery)]
 
     def search_batch(
@@ -115,16 +117,17 @@ def describe_bundle(path: Path) -> Model:
     return messages.model(wire.model(Bundle.load(path), active=False))
 
 
-def _source(image: ImageLike) -> Source:
+def _source(image: ImageLike, path: str | None = None) -> Source:
+    """The engine's form of an image; errors about it name `path`, the field of a request that it would stand in."""
     match image:
         case bytes():
-            return EncodedImage(data=image)
+            return EncodedImage(data=image, path=path)
         case ItemName():
-            return StoredItem(gallery=image.gallery, item=image.id)
+            return StoredItem(gallery=image.gallery, item=image.id, path=path)
         case np.ndarray():
-            return GivenEmbedding(values=np.asarray(image, dtype=np.float32))
+            return GivenEmbedding(values=np.asarray(image, dtype=np.float32), path=path)
         case str() | os.PathLike():
-            return EncodedImage(data=Path(image).read_bytes())
+            return EncodedImage(data=Path(image).read_bytes(), path=path)
 
 
 def _point(point: OperatingPoint | None) -> engine_decision.OperatingPoint | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,8 @@ from lookalike.client import Client
 from lookalike.errors import CallFailed
 
 NOT_SERVING = 1
+STOPPED = 128 + signal.SIGTERM
+"""Exit code when told to stop before there is a server to drain."""
 READY_LINE = "lookalike is SERVING on "
 """How the line begins that `serve` prints once calls are answered; the address ends it."""
 
@@ -31,6 +35,8 @@ def serve(
     device: options.Device = "auto",
 ) -> None:
     """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first."""
+    # The kernel delivers to process 1 of a container no signal that it does not handle, and the imports take seconds.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     from service.server import run
     from service.settings import Settings
 

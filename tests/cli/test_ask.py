@@ -55,6 +55,14 @@ def test_search_lists_the_nearest_first(run: Run, where: list[str], name: str, p
     assert "threshold 0.2500" in table
 
 
+def test_an_error_names_the_image_that_it_is_about(run: Run, where: list[str], pictures: Path, tmp_path: Path) -> None:
+    good, bad = pictures / "loose.png", tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    for ran in (run("verify", good, bad, *where), run("verify", bad, good, *where)):
+        assert ran.code == 2
+        assert ran.err.startswith(f"lookalike: {bad}: not an image of an accepted format")
+
+
 def test_options_may_come_from_the_environment(
     run: Run, target: str, bundle: Bundle, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,126 @@
+"""What the Dockerfile promises, read from its text: no image is built here."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from lookalike.cli import app
+
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = Path("deploy/requirements.py")
+Instruction = tuple[str, str]
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Keyword and arguments of each instruction, in order; comments left out and continued lines joined."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    logical = "\n".join(lines).replace("\\\n", " ").splitlines()
+    return [(keyword, rest.strip()) for keyword, _, rest in (line.partition(" ") for line in logical)]
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> list[Instruction]:
+    return instructions((ROOT / "Dockerfile").read_text())
+
+
+@pytest.fixture(scope="module")
+def serving(dockerfile: list[Instruction]) -> list[Instruction]:
+    """Instructions of the last stage, which is the image."""
+    start = max(at for at, (keyword, _) in enumerate(dockerfile) if keyword == "FROM")
+    return dockerfile[start:]
+
+
+def only(stage: list[Instruction], keyword: str) -> str:
+    (rest,) = [rest for name, rest in stage if name == keyword]
+    return rest
+
+
+def accepted(arguments: list[str]) -> typer.Context:
+    """The context of the subcommand once the real command line has parsed its arguments; it does not run."""
+    group = typer.main.get_command(app)
+    name, command, rest = group.resolve_command(typer.Context(group), arguments)
+    return command.make_context(name, rest)
+
+
+def test_the_server_runs_as_a_numeric_user_that_is_not_root(serving: list[Instruction]) -> None:
+    user, group = only(serving, "USER").split(":")
+    assert int(user) >= 10_000
+    assert int(group) >= 10_000
+    keywords = [keyword for keyword, _ in serving]
+    assert "RUN" not in keywords[keywords.index("USER") :], "a later step would fail for want of root"
+
+
+def test_the_process_is_the_server_itself_and_receives_sigterm(serving: list[Instruction]) -> None:
+    assert json.loads(only(serving, "ENTRYPOINT")) == ["lookalike"], "shell form would put a shell in front"
+    assert "STOPSIGNAL" not in [keyword for keyword, _ in serving]
+
+
+def test_the_command_line_accepts_the_command_of_the_image(serving: list[Instruction]) -> None:
+    parameters = accepted(json.loads(only(serving, "CMD"))).params
+    assert parameters["host"] == "0.0.0.0", "a loopback address cannot be reached from outside a container"
+    assert str(parameters["port"]) == only(serving, "EXPOSE")
+    assert str(parameters["data"]) == only(serving, "VOLUME")
+
+
+def test_the_health_check_asks_the_port_that_is_served(serving: list[Instruction]) -> None:
+    program, *arguments = json.loads(only(serving, "HEALTHCHECK").partition(" CMD ")[2])
+    assert program == "lookalike"
+    assert accepted(arguments).params["target"] == f"127.0.0.1:{only(serving, 'EXPOSE')}"
+
+
+def test_the_build_sees_all_that_serves_and_nothing_that_trains() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*", "files are named to come in, not to stay out"
+    admitted = {rule[1:] for rule in rules if rule.startswith("!")}
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    folders = {f"{folder}/" for folder in (*wheel["packages"], *wheel["force-include"])} - {"training/"}
+    assert admitted == folders | {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", str(REQUIREMENTS)}
+    assert all((ROOT / name).exists() for name in admitted)
+
+
+def test_what_is_installed_is_the_serving_extra_under_the_constraints(dockerfile: list[Instruction]) -> None:
+    commands = [shlex.split(rest) for keyword, rest in dockerfile if keyword == "RUN"]
+    assert ["python", "requirements.py", "serve", "<", "pyproject.toml", ">", "requirements.txt"] in commands
+    online = [words for words in commands if words[:2] == ["pip", "install"]]
+    assert "requirements.txt" in online[-1]
+    assert all("--constraint" in words and "constraints.txt" in words for words in online)
+
+
+def test_the_requirements_are_those_of_the_extra_and_of_the_extras_it_names() -> None:
+    pyproject = """
+        [project]
+        name = "toy"
+        dependencies = ["base>=1"]
+        [project.optional-dependencies]
+        one = ["a>=1", "shared"]
+        two = ["b[fast]>=2", "shared"]
+        all = ["toy[one, two]", "c"]
+        other = ["d"]
+    """
+    command = [sys.executable, ROOT / REQUIREMENTS, "all"]
+    printed = subprocess.run(command, input=pyproject, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == ["a>=1", "b[fast]>=2", "base>=1", "c", "shared"]
+
+
+def test_the_constraints_fit_the_builds_of_every_pytorch_index() -> None:
+    """`==2.14.1` accepts 2.14.1, 2.14.1+cpu and 2.14.1+cu130; with a local version it would accept one alone."""
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    ours = [pin for pin in pins if pin.startswith(("torch==", "torchvision=="))]
+    assert len(ours) == 2
+    assert not [pin for pin in ours if "+" in pin]
+
+
+def test_every_build_argument_is_documented(dockerfile: list[Instruction]) -> None:
+    documentation = (ROOT / "docs" / "deployment.md").read_text()
+    arguments = {rest.partition("=")[0] for keyword, rest in dockerfile if keyword == "ARG"}
+    assert arguments
+    assert [name for name in arguments if f"`{name}`" not in documentation] == []
