@@ -240,7 +240,7 @@ def _identification(rows: Sequence[FalseIdentification]) -> str:
     return (
         _table(header, cells)
         + "\n\nPredicted as if the comparisons of a search erred independently. They share their query, so that errors "
-        "crowd on queries that are easily mistaken, and fewer searches err than predicted."
+        "crowd on queries that are easily mistaken: at the same FAR fewer searches err than predicted."
     )
 
 
