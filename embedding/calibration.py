@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Annotated, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from embedding.errors import InvalidOperatingPoint
@@ -42,7 +43,8 @@ class ErrorRates(_Frozen):
     far: Rate
     """False-accept rate: the share of non-matching pairs accepted."""
     far_upper95: Rate
-    """One-sided 95 % upper bound of `far`; identities, not pairs, are taken as independent."""
+    """One-sided 95 % upper bound of `far`; identities, not pairs, are taken as independent, or super-classes of them
+    where the split keeps these apart."""
     frr: Rate
     """False-reject rate: the share of matching pairs rejected."""
     frr_upper95: Rate
@@ -62,6 +64,44 @@ class MatchProbability(_Frozen):
         """Probability in [0, 1] of a match at `distance`."""
         return 0.5 * (1.0 + math.tanh(0.5 * self.slope * (self.midpoint - distance)))
 
+    def over(self, distances_N: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`at` for many distances, within rounding."""
+        probability_N: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * self.slope * (self.midpoint - distances_N)))
+        return probability_N
+
+
+class IsotonicProbability(_Frozen):
+    """P(match | distance), linear between points that fall strictly, at equal priors: isotonic regression."""
+
+    kind: Literal["isotonic"] = "isotonic"
+    midpoint: Threshold
+    """The distance of probability one half: the learned margin."""
+    points: Annotated[tuple[tuple[Threshold, Annotated[float, Field(gt=0, lt=1)]], ...], Field(min_length=3)]
+    """Distance and probability, from distance 0 to 2; one of them is (midpoint, ½)."""
+
+    @model_validator(mode="after")
+    def _strictly_falling(self) -> Self:
+        if (self.points[0][0], self.points[-1][0]) != (0, MAX_DISTANCE):
+            raise ValueError(f"points must reach from distance 0 to {MAX_DISTANCE}")
+        if (self.midpoint, 0.5) not in self.points:
+            raise ValueError("points must hold (midpoint, 0.5)")
+        for (near, likely), (far, unlikely) in zip(self.points, self.points[1:], strict=False):
+            if not (near < far and likely > unlikely):
+                raise ValueError("points must rise strictly in distance and fall strictly in probability")
+        return self
+
+    def at(self, distance: float) -> float:
+        """Probability in (0, 1) of a match at `distance`."""
+        return float(np.interp(distance, *self._columns))
+
+    def over(self, distances_N: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`at` for many distances."""
+        return np.interp(distances_N, *self._columns)
+
+    @cached_property
+    def _columns(self) -> tuple[list[float], list[float]]:
+        return [distance for distance, _ in self.points], [probability for _, probability in self.points]
+
 
 class Calibration(_Frozen):
     """Error rates and match probability of one model, measured on held-out identities."""
@@ -74,7 +114,7 @@ class Calibration(_Frozen):
     impostor_pairs: Annotated[int, Field(ge=1)]
     learned_margin: Threshold
     """The distance at which a match and a non-match are equally likely at equal priors: the default threshold."""
-    probability: MatchProbability
+    probability: Annotated[MatchProbability | IsotonicProbability, Field(discriminator="kind")]
     curve: Annotated[tuple[ErrorRates, ...], Field(min_length=2)]
     """Error rates by rising threshold; the last row stands at distance 2 and accepts everything."""
     named_points: dict[str, Threshold] = {}

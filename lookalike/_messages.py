@@ -185,6 +185,7 @@ def calibration(message: model_pb2.Calibration) -> Calibration:
         ),
         named_points=dict(message.named_points),
         smallest_supported_far=message.smallest_supported_far,
+        probability_points=tuple((point.distance, point.probability) for point in message.probability_points),
     )
 
 

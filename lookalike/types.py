@@ -172,12 +172,15 @@ class Calibration:
     learned_margin: float
     """The default threshold: where a match and a non-match are equally likely at equal priors."""
     probability_slope: float
-    """Steepness of match_probability = 1 / (1 + exp(−slope · (learned_margin − distance)))."""
+    """Steepness of match_probability = 1 / (1 + exp(−slope · (learned_margin − distance))); 0 where match_probability
+    follows `probability_points`."""
     curve: tuple[ErrorRates, ...] = field(repr=False)
     """By rising threshold."""
     named_points: dict[str, float]
     """Thresholds by name."""
     smallest_supported_far: float
+    probability_points: tuple[tuple[float, float], ...] = ()
+    """Where not empty: distances and probabilities, from distance 0 to 2, that match_probability is linear between."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

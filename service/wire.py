@@ -102,6 +102,11 @@ def model(bundle: Bundle, *, active: bool) -> model_pb2.Model:
 
 
 def calibration(known: measured.Calibration) -> model_pb2.Calibration:
+    probability = known.probability
+    if isinstance(probability, measured.IsotonicProbability):
+        slope, points = 0.0, probability.points
+    else:
+        slope, points = probability.slope, ()
     return model_pb2.Calibration(
         version=known.version,
         protocol=known.protocol,
@@ -109,7 +114,7 @@ def calibration(known: measured.Calibration) -> model_pb2.Calibration:
         matching_pairs=known.matching_pairs,
         impostor_pairs=known.impostor_pairs,
         learned_margin=known.learned_margin,
-        probability_slope=known.probability.slope,
+        probability_slope=slope,
         curve=[
             model_pb2.ErrorRates(
                 threshold=row.threshold,
@@ -122,6 +127,9 @@ def calibration(known: measured.Calibration) -> model_pb2.Calibration:
         ],
         named_points=known.named_points,
         smallest_supported_far=known.smallest_supported_far,
+        probability_points=[
+            model_pb2.ProbabilityPoint(distance=distance, probability=each) for distance, each in points
+        ],
     )
 
 

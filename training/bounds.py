@@ -1,6 +1,6 @@
 """Upper bounds of error rates whose pairs are not independent: identities are, so identities are resampled.
 
-Shapes: G identities, P pairs, T thresholds.
+Shapes: G identities, U super-classes, P pairs, T thresholds.
 
 An identity that is easily taken for others spoils all its pairs at once, so a million pairs of a few hundred
 identities carry far less evidence than a million coin tosses. The design effect says how much less: the variance
@@ -11,6 +11,10 @@ divided by the design effect (Korn, Graubard 1998).
 The bootstrap's variance is had in closed form. For weights w_i of mean 1 and variance 1, and e_ij the errors of the
 identity pair ij beyond the mean rate (errors_ij − rate·pairs_ij), the variance of Σ w_i w_j e_ij over i < j is
 Σ_i (Σ_j e_ij)² + Σ_{i<j} e_ij². For e_i within an identity, that of Σ w_i e_i is Σ_i e_i².
+
+Where the split keeps whole super-classes apart (alphabets, not characters), unseen identities come with unseen
+super-classes, and these are what is resampled: i and j above are super-classes then, e_ii the errors between
+identities of one.
 """
 
 from __future__ import annotations
@@ -32,22 +36,30 @@ Rates = NDArray[np.float64]
 
 def far_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
     """One-sided 95 % upper bound [T] of the false-accept rate at each of T rising thresholds; it never falls."""
-    identities, n = len(table.sizes), len(table.impostor)
+    units, n = len(table.sizes), len(table.impostor)
     accepted_T = np.searchsorted(table.impostor, thresholds_T, side="right")
     variance_T, erring_T = across_variance(table, thresholds_T, accepted_T / n)
-    effect_T = _design_effect(accepted_T, n, variance_T, most=n / (identities // 2))
+    if table.groups is not None:
+        units = int(table.groups[-1]) + 1
+        of_groups_T, erring_T = group_across_variance(table, table.groups, thresholds_T, accepted_T / n)
+        variance_T = np.maximum(variance_T, of_groups_T)  # a variance of few super-classes can be small by chance
+    effect_T = _design_effect(accepted_T, n, variance_T, most=n / max(units // 2, 1))
     effect_T = _borrowed(effect_T[::-1], erring_T[::-1] >= SUPPORTING_CLUSTERS)[::-1]
-    return np.maximum.accumulate(upper_bound(accepted_T / n, n, effect_T, identities))
+    return np.maximum.accumulate(upper_bound(accepted_T / n, n, effect_T, units))
 
 
 def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
     """One-sided 95 % upper bound [T] of the false-reject rate at each of T rising thresholds; it never rises."""
-    identities, m = int((table.sizes > 1).sum()), len(table.matching)
+    units, m = int((table.sizes > 1).sum()), len(table.matching)
     rejected_T = m - np.searchsorted(table.matching, thresholds_T, side="right")
     variance_T, erring_T = within_variance(table, thresholds_T, rejected_T / m)
-    effect_T = _design_effect(rejected_T, m, variance_T, most=m / identities)
+    if table.groups is not None:
+        units = len(np.unique(table.groups[table.sizes > 1]))
+        of_groups_T, erring_T = within_variance(table, thresholds_T, rejected_T / m, groups_G=table.groups)
+        variance_T = np.maximum(variance_T, of_groups_T)
+    effect_T = _design_effect(rejected_T, m, variance_T, most=m / units)
     effect_T = _borrowed(effect_T, erring_T >= SUPPORTING_CLUSTERS)
-    return np.maximum.accumulate(upper_bound(rejected_T / m, m, effect_T, identities)[::-1])[::-1]
+    return np.maximum.accumulate(upper_bound(rejected_T / m, m, effect_T, units)[::-1])[::-1]
 
 
 def upper_bound(rate_T: Rates, trials: int, effect_T: Rates, identities: int) -> Rates:
@@ -116,15 +128,47 @@ def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tu
     return unbiased * (by_identity_T + by_pair_T) / len(table.impostor) ** 2, np.cumsum(erring_B)[:-1]
 
 
-def within_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
-    """Variance [T] of the false-reject rates when identities are resampled, and how many identities err [T]."""
-    several = np.flatnonzero(table.sizes > 1)
-    total_T = np.zeros(len(thresholds_T))
+def group_across_variance(table: PairTable, groups_G: Ints, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
+    """As `across_variance`, when super-classes are resampled, the errors within each included."""
+    groups, bins = int(groups_G[-1]) + 1, len(thresholds_T) + 1
+    group_N = np.repeat(groups_G, table.sizes)
+    ends_G = np.cumsum(table.sizes)
+    beyond_UT = np.zeros((groups, len(thresholds_T)))
+    between_T = np.zeros(len(thresholds_T))
     erring_T = np.zeros(len(thresholds_T), dtype=np.int64)
-    for identity in several.tolist():
+    for group in range(groups):
+        accepts_UB = np.zeros((groups, bins), dtype=np.int64)  # against this and later super-classes
+        pairs_U = np.zeros(groups, dtype=np.int64)
+        for identity in np.flatnonzero(groups_G == group).tolist():
+            other_K = group_N[ends_G[identity] :]
+            pairs_U += table.sizes[identity] * np.bincount(other_K, minlength=groups)
+            for _, across in table.rows_of(identity):
+                np.add.at(accepts_UB.reshape(-1), other_K * bins + np.searchsorted(thresholds_T, across), 1)
+        accepts_UT = np.cumsum(accepts_UB, axis=1)[:, :-1]
+        error_UT = accepts_UT - rate_T * pairs_U[:, None]
+        beyond_UT[group] += error_UT[group:].sum(axis=0)
+        beyond_UT[group + 1 :] += error_UT[group + 1 :]
+        between_T += (error_UT[group + 1 :] ** 2).sum(axis=0)
+        erring_T += (accepts_UT > 0).sum(axis=0)
+    unbiased = groups / max(groups - 1, 1)
+    return unbiased * ((beyond_UT**2).sum(axis=0) + between_T) / len(table.impostor) ** 2, erring_T
+
+
+def within_variance(
+    table: PairTable, thresholds_T: Floats, rate_T: Rates, *, groups_G: Ints | None = None
+) -> tuple[Rates, Ints]:
+    """Variance [T] of the false-reject rates when identities are resampled, and how many identities err [T].
+
+    With `groups_G`, of super-classes instead of identities.
+    """
+    several = np.flatnonzero(table.sizes > 1)
+    units, unit_G = np.unique(several if groups_G is None else groups_G[several], return_inverse=True)
+    error_UT = np.zeros((len(units), len(thresholds_T)))
+    rejected_UT = np.zeros((len(units), len(thresholds_T)), dtype=np.int64)
+    for unit, identity in zip(unit_G.tolist(), several.tolist(), strict=True):
         within_P = np.sort(np.concatenate([within for within, _ in table.rows_of(identity)]))
         rejected_T = len(within_P) - np.searchsorted(within_P, thresholds_T, side="right")
-        total_T += (rejected_T - rate_T * len(within_P)) ** 2
-        erring_T += rejected_T > 0
-    unbiased = len(several) / max(len(several) - 1, 1)
-    return unbiased * total_T / len(table.matching) ** 2, erring_T
+        error_UT[unit] += rejected_T - rate_T * len(within_P)
+        rejected_UT[unit] += rejected_T
+    unbiased = len(units) / max(len(units) - 1, 1)
+    return unbiased * (error_UT**2).sum(axis=0) / len(table.matching) ** 2, (rejected_UT > 0).sum(axis=0)

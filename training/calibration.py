@@ -1,6 +1,6 @@
 """Held-out pairs → learned margin, match probability and error rates with upper bounds.
 
-Shapes: N items, D embedding width, P pairs, T thresholds, C cells of a histogram, F free parameters.
+Shapes: N items, D embedding width, P pairs, T thresholds.
 Distances are Euclidean between unit vectors, hence in [0, 2]; a pair is accepted when distance ≤ threshold. They
 are measured by `embedding.decision.distances`, so that a rate counts exactly the verdicts that a service would give.
 """
@@ -14,17 +14,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy.special import expit
 
-from embedding.calibration import MAX_DISTANCE, SUPPORTING_PAIRS, Calibration, ErrorRates, MatchProbability
-from embedding.errors import InvalidDataset
+from embedding.calibration import MAX_DISTANCE, SUPPORTING_PAIRS, Calibration, ErrorRates
 from training.bounds import far_upper_bounds, frr_upper_bounds
 from training.pairs import Floats, PairTable, held_out, measure_pairs
+from training.probability import fit_match_probability
 
 MAX_ITEMS = 8_000
 """Items whose pairs are all measured (32 million, 128 MB); of more, a seeded sample that favours identities."""
 
-_CELLS_PER_UNIT = 2**15
 _FAR_ROWS, _FRR_ROWS, _QUANTILE_ROWS = 120, 60, 60
 
 
@@ -33,18 +31,22 @@ def calibrate(
     labels_N: NDArray[np.generic],
     *,
     protocol: Literal["identity-disjoint", "closed-set"],
+    groups_N: NDArray[np.generic] | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Learn the margin and measure the error rates of N labelled unit embeddings, all pairs of them.
 
+    `groups_N`, super-classes (alphabets of characters), are given where unseen identities are of unseen super-classes:
+    bounds then allow for these being few and unlike each other.
     An identity with a single image takes part in non-matching pairs only. `protocol` says whether training saw
-    these identities; `seed` draws the sample when there are more than MAX_ITEMS items.
+    these identities; `seed` draws the sample when there are more than MAX_ITEMS items, and the folds that choose the
+    kind of match probability.
 
     Raises InvalidVector for rows that are not finite unit vectors, and InvalidDataset without a matching and a
     non-matching pair or when matching pairs are no nearer than non-matching ones.
     """
-    table = measure_pairs(held_out(emb_ND, labels_N), max_items=MAX_ITEMS, seed=seed)
-    probability = fit_match_probability(table.matching, table.impostor)
+    table = measure_pairs(held_out(emb_ND, labels_N), max_items=MAX_ITEMS, seed=seed, groups_N=groups_N)
+    probability = fit_match_probability(table, seed=seed)
     margin = probability.midpoint
     equal_error = _equal_error_threshold(table, margin)
     curve = _curve(table, _thresholds(table, extra=(margin, equal_error)))
@@ -118,69 +120,6 @@ def promised_versus_realised(
             )
         )
     return promises
-
-
-def fit_match_probability(matching: Floats, impostor: Floats) -> MatchProbability:
-    """Logistic regression of match on distance, both classes weighing the same (Platt 1999, targets smoothed).
-
-    Both arrays rise. Where a gap parts the two classes any midpoint in it fits, so its middle is taken and only
-    the slope is fitted; the smoothed targets (n + 1)/(n + 2) and 1/(n + 2) keep that finite.
-    Distances are gathered in cells 2⁻¹⁵ wide, each standing at its mean.
-    """
-    match_dist_C, match_weight_C = _cells(matching)
-    impostor_dist_C, impostor_weight_C = _cells(impostor)
-    dist_C = np.concatenate([match_dist_C, impostor_dist_C])
-    weight_C = np.concatenate([match_weight_C, impostor_weight_C]) / 2
-    target_C = np.repeat(
-        [(len(matching) + 1) / (len(matching) + 2), 1 / (len(impostor) + 2)], [len(match_dist_C), len(impostor_dist_C)]
-    )
-    if matching[-1] < impostor[0]:
-        midpoint = float(np.float32((float(matching[-1]) + float(impostor[0])) / 2))
-        (slope,) = _fit_logistic((midpoint - dist_C)[:, None], target_C, weight_C)
-    else:
-        centre = float(weight_C @ dist_C)
-        offset, slope = _fit_logistic(np.stack([np.ones_like(dist_C), centre - dist_C], axis=1), target_C, weight_C)
-        midpoint = centre + offset / slope if slope > 0 else centre
-    if slope <= 0:
-        raise InvalidDataset(
-            f"matching pairs lie no nearer (mean distance {matching.mean():.3f}) than non-matching pairs "
-            f"({impostor.mean():.3f}), so there is no margin to learn; check the labels, or train longer"
-        )
-    return MatchProbability(midpoint=min(max(midpoint, 0.0), MAX_DISTANCE), slope=slope)
-
-
-def _cells(distances_P: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean distance and share of the pairs in each occupied cell."""
-    cell_P = (distances_P * _CELLS_PER_UNIT).astype(np.int64)
-    count_C = np.bincount(cell_P)
-    sum_C = np.bincount(cell_P, weights=distances_P)
-    occupied = count_C > 0
-    return sum_C[occupied] / count_C[occupied], count_C[occupied] / len(distances_P)
-
-
-def _fit_logistic(
-    features_CF: NDArray[np.float64], target_C: NDArray[np.float64], weight_C: NDArray[np.float64]
-) -> list[float]:
-    """Coefficients [F] of least weighted cross-entropy against soft targets: Newton's method, steps halved."""
-
-    def loss(coefficients_F: NDArray[np.float64]) -> float:
-        logit_C = features_CF @ coefficients_F
-        return float(weight_C @ (np.logaddexp(0, logit_C) - target_C * logit_C))
-
-    coefficients_F = np.zeros(features_CF.shape[1])
-    least = loss(coefficients_F)
-    for _ in range(100):
-        probability_C = expit(features_CF @ coefficients_F)
-        gradient_F = features_CF.T @ (weight_C * (probability_C - target_C))
-        curvature_FF = (features_CF.T * (weight_C * probability_C * (1 - probability_C))) @ features_CF
-        # The ridge matters only where all distances coincide: the slope is then 0, not undefined.
-        step_F = np.linalg.solve(curvature_FF + 1e-12 * np.eye(len(gradient_F)), gradient_F)
-        while (reached := loss(coefficients_F - step_F)) > least and np.abs(step_F).max() > 1e-9:
-            step_F /= 2
-        if least - reached <= 1e-14:
-            break
-        coefficients_F, least = coefficients_F - step_F, reached
-    return [float(value) for value in coefficients_F]
 
 
 def _equal_error_threshold(table: PairTable, margin: float) -> float:

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from embedding.errors import InvalidRecipe, NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
+from training.searches import EvaluationConfig
 from training.sections import Section, error_at, invalid_recipe, refuse_unknown_keys
 
 DATA_VARIABLE = "LOOKALIKE_DATA"
@@ -51,6 +52,8 @@ def _edge_or_grey(value: Any) -> Any:
 class DataPart(Section):
     """What every data source has."""
 
+    name: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9_-]*)?$")] = ""
+    """Comes before the names of its images, as NAME/path: tells parts apart, in [[evaluation.search]] for one."""
     role: Literal["split", "train", "calibration", "test"] = "split"
     """The side that all images of this part go to; "split" leaves it to [split]."""
     max_bad_images: Annotated[int | float, BeforeValidator(_count_or_share)] = 0
@@ -130,7 +133,7 @@ class SplitConfig(Section):
     calibration: Share = 0.15
     test: Share = 0.15
     by: Literal["identity", "super"] = "identity"
-    """With "super", identities of one super-class (the first folder of ALPHABET/character) stay on one side."""
+    """With "super", identities of one super-class (ALPHABET of ALPHABET/character) stay on one side."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Another seed gives another split; more images of known identities leave an identity-disjoint one as it was."""
 
@@ -336,6 +339,7 @@ class Recipe(Section):
     loss: LossConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

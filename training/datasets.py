@@ -83,10 +83,17 @@ class ImageSet:
 
     @property
     def super_classes(self) -> list[str] | None:
-        """Of each identity: its first folder (ALPHABET of ALPHABET/character); None unless every identity has one."""
+        """Of each identity: the folder above it (ALPHABET of ALPHABET/character); None unless every one has one."""
         if not all("/" in identity for identity in self.identities):
             return None
-        return [identity.split("/", 1)[0] for identity in self.identities]
+        return [identity.rsplit("/", 1)[0] for identity in self.identities]
+
+    @property
+    def super_class_labels(self) -> NDArray[np.int64] | None:
+        """[N], the number of each image's super-class; None unless every identity has one."""
+        if (super_classes := self.super_classes) is None:
+            return None
+        return np.unique(super_classes, return_inverse=True)[1][self.labels_N]
 
     @property
     def single_image_identities(self) -> list[str]:
@@ -144,21 +151,31 @@ def load_path(
     path: Path,
     *,
     preprocessing: Preprocessing,
+    gallery: Path | None = None,
     max_bad_images: int | float = 0,
     cache_bytes: int = CACHE_BYTES,
     on_progress: OnProgress | None = None,
 ) -> ImageSet:
-    """Labelled images at a path: a folder of class folders, a zip of one, or a CSV or Parquet manifest."""
+    """Labelled images at a path: a folder of class folders, a zip of one, or a CSV or Parquet manifest.
+
+    With a second path, both are read, and names begin with `images/` and `gallery/`.
+    """
+    if gallery is None:
+        data = [_part_at(path, max_bad_images)]
+    else:
+        data = [_part_at(path, max_bad_images, name="images"), _part_at(gallery, max_bad_images, name="gallery")]
+    return load(data, data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+
+
+def _part_at(path: Path, max_bad_images: int | float, *, name: str = "") -> DataConfig:
     where = str(path.absolute())
-    part: DataConfig
     match path.suffix.lower():
         case ".zip":
-            part = ZipData(source="zip", path=where, max_bad_images=max_bad_images)
+            return ZipData(name=name, source="zip", path=where, max_bad_images=max_bad_images)
         case ".csv" | ".parquet":
-            part = ManifestData(source="manifest", path=where, max_bad_images=max_bad_images)
+            return ManifestData(name=name, source="manifest", path=where, max_bad_images=max_bad_images)
         case _:
-            part = FolderData(source="folder", path=where, max_bad_images=max_bad_images)
-    return load([part], data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+            return FolderData(name=name, source="folder", path=where, max_bad_images=max_bad_images)
 
 
 def list_images(path: Path) -> Listing:

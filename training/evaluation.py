@@ -44,6 +44,8 @@ class Retrieval(_Frozen):
     recall_at_10: float
     r_precision: float
     """Share of matching items among the nearest R, R being how many match the query; mean over queries."""
+    mean_average_precision: float
+    """Mean over all matching items of the share of matches among the items as near; mean over queries."""
     map_at_r: float
     """Mean average precision at R (Musgrave, Belongie, Lim 2020, section 3.2): R-precision that rewards order."""
 
@@ -79,6 +81,7 @@ class Evaluation(_Frozen):
             "recall@10": retrieval.recall_at_10,
             "R-precision": retrieval.r_precision,
             "MAP@R": retrieval.map_at_r,
+            "mAP": retrieval.mean_average_precision,
             "ROC AUC": verification.roc_auc,
             "EER": verification.equal_error_rate,
             "TAR@FAR=1e-2": verification.tar_at_far_1e_2,
@@ -99,10 +102,14 @@ def evaluate(
     """
     queries = held_out(emb_ND, labels_N)
     items = None if gallery is None else held_out(*gallery)
-    curve = verification_curve(queries, items)
-    identity_N = queries.identities if items is None else np.concatenate([queries.identities, items.identities])
+    return evaluation_of(verification_curve(queries, items), queries, items)
+
+
+def evaluation_of(curve: VerificationCurve, queries: HeldOut, gallery: HeldOut | None = None) -> Evaluation:
+    """`evaluate`, where the verification curve of the same embeddings is known already."""
+    identity_N = queries.identities if gallery is None else np.concatenate([queries.identities, gallery.identities])
     return Evaluation(
-        retrieval=retrieval(queries, items),
+        retrieval=retrieval(queries, gallery),
         verification=Verification(
             identities=len(np.unique(identity_N)),
             matching_pairs=curve.matching_pairs,
@@ -122,7 +129,6 @@ def retrieval(queries: HeldOut, gallery: HeldOut | None = None) -> Retrieval:
     relevant_N = _count_of(queries.identities, items.identities) - is_self_search
     if not relevant_N.any():
         raise InvalidDataset("no query has a matching item to be found; hold out identities with two images or more")
-    depth = min(max(int(relevant_N.max()), *RECALL_AT), len(items.identities))
 
     rows = []
     for block in row_blocks(len(queries.identities), len(items.identities)):
@@ -132,15 +138,14 @@ def retrieval(queries: HeldOut, gallery: HeldOut | None = None) -> Retrieval:
             # The query itself matches, so it distracts nobody; infinitely far, it is cut off the matches found.
             dist_MK[np.arange(len(dist_MK)), np.arange(block.start, block.stop)] = np.inf
         distractor_MK = np.where(is_match_MK, np.float32(np.inf), dist_MK)
-        distractor_MK.partition(depth - 1, axis=1)
-        nearest_MR = np.sort(distractor_MK[:, :depth], axis=1)
+        distractor_MK.sort(axis=1)
         for row, relevant in enumerate(relevant_N[block]):
             if relevant:
                 found_R = np.sort(dist_MK[row, is_match_MK[row]])[:relevant]
-                ahead_R = np.searchsorted(nearest_MR[row], found_R, side="right")
+                ahead_R = np.searchsorted(distractor_MK[row], found_R, side="right")
                 rows.append(_query_metrics(np.arange(1, relevant + 1) + ahead_R))
 
-    recall_1, recall_5, recall_10, r_precision, map_at_r = np.mean(rows, axis=0).tolist()
+    recall_1, recall_5, recall_10, r_precision, mean_average_precision, map_at_r = np.mean(rows, axis=0).tolist()
     return Retrieval(
         queries=len(rows),
         queries_left_out=len(queries.identities) - len(rows),
@@ -149,18 +154,20 @@ def retrieval(queries: HeldOut, gallery: HeldOut | None = None) -> Retrieval:
         recall_at_5=recall_5,
         recall_at_10=recall_10,
         r_precision=r_precision,
+        mean_average_precision=mean_average_precision,
         map_at_r=map_at_r,
     )
 
 
 def _query_metrics(rank_R: Ints) -> list[float]:
-    """recall@1/5/10, R-precision and average precision at R of one query, from the ranks of its matching items."""
+    """recall@1/5/10, R-precision, average precision, and that at R, of one query from the ranks of its matches."""
     relevant = len(rank_R)
     is_within_R = rank_R <= relevant
     precision_R = np.arange(1, relevant + 1) / rank_R
     return [
         *(float(rank_R[0] <= k) for k in RECALL_AT),
         float(is_within_R.mean()),
+        float(precision_R.mean()),
         float((precision_R * is_within_R).mean()),
     ]
 
@@ -209,11 +216,21 @@ class VerificationCurve:
     @property
     def equal_error_rate(self) -> float:
         """Where FAR = FRR on the ROC polyline."""
-        gap_T = self.far - (1 - self.tar)
-        above = int(np.searchsorted(gap_T, 0, side="left"))
-        low, high = gap_T[above - 1], gap_T[above]
-        share = -low / (high - low)
-        return float(self.far[above - 1] + share * (self.far[above] - self.far[above - 1]))
+        above = self._crossing
+        (far_low, far_high), (tar_low, tar_high) = self.far[above - 1 : above + 1], self.tar[above - 1 : above + 1]
+        low, high = far_low + tar_low - 1, far_high + tar_high - 1
+        return float(far_low - low / (high - low) * (far_high - far_low))
+
+    @property
+    def equal_error_rate_error(self) -> float:
+        """Largest error of `equal_error_rate` that merging distances closer than `resolution` can have caused."""
+        between = slice(self._crossing - 1, self._crossing + 1)
+        return float(max(np.diff(self.far[between])[0], np.diff(self.tar[between])[0])) if self.resolution else 0.0
+
+    @property
+    def _crossing(self) -> int:
+        """The first threshold at which FAR reaches FRR."""
+        return int(np.searchsorted(self.far + self.tar - 1, 0, side="left"))
 
     def tar_at_far(self, far: float) -> float | None:
         """True-accept rate at the largest threshold with at most this FAR; None when the pairs do not support it."""

@@ -82,13 +82,16 @@ def row_blocks(rows: int, columns: int) -> Iterator[slice]:
 class PairTable:
     """The distance of every unordered pair of N items, as the service would measure it, bit for bit.
 
-    Items are ordered by identity, so that the pairs of two identities lie in one block.
+    Items are ordered by super-class, if there are any, and identity, so that the pairs of two identities lie in one
+    block.
     """
 
     sizes: Ints
     """[G], items of each identity; their sum is N."""
     distances: Floats
     """[P], upper triangle, row after row: P = N(N−1)/2."""
+    groups: Ints | None = None
+    """[G], rising from 0: the super-class of each identity, where super-classes and not identities are independent."""
 
     @cached_property
     def matching(self) -> Floats:
@@ -115,17 +118,27 @@ class PairTable:
                 yield row[: end - item - 1], row[end - item - 1 :]
 
 
-def measure_pairs(data: HeldOut, *, max_items: int, seed: int) -> PairTable:
+def measure_pairs(
+    data: HeldOut, *, max_items: int, seed: int, groups_N: NDArray[np.generic] | None = None
+) -> PairTable:
     """Measure all pairs of at most `max_items` items; above that, of a sample drawn with `seed`.
 
+    `groups_N` gives the super-class of each item, the same for all of an identity.
     Raises InvalidDataset when there is no matching or no non-matching pair to measure.
     """
     kept = _sampled(data.identities, max_items, np.random.default_rng(seed))
-    kept = kept[np.argsort(data.identities[kept], kind="stable")]
-    emb_ND = data.embeddings[kept]
-    _, sizes_G = np.unique(data.identities[kept], return_counts=True)
+    groups_n = np.zeros(len(kept), dtype=np.int64) if groups_N is None else np.asarray(groups_N)[kept]
+    order = np.lexsort((data.identities[kept], groups_n))
+    kept, groups_n = kept[order], groups_n[order]
+    emb_ND, identity_n = data.embeddings[kept], data.identities[kept]
+    first_G = np.flatnonzero(np.diff(identity_n, prepend=identity_n[:1] - 1))
+    sizes_G = np.diff(first_G, append=len(kept))
     require_pairs(sizes_G)
-    return PairTable(sizes_G, np.concatenate([distances(emb_ND[row], emb_ND[row + 1 :]) for row in range(len(kept))]))
+    dist_P = np.concatenate([distances(emb_ND[row], emb_ND[row + 1 :]) for row in range(len(kept))])
+    if groups_N is None:
+        return PairTable(sizes_G, dist_P)
+    _, group_G = np.unique(groups_n[first_G], return_inverse=True)
+    return PairTable(sizes_G, dist_P, group_G)
 
 
 def require_pairs(sizes_G: Ints) -> None:

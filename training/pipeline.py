@@ -8,7 +8,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +26,19 @@ from embedding.encoder import Encoder, PixelEncoder
 from embedding.errors import AlreadyExists, InvalidDataset
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
-from training.calibration import Promise, calibrate, promised_versus_realised
+from training.calibration import calibrate
 from training.config import Recipe
 from training.datasets import ImageSet, SkippedImage, load, load_path
-from training.evaluation import evaluate as measure
-from training.one_shot import one_shot
+from training.evaluation import evaluate as evaluate_embeddings
+from training.measurement import Measurement, measure
+from training.one_shot import run_errors
+from training.one_shot_folders import RunFolders
+from training.pairs import HeldOut, held_out
+from training.pixels import PixelStore
 from training.progress import TrainingDisplay
 from training.report import model_card
 from training.result import TrainingResult
+from training.searches import EvaluationConfig, Search, SearchConfig, find
 from training.splits import SIDES, Split, split
 from training.trainer import Trainer
 
@@ -43,42 +47,6 @@ CHUNK_IMAGES = 256
 
 WATCHED_IMAGES = 2_000
 """Calibration images, at most, on which a running training is evaluated: evenly spread over the identities."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutReport:
-    """How a bundle does on labelled images, and whether its promised error rates held there."""
-
-    images: int
-    identities: int
-    metrics: Mapping[str, float | None]
-    """By name; None where the pairs are too few to support it."""
-    promises: tuple[Promise, ...]
-    skipped: tuple[SkippedImage, ...]
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Name and figure of each measurement, for a table."""
-        rows = [("images", f"{self.images:,}"), ("identities", f"{self.identities:,}")]
-        rows += [(name, "too few pairs" if value is None else f"{value:.4f}") for name, value in self.metrics.items()]
-        rows += [
-            (
-                f"FAR at target {promise.target_far:g}",
-                f"{promise.realised_far:.2e} (promised at most {promise.promised_far_upper95:.2e}: "
-                f"{'held' if promise.held else 'broken'}), FRR {promise.realised_frr:.3f}",
-            )
-            for promise in self.promises
-        ]
-        return rows
-
-    def json(self) -> dict[str, JsonValue]:
-        """All figures, for machines."""
-        return {
-            "images": self.images,
-            "identities": self.identities,
-            "metrics": dict(self.metrics),
-            "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
-            "skipped": {image.name: image.reason for image in self.skipped},
-        }
 
 
 def train(
@@ -108,6 +76,8 @@ def train(
     _say_skipped(console, images.skipped)
     sides = split(images, recipe.split)
     console.print(_describe(images, sides), highlight=False)
+    test_set = images.subset(sides.test_N)
+    searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 
     watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
     checkpoints = out.with_name(f"{out.name}.checkpoint")
@@ -123,31 +93,36 @@ def train(
     result = trainer.fit(resume=resume)
 
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
-    calibration_set, test_set = images.subset(sides.calibration_N), images.subset(sides.test_N)
+    calibration_set = images.subset(sides.calibration_N)
     calibration = calibrate(
-        _embed(encoder, calibration_set, console), calibration_set.labels_N, protocol=sides.protocol, seed=recipe.seed
+        _embed(encoder, calibration_set, console),
+        calibration_set.labels_N,
+        protocol=sides.protocol,
+        groups_N=calibration_set.super_class_labels if recipe.split.by == "super" else None,
+        seed=recipe.seed,
     )
-    test_emb_ND = _embed(encoder, test_set, console)
-    evaluation = measure(test_emb_ND, test_set.labels_N)
-    further_metrics = _one_shot_metrics(test_emb_ND, test_set)
+    measurement = measure(
+        _embed(encoder, test_set, console),
+        test_set.labels_N,
+        calibration,
+        images=test_set,
+        searches=searches,
+        trained_on=_known_identities(encoder, images, sides, console) if sides.protocol == "closed-set" else None,
+    )
     lineage = Lineage(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
-        metrics={**evaluation.metrics(), **further_metrics},
+        metrics=dict(measurement.metrics()),
         environment=_environment(trainer.device, result),
     )
     card = model_card(
         name=recipe.name,
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
         facts=_facts(recipe, images, sides, lineage),
-        evaluation=evaluation,
-        calibration=calibration,
-        test_emb_ND=test_emb_ND,
-        test_labels_N=test_set.labels_N,
+        measurement=measurement,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(test_set.identities)),
-        further_metrics=further_metrics,
         **({"intended_use": recipe.description} if recipe.description else {}),
     )
     bundle = write_bundle(
@@ -168,34 +143,50 @@ def evaluate(
     bundle: Bundle,
     images: Path,
     *,
+    gallery: Path | None = None,
     device: str = "auto",
     max_bad_images: int | float = 0,
     console: Console | None = None,
-) -> HeldOutReport:
-    """Measure a bundle on a folder, zip or manifest of labelled images, best of identities that it never saw."""
+) -> Measurement:
+    """Measure a bundle on a folder, zip or manifest of labelled images, best of identities that it never saw.
+
+    With a `gallery` of further images, the first are also searched among these. Of the searches of the bundle's recipe
+    those are repeated that find their images here.
+    """
     console = console or Console(stderr=True)
-    found = load_path(images, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
+    found = load_path(images, gallery=gallery, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
     _say_skipped(console, found.skipped)
+    searches = _searches_of(bundle, found, console)
+    if gallery is not None:
+        searches.append(find(_IN_GALLERY, found.names, found.labels_N))
     emb_ND = _embed(Encoder(bundle, device=device), found, console)
-    return HeldOutReport(
-        images=len(found),
-        identities=len(found.identities),
-        metrics={**measure(emb_ND, found.labels_N).metrics(), **_one_shot_metrics(emb_ND, found)},
-        promises=tuple(promised_versus_realised(bundle.calibration, emb_ND, found.labels_N)),
-        skipped=found.skipped,
-    )
+    return measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
 
 
-def _one_shot_metrics(emb_ND: Vectors, images: ImageSet) -> dict[str, float]:
-    """20-way one-shot accuracy within super-classes (alphabets), where any is large enough."""
-    if (super_classes := images.super_classes) is None:
-        return {}
-    _, group_of_identity = np.unique(super_classes, return_inverse=True)
-    try:
-        result = one_shot(emb_ND, images.labels_N, group_of_identity[images.labels_N])
-    except InvalidDataset:
-        return {}
-    return {f"{result.ways}-way one-shot accuracy within super-classes": 1 - result.error}
+def one_shot_errors(bundle: Bundle, folders: RunFolders, *, device: str = "auto") -> NDArray[np.float64]:
+    """Share of queries named wrongly in each of R one-shot runs.
+
+    Raises InvalidImage or ImageTooLarge, naming the image that cannot be read.
+    """
+    store = PixelStore(folders.images, folders.names, bundle.preprocessing, cache_bytes=0)
+    encoder = Encoder(bundle, device=device)
+    rows_of_runs = [np.concatenate([run.queries_W, run.supports_W]) for run in folders.runs]  # in the order of names
+    emb_ND = np.concatenate([encoder.encode_pixels(store.pixels(rows, bundle.preprocessing)) for rows in rows_of_runs])
+    return run_errors(emb_ND, folders.runs)
+
+
+_IN_GALLERY = SearchConfig(name="images in gallery", query="images/*", gallery="gallery/*")
+
+
+def _searches_of(bundle: Bundle, images: ImageSet, console: Console) -> list[Search]:
+    asked = EvaluationConfig.model_validate(bundle.lineage.recipe.get("evaluation", {}), strict=False)
+    searches = []
+    for search in asked.search:
+        try:
+            searches.append(find(search, images.names, images.labels_N))
+        except InvalidDataset as error:
+            console.print(f"not measured: {error}", markup=False, highlight=False, soft_wrap=True)
+    return searches
 
 
 def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:
@@ -207,6 +198,14 @@ def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors
     return np.concatenate(chunks)
 
 
+def _known_identities(encoder: PixelEncoder, images: ImageSet, sides: Split, console: Console) -> HeldOut:
+    """Training images of the identities on the test side, with the labels that these have there."""
+    test_labels = np.unique(images.labels_N[sides.test_N])
+    known_N = sides.train_N[np.isin(images.labels_N[sides.train_N], test_labels)]
+    emb_ND = _embed(encoder, images.subset(known_N), console)
+    return held_out(emb_ND, np.searchsorted(test_labels, images.labels_N[known_N]))
+
+
 def _chunk(images: ImageSet, start: int, encoder: PixelEncoder) -> NDArray[np.uint8]:
     return images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
 
@@ -215,7 +214,7 @@ def _watch(network: EmbeddingNetwork, images: ImageSet, recipe: Recipe, device: 
     """Figures of a running training, on calibration images."""
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
     emb_ND = _embed(encoder, images, Console(quiet=True))
-    metrics = measure(emb_ND, images.labels_N).metrics()
+    metrics = evaluate_embeddings(emb_ND, images.labels_N).metrics()
     return {name: value for name, value in metrics.items() if name in {"recall@1", "EER"} and value is not None}
 
 

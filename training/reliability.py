@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
-from embedding.calibration import MatchProbability
+from embedding.calibration import IsotonicProbability, MatchProbability
 from training.evaluation import VerificationCurve
 
 
@@ -33,9 +32,11 @@ class Reliability:
         return float(self.weight @ np.abs(self.predicted - self.observed))
 
 
-def reliability(curve: VerificationCurve, probability: MatchProbability, *, bins: int = 10) -> Reliability:
+def reliability(
+    curve: VerificationCurve, probability: MatchProbability | IsotonicProbability, *, bins: int = 10
+) -> Reliability:
     """Reliability of match probabilities over the pairs that a verification curve counted."""
-    predicted_T = expit(probability.slope * (probability.midpoint - curve.thresholds[1:]))  # as `probability.at`
+    predicted_T = probability.over(curve.thresholds[1:])
     matching_T, impostor_T = np.diff(curve.tar) / 2, np.diff(curve.far) / 2
     bin_T = np.minimum((predicted_T * bins).astype(np.int64), bins - 1)
     weight_B, match_B, predicted_B = (

@@ -6,15 +6,15 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from embedding.calibration import Calibration
+from embedding.calibration import Calibration, IsotonicProbability, MatchProbability
 from embedding.decision import distance
-from training.calibration import Promise, promised_versus_realised
-from training.evaluation import Evaluation, verification_curve
-from training.pairs import HeldOut, distance_block, held_out, row_blocks
+from training.calibration import Promise
+from training.evaluation import Evaluation, VerificationCurve
+from training.identification import FalseIdentification
+from training.measurement import Measurement
+from training.pairs import HeldOut, distance_block, row_blocks
 from training.plots import ImageOf, distance_plot, error_plot, pair_plot, projection_plot, reliability_plot
-from training.reliability import reliability
 
 WORST = 5
 """How many of the worst errors of each kind are shown."""
@@ -25,26 +25,18 @@ def model_card(
     name: str,
     recipe_text: str,
     facts: Mapping[str, str],
-    evaluation: Evaluation,
-    calibration: Calibration,
-    test_emb_ND: NDArray[np.generic],
-    test_labels_N: NDArray[np.generic],
+    measurement: Measurement,
     image_of: ImageOf,
     identity_names: Mapping[int, str] | None = None,
-    further_metrics: Mapping[str, float] | None = None,
     intended_use: str = "Deciding whether two images of the kind it was trained on show the same identity.",
 ) -> dict[str, bytes]:
     """Files of a model card by relative path: `README.md` and the pictures it shows, under `card/`.
 
-    `facts` is the table of data, split and lineage, by label. `test_emb_ND` and `test_labels_N` belong to identities
-    that neither training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of a test row, and
-    `identity_names` a readable name for a label. `further_metrics`, by name, stand beside those of `evaluation`.
-
-    Raises InvalidVector and InvalidDataset as `evaluate` does.
+    `facts` is the table of data, split and lineage, by label. What was measured belongs to images that neither
+    training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of one of them, and `identity_names` a
+    readable name for a label.
     """
-    data = held_out(test_emb_ND, test_labels_N)
-    curve = verification_curve(data)
-    measured = reliability(curve, calibration.probability)
+    data, curve, calibration = measurement.data, measurement.curve, measurement.calibration
 
     def name_of(identity: int) -> str:
         return (identity_names or {}).get(identity, str(identity))
@@ -53,12 +45,12 @@ def model_card(
         name=name,
         worst=WORST,
         unseen=_UNSEEN[calibration.protocol],
-        summary=_summary(evaluation, calibration),
-        metrics=_metrics_table(
-            evaluation, {**(further_metrics or {}), "expected calibration error": measured.expected_calibration_error}
-        ),
+        summary=_summary(measurement.evaluation, calibration),
+        metrics=_metrics_table(measurement),
+        searches=_searches_table(measurement.searches),
         points=_points_table(calibration),
-        promises=_promises(promised_versus_realised(calibration, data.embeddings, data.identities)),
+        promises=_promises(measurement.promises),
+        identification=_identification(measurement.identification),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
         calibration=_calibration_table(calibration),
         intended_use=intended_use,
@@ -69,7 +61,7 @@ def model_card(
         "README.md": text.encode(),
         "card/distances.png": distance_plot(curve, calibration),
         "card/errors.png": error_plot(curve, calibration),
-        "card/reliability.png": reliability_plot(measured),
+        "card/reliability.png": reliability_plot(measurement.reliability),
         "card/projection.png": projection_plot(data.embeddings, data.identities, name_of),
         "card/worst.png": _worst_pairs_picture(data, calibration, image_of, name_of),
     }
@@ -83,10 +75,11 @@ _CARD = """\
 ## Metrics on the test side
 
 {metrics}
-
+{searches}
 ## Operating points
 
-Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs.
+Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs, and
+super-classes where the split keeps these apart.
 
 {points}
 
@@ -95,6 +88,14 @@ Error rates on the calibration side; bounds are one-sided 95 %, resampling ident
 The calibration chose these thresholds; the test side is the check: neither training nor calibration saw its {unseen}.
 
 {promises}
+
+## Searching larger galleries
+
+How often a search accepts an item though the gallery holds none of the query's identity.
+
+{identification}
+
+## Distances and errors
 
 ![Distances of matching and non-matching pairs with the learned margin; error rates by threshold](card/distances.png)
 
@@ -151,19 +152,40 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     )
 
 
-def _metrics_table(evaluation: Evaluation, further: Mapping[str, float]) -> str:
-    retrieval, verification = evaluation.retrieval, evaluation.verification
-    rows = [
-        (name, "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}")
-        for name, value in evaluation.metrics().items()
-    ]
-    rows += [(name, f"{value:.4f}") for name, value in further.items()]
+def _metrics_table(measurement: Measurement) -> str:
+    retrieval, verification = measurement.evaluation.retrieval, measurement.evaluation.verification
+    rows = [(name, _metric(value)) for name, value in measurement.metrics_of_all().items()]
     return (
         _table(("metric", "value"), rows)
         + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"
         + (f"; {retrieval.queries_left_out:,} more without a match left out" if retrieval.queries_left_out else "")
         + f". Verification: {verification.identities:,} identities, {verification.matching_pairs:,} matching and "
-        f"{verification.impostor_pairs:,} non-matching pairs."
+        f"{verification.impostor_pairs:,} non-matching pairs{_resolution(measurement.curve)}."
+    )
+
+
+def _resolution(curve: VerificationCurve) -> str:
+    if not curve.resolution:
+        return ""
+    return (
+        f", counted to within {curve.resolution:.1e} of distance: the area under the ROC is right to "
+        f"{curve.area_error:.0e}, the equal error rate to {curve.equal_error_rate_error:.0e}"
+    )
+
+
+def _searches_table(searches: Mapping[str, Evaluation]) -> str:
+    if not searches:
+        return ""
+    metrics = [evaluation.metrics() for evaluation in searches.values()]
+    rows = [
+        ("queries", *(f"{evaluation.retrieval.queries:,}" for evaluation in searches.values())),
+        ("gallery", *(f"{evaluation.retrieval.gallery:,}" for evaluation in searches.values())),
+        *((name, *(_metric(each[name]) for each in metrics)) for name in metrics[0]),
+    ]
+    return (
+        "\n## Searches of one part of the test side in another\n\n"
+        + _table(("", *searches), rows)
+        + "\n\nVerification is over the pairs of a query with a gallery item.\n"
     )
 
 
@@ -203,6 +225,25 @@ def _promises(promises: Sequence[Promise]) -> str:
     return _table(header, rows) + f"\n\nRealised on {promises[0].impostor_pairs:,} non-matching test pairs."
 
 
+def _identification(rows: Sequence[FalseIdentification]) -> str:
+    header = ("point", "gallery", "predicted from FAR", "predicted at most", "measured")
+    cells = [
+        (
+            f"`{row.point}`",
+            f"{row.gallery:,}",
+            _rate(row.predicted),
+            _rate(row.predicted_upper95),
+            "too few test images" if row.measured is None else _rate(row.measured),
+        )
+        for row in rows
+    ]
+    return (
+        _table(header, cells)
+        + "\n\nPredicted as if the comparisons of a search erred independently. They share their query, so that errors "
+        "crowd on queries that are easily mistaken: at the same FAR fewer searches err than predicted."
+    )
+
+
 def _calibration_table(calibration: Calibration) -> str:
     return _table(
         ("", ""),
@@ -214,9 +255,15 @@ def _calibration_table(calibration: Calibration) -> str:
             ("non-matching pairs", f"{calibration.impostor_pairs:,}"),
             ("smallest supported FAR", _rate(calibration.smallest_supported_far)),
             ("learned margin", f"{calibration.learned_margin:.6f}"),
-            ("slope of the match probability", f"{calibration.probability.slope:.3f} per unit of distance"),
+            ("match probability", _kind(calibration.probability)),
         ],
     )
+
+
+def _kind(probability: MatchProbability | IsotonicProbability) -> str:
+    if isinstance(probability, IsotonicProbability):
+        return f"isotonic, {len(probability.points)} points"
+    return f"logistic, slope {probability.slope:.3f} per unit of distance"
 
 
 def _limits(calibration: Calibration) -> Iterable[str]:
@@ -234,7 +281,10 @@ def _limits(calibration: Calibration) -> Iterable[str]:
         "Rates hold for pairs drawn like those of the calibration. Other cameras, other kinds of images, or identities "
         "chosen to resemble each other shift them: calibrate on your own held-out images."
     )
-    yield "Rates are for one comparison. Searching a gallery of N compares N times and errs accordingly more often."
+    yield (
+        "Rates are for one comparison. Searching a gallery of N compares N times and errs more often: see the table of "
+        "larger galleries."
+    )
 
 
 def _worst_pairs_picture(
@@ -283,6 +333,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
+
+
+def _metric(value: float | None) -> str:
+    return "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}"
 
 
 def _rate(rate: float) -> str:

@@ -46,6 +46,8 @@ class Listing:
 def list_part(data: DataConfig, *, data_root: Path | None) -> Listing:
     """The images of one part of a recipe's data. Raises InvalidDataset, naming where it looked."""
     listing = _list(data, data_root)
+    if data.name:
+        listing = replace(listing, names=[f"{data.name}/{name}" for name in listing.names])
     return listing if data.role == "split" else replace(listing, sides=[data.role] * len(listing))
 
 

@@ -38,6 +38,9 @@ def train(
 def evaluate(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     images: Annotated[Path, typer.Argument(help="Labelled images: class folders, a zip of them, or a manifest.")],
+    gallery: Annotated[
+        Path | None, typer.Option("--gallery", metavar="PATH", help="Further labelled images to search these in.")
+    ] = None,
     max_bad_images: Annotated[int, typer.Option("--max-bad-images", min=0, help="Unreadable images to skip.")] = 0,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -46,7 +49,7 @@ def evaluate(
     from embedding.bundle import Bundle
     from training.pipeline import evaluate as measure
 
-    report = measure(Bundle.load(bundle), images, device=device, max_bad_images=max_bad_images)
+    report = measure(Bundle.load(bundle), images, gallery=gallery, device=device, max_bad_images=max_bad_images)
     if json:
         print(show.as_json(report.json()))
         return

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/model.proto\x12\x0clookalike.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08modality\x18\x03 \x01(\t\x12\x15\n\rembedding_dim\x18\x04 \x01(\x05\x12\x0f\n\x07network\x18\x05 \x01(\t\x12\x12\n\nimage_size\x18\x06 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0b\x63\x61libration\x18\x08 \x01(\x0b\x32\x19.lookalike.v1.Calibration\x12\x0e\n\x06\x61\x63tive\x18\t \x01(\x08\"\xe6\x02\n\x0b\x43\x61libration\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x12\n\nidentities\x18\x03 \x01(\x05\x12\x16\n\x0ematching_pairs\x18\x04 \x01(\x03\x12\x16\n\x0eimpostor_pairs\x18\x05 \x01(\x03\x12\x16\n\x0elearned_margin\x18\x06 \x01(\x02\x12\x19\n\x11probability_slope\x18\x07 \x01(\x01\x12\'\n\x05\x63urve\x18\x08 \x03(\x0b\x32\x18.lookalike.v1.ErrorRates\x12@\n\x0cnamed_points\x18\t \x03(\x0b\x32*.lookalike.v1.Calibration.NamedPointsEntry\x12\x1e\n\x16smallest_supported_far\x18\n \x01(\x01\x1a\x32\n\x10NamedPointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"c\n\nErrorRates\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x0b\n\x03\x66\x61r\x18\x02 \x01(\x01\x12\x13\n\x0b\x66\x61r_upper95\x18\x03 \x01(\x01\x12\x0b\n\x03\x66rr\x18\x04 \x01(\x01\x12\x13\n\x0b\x66rr_upper95\x18\x05 \x01(\x01\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.lookalike.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xaa\x01\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.lookalike.v1.GetModelRequest\x1a\x1e.lookalike.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.lookalike.v1.ListModelsRequest\x1a .lookalike.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/model.proto\x12\x0clookalike.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08modality\x18\x03 \x01(\t\x12\x15\n\rembedding_dim\x18\x04 \x01(\x05\x12\x0f\n\x07network\x18\x05 \x01(\t\x12\x12\n\nimage_size\x18\x06 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0b\x63\x61libration\x18\x08 \x01(\x0b\x32\x19.lookalike.v1.Calibration\x12\x0e\n\x06\x61\x63tive\x18\t \x01(\x08\"\xa2\x03\n\x0b\x43\x61libration\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x12\n\nidentities\x18\x03 \x01(\x05\x12\x16\n\x0ematching_pairs\x18\x04 \x01(\x03\x12\x16\n\x0eimpostor_pairs\x18\x05 \x01(\x03\x12\x16\n\x0elearned_margin\x18\x06 \x01(\x02\x12\x19\n\x11probability_slope\x18\x07 \x01(\x01\x12\'\n\x05\x63urve\x18\x08 \x03(\x0b\x32\x18.lookalike.v1.ErrorRates\x12@\n\x0cnamed_points\x18\t \x03(\x0b\x32*.lookalike.v1.Calibration.NamedPointsEntry\x12\x1e\n\x16smallest_supported_far\x18\n \x01(\x01\x12:\n\x12probability_points\x18\x0b \x03(\x0b\x32\x1e.lookalike.v1.ProbabilityPoint\x1a\x32\n\x10NamedPointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"9\n\x10ProbabilityPoint\x12\x10\n\x08\x64istance\x18\x01 \x01(\x02\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\"c\n\nErrorRates\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x0b\n\x03\x66\x61r\x18\x02 \x01(\x01\x12\x13\n\x0b\x66\x61r_upper95\x18\x03 \x01(\x01\x12\x0b\n\x03\x66rr\x18\x04 \x01(\x01\x12\x13\n\x0b\x66rr_upper95\x18\x05 \x01(\x01\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.lookalike.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xaa\x01\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.lookalike.v1.GetModelRequest\x1a\x1e.lookalike.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.lookalike.v1.ListModelsRequest\x1a .lookalike.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=76
   _globals['_MODEL']._serialized_end=309
   _globals['_CALIBRATION']._serialized_start=312
-  _globals['_CALIBRATION']._serialized_end=670
-  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_start=620
-  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_end=670
-  _globals['_ERRORRATES']._serialized_start=672
-  _globals['_ERRORRATES']._serialized_end=771
-  _globals['_GETMODELREQUEST']._serialized_start=773
-  _globals['_GETMODELREQUEST']._serialized_end=804
-  _globals['_GETMODELRESPONSE']._serialized_start=806
-  _globals['_GETMODELRESPONSE']._serialized_end=860
-  _globals['_LISTMODELSREQUEST']._serialized_start=862
-  _globals['_LISTMODELSREQUEST']._serialized_end=920
-  _globals['_LISTMODELSRESPONSE']._serialized_start=922
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1004
-  _globals['_MODELSERVICE']._serialized_start=1007
-  _globals['_MODELSERVICE']._serialized_end=1177
+  _globals['_CALIBRATION']._serialized_end=730
+  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_start=680
+  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_end=730
+  _globals['_PROBABILITYPOINT']._serialized_start=732
+  _globals['_PROBABILITYPOINT']._serialized_end=789
+  _globals['_ERRORRATES']._serialized_start=791
+  _globals['_ERRORRATES']._serialized_end=890
+  _globals['_GETMODELREQUEST']._serialized_start=892
+  _globals['_GETMODELREQUEST']._serialized_end=923
+  _globals['_GETMODELRESPONSE']._serialized_start=925
+  _globals['_GETMODELRESPONSE']._serialized_end=979
+  _globals['_LISTMODELSREQUEST']._serialized_start=981
+  _globals['_LISTMODELSREQUEST']._serialized_end=1039
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1041
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1123
+  _globals['_MODELSERVICE']._serialized_start=1126
+  _globals['_MODELSERVICE']._serialized_end=1296
 # @@protoc_insertion_point(module_scope)

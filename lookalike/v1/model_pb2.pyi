@@ -113,6 +113,7 @@ class Calibration(_message.Message):
     CURVE_FIELD_NUMBER: _builtins.int
     NAMED_POINTS_FIELD_NUMBER: _builtins.int
     SMALLEST_SUPPORTED_FAR_FIELD_NUMBER: _builtins.int
+    PROBABILITY_POINTS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of this calibration of the model, from 1."""
     protocol: _builtins.str
@@ -126,7 +127,9 @@ class Calibration(_message.Message):
     learned_margin: _builtins.float
     """The distance at which a match and a non-match are equally likely at equal priors: the default threshold."""
     probability_slope: _builtins.float
-    """Steepness, per unit of distance, of match_probability = 1 / (1 + exp(−slope · (learned_margin − distance)))."""
+    """Steepness, per unit of distance, of match_probability = 1 / (1 + exp(−slope · (learned_margin − distance))); 0 where
+    match_probability follows `probability_points`.
+    """
     smallest_supported_far: _builtins.float
     """The smallest target_far that is not refused: 3 / impostor_pairs."""
     @_builtins.property
@@ -136,6 +139,12 @@ class Calibration(_message.Message):
     @_builtins.property
     def named_points(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Thresholds by name."""
+
+    @_builtins.property
+    def probability_points(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbabilityPoint]:
+        """Where not empty, match_probability is linear in distance between these points, from distance 0 to 2. It falls
+        strictly and is one half at the learned margin.
+        """
 
     def __init__(
         self,
@@ -150,14 +159,41 @@ class Calibration(_message.Message):
         curve: _abc.Iterable[Global___ErrorRates] | None = ...,
         named_points: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         smallest_supported_far: _builtins.float = ...,
+        probability_points: _abc.Iterable[Global___ProbabilityPoint] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "identities", b"identities", "impostor_pairs", b"impostor_pairs", "learned_margin", b"learned_margin", "matching_pairs", b"matching_pairs", "named_points", b"named_points", "probability_slope", b"probability_slope", "protocol", b"protocol", "smallest_supported_far", b"smallest_supported_far", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "identities", b"identities", "impostor_pairs", b"impostor_pairs", "learned_margin", b"learned_margin", "matching_pairs", b"matching_pairs", "named_points", b"named_points", "probability_points", b"probability_points", "probability_slope", b"probability_slope", "protocol", b"protocol", "smallest_supported_far", b"smallest_supported_far", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
+
+@_typing.final
+class ProbabilityPoint(_message.Message):
+    """The probability of a match at one distance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    distance: _builtins.float
+    """Euclidean distance, in [0, 2]."""
+    probability: _builtins.float
+    """At equal priors, in (0, 1)."""
+    def __init__(
+        self,
+        *,
+        distance: _builtins.float = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distance", b"distance", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbabilityPoint: _TypeAlias = ProbabilityPoint  # noqa: Y015
 
 @_typing.final
 class ErrorRates(_message.Message):

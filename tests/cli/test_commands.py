@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from embedding.bundle import MANIFEST, Bundle
 from lookalike import Client
@@ -29,11 +31,13 @@ def test_help_is_printed_without_importing_anything_heavy() -> None:
     )
     out = python(program)
     assert out.splitlines()[-1] == "[]"
-    for command in ("train", "evaluate", "gallery", "serve", "verify", "search", "batch-search", "model", "demo"):
+    for command in (
+        *("train", "evaluate", "one-shot", "gallery", "serve", "verify", "search", "batch-search", "model", "demo"),
+    ):
         assert f"  {command} " in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["gallery"], ["model"]])
+@pytest.mark.parametrize("arguments", [[], ["gallery"], ["model"], ["one-shot"]])
 def test_a_group_alone_prints_its_help(run: Run, arguments: list[str]) -> None:
     ran = run(*arguments)
     assert "Commands:" in ran.out
@@ -124,6 +128,23 @@ class TestEvaluate:
         (tmp_path / "empty").mkdir()
         run("evaluate", bundle.path, tmp_path / "empty").failed_with("empty")
         run("evaluate", bundle.path, tmp_path / "none").failed_with("none")
+
+
+class TestOneShot:
+    def test_runs_are_drawn_and_scored(self, run: Run, bundle: Bundle, tmp_path: Path) -> None:
+        for alphabet, character, drawing in np.ndindex(2, 3, 2):
+            file = tmp_path / f"all/alphabet{alphabet}/character{character}/{drawing}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), 40 * (1 + character) + drawing).save(file)
+        drawn = run("one-shot", "draw", tmp_path / "all", "--out", tmp_path / "runs", "--ways", 3, "--runs", 2)
+        assert drawn.out == f"wrote 2 runs of 3 ways to {tmp_path / 'runs'}\n"
+        scored = json.loads(run("one-shot", "score", bundle.path, tmp_path / "runs", "--json").out)
+        assert set(scored["run_errors"]) == {"run01", "run02"}
+        assert scored["error"] == np.mean(list(scored["run_errors"].values()))
+        assert "3-way error" in run("one-shot", "score", bundle.path, tmp_path / "runs").out
+        run("one-shot", "draw", tmp_path / "all", "--out", tmp_path / "runs", "--ways", 3).failed_with("exists")
+        run("one-shot", "draw", tmp_path / "all", "--out", tmp_path / "more").failed_with("ask for fewer ways")
+        run("one-shot", "score", bundle.path, tmp_path / "all").failed_with("class_labels.txt")
 
 
 class TestHealth:

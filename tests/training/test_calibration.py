@@ -13,9 +13,17 @@ from embedding.calibration import Calibration
 from embedding.decision import distance
 from embedding.errors import InvalidDataset
 from training import calibration as module
-from training.bounds import across_variance, far_upper_bounds, frr_upper_bounds, upper_bound, within_variance
-from training.calibration import calibrate, fit_match_probability, promised_versus_realised
+from training.bounds import (
+    across_variance,
+    far_upper_bounds,
+    frr_upper_bounds,
+    group_across_variance,
+    upper_bound,
+    within_variance,
+)
+from training.calibration import calibrate, promised_versus_realised
 from training.pairs import PairTable, distance_block, held_out, measure_pairs
+from training.probability import Distances, fit_logistic
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -74,7 +82,7 @@ def test_named_points_are_rows_and_keep_their_names() -> None:
 def test_probability_equals_scikit_learns_at_equal_priors() -> None:
     emb, labels = random_effects(20, 6)
     matching, impostor = decided_pairs(emb, labels)
-    fitted = fit_match_probability(np.sort(matching), np.sort(impostor))
+    fitted = fit_logistic(Distances.of(matching), Distances.of(impostor))
     m, n = len(matching), len(impostor)
     dist = np.concatenate([matching, impostor] * 2)[:, None]
     is_match = np.repeat([True, False], m + n)
@@ -201,6 +209,86 @@ def test_closed_form_variance_equals_the_bootstraps() -> None:
     is_far = distance_block(emb, emb) > thresholds[2]
     assert far_erring[2] == np.count_nonzero(np.triu(member.T @ ~is_far @ member, k=1))
     assert frr_erring[2] == np.count_nonzero(np.diag(member.T @ is_far @ member))
+
+
+def alphabets(groups: int, *, characters: int = 6, images: int = 4, seed: int = 0) -> tuple[Array, Labels, Labels]:
+    """Identities of super-classes, some of which have characters far more alike than others."""
+    rng = np.random.default_rng(seed)
+    unlike = np.exp(0.5 * rng.normal(size=(groups, 1, 1, 1)))
+    centres = 1 + unlike * rng.normal(size=(groups, characters, 1, 8))
+    emb = centres + 0.4 * rng.normal(size=(groups, characters, images, 8))
+    emb = emb.reshape(-1, 8) / np.linalg.norm(emb.reshape(-1, 8), axis=1, keepdims=True)
+    labels = np.repeat(np.arange(groups * characters), images)
+    return emb.astype(np.float32), labels, labels // characters
+
+
+def test_closed_form_variance_of_super_classes_equals_the_bootstraps() -> None:
+    emb, labels, groups = alphabets(12)
+    kept = np.random.default_rng(1).random(len(emb)) < 0.8
+    emb, labels, groups = emb[kept], labels[kept], groups[kept]
+    order = np.random.default_rng(2).permutation(len(emb))
+    table = measure_pairs(held_out(emb[order], labels[order]), max_items=999, seed=0, groups_N=groups[order])
+    assert table.groups is not None
+    assert np.diff(table.groups).min() >= 0
+    member = np.eye(12)[groups]
+    is_match = labels[:, None] == labels
+    upper = np.triu(np.ones(is_match.shape, dtype=bool), k=1)
+    for threshold in (0.5, 0.8):
+        accepted = distance_block(emb, emb) <= threshold
+        hits, pairs = (member.T @ (which & ~is_match & upper) @ member for which in (accepted, np.ones_like(accepted)))
+        misses, within = (
+            np.diag(member.T @ (which & is_match & upper) @ member) for which in (~accepted, np.ones_like(accepted))
+        )
+        rng, far, frr = np.random.default_rng(0), [], []
+        for weight in rng.multinomial(12, np.full(12, 1 / 12), size=4000):
+            between = np.outer(weight, weight) - np.diag(weight**2) + np.diag(weight)
+            far.append((between * hits).sum() / (between * pairs).sum())
+            frr.append((weight @ misses) / (weight @ within))
+        thresholds = np.array([threshold], dtype=np.float32)
+        far_rate, frr_rate = np.array([hits.sum() / pairs.sum()]), np.array([misses.sum() / within.sum()])
+        far_variance, far_erring = group_across_variance(table, table.groups, thresholds, far_rate)
+        frr_variance, frr_erring = within_variance(table, thresholds, frr_rate, groups_G=table.groups)
+        assert np.sqrt([far_variance[0], frr_variance[0]]) == pytest.approx([np.std(far), np.std(frr)], rel=0.2)
+        assert far_erring[0] == np.count_nonzero(np.triu(hits + hits.T))
+        assert frr_erring[0] == np.count_nonzero(misses)
+
+
+def test_super_classes_of_one_identity_are_the_identities() -> None:
+    emb, labels = random_effects(15, 4)
+    single = measure_pairs(held_out(emb, labels), max_items=999, seed=0, groups_N=labels)
+    thresholds = np.array([0.5, 0.7, 1.0], dtype=np.float32)
+    rate = np.searchsorted(single.impostor, thresholds, "right") / len(single.impostor)
+    assert single.groups is not None
+    expected = across_variance(single, thresholds, rate)
+    for ours, theirs in zip(group_across_variance(single, single.groups, thresholds, rate), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs)
+    grouped, plain = (
+        calibrate(emb, labels, protocol="identity-disjoint", groups_N=groups) for groups in (labels, None)
+    )
+    for name in ("far_upper95", "frr_upper95"):
+        assert [getattr(row, name) for row in grouped.curve] == pytest.approx(
+            [getattr(row, name) for row in plain.curve]
+        )
+
+
+def test_bounds_hold_for_unseen_super_classes() -> None:
+    """120 calibrations on 5 super-classes each: resampling identities would promise too much."""
+    thresholds = np.array([0.3, 0.6, 0.9], dtype=np.float32)
+
+    def table(seed: int) -> PairTable:
+        emb, labels, groups = alphabets(5, characters=20, images=2, seed=seed)
+        return measure_pairs(held_out(emb, labels), max_items=999, seed=0, groups_N=groups)
+
+    tables = [table(seed) for seed in range(120)]
+    true_far = np.mean([np.searchsorted(each.impostor, thresholds, "right") / len(each.impostor) for each in tables], 0)
+    covered, covered_by_identities = [], []
+    for each in tables:
+        by_identities = PairTable(each.sizes, each.distances)
+        covered.append(far_upper_bounds(each, thresholds) >= true_far)
+        covered_by_identities.append(far_upper_bounds(by_identities, thresholds) >= true_far)
+        assert (frr_upper_bounds(each, thresholds) >= frr_upper_bounds(by_identities, thresholds)).all()
+    assert (np.mean(covered, axis=0) >= 0.9).all()
+    assert (np.mean(covered_by_identities, axis=0) < 0.85).all()
 
 
 def test_bounds_hold_for_the_population_and_for_other_identities() -> None:

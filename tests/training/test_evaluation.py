@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from embedding.decision import distances
 from embedding.errors import InvalidDataset, InvalidVector
@@ -44,7 +44,14 @@ def all_pairs(emb: Array, labels: Labels) -> tuple[Array, NDArray[np.bool_]]:
 
 def naive_retrieval(queries: Array, query_labels: Labels, gallery: Array, gallery_labels: Labels, itself: bool) -> dict:
     """Textbook definitions, one query at a time; only for data without ties."""
-    values: dict[str, list[float]] = {"recall@1": [], "recall@5": [], "recall@10": [], "R-precision": [], "MAP@R": []}
+    values: dict[str, list[float]] = {
+        "recall@1": [],
+        "recall@5": [],
+        "recall@10": [],
+        "R-precision": [],
+        "MAP@R": [],
+        "mAP": [],
+    }
     for row, query in enumerate(queries):
         candidates = [k for k in range(len(gallery)) if not (itself and k == row)]
         candidates.sort(key=lambda k: float(np.linalg.norm(query.astype(float) - gallery[k])))
@@ -55,6 +62,7 @@ def naive_retrieval(queries: Array, query_labels: Labels, gallery: Array, galler
         for k in (1, 5, 10):
             values[f"recall@{k}"].append(float(any(hits[:k])))
         values["R-precision"].append(sum(hits[:total]) / total)
+        values["mAP"].append(average_precision_score(hits, -np.arange(len(hits))))
         values["MAP@R"].append(sum(sum(hits[: i + 1]) / (i + 1) for i in range(total) if hits[i]) / total)
     return {name: float(np.mean(each)) for name, each in values.items()}
 
@@ -129,6 +137,27 @@ def test_streamed_counts_agree_with_exact_ones(monkeypatch: pytest.MonkeyPatch) 
     assert exact.resolution == exact.area_error == 0
     assert abs(streamed.area - exact.area) <= streamed.area_error + 1e-12
     assert streamed.area_error < 1e-6
+    assert exact.equal_error_rate_error == 0
+    assert abs(streamed.equal_error_rate - exact.equal_error_rate) <= streamed.equal_error_rate_error + 1e-12
+
+
+def test_stated_errors_of_coarse_counts_hold_and_are_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    emb, labels = noisy_identities([5, 40, 30, 20, 1])
+    exact = verification_curve(held_out(emb, labels))
+    monkeypatch.setattr(evaluation, "EXACT_PAIRS", 0)
+    for bins in (4, 16, 64):
+        monkeypatch.setattr(evaluation, "_BINS_PER_UNIT", bins)
+        coarse = verification_curve(held_out(emb, labels))
+        assert 0 < abs(coarse.area - exact.area) <= coarse.area_error < 0.2
+        assert 0 < abs(coarse.equal_error_rate - exact.equal_error_rate) <= coarse.equal_error_rate_error < 0.3
+
+
+def test_streamed_counts_are_those_of_each_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    emb, labels = noisy_identities([5, 40, 30, 20, 1])
+    data = held_out(emb, labels)
+    exact = verification_curve(data)
+    monkeypatch.setattr(evaluation, "EXACT_PAIRS", 0)
+    streamed = verification_curve(data)
     at = np.searchsorted(exact.thresholds, streamed.thresholds, side="right") - 1
     np.testing.assert_array_equal(streamed.matching, exact.matching[at])
     np.testing.assert_array_equal(streamed.impostor, exact.impostor[at])
@@ -142,6 +171,7 @@ def test_a_collapsed_model_is_not_flattered() -> None:
     emb[:, 0] = 1
     metrics = evaluate(emb, np.repeat(np.arange(4), 5)).metrics()
     assert metrics["recall@10"] == metrics["MAP@R"] == 0
+    assert metrics["mAP"] == pytest.approx(np.mean(np.arange(1, 5) / np.arange(16, 20))), "all matches come last"
     assert metrics["ROC AUC"] == metrics["EER"] == 0.5
 
 

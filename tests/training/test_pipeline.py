@@ -10,13 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
 
 from embedding.bundle import Bundle
 from embedding.decision import distance
 from embedding.encoder import Encoder
 from embedding.errors import AlreadyExists, InvalidDataset, LookalikeError
 from training.config import Recipe, parse_recipe
+from training.datasets import load
 from training.pipeline import evaluate, train
+from training.splits import split
 
 RECIPE = """
 name = "shapes"
@@ -29,12 +32,16 @@ sampling = {identities_per_batch = 6, images_per_identity = 4}
 loss = {name = "supervised-contrastive"}
 optimizer = {learning_rate = 5e-3, warmup_steps = 5}
 training = {steps = 40, checkpoint_every = 20}
+[[evaluation.search]]
+name = "later to first"
+query = "*/[1-5].png"
+gallery = "*/0.png"
 """
 
 
-def draw_shapes(root: Path, *, identities: int = 12, images: int = 6) -> None:
+def draw_shapes(root: Path, *, identities: int = 12, images: int = 6, seed: int = 0) -> None:
     """Each identity is a colour; its images differ in where the square stands and in noise."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for identity in range(identities):
         (root / f"colour-{identity:02}").mkdir(parents=True)
         colour = rng.integers(0, 256, 3)
@@ -84,6 +91,94 @@ def test_the_lineage_and_the_card_say_where_it_comes_from(trained: Bundle) -> No
     assert parse_recipe(card.split("```toml")[1].split("```")[0]) == parse_recipe(RECIPE)
 
 
+def test_the_recipes_search_is_measured_on_the_test_side_and_repeated_by_evaluate(trained: Bundle, data: Path) -> None:
+    at_training, card = trained.lineage.metrics["later to first: recall@1"], (trained.path / "README.md").read_text()
+    assert isinstance(at_training, float)
+    row = next(line for line in card.split("## Searches of one part")[1].splitlines() if "recall@1 |" in line)
+    assert row == f"| recall@1 | {at_training:.4f} |"
+    assert "| queries | 15 |\n| gallery | 3 |" in card
+    report = evaluate(trained, data / "shapes", device="cpu", console=Console(quiet=True))
+    files = sorted((data / "shapes").glob("*/*.png"))
+    emb = Encoder(trained, device="cpu").encode([file.read_bytes() for file in files])
+    gallery = [row for row, file in enumerate(files) if file.name == "0.png"]
+    nearest = {
+        row: min(gallery, key=lambda item: distance(emb[row], emb[item]))
+        for row, file in enumerate(files)
+        if file.name != "0.png"
+    }
+    hits = [files[row].parent == files[item].parent for row, item in nearest.items()]
+    assert report.metrics()["later to first: recall@1"] == pytest.approx(np.mean(hits))
+
+
+def test_evaluate_searches_a_gallery_of_further_images(trained: Bundle, data: Path, tmp_path: Path) -> None:
+    for identity in range(12):
+        picture = Path(f"colour-{identity:02}", "0.png")
+        (tmp_path / picture).parent.mkdir()
+        (tmp_path / picture).write_bytes((data / "shapes" / picture).read_bytes())
+    report = evaluate(trained, data / "shapes", gallery=tmp_path, device="cpu", console=Console(quiet=True))
+    search = report.searches["images in gallery"]
+    assert (search.retrieval.queries, search.retrieval.gallery) == (72, 12)
+    assert search.verification.matching_pairs == 72
+
+
+def test_a_closed_set_is_probed_from_its_training_side_and_says_so(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes", identities=6, images=9)
+    draw_shapes(tmp_path / "shapes/a-few", identities=1, images=3)  # too few for three sides: they train only
+    text = RECIPE.replace("identity-disjoint", "closed-set").replace("steps = 40", "steps = 5")
+    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
+    bundle = train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
+    images = load(recipe.data, data_root=tmp_path, preprocessing=recipe.preprocessing)
+    sides = split(images, recipe.split)
+    assert 0 in images.labels_N[sides.train_N]
+    assert 0 not in images.labels_N[sides.test_N]
+    encoder = Encoder(bundle, device="cpu")
+    known, asked = (
+        (encoder.encode_pixels(images.pixels(rows, recipe.preprocessing)), images.labels_N[rows])
+        for rows in (sides.train_N[images.labels_N[sides.train_N] > 0], sides.test_N)
+    )
+    metrics = bundle.lineage.metrics
+    nearest = [np.argsort([distance(row, other) for other in known[0]])[:5] for row in asked[0]]
+    votes = [known[1][rows].tolist() for rows in nearest]
+    winners = [max(each, key=lambda one: (each.count(one), -each.index(one))) for each in votes]
+    assert metrics["5-nearest-neighbour accuracy"] == pytest.approx((np.array(winners) == asked[1]).mean())
+    probe = LogisticRegression(max_iter=2000).fit(known[0] * np.sqrt(8), known[1])
+    assert metrics["linear probe accuracy"] == pytest.approx(probe.score(asked[0] * np.sqrt(8), asked[1]))
+    report = evaluate(bundle, tmp_path / "shapes", device="cpu", console=Console(quiet=True))
+    assert "closed set" in dict(report.rows())["promised for"]
+
+
+def test_a_split_by_super_class_has_bounds_that_resample_super_classes(tmp_path: Path) -> None:
+    for super_class in range(8):
+        draw_shapes(tmp_path / f"shapes/{super_class}", identities=3, images=3, seed=super_class)
+    text = RECIPE.replace("test = 0.25}", 'test = 0.25, by = "super"}').replace("steps = 40", "steps = 5")
+    bundles = []
+    for name, by in (("super", "super"), ("identity", "identity")):
+        recipe = parse_recipe(text.replace('by = "super"', f'by = "{by}"'))
+        bundles.append(
+            train(recipe, out=tmp_path / name, data_root=tmp_path, device="cpu", console=Console(quiet=True))
+        )
+    by_super, by_identity = (bundle.calibration for bundle in bundles)
+    assert by_super.identities == by_identity.identities == 6
+    # Two super-classes of three identities are far weaker evidence than six identities.
+    at = [known.rates_at(known.threshold_for_far(0.1)) for known in (by_super, by_identity)]
+    assert at[0].far_upper95 > 0.9 > at[1].far_upper95
+
+
+def test_a_search_that_finds_nothing_is_refused_before_training_and_told_by_evaluate(
+    trained: Bundle, data: Path, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(RECIPE.replace('gallery = "*/0.png"', 'gallery = "*/0.jpg"'))
+    with pytest.raises(InvalidDataset, match=r"none of 18 images has a name like '\*/0.jpg', the first is colour-"):
+        train(recipe, out=tmp_path / "b", data_root=data, device="cpu", console=Console(quiet=True))
+    draw_shapes(tmp_path / "other")
+    for first in tmp_path.glob("other/*/0.png"):
+        first.unlink()
+    said = io.StringIO()
+    report = evaluate(trained, tmp_path / "other", device="cpu", console=Console(file=said))
+    assert "not measured: the search 'later to first': none of 60 images" in said.getvalue()
+    assert not report.searches
+
+
 def test_checkpoints_are_gone_once_the_bundle_stands(trained: Bundle) -> None:
     assert [path.name for path in trained.path.parent.iterdir()] == ["shapes"]
 
@@ -110,15 +205,15 @@ def test_evaluate_measures_with_the_served_distances(trained: Bundle, data: Path
     (promise,) = (promise for promise in report.promises if promise.target_far == 0.1)
     assert promise.realised_far == pytest.approx((dist[~is_match] <= np.float32(promise.threshold)).mean())
     assert promise.realised_frr == pytest.approx((dist[is_match] > np.float32(promise.threshold)).mean())
-    assert (report.images, report.identities) == (72, 12)
-    assert dict(report.rows())["identities"] == "12"
-    assert report.json()["metrics"] == dict(report.metrics)
+    assert dict(report.rows())["images"] == "72"
+    assert report.json()["identities"] == 12
+    assert report.json()["metrics"] == report.metrics()
 
 
 def test_identities_of_super_classes_are_measured_by_one_shot(trained: Bundle, tmp_path: Path) -> None:
     draw_shapes(tmp_path / "colours", identities=20, images=3)
     report = evaluate(trained, tmp_path, device="cpu", console=Console(quiet=True))
-    accuracy = report.metrics["20-way one-shot accuracy within super-classes"]
+    accuracy = report.metrics()["20-way one-shot accuracy, images by lot"]
     assert accuracy is not None
     assert 0.2 < accuracy <= 1  # chance is 0.05
 

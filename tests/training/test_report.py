@@ -13,9 +13,10 @@ from PIL import Image
 from sklearn.calibration import calibration_curve
 
 from embedding.calibration import Calibration, MatchProbability
-from training import report
+from training import evaluation, report
 from training.calibration import calibrate
 from training.evaluation import evaluate, verification_curve
+from training.measurement import measure
 from training.pairs import HeldOut, distance_block, held_out
 from training.reliability import reliability
 from training.report import model_card, worst_pairs
@@ -50,10 +51,7 @@ def card_of(
         name="digits-3fa9c1d2e4b7",
         recipe_text='[network]\nname = "small_cnn"  # {braces} and | bars',
         facts={"data": "8×8 digits | grey", "split": "by identity, seed 0"},
-        evaluation=evaluate(test.embeddings, test.identities),
-        calibration=calibration,
-        test_emb_ND=test.embeddings,
-        test_labels_N=test.identities,
+        measurement=measure(test.embeddings, test.identities, calibration),
         image_of=image_of,
         identity_names=names,
     )
@@ -87,6 +85,22 @@ def test_card_holds_every_metric_and_every_picture_and_comes_out_the_same_again(
         assert min(image.size) > 300
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 50, "not blank"
     assert card_of(test) == files
+
+
+@pytest.mark.usefixtures("text_only")
+def test_the_error_of_streamed_counts_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "counted to within" not in card_of(identities(10, 4))["README.md"].decode()
+    monkeypatch.setattr(evaluation, "EXACT_PAIRS", 0)
+    text = card_of(identities(10, 4))["README.md"].decode()
+    assert re.search(r"counted to within 1.9e-06 of distance: .* right to \de[+-]\d\d", text)
+
+
+@pytest.mark.usefixtures("text_only")
+def test_searches_and_larger_galleries_have_their_tables() -> None:
+    text = card_of(identities(25, 5))["README.md"].decode()
+    assert re.search(r"\| `learned-margin` \| 100 \| [\d.]+ % \| [\d.]+ % \| [\d.]+ % \|", text)
+    assert "| `far-1e-3` | 10,000 |" in text
+    assert "## Searches of one part" not in text
 
 
 @pytest.mark.usefixtures("text_only")

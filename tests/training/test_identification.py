@@ -1,0 +1,83 @@
+"""1:N: closed forms against enumeration, and predictions against galleries that are really searched."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.calibration import calibrate
+from training.identification import expected_over_galleries, false_identification_rate, identification_table
+from training.pairs import HeldOut, distance_block, held_out
+
+
+def population(identities: int, images: int, *, seed: int, variety: float = 0.5) -> HeldOut:
+    """Identities with a centre and a spread of their own, so that some are taken for others far more easily."""
+    rng = np.random.default_rng(seed)
+    centres = np.repeat(rng.normal(size=(identities, 8)), images, axis=0)
+    spreads = np.repeat(0.5 * np.exp(variety * rng.normal(size=(identities, 1))), images, axis=0)
+    emb = centres + spreads * rng.normal(size=centres.shape)
+    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
+    return held_out(emb, np.repeat(np.arange(identities), images))
+
+
+@pytest.mark.parametrize("gallery", [1, 2, 3, 5])
+def test_mean_over_galleries_equals_enumeration(gallery: int) -> None:
+    items, accepted = np.array([5, 6, 6, 5]), np.array([0, 1, 3, 5])
+    expected = [
+        np.mean([any(item < a for item in drawn) for drawn in combinations(range(n), gallery)])
+        for n, a in zip(items, accepted, strict=True)
+    ]
+    assert expected_over_galleries(accepted, items, gallery) == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+@given(st.floats(0, 1), st.integers(1, 10**7))
+def test_prediction_is_that_of_independent_comparisons(far: float, gallery: int) -> None:
+    rate = false_identification_rate(far, gallery)
+    assert 0 <= rate <= 1
+    assert rate == pytest.approx(1 - (1 - far) ** gallery, abs=1e-9)
+    assert false_identification_rate(far, gallery + 1) >= rate
+    assert false_identification_rate(far, 1) == pytest.approx(far, abs=1e-15)
+
+
+def test_small_rates_do_not_vanish() -> None:
+    assert false_identification_rate(1e-18, 10) == pytest.approx(1e-17)
+
+
+def test_measured_equals_searches_of_drawn_galleries() -> None:
+    calibrated, test = population(30, 6, seed=1), population(30, 6, seed=2)
+    calibration = calibrate(calibrated.embeddings, calibrated.identities, protocol="identity-disjoint")
+    rows = identification_table(calibration, test)
+    assert [row.gallery for row in rows] == [1, 10, 100, 1000, 10_000] * 2  # 174 items of other identities
+    assert {row.point for row in rows} == {"learned-margin", "far-1e-3"}
+    rng = np.random.default_rng(0)
+    dist = distance_block(test.embeddings, test.embeddings)
+    for row in rows:
+        if row.gallery > 100:
+            assert row.measured is None
+            continue
+        falsely = []
+        for query, identity in enumerate(test.identities):
+            others = np.flatnonzero(test.identities != identity)
+            drawn = rng.permuted(np.tile(others, (200, 1)), axis=1)[:, : row.gallery]
+            falsely.append((dist[query, drawn].min(axis=1) <= np.float32(row.threshold)).mean())
+        assert row.measured == pytest.approx(np.mean(falsely), abs=0.01)
+
+
+def test_a_gallery_of_one_errs_as_a_comparison_does() -> None:
+    data = population(30, 5, seed=3)
+    calibration = calibrate(data.embeddings, data.identities, protocol="identity-disjoint")
+    for row in identification_table(calibration, data):
+        if row.gallery == 1:
+            assert row.measured == pytest.approx(row.predicted)
+
+
+def test_prediction_is_cautious_where_queries_differ() -> None:
+    items = np.full(1000, 100_000)
+    alike, uneven = np.full(1000, 100), np.repeat([0, 200], 500)
+    predicted = false_identification_rate(100 / 100_000, 500)
+    assert expected_over_galleries(alike, items, 500) == pytest.approx(predicted, rel=0.01)
+    assert expected_over_galleries(uneven, items, 500) < 0.85 * predicted
