@@ -38,7 +38,7 @@ from training.checkpoint import (
 )
 from training.config import Recipe
 from training.datasets import ImageSet
-from training.losses import build_loss
+from training.losses_build import build_loss
 from training.monitor import CollapseWatch, Meter
 from training.precision import autocast_dtype
 from training.prefetch import prefetched
@@ -98,10 +98,15 @@ class Trainer:
         self._augment = Augmenter(recipe.augmentation, generator=self._generator)
         self._mean_C11 = torch.tensor(recipe.preprocessing.mean, device=self.device).reshape(-1, 1, 1)
         self._std_C11 = torch.tensor(recipe.preprocessing.std, device=self.device).reshape(-1, 1, 1)
-        self._loss = build_loss(recipe.loss)
         # Exact distances need float64, which MPS lacks; a batch of embeddings is small enough to move.
         self._loss_device = torch.device("cpu") if self.device.type == "mps" else self.device
-        self._optimizer = build_optimizer(self.network.named_parameters(), recipe.optimizer)
+        self._loss = build_loss(
+            recipe.loss,
+            identities=int(self._train_set.labels_N.max()) + 1,
+            width=recipe.network.embedding_dim,
+            seed=recipe.seed,
+        ).to(self._loss_device)
+        self._optimizer = build_optimizer(self.network, self._loss, recipe.optimizer)
         self._autocast_dtype = autocast_dtype(recipe.training.precision, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._autocast_dtype is torch.float16)
         decay = recipe.training.ema_decay
@@ -126,6 +131,7 @@ class Trainer:
         if self._average is not None:
             self.network.load_state_dict(self._average.module.state_dict())
         self.network.requires_grad_(True).eval()
+        self._result.learned = dict(self._loss.learned())
         return self._result
 
     def _loop(self) -> None:
@@ -237,6 +243,7 @@ class Trainer:
     def _save(self, folder: Path) -> None:
         tensors = with_prefix("network.", self.network.state_dict())
         tensors |= with_prefix("optimizer.", optimizer_tensors(self._optimizer))
+        tensors |= with_prefix("loss.", self._loss.state_dict())
         if self._average is not None:
             tensors |= with_prefix("average.", self._average.state_dict())
         state = {"run": self._run(), "result": self._result.to_json(), "scaler": self._scaler.state_dict()}
@@ -252,6 +259,7 @@ class Trainer:
                 field=changed[0],
             )
         self.network.load_state_dict(without_prefix("network.", tensors))
+        self._loss.load_state_dict(without_prefix("loss.", tensors))
         load_optimizer_tensors(self._optimizer, without_prefix("optimizer.", tensors))
         if self._average is not None:
             self._average.load_state_dict(without_prefix("average.", tensors))
