@@ -237,6 +237,9 @@ class SamplingConfig(Section):
     """P; at most the number of training identities."""
     images_per_identity: Annotated[int, Field(ge=2, le=512)] = 4
     """K; an identity with fewer images repeats some."""
+    by: Literal["identity", "super"] = "identity"
+    """With "super", a batch takes its identities from one super-class (the first folder of ALPHABET/character) as far
+    as it has enough: harder non-matches."""
     turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""

@@ -38,7 +38,8 @@ def euclidean_rows(a_TD: Tensor, b_TD: Tensor) -> Tensor:
 
 def weighted_differences(weight_AR: Tensor, a_AD: Tensor, b_RD: Tensor) -> Tensor:
     """Σ_r w_ar·(a_a − b_r), [A, D]: the gradient of a loss with respect to a when its slope by d is w·d."""
-    if weight_AR.numel() and not weight_AR.abs().amax() <= _STEEP:
+    least, most = weight_AR.aminmax()
+    if not (least >= -_STEEP and most <= _STEEP):
         weight_AR, a_AD, b_RD = weight_AR.double(), a_AD.double(), b_RD.double()
     pull_AD: Tensor = weight_AR.sum(1, keepdim=True) * a_AD
     return pull_AD.addmm_(weight_AR, b_RD, alpha=-1)

@@ -70,13 +70,18 @@ class Comparison:
     @cached_property
     def positive_AR(self) -> Tensor:
         """`is_positive_AR` as 0 and 1, to multiply with: several times faster than choosing by booleans."""
-        return self.is_positive_AR.to(self.emb_AD.dtype)
+        positive_AR = self._is_match_AR.to(self.emb_AD.dtype)
+        return positive_AR.fill_diagonal_(0) if self.is_within else positive_AR
 
     @cached_property
-    def negatives(self) -> Tensor:
-        """Number of non-matching pairs."""
-        pairs = self._is_match_AR.numel() - (len(self.emb_AD) if self.is_within else 0)
-        return pairs - self.positive_AR.sum(dtype=torch.float64)
+    def positives_A(self) -> Tensor:
+        """Number of positives of each anchor, in the dtype of the embeddings."""
+        return self.positive_AR.sum(1)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs, matching or not; both orders of two images of a batch count."""
+        return self._is_match_AR.numel() - (len(self.emb_AD) if self.is_within else 0)
 
     @cached_property
     def dist_AR(self) -> Tensor:
@@ -108,9 +113,11 @@ class Comparison:
             return LossOutput(loss, active_fraction.detach(), *self._mean_distances(dist_AR))
 
     def _mean_distances(self, dist_AR: Tensor) -> tuple[Tensor, Tensor]:
-        of_positives = (dist_AR * self.positive_AR).sum(dtype=torch.float64)
-        of_negatives = dist_AR.sum(dtype=torch.float64) - of_positives
-        return of_positives / self.positive_AR.sum(dtype=torch.float64), of_negatives / self.negatives
+        # Sums of rows first: one sum over a whole matrix in float64 would copy it.
+        positives = self.positives_A.sum(dtype=torch.float64)
+        of_positives = torch.linalg.vecdot(dist_AR, self.positive_AR).sum(dtype=torch.float64)
+        of_negatives = dist_AR.sum(1).sum(dtype=torch.float64) - of_positives
+        return of_positives / positives, of_negatives / (self.pairs - positives)
 
 
 class MetricLoss(nn.Module, ABC):

@@ -69,22 +69,22 @@ class _Contrastive(PairLoss):
         learns = wants_gradient(emb_AD)
         with torch.no_grad():
             dist_AR, positive_AR = comparison.dist_AR, comparison.positive_AR
-            pairs = max(dist_AR.numel() - (len(dist_AR) if is_within else 0), 1)
-            matching_AR = dist_AR * positive_AR
+            share = self._scale / max(comparison.pairs, 1)
             hinge_AR = self._hinge(dist_AR)
             hinge_AR.addcmul_(hinge_AR, positive_AR, value=-1)
             if is_within:
                 hinge_AR.fill_diagonal_(0)
+            matching_AR = dist_AR * positive_AR
             active = matching_AR.count_nonzero() + hinge_AR.count_nonzero()
-            total = matching_AR.mul_(dist_AR).sum(dtype=torch.float64) + self._repulsion(hinge_AR)
-            loss = (self._scale / pairs * total).to(dist_AR.dtype)
+            total_A = torch.linalg.vecdot(matching_AR, dist_AR) + self._repulsion(hinge_AR)
+            loss = (share * total_A.sum(dtype=torch.float64)).to(dist_AR.dtype)
             grad_AD = None
             if learns:
-                weight_AR = positive_AR - self._push(hinge_AR, dist_AR)
+                weight_AR = torch.sub(positive_AR, self._push(hinge_AR, dist_AR), out=matching_AR)
                 # Within a batch each image is an anchor and a reference, of the same symmetric weights.
-                factor = self._scale / pairs * (4 if is_within else 2)
+                factor = share * (4 if is_within else 2)
                 grad_AD = weighted_differences(weight_AR, emb_AD, comparison.references_RD).mul_(factor)
-        return comparison.output(with_gradient(loss, emb_AD, grad_AD), active / pairs)
+        return comparison.output(with_gradient(loss, emb_AD, grad_AD), active / max(comparison.pairs, 1))
 
     @abstractmethod
     def _hinge(self, dist_AR: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _Contrastive(PairLoss):
 
     @abstractmethod
     def _repulsion(self, hinge_AR: Tensor) -> Tensor:
-        """The sum of the terms of non-matching pairs; float64."""
+        """The sum of the terms of non-matching pairs, by anchor [A]."""
 
     @abstractmethod
     def _push(self, hinge_AR: Tensor, dist_AR: Tensor) -> Tensor:
@@ -109,10 +109,11 @@ class ContrastiveLoss(_Contrastive):
         return (self.margin - dist_AR).relu_()
 
     def _repulsion(self, hinge_AR: Tensor) -> Tensor:
-        return hinge_AR.square().sum(dtype=torch.float64)
+        repulsion_A: Tensor = torch.linalg.vecdot(hinge_AR, hinge_AR)
+        return repulsion_A
 
     def _push(self, hinge_AR: Tensor, dist_AR: Tensor) -> Tensor:
-        return hinge_AR.div_(F.threshold(dist_AR, 0, torch.inf))
+        return hinge_AR.div_(torch.threshold(dist_AR, 0, torch.inf))
 
 
 class ContrastiveWithoutHalfLoss(ContrastiveLoss):
@@ -132,7 +133,7 @@ class SquaredMarginContrastiveLoss(_Contrastive):
         return (self.margin - dist_AR.square()).relu_()
 
     def _repulsion(self, hinge_AR: Tensor) -> Tensor:
-        return hinge_AR.sum(dtype=torch.float64)
+        return hinge_AR.sum(1)
 
     def _push(self, hinge_AR: Tensor, dist_AR: Tensor) -> Tensor:
         return hinge_AR.sign_()
@@ -168,10 +169,10 @@ class MarginLoss(PairLoss):
         beta_A = beta_I.expand(len(comparison.emb_AD)) if len(beta_I) == 1 else beta_I[comparison.labels_A]
         if self.mining == "all":
             hinge_AR = margin_hinges(comparison.dist_AR, comparison.is_positive_AR, beta_A[:, None], margin=self.margin)
-            pairs = hinge_AR.numel()
             if comparison.is_within:
-                hinge_AR, pairs = hinge_AR - hinge_AR.diagonal().diag(), pairs - len(hinge_AR)
-            loss, active = hinge_AR.sum() / max(pairs, 1), hinge_AR.count_nonzero() / max(pairs, 1)
+                hinge_AR = hinge_AR - hinge_AR.diagonal().diag()
+            pairs = max(comparison.pairs, 1)
+            loss, active = hinge_AR.sum() / pairs, hinge_AR.count_nonzero() / pairs
         else:
             hinge_P = self._mined_hinges(comparison, beta_A)
             loss, active = mean(hinge_P), hinge_P.count_nonzero() / max(len(hinge_P), 1)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.losses import Comparison, LossOutput, PairLoss, checked, mean
+from training.cosines import CosineLoss, chosen_, softmax_
+from training.losses import Comparison, checked, mean
 from training.mining import multi_similarity
 
 
@@ -59,7 +60,7 @@ def masked_logsumexp(logits_AR: Tensor, chosen_AR: Tensor) -> Tensor:
     return logits_AR.where(chosen_AR, torch.finfo(logits_AR.dtype).min).logsumexp(1)
 
 
-class MultiSimilarityLoss(PairLoss):
+class MultiSimilarityLoss(CosineLoss):
     """`multi_similarity_loss` of a batch; a term is an anchor, active when it has a chosen positive.
 
     epsilon: which pairs are chosen (`mining.multi_similarity`); None for all.
@@ -74,20 +75,22 @@ class MultiSimilarityLoss(PairLoss):
         self.base = checked("base", base, -1, 1, unit=", the range of cosines")
         self.epsilon = epsilon
 
-    def compare(self, comparison: Comparison) -> LossOutput:
-        cosine_AR = comparison.cosine_AR
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positives_AR, negatives_AR = comparison.is_positive_AR, comparison.is_negative_AR
         if self.epsilon is not None:
-            positives_AR, negatives_AR = multi_similarity(
-                cosine_AR.detach(), positives_AR, negatives_AR, epsilon=self.epsilon
-            )
-        loss = multi_similarity_loss(
-            cosine_AR, positives_AR, negatives_AR, alpha=self.alpha, beta=self.beta, base=self.base
-        )
-        return comparison.cosine_output(loss, mean(positives_AR.any(1).float()), cosine_AR)
+            positives_AR, negatives_AR = multi_similarity(cosine_AR, positives_AR, negatives_AR, epsilon=self.epsilon)
+        has_positive_A = positives_AR.any(1)
+        share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
+        beyond_AR = cosine_AR - self.base
+        pull_A, softmax_AR = softmax_(chosen_(-self.alpha * beyond_AR, positives_AR))
+        push_A, slope_AR = softmax_(chosen_(beyond_AR.mul_(self.beta), negatives_AR))
+        loss = (share_A * (F.softplus(pull_A) / self.alpha + F.softplus(push_A) / self.beta)).sum()
+        slope_AR.mul_((share_A * push_A.sigmoid())[:, None])
+        slope_AR.addcmul_(softmax_AR, (share_A * pull_A.sigmoid())[:, None], value=-1)
+        return loss, mean(has_positive_A.float()), slope_AR
 
 
-class CircleLoss(PairLoss):
+class CircleLoss(CosineLoss):
     """`circle_loss` of a batch; a term is an anchor, active when it has a positive and a negative."""
 
     def __init__(self, *, margin: float = 0.4, scale: float = 80.0) -> None:
@@ -95,8 +98,14 @@ class CircleLoss(PairLoss):
         self.margin = checked("margin", margin, 0, 1)
         self.scale = checked("scale", scale, 0, 1000)
 
-    def compare(self, comparison: Comparison) -> LossOutput:
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         is_positive_AR, is_negative_AR = comparison.is_positive_AR, comparison.is_negative_AR
-        loss = circle_loss(comparison.cosine_AR, is_positive_AR, is_negative_AR, margin=self.margin, scale=self.scale)
-        active_A = is_positive_AR.any(1) & is_negative_AR.any(1)
-        return comparison.cosine_output(loss, mean(active_A.float()), comparison.cosine_AR)
+        is_active_A = is_positive_AR.any(1) & is_negative_AR.any(1)
+        share_A = is_active_A.to(cosine_AR.dtype) / is_active_A.sum().clamp_min(1)
+        pull_AR = (1 + self.margin - cosine_AR).relu_().mul_(self.scale)
+        push_AR = (cosine_AR + self.margin).relu_().mul_(self.scale)
+        pull_A, softmax_p_AR = softmax_(chosen_((1 - self.margin - cosine_AR).mul_(pull_AR), is_positive_AR))
+        push_A, softmax_n_AR = softmax_(chosen_((cosine_AR - self.margin).mul_(push_AR), is_negative_AR))
+        loss = (share_A * F.softplus(pull_A + push_A)).sum()
+        slope_AR = softmax_n_AR.mul_(push_AR).addcmul_(softmax_p_AR, pull_AR, value=-1)
+        return loss, mean(is_active_A.float()), slope_AR.mul_((share_A * (pull_A + push_A).sigmoid())[:, None])

@@ -1,22 +1,19 @@
 """Losses that tell a match from non-matches by a softmax over cosines: SupCon, NT-Xent, InfoNCE, N-pair.
 
-The first two have closed-form gradients. With W the slope of the loss by each cosine, that of the embeddings E of a
-batch is (W + Wᵀ)·E; W takes the place of the logits. Sums of exponentials are taken as logsumexp, and cosines in
-float64 at temperatures that would leave float32 too few digits, so that no temperature underflows.
+Sums of exponentials are taken as logsumexp, and cosines in float64 at temperatures that would leave float32 too few
+digits, so that no temperature underflows.
 
 Shapes: A anchors, R references, P pairs, N pairs of distinct identities, D embedding width.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.distances import wants_gradient, with_gradient
-from training.losses import Comparison, LossOutput, MetricLoss, PairLoss, checked_temperature, mean
+from training.cosines import CosineLoss, chosen_, softmax_
+from training.losses import Comparison, LossOutput, MetricLoss, checked_temperature, mean
 
 _EXACT_BELOW = 0.02
 """Below this temperature, an error of 1e-7 in a cosine is more than 1e-5 in its logit."""
@@ -69,74 +66,56 @@ def n_pair_loss(anchor_ND: Tensor, positive_ND: Tensor) -> Tensor:
     return info_nce_loss(anchor_ND, positive_ND, temperature=1.0)
 
 
-class _SoftmaxLoss(PairLoss):
-    """A loss of cosines divided by a temperature, with its slope by each cosine."""
+class SupervisedContrastiveLoss(CosineLoss):
+    """`supervised_contrastive_loss` of a batch; a term is an anchor, active when it has a positive."""
 
     def __init__(self, *, temperature: float = 0.1) -> None:
         super().__init__()
         self.temperature = checked_temperature(temperature)
+        self.exact = temperature < _EXACT_BELOW
 
-    def compare(self, comparison: Comparison) -> LossOutput:
-        learns = wants_gradient(comparison.emb_AD)
-        with torch.no_grad():
-            dtype = torch.float64 if self.temperature < _EXACT_BELOW else comparison.emb_AD.dtype
-            emb_AD, references_RD = comparison.emb_AD.to(dtype), comparison.references_RD.to(dtype)
-            cosine_AR = emb_AD @ references_RD.T
-            loss, active_fraction, slope_AR = self._slope(comparison, cosine_AR)
-            grad_AD = None
-            if learns:
-                grad_AD = slope_AR @ references_RD
-                if comparison.is_within:
-                    grad_AD.addmm_(slope_AR.T, emb_AD)
-                grad_AD = grad_AD.to(comparison.emb_AD.dtype)
-        loss = with_gradient(loss.to(comparison.emb_AD.dtype), comparison.emb_AD, grad_AD)
-        return comparison.cosine_output(loss, active_fraction, cosine_AR)
-
-    @abstractmethod
-    def _slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, its active fraction, and its slope [A, R] by each cosine."""
-
-
-class SupervisedContrastiveLoss(_SoftmaxLoss):
-    """`supervised_contrastive_loss` of a batch; a term is an anchor, active when it has a positive."""
-
-    def _slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         positive_AR = comparison.positive_AR.to(cosine_AR.dtype)
-        positives_A = positive_AR.sum(1)
+        positives_A = comparison.positives_A.to(cosine_AR.dtype)
         has_positive_A = positives_A > 0
         share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
-        attraction_A = (cosine_AR * positive_AR).sum(1) / (self.temperature * positives_A.clamp_min(1))
+        attraction_A = torch.linalg.vecdot(cosine_AR, positive_AR) / (self.temperature * positives_A.clamp_min(1))
         logits_AR = cosine_AR / self.temperature
         if comparison.is_within:
-            _drop_diagonal(logits_AR)
-        log_sum_A = logits_AR.logsumexp(1)
+            # By a finite number, so that a batch of one image has no NaN.
+            logits_AR.fill_diagonal_(torch.finfo(logits_AR.dtype).min)
+        log_sum_A, softmax_AR = softmax_(logits_AR)
         loss = ((log_sum_A - attraction_A) * share_A).sum()
         pull_A = share_A / self.temperature
-        slope_AR = logits_AR.sub_(log_sum_A[:, None]).exp_().mul_(pull_A[:, None])
+        slope_AR = softmax_AR.mul_(pull_A[:, None])
         slope_AR.addcmul_(positive_AR, (pull_A / positives_A.clamp_min(1))[:, None], value=-1)
         return loss, mean(has_positive_A.float()), slope_AR
 
 
-class NTXentLoss(_SoftmaxLoss):
+class NTXentLoss(CosineLoss):
     """NT-Xent over the matching pairs of a batch; a term is such a pair, always active.
 
     Mean over matching pairs (i, p) of −log(exp(s_ip/τ) / (exp(s_ip/τ) + Σ_{n∈N(i)} exp(s_in/τ))), N(i) the non-matches
     of i. With two images of each identity, the views of one image, it is `nt_xent_loss`, Chen et al. 2020, eq. 1.
     """
 
-    def _slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __init__(self, *, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = checked_temperature(temperature)
+        self.exact = temperature < _EXACT_BELOW
+
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         anchor_P, positive_P = comparison.is_positive_AR.nonzero(as_tuple=True)
         logits_AR = cosine_AR / self.temperature
         logit_P = logits_AR[anchor_P, positive_P]
-        logits_AR = logits_AR.where(comparison.is_negative_AR, torch.finfo(logits_AR.dtype).min)
-        log_sum_A = logits_AR.logsumexp(1)
+        log_sum_A, softmax_AR = softmax_(chosen_(logits_AR, comparison.is_negative_AR))
         excess_P = log_sum_A[anchor_P] - logit_P
         loss = mean(F.softplus(excess_P))
         pull_P = excess_P.sigmoid() / (self.temperature * max(len(excess_P), 1))
         push_A = torch.zeros_like(log_sum_A).index_add_(0, anchor_P, pull_P)
-        slope_AR = logits_AR.sub_(log_sum_A[:, None]).exp_().mul_(push_A[:, None])
+        slope_AR = softmax_AR.mul_(push_A[:, None])
         slope_AR[anchor_P, positive_P] = -pull_P
-        return loss, torch.ones_like(loss) * bool(len(excess_P)), slope_AR
+        return loss, loss.new_tensor(float(len(excess_P) > 0)), slope_AR
 
 
 class InfoNCELoss(MetricLoss):
@@ -179,8 +158,3 @@ def first_two(labels_B: Tensor) -> tuple[Tensor, Tensor]:
     is_new_B[1:] = sorted_B[1:] != sorted_B[:-1]
     first = (is_new_B[:-1] & ~is_new_B[1:]).nonzero().squeeze(1)
     return order_B[first], order_B[first + 1]
-
-
-def _drop_diagonal(logits_AR: Tensor) -> None:
-    """Leave each image itself out of its softmax, by a finite number: a batch of one image has no NaN then."""
-    logits_AR.fill_diagonal_(torch.finfo(logits_AR.dtype).min)

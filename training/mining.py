@@ -67,9 +67,9 @@ def other_of_identity(is_match_BB: Tensor) -> Tensor:
 @torch.no_grad()
 def batch_hard(dist_AR: Tensor, is_positive_AR: Tensor, is_negative_AR: Tensor) -> Triplets:
     """For each anchor its farthest positive and its nearest negative.  Hermans, Beyer, Leibe 2017, eq. 5."""
-    positive_A = dist_AR.where(is_positive_AR, -1).argmax(1)
-    negative_A = dist_AR.where(is_negative_AR, torch.inf).argmin(1)
-    anchor_T = (is_positive_AR.any(1) & is_negative_AR.any(1)).nonzero().squeeze(1)
+    d_ap_A, positive_A = dist_AR.where(is_positive_AR, -1).max(1)
+    d_an_A, negative_A = dist_AR.where(is_negative_AR, torch.inf).min(1)
+    anchor_T = ((d_ap_A != -1) & (d_an_A != torch.inf)).nonzero().squeeze(1)
     return Triplets(anchor_T, positive_A[anchor_T], negative_A[anchor_T])
 
 

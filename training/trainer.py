@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from embedding.encoder import pick_device
-from embedding.errors import InvalidRecipe
+from embedding.errors import InvalidDataset, InvalidRecipe
 from embedding.networks import EmbeddingNetwork
 from embedding.runtime import tune_malloc
 from training.augment import Augmenter
@@ -93,6 +93,7 @@ class Trainer:
             identities_per_batch=recipe.sampling.identities_per_batch,
             images_per_identity=recipe.sampling.images_per_identity,
             seed=recipe.seed,
+            groups_N=self._groups() if recipe.sampling.by == "super" else None,
         )
         self._generator = torch.Generator(self.device)
         self._augment = Augmenter(recipe.augmentation, generator=self._generator)
@@ -205,6 +206,14 @@ class Trainer:
         if self.device.type == "cuda":
             return pixels_BCHW.pin_memory(), labels_B.pin_memory()
         return pixels_BCHW, labels_B
+
+    def _groups(self) -> NDArray[np.int64]:
+        if (groups_N := self._train_set.groups_N) is None:
+            raise InvalidDataset(
+                'sampling.by = "super" needs identities of the form SUPER/IDENTITY; use by = "identity"',
+                field="sampling.by",
+            )
+        return groups_N
 
     def _labels(self, indices_B: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self._train_set.labels_N[indices_B])

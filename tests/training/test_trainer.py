@@ -342,6 +342,14 @@ def test_too_few_identities_for_a_batch(images: ImageSet) -> None:
         trainer(recipe(sampling={"identities_per_batch": 6}), images)
 
 
+def test_batches_by_super_class_need_super_classes(images: ImageSet) -> None:
+    by_super = recipe(sampling={"by": "super"})
+    with pytest.raises(InvalidDataset, match="needs identities of the form SUPER/IDENTITY"):
+        trainer(by_super, images)
+    renamed = dataclasses.replace(images, identities=[f"{name}/{name}" for name in images.identities])
+    assert trainer(by_super, renamed).fit().steps == STEPS
+
+
 @pytest.fixture
 def stopped(images: ImageSet, tmp_path: Path) -> Path:
     """The folder of a run killed after its checkpoint at step 4."""
