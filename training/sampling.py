@@ -21,11 +21,11 @@ class IdentityBatches:
     the identity without replacement; an identity with n < K images gives each of them ⌊K/n⌋ or ⌈K/n⌉ times.
 
     With `groups_N`, the super-class of each image, a batch holds identities of one super-class as far as it has
-    enough: neighbours make hard non-matches. An epoch then shuffles super-classes and their identities, lays them end to
-    end, and deals from that row, so that a batch that a super-class cannot fill goes on with the next.
+    enough: neighbours make hard non-matches. An epoch then shuffles super-classes and their identities, lays them end
+    to end, and deals from that row, so that a batch that a super-class cannot fill goes on with the next.
 
-    A batch depends on `labels_N`, `groups_N`, the sizes, `seed` and the step alone: there is no state that a resumed run would have
-    to restore, and batches may be made ahead by any thread.
+    A batch depends on `labels_N`, `groups_N`, the sizes, `seed` and the step alone: there is no state that a resumed
+    run would have to restore, and batches may be made ahead by any thread.
     Raises InvalidDataset when there are fewer than P identities.
     """
 
