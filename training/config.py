@@ -11,13 +11,14 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from embedding.errors import InvalidRecipe, NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
+from training.losses_config import LossConfig
 from training.searches import EvaluationConfig
 from training.sections import Section, error_at, invalid_recipe, refuse_unknown_keys
 
@@ -239,41 +240,12 @@ class SamplingConfig(Section):
     """P; at most the number of training identities."""
     images_per_identity: Annotated[int, Field(ge=2, le=512)] = 4
     """K; an identity with fewer images repeats some."""
+    by: Literal["identity", "super"] = "identity"
+    """With "super", a batch takes its identities from one super-class (the first folder of ALPHABET/character) as far
+    as it has enough: harder non-matches."""
     turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""
-
-
-class ContrastiveConfig(Section):
-    """Hadsell, Chopra, LeCun 2006, over all pairs of a batch."""
-
-    name: Literal["contrastive"]
-    margin: Annotated[float, Field(gt=0, le=2)] = 1.0
-    """Distance beyond which non-matching pairs are left alone; distances lie in [0, 2]."""
-
-
-class TripletConfig(Section):
-    """Schroff et al. 2015 (semi-hard), Hermans et al. 2017 (batch-hard)."""
-
-    name: Literal["triplet"]
-    margin: Annotated[float, Field(gt=0, le=2)] = 0.2
-    """How much farther than the match a non-match must lie; distances lie in [0, 2]."""
-    mining: Literal["batch-hard", "semi-hard", "all"] = "batch-hard"
-    """Which triplets of a batch count."""
-    fallback: Literal["easiest", "hardest", "skip"] = "easiest"
-    """With semi-hard: what stands in where no non-match lies between the match and the margin: the easiest or the
-    hardest non-match, or nothing."""
-
-
-class SupervisedContrastiveConfig(Section):
-    """Khosla et al. 2020, L_out."""
-
-    name: Literal["supervised-contrastive"]
-    temperature: Annotated[float, Field(gt=0, le=10)] = 0.1
-    """Divides cosine similarities; small values look at the hardest non-matches."""
-
-
-LossConfig = Annotated[ContrastiveConfig | TripletConfig | SupervisedContrastiveConfig, Field(discriminator="name")]
 
 
 class OptimizerConfig(Section):
@@ -283,6 +255,9 @@ class OptimizerConfig(Section):
     """At the end of the warm-up."""
     backbone_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """For the backbone alone, where its weights are pretrained; by default `learning_rate`."""
+    loss_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For what the loss itself learns (a boundary β, proxies, a classifier), which has no weight decay; by default
+    `learning_rate`. Proxies like ten to a hundred times as much."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
     """Decoupled, on weight matrices only."""
     warmup_steps: Steps = 100
@@ -363,10 +338,13 @@ class Recipe(Section):
         return self.network.architecture(self.preprocessing)
 
 
-_DISCRIMINATORS = frozenset(
-    {"folder", "manifest", "zip", "mnist", "fashion_mnist", "omniglot", "digits"}
-    | {"contrastive", "triplet", "supervised-contrastive"}
-)
+def _names(union: Any, field: str) -> set[str]:
+    """What tells the models of a union apart."""
+    models = get_args(get_args(union)[0])
+    return {name for model in models for name in get_args(model.model_fields[field].annotation)}
+
+
+_DISCRIMINATORS = frozenset(_names(DataConfig, "source") | _names(LossConfig, "name"))
 
 
 def load_recipe(path: Path) -> Recipe:

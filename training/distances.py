@@ -1,6 +1,6 @@
-"""Pairwise distances of a batch of embeddings, exact for close pairs and differentiable everywhere.
+"""Pairwise distances of embeddings, exact for close pairs and differentiable everywhere.
 
-Shapes: B items of a batch, D embedding width.
+Shapes: A anchors, R references (the anchors themselves within a batch of B), T pairs, D embedding width.
 """
 
 from __future__ import annotations
@@ -13,40 +13,91 @@ from torch import Tensor
 COINCIDING = 1e-6
 """Unit vectors nearer than this cannot be told apart in float32; their distance is 0, with a zero gradient."""
 
+_STEEP = 100.0
+"""A larger weight on a difference of unit vectors leaves too few of float32's digits; float64 takes its place."""
 
-def euclidean_matrix(emb_BD: Tensor) -> Tensor:
-    """Euclidean distances [B, B] between the rows of a batch, in float32, or float64 when the rows are float64.
+
+def euclidean_matrix(emb_AD: Tensor, references_RD: Tensor | None = None) -> Tensor:
+    """Euclidean distances [A, R] between the rows of two matrices, or of one and itself, in float32 or float64.
 
     The Gram identity |a − b|² = |a|² + |b|² − 2a·b is evaluated in float64: in float32 it cancels, and of
-    two unit vectors 1e-3 apart it can say that they coincide. Memory is O(B²), never O(B²·D).
+    two unit vectors 1e-3 apart it can say that they coincide. Memory is O(A·R), never O(A·R·D).
 
     The gradient of a distance d is (a − b)/d, and zero where d < `COINCIDING`. It can be taken once: the gradient
     has none of its own. Not a number in, not a number out.
     """
-    dist_BB: Tensor = _EuclideanMatrix.apply(emb_BD)
-    return dist_BB
+    dist_AR: Tensor = _EuclideanMatrix.apply(emb_AD, emb_AD if references_RD is None else references_RD)
+    return dist_AR
+
+
+def euclidean_rows(a_TD: Tensor, b_TD: Tensor) -> Tensor:
+    """Euclidean distances [T] of rows at the same position, where pairs are few; gradient as in `euclidean_matrix`."""
+    square_T = (a_TD - b_TD).square().sum(1)
+    return torch.where(square_T < COINCIDING**2, 0, square_T.clamp_min(COINCIDING**2).sqrt())
+
+
+def weighted_differences(weight_AR: Tensor, a_AD: Tensor, b_RD: Tensor) -> Tensor:
+    """Σ_r w_ar·(a_a − b_r), [A, D]: the gradient of a loss with respect to a when its slope by d is w·d."""
+    least, most = weight_AR.aminmax()
+    if not (least >= -_STEEP and most <= _STEEP):
+        weight_AR, a_AD, b_RD = weight_AR.double(), a_AD.double(), b_RD.double()
+    pull_AD: Tensor = weight_AR.sum(1, keepdim=True) * a_AD
+    return pull_AD.addmm_(weight_AR, b_RD, alpha=-1)
+
+
+def with_gradient(value: Tensor, emb_BD: Tensor, grad_BD: Tensor | None) -> Tensor:
+    """The scalar `value` as a function of `emb_BD` whose gradient, `grad_BD`, is already known; None: it has none.
+
+    The gradient has no gradient of its own.
+    """
+    if grad_BD is None:
+        return value
+    known: Tensor = _KnownGradient.apply(emb_BD, value, grad_BD)
+    return known
+
+
+def wants_gradient(emb_BD: Tensor) -> bool:
+    """Whether a closed-form gradient is worth its matrix product."""
+    return torch.is_grad_enabled() and emb_BD.requires_grad
 
 
 class _EuclideanMatrix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, emb_BD: Tensor) -> Tensor:
-        exact_BD = emb_BD.double()
-        square_BB = exact_BD @ exact_BD.T
-        square_B = square_BB.diagonal().clone()
-        square_BB.mul_(-2).add_(square_B[:, None]).add_(square_B)
-        square_BB.masked_fill_(square_BB < COINCIDING**2, 0).fill_diagonal_(0)
-        dist_BB = square_BB.sqrt_().to(torch.promote_types(emb_BD.dtype, torch.float32))
-        ctx.save_for_backward(emb_BD, dist_BB)
-        return dist_BB
+    def forward(ctx: Any, a_AD: Tensor, b_RD: Tensor) -> Tensor:
+        is_within = a_AD is b_RD
+        exact_AD = a_AD.double()
+        exact_RD = exact_AD if is_within else b_RD.double()
+        square_A, square_R = exact_AD.square().sum(1), exact_RD.square().sum(1)
+        square_AR = torch.addmm(square_R, exact_AD, exact_RD.T, alpha=-2).add_(square_A[:, None])
+        if is_within:
+            square_AR.fill_diagonal_(0)
+        dist_AR = torch.threshold_(
+            square_AR.to(torch.promote_types(a_AD.dtype, torch.float32)), COINCIDING**2, 0
+        ).sqrt_()
+        ctx.save_for_backward(a_AD, b_RD, dist_AR)
+        return dist_AR
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_BB: Tensor) -> Tensor:
-        emb_BD, dist_BB = ctx.saved_tensors
-        # In float64 again: Σ_j w_ij·(a_i − a_j) is computed as a difference, and w reaches 1/COINCIDING.
-        weight_BB = torch.where(dist_BB == 0, 0, grad_BB.double() / dist_BB)
-        weight_BB = weight_BB + weight_BB.T
-        exact_BD = emb_BD.double()
-        grad_BD = weight_BB.sum(1, keepdim=True) * exact_BD - weight_BB @ exact_BD
-        result_BD: Tensor = grad_BD.to(emb_BD.dtype)
-        return result_BD
+    def backward(ctx: Any, grad_AR: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a_AD, b_RD, dist_AR = ctx.saved_tensors
+        weight_AR = grad_AR / torch.threshold(dist_AR, 0, torch.inf)
+        a_exact, b_exact = a_AD.to(dist_AR.dtype), b_RD.to(dist_AR.dtype)
+        grad_AD = weighted_differences(weight_AR, a_exact, b_exact).to(a_AD.dtype) if ctx.needs_input_grad[0] else None
+        grad_RD = (
+            weighted_differences(weight_AR.T, b_exact, a_exact).to(b_RD.dtype) if ctx.needs_input_grad[1] else None
+        )
+        return grad_AD, grad_RD
+
+
+class _KnownGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, emb_BD: Tensor, value: Tensor, grad_BD: Tensor) -> Tensor:
+        ctx.save_for_backward(grad_BD)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (grad_BD,) = ctx.saved_tensors
+        return grad_BD * grad, None, None

@@ -1,36 +1,27 @@
-"""Losses on unit embeddings: pure functions, then thin modules that recipes name.
+"""What every loss on unit embeddings has in common: its input, its output, and what it may have learned itself.
 
 Distances are Euclidean between unit vectors, hence in [0, 2]; margins share that unit. A batch without a single valid
 pair, triplet or anchor has a loss of 0 with a zero gradient. Embeddings of any floating dtype are accepted and the
 loss is computed in float32, or in float64 for float64 embeddings; call it outside autocast.
 
-To add a loss: a pure function, a module, a section in `training.config`, and its case in `build_loss`.
+Losses stand by family in `losses_pairs`, `losses_softmax`, `losses_similarity`, `losses_triplets`, `losses_proxies` and
+`losses_combined`. To add one: a pure function, a module, a section in `losses_config`, its case in `losses_build`.
 
-Shapes: B items of a batch, P pairs, T triplets, D embedding width.
+Shapes: B items of a batch, A anchors, R references, D embedding width.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.config import ContrastiveConfig, LossConfig, SupervisedContrastiveConfig, TripletConfig
-from training.distances import euclidean_matrix
-from training.mining import (
-    ActiveTriplets,
-    SemiHardFallback,
-    all_triplets,
-    batch_hard,
-    other_of_identity,
-    same_identity,
-    semi_hard,
-)
-
-TripletMining = Literal["batch-hard", "semi-hard", "all"]
+from training.distances import euclidean_matrix, euclidean_rows
+from training.mining import same_identity
 
 
 class LossOutput(NamedTuple):
@@ -45,44 +36,94 @@ class LossOutput(NamedTuple):
     """Mean distance of non-matching pairs; NaN when the batch has none."""
 
 
-def contrastive_loss(dist_P: Tensor, is_match_P: Tensor, *, margin: float) -> Tensor:
-    """½·mean(match·d² + (1 − match)·max(0, m − d)²).  Hadsell, Chopra, LeCun 2006, eq. 4."""
-    return 0.5 * _mean(torch.where(is_match_P, dist_P.square(), F.relu(margin - dist_P).square()))
+class Comparison:
+    """Anchors against references: the images of a batch against one another, or against remembered embeddings.
 
+    Remembered embeddings are constants: no gradient reaches them.
 
-def triplet_loss(d_ap_T: Tensor, d_an_T: Tensor, *, margin: float) -> Tensor:
-    """mean(max(0, d_ap − d_an + m)).  Schroff et al. 2015, eq. 3, with d for d² as in Hermans et al. 2017, eq. 5."""
-    return _mean(F.relu(d_ap_T - d_an_T + margin))
-
-
-def all_triplets_loss(dist_BB: Tensor, triplets: ActiveTriplets, *, margin: float) -> Tensor:
-    """`triplet_loss` over all triplets of a batch, active or not, from their counts (`mining.all_triplets`).
-
-    Hermans et al. 2017, eq. 6, divided by the number of triplets. Sums in float64: they run to B³ terms.
+    Matrices are made when first asked for, and only once.
     """
-    hinges = (triplets.weights * dist_BB).sum(dtype=torch.float64) + margin * triplets.active
-    return (hinges / triplets.valid.clamp_min(1)).to(dist_BB.dtype)
 
+    def __init__(self, emb_AD: Tensor, labels_A: Tensor, references_RD: Tensor, labels_R: Tensor) -> None:
+        """References that are `emb_AD` itself make a batch within itself: no image is compared with itself."""
+        self.emb_AD = emb_AD
+        self.references_RD = references_RD
+        self.labels_A = labels_A
+        self.is_within = references_RD is emb_AD
+        self._is_match_AR = same_identity(labels_A, labels_R)
 
-def supervised_contrastive_loss(similarity_BB: Tensor, is_match_BB: Tensor, *, temperature: float) -> Tensor:
-    """Mean over anchors i of −1/|P(i)| Σ_{p∈P(i)} log(exp(s_ip/τ) / Σ_{a≠i} exp(s_ia/τ)).  Khosla et al. 2020, eq. 2.
+    @classmethod
+    def within(cls, emb_BD: Tensor, labels_B: Tensor) -> Self:
+        """Every image of a batch against every other."""
+        return cls(emb_BD, labels_B, emb_BD, labels_B)
 
-    `similarity_BB` are cosines. P(i), the positives of i, leaves out i itself; anchors without a positive are left
-    out of the mean.
-    """
-    is_positive_BB = other_of_identity(is_match_BB)
-    positives_B = is_positive_BB.sum(1)
-    logits_BB = similarity_BB / temperature
-    itself_BB = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
-    log_sum_B = logits_BB.masked_fill(itself_BB, -torch.inf).logsumexp(1)
-    attraction_B = logits_BB.where(is_positive_BB, 0).sum(1) / positives_B.clamp_min(1)
-    has_positive_B = positives_B > 0
-    return (log_sum_B - attraction_B).where(has_positive_B, 0).sum() / has_positive_B.sum().clamp_min(1)
+    @cached_property
+    def is_positive_AR(self) -> Tensor:
+        """Other images of the anchor's identity."""
+        return self._is_match_AR.clone().fill_diagonal_(False) if self.is_within else self._is_match_AR
+
+    @cached_property
+    def is_negative_AR(self) -> Tensor:
+        """Images of other identities."""
+        return ~self._is_match_AR
+
+    @cached_property
+    def positive_AR(self) -> Tensor:
+        """`is_positive_AR` as 0 and 1, to multiply with: several times faster than choosing by booleans."""
+        positive_AR = self._is_match_AR.to(self.emb_AD.dtype)
+        return positive_AR.fill_diagonal_(0) if self.is_within else positive_AR
+
+    @cached_property
+    def positives_A(self) -> Tensor:
+        """Number of positives of each anchor, in the dtype of the embeddings."""
+        return self.positive_AR.sum(1)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs, matching or not; both orders of two images of a batch count."""
+        return self._is_match_AR.numel() - (len(self.emb_AD) if self.is_within else 0)
+
+    @cached_property
+    def dist_AR(self) -> Tensor:
+        """Distances; they carry a gradient."""
+        return euclidean_matrix(self.emb_AD, None if self.is_within else self.references_RD)
+
+    def distances(self, anchors_T: Tensor, references_T: Tensor) -> Tensor:
+        """Distances [T] of anchors to references by their row numbers, with a gradient."""
+        if len(anchors_T) <= 4 * max(self.dist_AR.shape):  # few rows are measured faster than a matrix is led back
+            return euclidean_rows(self.emb_AD[anchors_T], self.references_RD[references_T])
+        return self.dist_AR.flatten().gather(0, anchors_T * self.dist_AR.shape[1] + references_T)
+
+    @cached_property
+    def cosine_AR(self) -> Tensor:
+        """Cosines; they carry a gradient. Of an image with itself too."""
+        return self.emb_AD @ self.references_RD.T
+
+    def output(self, loss: Tensor, active_fraction: Tensor) -> LossOutput:
+        """The output of a loss that has measured distances."""
+        with torch.no_grad():
+            return LossOutput(loss, active_fraction.detach(), *self._mean_distances(self.dist_AR.detach()))
+
+    def cosine_output(self, loss: Tensor, active_fraction: Tensor, cosine_AR: Tensor) -> LossOutput:
+        """The output of a loss that has measured cosines: distances follow, d = √(2 − 2·cos)."""
+        with torch.no_grad():
+            dist_AR = (2 - 2 * cosine_AR.detach()).clamp_min_(0).sqrt_()
+            if self.is_within:
+                dist_AR.fill_diagonal_(0)
+            return LossOutput(loss, active_fraction.detach(), *self._mean_distances(dist_AR))
+
+    def _mean_distances(self, dist_AR: Tensor) -> tuple[Tensor, Tensor]:
+        # Sums of rows first: one sum over a whole matrix in float64 would copy it.
+        positives = self.positives_A.sum(dtype=torch.float64)
+        of_positives = torch.linalg.vecdot(dist_AR, self.positive_AR).sum(dtype=torch.float64)
+        of_negatives = dist_AR.sum(1).sum(dtype=torch.float64) - of_positives
+        return of_positives / positives, of_negatives / (self.pairs - positives)
 
 
 class MetricLoss(nn.Module, ABC):
     """Unit embeddings [B, D] and integer identities [B] to a `LossOutput`. Subclasses say what a term is.
 
+    A loss may have parameters, which are optimised with the network's, and buffers; both are kept in checkpoints.
     Raises ValueError when the shapes or the dtype of the identities are wrong.
     """
 
@@ -94,111 +135,58 @@ class MetricLoss(nn.Module, ABC):
             )
         if labels_B.is_floating_point():
             raise ValueError(f"identities must be integers, which compare exactly; got {labels_B.dtype}")
-        is_match_BB = same_identity(labels_B)
-        dist_BB = euclidean_matrix(emb_BD)
-        loss, active_fraction = self.terms(emb_BD, dist_BB, is_match_BB)
-        with torch.no_grad():
-            return LossOutput(
-                loss,
-                active_fraction,
-                _mean_where(dist_BB, other_of_identity(is_match_BB)),
-                _mean_where(dist_BB, ~is_match_BB),
-            )
+        return self.measure(emb_BD.to(torch.promote_types(emb_BD.dtype, torch.float32)), labels_B)
 
     @abstractmethod
-    def terms(self, emb_BD: Tensor, dist_BB: Tensor, is_match_BB: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the share of its terms that pass a gradient."""
+    def measure(self, emb_BD: Tensor, labels_B: Tensor) -> LossOutput:
+        """`forward` after its checks: float32 or float64 embeddings."""
+
+    @property
+    def tells_collapse(self) -> bool:
+        """Whether an embedding that tells no image from another has a loss that is known beforehand."""
+        return next(self.parameters(), None) is None
+
+    def learned(self) -> Mapping[str, float]:
+        """Figures that the loss itself has learned, by name, such as a boundary."""
+        return {}
 
 
-class ContrastiveLoss(MetricLoss):
-    """`contrastive_loss` over all pairs of a batch; a term is a pair."""
+class PairLoss(MetricLoss):
+    """A loss of anchors against references, which can therefore look into a memory as well as into the batch."""
 
-    def __init__(self, *, margin: float = 1.0) -> None:
-        super().__init__()
-        self.margin = _checked_margin(margin)
+    def measure(self, emb_BD: Tensor, labels_B: Tensor) -> LossOutput:
+        return self.compare(Comparison.within(emb_BD, labels_B))
 
-    def terms(self, emb_BD: Tensor, dist_BB: Tensor, is_match_BB: Tensor) -> tuple[Tensor, Tensor]:
-        dist_P, is_match_P = _off_diagonal(dist_BB), _off_diagonal(is_match_BB)
-        active_P = torch.where(is_match_P, dist_P > 0, dist_P < self.margin)
-        return contrastive_loss(dist_P, is_match_P, margin=self.margin), _mean(active_P.float())
+    @abstractmethod
+    def compare(self, comparison: Comparison) -> LossOutput:
+        """The loss of a comparison."""
 
 
-class TripletLoss(MetricLoss):
-    """`triplet_loss` over the triplets that `mining` picks (see `training.mining`); a term is a triplet.
-
-    `fallback` serves semi-hard mining alone.
-    """
-
-    def __init__(
-        self, *, margin: float = 0.2, mining: TripletMining = "batch-hard", fallback: SemiHardFallback = "easiest"
-    ) -> None:
-        super().__init__()
-        self.margin = _checked_margin(margin)
-        _check_choice("mining", mining, get_args(TripletMining))
-        _check_choice("fallback", fallback, get_args(SemiHardFallback))
-        self.mining: TripletMining = mining
-        self.fallback: SemiHardFallback = fallback
-
-    def terms(self, emb_BD: Tensor, dist_BB: Tensor, is_match_BB: Tensor) -> tuple[Tensor, Tensor]:
-        if self.mining == "all":
-            every = all_triplets(dist_BB, is_match_BB, margin=self.margin)
-            return all_triplets_loss(dist_BB, every, margin=self.margin), every.active / every.valid.clamp_min(1)
-        if self.mining == "semi-hard":
-            mined = semi_hard(dist_BB, is_match_BB, fallback=self.fallback)
-        else:
-            mined = batch_hard(dist_BB, is_match_BB)
-        d_ap_T = dist_BB[mined.anchors, mined.positives]
-        d_an_T = dist_BB[mined.anchors, mined.negatives]
-        active_T = d_ap_T - d_an_T + self.margin > 0
-        return triplet_loss(d_ap_T, d_an_T, margin=self.margin), _mean(active_T.float())
-
-
-class SupervisedContrastiveLoss(MetricLoss):
-    """`supervised_contrastive_loss` of a batch; a term is an anchor, active when it has a positive."""
-
-    def __init__(self, *, temperature: float = 0.1) -> None:
-        super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}")
-        self.temperature = temperature
-
-    def terms(self, emb_BD: Tensor, dist_BB: Tensor, is_match_BB: Tensor) -> tuple[Tensor, Tensor]:
-        emb_BD = emb_BD.to(dist_BB.dtype)
-        loss = supervised_contrastive_loss(emb_BD @ emb_BD.T, is_match_BB, temperature=self.temperature)
-        return loss, _mean(other_of_identity(is_match_BB).any(1).float())
-
-
-def build_loss(config: LossConfig) -> MetricLoss:
-    """The loss that a recipe's [loss] section names."""
-    match config:
-        case ContrastiveConfig():
-            return ContrastiveLoss(margin=config.margin)
-        case TripletConfig():
-            return TripletLoss(margin=config.margin, mining=config.mining, fallback=config.fallback)
-        case SupervisedContrastiveConfig():
-            return SupervisedContrastiveLoss(temperature=config.temperature)
-
-
-def _mean(terms: Tensor) -> Tensor:
+def mean(terms: Tensor) -> Tensor:
+    """The mean, and 0 of no terms."""
     return terms.sum() / max(terms.numel(), 1)
 
 
-def _off_diagonal(of_pairs_BB: Tensor) -> Tensor:
-    """All but the diagonal, [B − 1, B]: every pair twice, which no mean notices, but not copied by index."""
-    size = len(of_pairs_BB)
-    return of_pairs_BB.flatten()[:-1].view(size - 1, size + 1)[:, 1:]
+def checked(name: str, value: float, least: float, most: float, *, unit: str = "") -> float:
+    """`value` when it lies in (least, most]. Raises ValueError that names the range."""
+    if not least < value <= most:
+        raise ValueError(f"{name} must lie in ({least:g}, {most:g}]{unit}; got {value}")
+    return value
 
 
-def _mean_where(dist_BB: Tensor, chosen_BB: Tensor) -> Tensor:
-    return dist_BB.where(chosen_BB, 0).sum() / chosen_BB.sum()
+def checked_margin(margin: float) -> float:
+    """A margin between distances."""
+    return checked("margin", margin, 0, 2, unit=", the range of distances")
 
 
-def _checked_margin(margin: float) -> float:
-    if not 0 < margin <= 2:
-        raise ValueError(f"margin must lie in (0, 2], the range of distances; got {margin}")
-    return margin
+def checked_temperature(temperature: float) -> float:
+    """A divisor of cosines."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive; got {temperature}")
+    return temperature
 
 
-def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+def checked_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
+    """Raises ValueError when `value` is not among those accepted."""
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {value!r}")

@@ -147,7 +147,12 @@ def spread(emb_BD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss_of_collapse(loss: MetricLoss, labels_B: Tensor) -> float:
-    """The loss when every image has one and the same embedding: the margin of a triplet loss, ln(B − 1) of SupCon."""
+    """The loss when every image has one and the same embedding: the margin of a triplet loss, ln(B − 1) of SupCon.
+
+    NaN, which equals nothing, of a loss without such a level, since it learns or remembers something itself.
+    """
+    if not loss.tells_collapse:
+        return math.nan
     same_B2 = F.one_hot(torch.zeros_like(labels_B), 2).float()
     output: LossOutput = loss(same_B2, labels_B)
     return output.loss.item()

@@ -119,7 +119,7 @@ def train(
     card = model_card(
         name=recipe.name,
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
-        facts=_facts(recipe, images, sides, lineage),
+        facts=_facts(recipe, images, sides, lineage, result),
         measurement=measurement,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(test_set.identities)),
@@ -238,13 +238,14 @@ def _data_summary(images: ImageSet, sides: Split) -> dict[str, JsonValue]:
     }
 
 
-def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage) -> dict[str, str]:
+def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage, result: TrainingResult) -> dict[str, str]:
     sources = ", ".join(f"{part.source} {getattr(part, 'path', '')}".strip() for part in recipe.data)
     return {
         "source": sources,
         "split": sides.protocol,
         **{side: f"{identities} identities, {size} images" for side, identities, size in _side_counts(images, sides)},
         "skipped images": str(len(images.skipped)),
+        **{f"learned by the loss: {name}": f"{value:.4f}" for name, value in result.learned.items()},
         "created": f"{lineage.created:%Y-%m-%d %H:%M} UTC",
         **lineage.environment,
     }

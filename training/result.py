@@ -20,6 +20,8 @@ class TrainingResult:
     """Metrics by step."""
     warnings: list[str] = field(default_factory=list)
     """What went wrong, in sentences."""
+    learned: dict[str, float] = field(default_factory=dict)
+    """What the loss itself has learned by the last step, such as the boundary β of the margin loss."""
     seconds_waiting: float = 0.0
     """Of `seconds`, the time in which the network waited for images to be read and decoded."""
 

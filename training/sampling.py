@@ -20,12 +20,24 @@ class IdentityBatches:
     up with identities dealt earlier in the epoch when P does not divide their number. Each visit draws K images of
     the identity without replacement; an identity with n < K images gives each of them ⌊K/n⌋ or ⌈K/n⌉ times.
 
-    A batch depends on `labels_N`, the sizes, `seed` and the step alone: there is no state that a resumed run would have
-    to restore, and batches may be made ahead by any thread.
+    With `groups_N`, the super-class of each image, a batch holds identities of one super-class as far as it has
+    enough: neighbours make hard non-matches. An epoch then shuffles super-classes and their identities, lays them end
+    to end, and deals from that row, so that a batch that a super-class cannot fill goes on with the next.
+
+    A batch depends on `labels_N`, `groups_N`, the sizes, `seed` and the step alone: there is no state that a resumed
+    run would have to restore, and batches may be made ahead by any thread.
     Raises InvalidDataset when there are fewer than P identities.
     """
 
-    def __init__(self, labels_N: Indices, *, identities_per_batch: int, images_per_identity: int, seed: int) -> None:
+    def __init__(
+        self,
+        labels_N: Indices,
+        *,
+        identities_per_batch: int,
+        images_per_identity: int,
+        seed: int,
+        groups_N: Indices | None = None,
+    ) -> None:
         if identities_per_batch < 1 or images_per_identity < 1:
             raise ValueError(
                 "identities_per_batch and images_per_identity must be at least 1; "
@@ -40,6 +52,7 @@ class IdentityBatches:
                 f"{identities_per_batch}; lower sampling.identities_per_batch or give it more identities",
                 field="sampling.identities_per_batch",
             )
+        self._group_of = None if groups_N is None else groups_N[[images[0] for images in self._images_of]]
         self.identities_per_batch = identities_per_batch
         self.images_per_identity = images_per_identity
         self.batches_per_epoch = -(-len(self._images_of) // identities_per_batch)
@@ -52,10 +65,18 @@ class IdentityBatches:
 
     def _identities(self, step: int) -> Indices:
         epoch, position = divmod(step, self.batches_per_epoch)
-        dealt = np.random.default_rng([self._seed, epoch, 0]).permutation(len(self._images_of))
+        dealt = self._dealt(np.random.default_rng([self._seed, epoch, 0]))
         # Counting back from the end of the epoch, the last batch reaches into those before it.
         first = min(position * self.identities_per_batch, len(dealt) - self.identities_per_batch)
         return dealt[first : first + self.identities_per_batch]
+
+    def _dealt(self, rng: np.random.Generator) -> Indices:
+        """All identities in the order of an epoch; those of a super-class stand together."""
+        shuffled = rng.permutation(len(self._images_of))
+        if self._group_of is None:
+            return shuffled
+        rank_of_group = rng.permutation(self._group_of.max() + 1)
+        return shuffled[np.argsort(rank_of_group[self._group_of[shuffled]], kind="stable")]
 
     def _visit(self, identity: int, rng: np.random.Generator) -> Indices:
         images = self._images_of[identity]

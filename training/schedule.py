@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from training.config import OptimizerConfig
 _PEAK = "peak_learning_rate"
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over up to four groups: backbone or not, decayed or not.
+def build_optimizer(network: nn.Module, loss: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over up to four groups of the network's, backbone or not and decayed or not, and the loss's own.
 
-    Biases and the gains of normalisation layers (parameters of fewer than two dimensions) get no weight decay.
+    Biases and the gains of normalisation layers (parameters of fewer than two dimensions) get no weight decay, nor
+    does anything that the loss learns: decay would pull a boundary to 0.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters:
+    for name, parameter in network.named_parameters():
         groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
     backbone_rate = config.backbone_learning_rate or config.learning_rate
     options: list[dict[str, Any]] = [
@@ -31,6 +31,10 @@ def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config
         }
         for (is_backbone, is_decayed), parameters in groups.items()
     ]
+    if learned := list(loss.parameters()):
+        loss_rate = config.loss_learning_rate or config.learning_rate
+        # First, so that the last group stays the projection's, whose rate is reported.
+        options.insert(0, {"params": learned, "weight_decay": 0.0, _PEAK: loss_rate})
     return torch.optim.AdamW(options, lr=config.learning_rate)
 
 

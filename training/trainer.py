@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from embedding.encoder import pick_device
-from embedding.errors import InvalidRecipe
+from embedding.errors import InvalidDataset, InvalidRecipe
 from embedding.networks import EmbeddingNetwork
 from embedding.runtime import tune_malloc
 from training.augment import Augmenter
@@ -38,7 +38,7 @@ from training.checkpoint import (
 )
 from training.config import Recipe
 from training.datasets import ImageSet
-from training.losses import build_loss
+from training.losses_build import build_loss
 from training.monitor import CollapseWatch, Meter
 from training.precision import autocast_dtype
 from training.prefetch import prefetched
@@ -93,15 +93,21 @@ class Trainer:
             identities_per_batch=recipe.sampling.identities_per_batch,
             images_per_identity=recipe.sampling.images_per_identity,
             seed=recipe.seed,
+            groups_N=self._groups() if recipe.sampling.by == "super" else None,
         )
         self._generator = torch.Generator(self.device)
         self._augment = Augmenter(recipe.augmentation, generator=self._generator)
         self._mean_C11 = torch.tensor(recipe.preprocessing.mean, device=self.device).reshape(-1, 1, 1)
         self._std_C11 = torch.tensor(recipe.preprocessing.std, device=self.device).reshape(-1, 1, 1)
-        self._loss = build_loss(recipe.loss)
         # Exact distances need float64, which MPS lacks; a batch of embeddings is small enough to move.
         self._loss_device = torch.device("cpu") if self.device.type == "mps" else self.device
-        self._optimizer = build_optimizer(self.network.named_parameters(), recipe.optimizer)
+        self._loss = build_loss(
+            recipe.loss,
+            identities=int(self._train_set.labels_N.max()) + 1,
+            width=recipe.network.embedding_dim,
+            seed=recipe.seed,
+        ).to(self._loss_device)
+        self._optimizer = build_optimizer(self.network, self._loss, recipe.optimizer)
         self._autocast_dtype = autocast_dtype(recipe.training.precision, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._autocast_dtype is torch.float16)
         decay = recipe.training.ema_decay
@@ -126,6 +132,7 @@ class Trainer:
         if self._average is not None:
             self.network.load_state_dict(self._average.module.state_dict())
         self.network.requires_grad_(True).eval()
+        self._result.learned = dict(self._loss.learned())
         return self._result
 
     def _loop(self) -> None:
@@ -200,6 +207,14 @@ class Trainer:
             return pixels_BCHW.pin_memory(), labels_B.pin_memory()
         return pixels_BCHW, labels_B
 
+    def _groups(self) -> NDArray[np.int64]:
+        if (groups_N := self._train_set.groups_N) is None:
+            raise InvalidDataset(
+                'sampling.by = "super" needs identities of the form SUPER/IDENTITY; use by = "identity"',
+                field="sampling.by",
+            )
+        return groups_N
+
     def _labels(self, indices_B: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(self._train_set.labels_N[indices_B])
 
@@ -237,6 +252,7 @@ class Trainer:
     def _save(self, folder: Path) -> None:
         tensors = with_prefix("network.", self.network.state_dict())
         tensors |= with_prefix("optimizer.", optimizer_tensors(self._optimizer))
+        tensors |= with_prefix("loss.", self._loss.state_dict())
         if self._average is not None:
             tensors |= with_prefix("average.", self._average.state_dict())
         state = {"run": self._run(), "result": self._result.to_json(), "scaler": self._scaler.state_dict()}
@@ -252,6 +268,7 @@ class Trainer:
                 field=changed[0],
             )
         self.network.load_state_dict(without_prefix("network.", tensors))
+        self._loss.load_state_dict(without_prefix("loss.", tensors))
         load_optimizer_tensors(self._optimizer, without_prefix("optimizer.", tensors))
         if self._average is not None:
             self._average.load_state_dict(without_prefix("average.", tensors))

@@ -40,6 +40,15 @@ class TurnedImages:
             [images.labels_N + turn * len(images.identities) for turn in range(len(copies))]
         )
 
+    @property
+    def groups_N(self) -> NDArray[np.int64] | None:
+        """Of each image: the number of its super-class, and of each turn of it; None where there are none."""
+        if (super_classes := self._images.super_classes) is None:
+            return None
+        names, group_of_identity = np.unique(super_classes, return_inverse=True)
+        group_N = group_of_identity[self._images.labels_N].astype(np.int64)
+        return np.concatenate([group_N + turn * len(names) for turn in range(1 + len(self._turns))])
+
     def pixels(self, indices: Indices, preprocessing: Preprocessing) -> Pixels:
         """uint8 pixels [n, C, H, W] of the images at `indices`; safe to call from several threads."""
         turn_n, at_n = np.divmod(np.asarray(indices, dtype=np.int64), len(self._images))

@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from embedding.errors import InvalidRecipe, NotFound
 from training.config import (
     AugmentationConfig,
-    ContrastiveConfig,
     DigitsData,
     NetworkConfig,
     Recipe,
     load_recipe,
     parse_recipe,
 )
+from training.losses_config import ContrastiveConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -93,7 +93,7 @@ def test_several_parts_keep_their_order_and_roles() -> None:
         ("steps = 200", "steps = true", "training.steps", "got True"),
         ("steps = 200", "", "training.steps", "this key is required"),
         ("steps = 200", "steps = 50", "optimizer.warmup_steps", "at most training.steps, which is 50"),
-        ('"triplet"', '"tripplet"', "loss.name", "did you mean 'triplet'?; accepted: contrastive, triplet, supervised"),
+        ('"triplet"', '"tripplet"', "loss.name", "did you mean 'triplet'?; accepted: contrastive, contrastive-"),
         ('name = "triplet"', "margin = 1.0", "loss.name", "this key is required"),
         ('name = "triplet"', 'name = "triplet"\nmargin = 2.5', "loss.margin", "less than or equal to 2; got 2.5"),
         ('name = "triplet"', 'name = "triplet"\nmargin = nan', "loss.margin", "finite"),

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from embedding.errors import TrainingDiverged
-from training.losses import ContrastiveLoss, LossOutput, MetricLoss, SupervisedContrastiveLoss, TripletLoss
+from training.losses import LossOutput, MetricLoss
+from training.losses_pairs import ContrastiveLoss, MarginLoss
+from training.losses_softmax import SupervisedContrastiveLoss
+from training.losses_triplets import TripletLoss
 from training.monitor import CollapseWatch, Meter, Report, loss_of_collapse, spread
 
 LABELS_B = torch.arange(8) // 2
@@ -76,6 +79,10 @@ def test_divergence_names_the_step_and_what_to_try(value: float) -> None:
 )
 def test_the_loss_of_a_collapsed_embedding(loss: MetricLoss, value: float) -> None:
     assert loss_of_collapse(loss, LABELS_B) == pytest.approx(value)
+
+
+def test_a_loss_that_learns_has_no_level_of_collapse() -> None:
+    assert math.isnan(loss_of_collapse(MarginLoss(), LABELS_B))
 
 
 def test_spread_is_zero_at_a_point_and_one_around_the_origin() -> None:

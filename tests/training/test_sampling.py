@@ -85,3 +85,30 @@ def test_too_few_identities_are_refused_by_number(sizes: list[int]) -> None:
 def test_sizes_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         sampler([3, 3], 2, 0)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6), data=st.data(), seed=st.integers(0, 999))
+@settings(max_examples=60, deadline=None)
+def test_batches_by_super_class_take_each_from_as_few_as_they_can(
+    sizes: list[int], data: st.DataObject, seed: int
+) -> None:
+    """`sizes` counts the identities of each super-class; identity and super-class are numbered alike."""
+    group_of = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    per_batch = data.draw(st.integers(1, len(group_of)))
+    labels_N = labels_of([2] * len(group_of))
+    batches = IdentityBatches(
+        labels_N, identities_per_batch=per_batch, images_per_identity=2, seed=seed, groups_N=group_of[labels_N]
+    )
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * batches.batches_per_epoch, (epoch + 1) * batches.batches_per_epoch)
+        seen = [labels_N[batches.batch(step)][::2] for step in steps]
+        # The last batch reaches back into those before it, where P does not divide the number of identities.
+        dealt = np.concatenate(seen if len(group_of) % per_batch == 0 or len(seen) == 1 else seen[:-1])
+        assert set(np.concatenate(seen).tolist()) == set(range(len(group_of)))
+        # Each super-class stands together: it is entered once.
+        groups = group_of[dealt]
+        assert len(groups) == 0 or 1 + np.count_nonzero(np.diff(groups)) == len(set(groups.tolist()))
+        epochs.append(np.concatenate(seen).tolist())
+    if len(group_of) > 12:
+        assert epochs[0] != epochs[1]

@@ -39,7 +39,7 @@ class Network(nn.Module):
 def test_each_parameter_is_in_the_group_it_belongs_to() -> None:
     network = Network()
     config = OptimizerConfig(learning_rate=0.1, backbone_learning_rate=0.01, weight_decay=0.5, warmup_steps=2)
-    optimizer = build_optimizer(network.named_parameters(), config)
+    optimizer = build_optimizer(network, nn.Identity(), config)
     set_learning_rate(optimizer, 0, warmup_steps=2, total_steps=4)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     conv, norm = network.backbone[0], network.backbone[1]
@@ -56,6 +56,16 @@ def test_each_parameter_is_in_the_group_it_belongs_to() -> None:
 
 
 def test_without_a_rate_of_its_own_the_backbone_takes_the_common_one() -> None:
-    optimizer = build_optimizer(Network().named_parameters(), OptimizerConfig(learning_rate=0.1))
+    optimizer = build_optimizer(Network(), nn.Identity(), OptimizerConfig(learning_rate=0.1))
     set_learning_rate(optimizer, 0, warmup_steps=0, total_steps=1)
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+
+
+def test_what_the_loss_learns_has_its_own_rate_and_no_decay() -> None:
+    loss = nn.Linear(2, 3)
+    config = OptimizerConfig(learning_rate=0.1, loss_learning_rate=0.5, weight_decay=0.5)
+    optimizer = build_optimizer(Network(), loss, config)
+    set_learning_rate(optimizer, 0, warmup_steps=0, total_steps=1)
+    own = [group for group in optimizer.param_groups if any(p is loss.weight for p in group["params"])]
+    assert [(group["lr"], group["weight_decay"], len(group["params"])) for group in own] == [(0.5, 0, 2)]
+    assert optimizer.param_groups[-1]["lr"] == 0.1  # the projection's, which is reported

@@ -103,8 +103,14 @@ def killed_at(step: int) -> Evaluate:
         {},
         {"training": {"ema_decay": 0.9, "freeze_backbone_steps": 5}, "optimizer": {"gradient_clip": 0.5}},
         {"training": {"precision": "bf16", "channels_last": False}, "loss": {"name": "triplet", "mining": "semi-hard"}},
+        {"loss": {"name": "margin-based", "boundaries": "per-identity"}, "optimizer": {"loss_learning_rate": 0.1}},
+        {
+            "loss": {"name": "cross-batch-memory", "pair": {"name": "triplet"}, "size": 30, "start": 1},
+            "training": {"ema_decay": 0.9},
+        },
+        {"loss": {"name": "joint", "pair": {"name": "nt-xent"}}},
     ],
-    ids=["plain", "averaged, frozen, clipped", "bf16"],
+    ids=["plain", "averaged, frozen, clipped", "bf16", "learned boundaries, drawn negatives", "memory", "classifier"],
 )
 @pytest.mark.parametrize("killed", [5, 8])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
@@ -123,6 +129,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         (report.step, report.loss) for report in expected.history
     ]
     assert result.steps == STEPS
+    assert result.learned == expected.learned
 
 
 def test_a_finished_run_resumes_to_itself(images: ImageSet, tmp_path: Path) -> None:
@@ -183,6 +190,49 @@ def test_every_loss_pulls_matches_together(images: ImageSet, loss: dict[str, Any
     assert history[-1].d_ap < 0.6 * history[-1].d_an
     assert {tensor.dtype for tensor in run.network.parameters()} == {torch.float32}
     assert not run.network.training
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"name": "contrastive-squared-margin"},
+        {"name": "triplet", "margin": 0.5, "mining": "hard"},
+        {"name": "triplet-soft-margin"},
+        {"name": "nt-xent"},
+        {"name": "info-nce"},
+        {"name": "margin-based"},
+        {"name": "multi-similarity"},
+        {"name": "circle"},
+        {"name": "cross-batch-memory", "pair": {"name": "supervised-contrastive"}, "size": 48, "start": 5},
+        {"name": "joint", "pair": {"name": "contrastive"}},
+        {"name": "threshold-consistent", "pair": {"name": "contrastive"}},
+    ],
+    ids=lambda loss: str(loss["name"]),
+)
+def test_every_other_loss_tells_identities_apart(images: ImageSet, loss: dict[str, Any]) -> None:
+    tiny = recipe(loss=loss, training={"steps": 40, "log_every": 10})
+    history = trainer(tiny, images).fit().history
+    assert history[-1].d_ap / history[-1].d_an < 0.8 * history[0].d_ap / history[0].d_an
+
+
+@pytest.mark.parametrize("name", ["proxy-anchor", "arcface"])
+def test_proxies_are_learned_with_the_network(images: ImageSet, name: str) -> None:
+    losses = {}
+    for rate in (1e-9, 0.05):
+        tiny = recipe(
+            loss={"name": name, "scale": 16.0},
+            training={"steps": 40, "log_every": 10},
+            optimizer={"loss_learning_rate": rate},
+        )
+        losses[rate] = [report.loss for report in trainer(tiny, images).fit().history]
+    assert losses[1e-9][-1] < 0.9 * losses[1e-9][0]
+    assert losses[0.05][-1] < losses[1e-9][-1]
+
+
+def test_a_learned_boundary_is_reported_and_moves(images: ImageSet) -> None:
+    result = trainer(recipe(loss={"name": "margin-based"}, optimizer={"loss_learning_rate": 0.05}), images).fit()
+    assert result.learned.keys() == {"boundary β"}
+    assert result.learned["boundary β"] != pytest.approx(1.2, abs=1e-3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -290,6 +340,14 @@ def test_an_image_that_vanishes_ends_the_run_with_its_error(images: ImageSet) ->
 def test_too_few_identities_for_a_batch(images: ImageSet) -> None:
     with pytest.raises(InvalidDataset, match="5 identities, fewer than a batch of 6"):
         trainer(recipe(sampling={"identities_per_batch": 6}), images)
+
+
+def test_batches_by_super_class_need_super_classes(images: ImageSet) -> None:
+    by_super = recipe(sampling={"by": "super"})
+    with pytest.raises(InvalidDataset, match="needs identities of the form SUPER/IDENTITY"):
+        trainer(by_super, images)
+    renamed = dataclasses.replace(images, identities=[f"{name}/{name}" for name in images.identities])
+    assert trainer(by_super, renamed).fit().steps == STEPS
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,3 +62,11 @@ def test_without_turns_it_is_the_set_itself(images: ImageSet) -> None:
     assert turned.names == images.names
     assert (turned.labels_N == images.labels_N).all()
     assert (turned.pixels([2, 0], PREPROCESSING) == images.pixels([2, 0], PREPROCESSING)).all()
+
+
+def test_super_classes_turn_with_their_identities(images: ImageSet) -> None:
+    assert TurnedImages(images, ["mirror"]).groups_N is None
+    renamed = replace(images, identities=["greek/a", "latin/b"])
+    groups_N = TurnedImages(renamed, ["mirror"]).groups_N
+    assert groups_N is not None
+    assert groups_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -1,0 +1,111 @@
+"""Losses that weigh pairs by how far their cosine is from where it should be: multi-similarity, circle, consistency.
+
+Shapes: A anchors, R references, B items of a batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.cosines import CosineLoss, chosen_, softmax_
+from training.losses import Comparison, checked, mean
+from training.mining import multi_similarity
+
+
+def multi_similarity_loss(
+    cosine_AR: Tensor, positives_AR: Tensor, negatives_AR: Tensor, *, alpha: float, beta: float, base: float
+) -> Tensor:
+    """Mean over anchors of ln(1 + Σ_P exp(−α(s − λ)))/α + ln(1 + Σ_N exp(β(s − λ)))/β.  Wang et al. 2019, eq. 15.
+
+    P and N are the pairs chosen, booleans; λ = `base`. Anchors without a chosen positive are left out of the mean.
+    """
+    pull_A = F.softplus(masked_logsumexp(-alpha * (cosine_AR - base), positives_AR)) / alpha
+    push_A = F.softplus(masked_logsumexp(beta * (cosine_AR - base), negatives_AR)) / beta
+    return mean((pull_A + push_A)[positives_AR.any(1)])
+
+
+def circle_loss(
+    cosine_AR: Tensor, is_positive_AR: Tensor, is_negative_AR: Tensor, *, margin: float, scale: float
+) -> Tensor:
+    """Mean over anchors of ln(1 + Σ_N exp(γ·α_n(s_n − m)) · Σ_P exp(−γ·α_p(s_p − 1 + m))).  Sun et al. 2020, eq. 6.
+
+    α_p = max(0, 1 + m − s_p) and α_n = max(0, s_n + m) are weights and carry no gradient (eq. 9). Anchors without a
+    positive or without a negative are left out of the mean.
+    """
+    fixed_AR = cosine_AR.detach()
+    pull_AR = -scale * (1 + margin - fixed_AR).relu_() * (cosine_AR - (1 - margin))
+    push_AR = scale * (fixed_AR + margin).relu_() * (cosine_AR - margin)
+    total_A = masked_logsumexp(push_AR, is_negative_AR) + masked_logsumexp(pull_AR, is_positive_AR)
+    return mean(F.softplus(total_A[is_positive_AR.any(1) & is_negative_AR.any(1)]))
+
+
+def threshold_consistency(
+    cosine_AR: Tensor, is_positive_AR: Tensor, is_negative_AR: Tensor, *, positive: float, negative: float
+) -> Tensor:
+    """mean(m⁺ − s_p | s_p ≤ m⁺) + mean(s_n − m⁻ | s_n ≥ m⁻).  Zhang et al. 2024 (TCM), section 4.
+
+    m⁺ = `positive` and m⁻ = `negative` are cosines. Only pairs that break their margin count, so that every
+    identity is held to one and the same threshold.
+    """
+    far_AR = is_positive_AR & (cosine_AR <= positive)
+    near_AR = is_negative_AR & (cosine_AR >= negative)
+    pull = (positive - cosine_AR).where(far_AR, 0).sum() / far_AR.sum().clamp_min(1)
+    return pull + (cosine_AR - negative).where(near_AR, 0).sum() / near_AR.sum().clamp_min(1)
+
+
+def masked_logsumexp(logits_AR: Tensor, chosen_AR: Tensor) -> Tensor:
+    """ln Σ exp over the chosen, by row; of none the lowest number there is, with a zero gradient."""
+    return logits_AR.where(chosen_AR, torch.finfo(logits_AR.dtype).min).logsumexp(1)
+
+
+class MultiSimilarityLoss(CosineLoss):
+    """`multi_similarity_loss` of a batch; a term is an anchor, active when it has a chosen positive.
+
+    epsilon: which pairs are chosen (`mining.multi_similarity`); None for all.
+    """
+
+    def __init__(
+        self, *, alpha: float = 2.0, beta: float = 50.0, base: float = 0.5, epsilon: float | None = 0.1
+    ) -> None:
+        super().__init__()
+        self.alpha = checked("alpha", alpha, 0, 1000)
+        self.beta = checked("beta", beta, 0, 1000)
+        self.base = checked("base", base, -1, 1, unit=", the range of cosines")
+        self.epsilon = epsilon
+
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        positives_AR, negatives_AR = comparison.is_positive_AR, comparison.is_negative_AR
+        if self.epsilon is not None:
+            positives_AR, negatives_AR = multi_similarity(cosine_AR, positives_AR, negatives_AR, epsilon=self.epsilon)
+        has_positive_A = positives_AR.any(1)
+        share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
+        beyond_AR = cosine_AR - self.base
+        pull_A, softmax_AR = softmax_(chosen_(-self.alpha * beyond_AR, positives_AR))
+        push_A, slope_AR = softmax_(chosen_(beyond_AR.mul_(self.beta), negatives_AR))
+        loss = (share_A * (F.softplus(pull_A) / self.alpha + F.softplus(push_A) / self.beta)).sum()
+        slope_AR.mul_((share_A * push_A.sigmoid())[:, None])
+        slope_AR.addcmul_(softmax_AR, (share_A * pull_A.sigmoid())[:, None], value=-1)
+        return loss, mean(has_positive_A.float()), slope_AR
+
+
+class CircleLoss(CosineLoss):
+    """`circle_loss` of a batch; a term is an anchor, active when it has a positive and a negative."""
+
+    def __init__(self, *, margin: float = 0.4, scale: float = 80.0) -> None:
+        super().__init__()
+        self.margin = checked("margin", margin, 0, 1)
+        self.scale = checked("scale", scale, 0, 1000)
+
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        is_positive_AR, is_negative_AR = comparison.is_positive_AR, comparison.is_negative_AR
+        is_active_A = is_positive_AR.any(1) & is_negative_AR.any(1)
+        share_A = is_active_A.to(cosine_AR.dtype) / is_active_A.sum().clamp_min(1)
+        pull_AR = (1 + self.margin - cosine_AR).relu_().mul_(self.scale)
+        push_AR = (cosine_AR + self.margin).relu_().mul_(self.scale)
+        pull_A, softmax_p_AR = softmax_(chosen_((1 - self.margin - cosine_AR).mul_(pull_AR), is_positive_AR))
+        push_A, softmax_n_AR = softmax_(chosen_((cosine_AR - self.margin).mul_(push_AR), is_negative_AR))
+        loss = (share_A * F.softplus(pull_A + push_A)).sum()
+        slope_AR = softmax_n_AR.mul_(push_AR).addcmul_(softmax_p_AR, pull_AR, value=-1)
+        return loss, mean(is_active_A.float()), slope_AR.mul_((share_A * (pull_A + push_A).sigmoid())[:, None])
