@@ -57,8 +57,8 @@ def peak_bytes(step: Step) -> int | None:
 def alternating_medians(steps: list[Step], *, seconds: float, least: int = 3) -> list[float | None]:
     """Median seconds of each step, called in turn so that all see the same disturbances; None when it runs out.
 
-    Turns go on until `seconds` of them were counted, and each step `least` times. A first call counts only where it takes
-    longer than `WARM`, so that what is set up once does not matter.
+    Turns go on until `seconds` of them were counted, and each step `least` times. A first call counts only where it
+    takes longer than `WARM`, so that what is set up once does not matter.
     """
     times: list[list[float]] = [[] for _ in steps]
     running = list(range(len(steps)))
