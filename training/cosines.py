@@ -8,6 +8,7 @@ Shapes: A anchors, R references, D embedding width.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from training.distances import wants_gradient, with_gradient
 from training.losses import Comparison, LossOutput, PairLoss
+
+NEGLIGIBLE = -60.0
+"""An exponent this far below the greatest of its sum adds nothing to it even in float64, while numbers that underflow
+make an exponential ten times slower."""
 
 
 class CosineLoss(PairLoss):
@@ -44,17 +49,23 @@ class CosineLoss(PairLoss):
         """The loss, its active fraction, and its slope [A, R] by each cosine. Leaves `cosine_AR` as it is."""
 
 
-def chosen_(logits_AR: Tensor, chosen_AR: Tensor) -> Tensor:
+def chosen(logits_AR: Tensor, chosen_AR: Tensor) -> Tensor:
     """The logits chosen; the lowest number there is in place of the others."""
-    return logits_AR.masked_fill_(~chosen_AR, torch.finfo(logits_AR.dtype).min)
+    return logits_AR.where(chosen_AR, torch.finfo(logits_AR.dtype).min)
+
+
+def has_chosen(log_sum_A: Tensor) -> Tensor:
+    """Which rows have a chosen logit, from their logsumexp; true of NaN, so that it is seen."""
+    return log_sum_A != torch.finfo(log_sum_A.dtype).min
 
 
 def softmax_(logits_AR: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp [A] and softmax [A, R] of rows, from one exponential, in place.
+    """logsumexp [A] and softmax [A, R] of rows, from one exponential, in place; shares below e^`NEGLIGIBLE` are 0.
 
     Of a row without a chosen logit: the lowest number there is, and equal shares, which the caller multiplies by 0.
     """
     top_A1 = logits_AR.amax(1, keepdim=True)
-    softmax_AR = logits_AR.sub_(top_A1).exp_()
+    exponential_AR = logits_AR.sub_(top_A1).clamp_min_(NEGLIGIBLE).exp_()
+    softmax_AR = torch.threshold_(exponential_AR, 1.01 * math.exp(NEGLIGIBLE), 0)
     total_A1 = softmax_AR.sum(1, keepdim=True)
     return (top_A1 + total_A1.log()).squeeze(1), softmax_AR.mul_(total_A1.reciprocal())

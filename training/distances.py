@@ -16,12 +16,18 @@ COINCIDING = 1e-6
 _STEEP = 100.0
 """A larger weight on a difference of unit vectors leaves too few of float32's digits; float64 takes its place."""
 
+_NEAR = 0.5
+"""Squares of larger distances between unit vectors are right to 1e-6 in float32, by the Gram identity."""
+
+_FEW = 16
+"""Pairs for each anchor up to which differences are faster than a matrix product in float64."""
+
 
 def euclidean_matrix(emb_AD: Tensor, references_RD: Tensor | None = None) -> Tensor:
     """Euclidean distances [A, R] between the rows of two matrices, or of one and itself, in float32 or float64.
 
-    The Gram identity |a − b|² = |a|² + |b|² − 2a·b is evaluated in float64: in float32 it cancels, and of
-    two unit vectors 1e-3 apart it can say that they coincide. Memory is O(A·R), never O(A·R·D).
+    By the Gram identity |a − b|² = |a|² + |b|² − 2a·b, but for close pairs: there it cancels, and of two unit vectors
+    1e-3 apart it can say in float32 that they coincide. Memory is O(A·R), never O(A·R·D).
 
     The gradient of a distance d is (a − b)/d, and zero where d < `COINCIDING`. It can be taken once: the gradient
     has none of its own. Not a number in, not a number out.
@@ -64,16 +70,10 @@ def wants_gradient(emb_BD: Tensor) -> bool:
 class _EuclideanMatrix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a_AD: Tensor, b_RD: Tensor) -> Tensor:
-        is_within = a_AD is b_RD
-        exact_AD = a_AD.double()
-        exact_RD = exact_AD if is_within else b_RD.double()
-        square_A, square_R = exact_AD.square().sum(1), exact_RD.square().sum(1)
-        square_AR = torch.addmm(square_R, exact_AD, exact_RD.T, alpha=-2).add_(square_A[:, None])
-        if is_within:
-            square_AR.fill_diagonal_(0)
-        dist_AR = torch.threshold_(
-            square_AR.to(torch.promote_types(a_AD.dtype, torch.float32)), COINCIDING**2, 0
-        ).sqrt_()
+        dtype = torch.promote_types(a_AD.dtype, torch.float32)
+        with torch.autocast(a_AD.device.type, enabled=False):
+            square_AR = _exact_squares(a_AD.to(dtype), b_RD.to(dtype), is_within=a_AD is b_RD)
+        dist_AR = torch.threshold_(square_AR, COINCIDING**2, 0).sqrt_()
         ctx.save_for_backward(a_AD, b_RD, dist_AR)
         return dist_AR
 
@@ -101,3 +101,28 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (grad_BD,) = ctx.saved_tensors
         return grad_BD * grad, None, None
+
+
+def _exact_squares(a_AD: Tensor, b_RD: Tensor, *, is_within: bool) -> Tensor:
+    """Squared distances [A, R]: in float32, and again, from differences, where that leaves too few digits.
+
+    Where close pairs are many, as in a collapsed embedding, one product in float64 is faster.
+    """
+    square_AR = _squares(a_AD, b_RD)
+    if is_within:
+        square_AR.fill_diagonal_(_NEAR**2)
+    if a_AD.dtype == torch.float32 and square_AR.numel() and not square_AR.amin() >= _NEAR**2:
+        # A comparison with NaN is false: it stays what it is.
+        anchor_T, reference_T = (square_AR < _NEAR**2).nonzero(as_tuple=True)
+        if len(anchor_T) > _FEW * max(square_AR.shape):
+            square_AR = _squares(a_AD.double(), b_RD.double()).to(a_AD.dtype)
+        else:
+            square_AR[anchor_T, reference_T] = (a_AD[anchor_T] - b_RD[reference_T]).square().sum(1)
+    return square_AR.fill_diagonal_(0) if is_within else square_AR
+
+
+def _squares(a_AD: Tensor, b_RD: Tensor) -> Tensor:
+    """Squared distances [A, R] as one matrix product: [−2a, |a|², 1] · [b, 1, |b|²]."""
+    of_a_A2 = torch.stack([a_AD.square().sum(1), a_AD.new_ones(len(a_AD))], 1)
+    of_b_R2 = torch.stack([b_RD.new_ones(len(b_RD)), b_RD.square().sum(1)], 1)
+    return torch.cat([-2 * a_AD, of_a_A2], 1) @ torch.cat([b_RD, of_b_R2], 1).T

@@ -75,7 +75,7 @@ class _Contrastive(PairLoss):
             if is_within:
                 hinge_AR.fill_diagonal_(0)
             matching_AR = dist_AR * positive_AR
-            active = matching_AR.count_nonzero() + hinge_AR.count_nonzero()
+            active = (matching_AR.sign().sum(1) + hinge_AR.sign().sum(1)).sum(dtype=torch.float64)
             total_A = torch.linalg.vecdot(matching_AR, dist_AR) + self._repulsion(hinge_AR)
             loss = (share * total_A.sum(dtype=torch.float64)).to(dist_AR.dtype)
             grad_AD = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.cosines import CosineLoss, chosen_, softmax_
+from training.cosines import CosineLoss, chosen, has_chosen, softmax_
 from training.losses import Comparison, checked, mean
 from training.mining import multi_similarity
 
@@ -79,11 +79,11 @@ class MultiSimilarityLoss(CosineLoss):
         positives_AR, negatives_AR = comparison.is_positive_AR, comparison.is_negative_AR
         if self.epsilon is not None:
             positives_AR, negatives_AR = multi_similarity(cosine_AR, positives_AR, negatives_AR, epsilon=self.epsilon)
-        has_positive_A = positives_AR.any(1)
-        share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
         beyond_AR = cosine_AR - self.base
-        pull_A, softmax_AR = softmax_(chosen_(-self.alpha * beyond_AR, positives_AR))
-        push_A, slope_AR = softmax_(chosen_(beyond_AR.mul_(self.beta), negatives_AR))
+        pull_A, softmax_AR = softmax_(chosen(-self.alpha * beyond_AR, positives_AR))
+        push_A, slope_AR = softmax_(chosen(beyond_AR.mul_(self.beta), negatives_AR))
+        has_positive_A = has_chosen(pull_A)
+        share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
         loss = (share_A * (F.softplus(pull_A) / self.alpha + F.softplus(push_A) / self.beta)).sum()
         slope_AR.mul_((share_A * push_A.sigmoid())[:, None])
         slope_AR.addcmul_(softmax_AR, (share_A * pull_A.sigmoid())[:, None], value=-1)
@@ -100,12 +100,12 @@ class CircleLoss(CosineLoss):
 
     def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         is_positive_AR, is_negative_AR = comparison.is_positive_AR, comparison.is_negative_AR
-        is_active_A = is_positive_AR.any(1) & is_negative_AR.any(1)
-        share_A = is_active_A.to(cosine_AR.dtype) / is_active_A.sum().clamp_min(1)
         pull_AR = (1 + self.margin - cosine_AR).relu_().mul_(self.scale)
         push_AR = (cosine_AR + self.margin).relu_().mul_(self.scale)
-        pull_A, softmax_p_AR = softmax_(chosen_((1 - self.margin - cosine_AR).mul_(pull_AR), is_positive_AR))
-        push_A, softmax_n_AR = softmax_(chosen_((cosine_AR - self.margin).mul_(push_AR), is_negative_AR))
+        pull_A, softmax_p_AR = softmax_(chosen((1 - self.margin - cosine_AR).mul_(pull_AR), is_positive_AR))
+        push_A, softmax_n_AR = softmax_(chosen((cosine_AR - self.margin).mul_(push_AR), is_negative_AR))
+        is_active_A = has_chosen(pull_A) & has_chosen(push_A)
+        share_A = is_active_A.to(cosine_AR.dtype) / is_active_A.sum().clamp_min(1)
         loss = (share_A * F.softplus(pull_A + push_A)).sum()
         slope_AR = softmax_n_AR.mul_(push_AR).addcmul_(softmax_p_AR, pull_AR, value=-1)
         return loss, mean(is_active_A.float()), slope_AR.mul_((share_A * (pull_A + push_A).sigmoid())[:, None])

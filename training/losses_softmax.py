@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.cosines import CosineLoss, chosen_, softmax_
+from training.cosines import CosineLoss, chosen, softmax_
 from training.losses import Comparison, LossOutput, MetricLoss, checked_temperature, mean
 
 _EXACT_BELOW = 0.02
@@ -108,7 +108,7 @@ class NTXentLoss(CosineLoss):
         anchor_P, positive_P = comparison.is_positive_AR.nonzero(as_tuple=True)
         logits_AR = cosine_AR / self.temperature
         logit_P = logits_AR[anchor_P, positive_P]
-        log_sum_A, softmax_AR = softmax_(chosen_(logits_AR, comparison.is_negative_AR))
+        log_sum_A, softmax_AR = softmax_(chosen(logits_AR, comparison.is_negative_AR))
         excess_P = log_sum_A[anchor_P] - logit_P
         loss = mean(F.softplus(excess_P))
         pull_P = excess_P.sigmoid() / (self.temperature * max(len(excess_P), 1))

@@ -84,3 +84,19 @@ def test_autocast_does_not_lower_the_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = euclidean_matrix(emb_BD)
     assert torch.equal(inside, euclidean_matrix(emb_BD))
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-2, 0.3])
+def test_a_collapsed_batch_is_measured_as_exactly(gap: float) -> None:
+    emb_BD = F.normalize(unit_rows(1, 128) + gap / 11 * unit_rows(40, 128, seed=1), dim=1)
+    torch.testing.assert_close(euclidean_matrix(emb_BD).double(), naive(emb_BD), rtol=1e-5, atol=0)
+
+
+def test_rows_against_other_rows() -> None:
+    emb_AD, references_RD = unit_rows(5, dtype=torch.float64), unit_rows(7, seed=1, dtype=torch.float64)
+    references_RD[3] = emb_AD[2]
+    expected = [[(a - r).norm().item() for r in references_RD] for a in emb_AD]
+    torch.testing.assert_close(euclidean_matrix(emb_AD, references_RD), torch.tensor(expected, dtype=torch.float64))
+    references_RD[3] = unit_rows(1, seed=9, dtype=torch.float64)
+    both = (emb_AD.requires_grad_(), references_RD.requires_grad_())
+    assert torch.autograd.gradcheck(euclidean_matrix, both)
