@@ -14,10 +14,12 @@ import torch
 
 Step = Callable[[], object]
 
-MEMORY_LIMIT = 12 * 2**30
-"""Bytes that a step may ask for beyond what the process has; one that asks for more counts as out of memory."""
+_STATUS = Path("/proc/self/status")
 
-WARM = 0.25
+MEMORY_SHARE = 0.7
+"""Of the memory available at the start, what a step may ask for; one that asks for more counts as out of memory."""
+
+SLOW = 0.25
 """Seconds: a step that takes longer is not noticeably slowed by what its first call sets up."""
 
 
@@ -31,10 +33,12 @@ def machine(*packages: str) -> str:
     return ", ".join([model, size, f"torch {torch.__version__}", *packages])
 
 
-def limit_memory() -> None:
-    """Let allocations beyond `MEMORY_LIMIT` fail, so that a step that asks for too much ends alone."""
-    limit = _status_bytes("VmSize") + MEMORY_LIMIT
+def limit_memory() -> int:
+    """Let allocations beyond `MEMORY_SHARE` fail, so that a step that asks for too much ends alone; the bytes."""
+    allowed = int(MEMORY_SHARE * _bytes(Path("/proc/meminfo"), "MemAvailable"))
+    limit = _bytes(_STATUS, "VmSize") + allowed
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    return allowed
 
 
 def peak_bytes(step: Step) -> int | None:
@@ -46,25 +50,25 @@ def peak_bytes(step: Step) -> int | None:
         step()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
-        before = _status_bytes("VmRSS")
+        before = _bytes(_STATUS, "VmRSS")
         step()
     except (RuntimeError, MemoryError) as error:
         _raise_unless_out_of_memory(error)
         return None
-    return max(_status_bytes("VmHWM") - before, 0)
+    return max(_bytes(_STATUS, "VmHWM") - before, 0)
 
 
-def alternating_medians(steps: list[Step], *, seconds: float, least: int = 3) -> list[float | None]:
+def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> list[float | None]:
     """Median seconds of each step, called in turn so that all see the same disturbances; None when it runs out.
 
-    Turns go on until `seconds` of them were counted, and each step `least` times. A first call counts only where it
-    takes longer than `WARM`, so that what is set up once does not matter.
+    Turns go on until `seconds` of them were counted and each step `least` times, a slow one once. The first call of a
+    step that is not slow does not count, so that what is set up once does not matter.
     """
     times: list[list[float]] = [[] for _ in steps]
-    running = list(range(len(steps)))
+    running = set(range(len(steps)))
     is_first = True
-    while running and (min(len(times[at]) for at in running) < least or sum(map(sum, times)) < seconds):
-        for at in tuple(running):
+    while running and (any(_is_wanting(times[at], least) for at in running) or sum(map(sum, times)) < seconds):
+        for at in sorted(running):
             start = time.perf_counter()
             try:
                 steps[at]()
@@ -73,10 +77,15 @@ def alternating_medians(steps: list[Step], *, seconds: float, least: int = 3) ->
                 running.remove(at)
                 continue
             taken = time.perf_counter() - start
-            if not is_first or taken > WARM:
+            if not is_first or taken > SLOW:
                 times[at].append(taken)
         is_first = False
     return [statistics.median(times[at]) if at in running else None for at in range(len(steps))]
+
+
+def _is_wanting(times: list[float], least: int) -> bool:
+    """By the shortest, since a machine that other work holds up may make any step slow once."""
+    return not times or (min(times) <= SLOW and len(times) < least)
 
 
 def _raise_unless_out_of_memory(error: RuntimeError | MemoryError) -> None:
@@ -84,6 +93,6 @@ def _raise_unless_out_of_memory(error: RuntimeError | MemoryError) -> None:
         raise error
 
 
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _bytes(table: Path, key: str) -> int:
+    lines = table.read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -3,7 +3,7 @@
 With W the slope of a loss by each cosine, the gradient of the embeddings E of a batch is (W + Wᵀ)·E: three matrix
 products in all, and passes in place in between.
 
-Shapes: A anchors, R references, D embedding width.
+Shapes: A anchors, R references, P pairs, D embedding width.
 """
 
 from __future__ import annotations
@@ -54,11 +54,6 @@ def chosen(logits_AR: Tensor, chosen_AR: Tensor) -> Tensor:
     return logits_AR.where(chosen_AR, torch.finfo(logits_AR.dtype).min)
 
 
-def has_chosen(log_sum_A: Tensor) -> Tensor:
-    """Which rows have a chosen logit, from their logsumexp; true of NaN, so that it is seen."""
-    return log_sum_A != torch.finfo(log_sum_A.dtype).min
-
-
 def softmax_(logits_AR: Tensor) -> tuple[Tensor, Tensor]:
     """logsumexp [A] and softmax [A, R] of rows, from one exponential, in place; shares below e^`NEGLIGIBLE` are 0.
 
@@ -69,3 +64,11 @@ def softmax_(logits_AR: Tensor) -> tuple[Tensor, Tensor]:
     softmax_AR = torch.threshold_(exponential_AR, 1.01 * math.exp(NEGLIGIBLE), 0)
     total_A1 = softmax_AR.sum(1, keepdim=True)
     return (top_A1 + total_A1.log()).squeeze(1), softmax_AR.mul_(total_A1.reciprocal())
+
+
+def sparse_softmax(logit_P: Tensor, anchor_P: Tensor, anchors: int) -> tuple[Tensor, Tensor]:
+    """logsumexp [A] over the pairs of each anchor, −∞ of none, and the softmax [P] among them: where pairs are few."""
+    top_A = logit_P.new_full((anchors,), -torch.inf).scatter_reduce_(0, anchor_P, logit_P, "amax")
+    exponential_P = (logit_P - top_A[anchor_P]).exp_()
+    total_A = torch.zeros_like(top_A).index_add_(0, anchor_P, exponential_P)
+    return top_A + total_A.log(), exponential_P / total_A[anchor_P]

@@ -107,7 +107,7 @@ class Comparison:
     def cosine_output(self, loss: Tensor, active_fraction: Tensor, cosine_AR: Tensor) -> LossOutput:
         """The output of a loss that has measured cosines: distances follow, d = √(2 − 2·cos)."""
         with torch.no_grad():
-            dist_AR = (2 - 2 * cosine_AR.detach()).clamp_min_(0).sqrt_()
+            dist_AR = cosine_AR.detach().mul(-2).add_(2).clamp_min_(0).sqrt_()
             if self.is_within:
                 dist_AR.fill_diagonal_(0)
             return LossOutput(loss, active_fraction.detach(), *self._mean_distances(dist_AR))

@@ -1,6 +1,6 @@
 """Losses that weigh pairs by how far their cosine is from where it should be: multi-similarity, circle, consistency.
 
-Shapes: A anchors, R references, B items of a batch.
+Shapes: A anchors, R references, P matching pairs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.cosines import CosineLoss, chosen, has_chosen, softmax_
+from training.cosines import CosineLoss, chosen, softmax_, sparse_softmax
 from training.losses import Comparison, checked, mean
 from training.mining import multi_similarity
 
@@ -79,14 +79,15 @@ class MultiSimilarityLoss(CosineLoss):
         positives_AR, negatives_AR = comparison.is_positive_AR, comparison.is_negative_AR
         if self.epsilon is not None:
             positives_AR, negatives_AR = multi_similarity(cosine_AR, positives_AR, negatives_AR, epsilon=self.epsilon)
-        beyond_AR = cosine_AR - self.base
-        pull_A, softmax_AR = softmax_(chosen(-self.alpha * beyond_AR, positives_AR))
-        push_A, slope_AR = softmax_(chosen(beyond_AR.mul_(self.beta), negatives_AR))
-        has_positive_A = has_chosen(pull_A)
+        anchor_P, positive_P = positives_AR.nonzero(as_tuple=True)
+        logit_P = -self.alpha * (cosine_AR[anchor_P, positive_P] - self.base)
+        pull_A, softmax_P = sparse_softmax(logit_P, anchor_P, len(cosine_AR))
+        push_A, slope_AR = softmax_(chosen((cosine_AR - self.base).mul_(self.beta), negatives_AR))
+        has_positive_A = pull_A != -torch.inf
         share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
         loss = (share_A * (F.softplus(pull_A) / self.alpha + F.softplus(push_A) / self.beta)).sum()
         slope_AR.mul_((share_A * push_A.sigmoid())[:, None])
-        slope_AR.addcmul_(softmax_AR, (share_A * pull_A.sigmoid())[:, None], value=-1)
+        slope_AR[anchor_P, positive_P] = -softmax_P * (share_A * pull_A.sigmoid())[anchor_P]
         return loss, mean(has_positive_A.float()), slope_AR
 
 
@@ -99,13 +100,17 @@ class CircleLoss(CosineLoss):
         self.scale = checked("scale", scale, 0, 1000)
 
     def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        is_positive_AR, is_negative_AR = comparison.is_positive_AR, comparison.is_negative_AR
-        pull_AR = (1 + self.margin - cosine_AR).relu_().mul_(self.scale)
-        push_AR = (cosine_AR + self.margin).relu_().mul_(self.scale)
-        pull_A, softmax_p_AR = softmax_(chosen((1 - self.margin - cosine_AR).mul_(pull_AR), is_positive_AR))
-        push_A, softmax_n_AR = softmax_(chosen((cosine_AR - self.margin).mul_(push_AR), is_negative_AR))
-        is_active_A = has_chosen(pull_A) & has_chosen(push_A)
+        anchor_P, positive_P = comparison.is_positive_AR.nonzero(as_tuple=True)
+        cosine_P = cosine_AR[anchor_P, positive_P]
+        weight_P = self.scale * (1 + self.margin - cosine_P).relu_()
+        pull_A, softmax_P = sparse_softmax(weight_P * (1 - self.margin - cosine_P), anchor_P, len(cosine_AR))
+        weight_AR = (cosine_AR + self.margin).relu_().mul_(self.scale)
+        push_A, slope_AR = softmax_(chosen((cosine_AR - self.margin).mul_(weight_AR), comparison.is_negative_AR))
+        total_A = pull_A + push_A
+        is_active_A = (pull_A != -torch.inf) & (push_A != torch.finfo(push_A.dtype).min)
         share_A = is_active_A.to(cosine_AR.dtype) / is_active_A.sum().clamp_min(1)
-        loss = (share_A * F.softplus(pull_A + push_A)).sum()
-        slope_AR = softmax_n_AR.mul_(push_AR).addcmul_(softmax_p_AR, pull_AR, value=-1)
-        return loss, mean(is_active_A.float()), slope_AR.mul_((share_A * (pull_A + push_A).sigmoid())[:, None])
+        loss = (share_A * F.softplus(total_A)).sum()
+        slope_A = share_A * total_A.sigmoid()
+        slope_AR.mul_(weight_AR).mul_(slope_A[:, None])
+        slope_AR[anchor_P, positive_P] = -softmax_P * weight_P * slope_A[anchor_P]
+        return loss, mean(is_active_A.float()), slope_AR

@@ -386,8 +386,10 @@ def test_moving_a_match_closer_never_raises_the_loss(name: str, seed: int, step:
 def test_small_temperatures_give_the_gradient_of_float64(
     kind: type[SupervisedContrastiveLoss | NTXentLoss | InfoNCELoss], temperature: float
 ) -> None:
+    # Close together, as far as the temperature tells apart: farther ones leave nothing but zeros to compare.
     loss, labels_B = kind(temperature=temperature), torch.arange(32) // 2
-    emb_BD = unit_rows(32, seed=2, width=8, dtype=torch.float32)
+    spread_BD = math.sqrt(temperature) * unit_rows(32, seed=2, width=8)
+    emb_BD = F.normalize(unit_rows(1, width=8) + spread_BD, dim=1).float()
     expected_BD = gradient(loss, emb_BD.double(), labels_B)
     assert loss(emb_BD, labels_B).loss.item() == pytest.approx(loss(emb_BD.double(), labels_B).loss.item(), rel=1e-5)
     scale = expected_BD.abs().max().item()

@@ -49,8 +49,9 @@ def test_proxy_anchor_equals_the_papers_sum() -> None:
     assert loss(emb_BD, LABELS_B).loss.item() == pytest.approx(expected)
 
 
-def test_arcface_equals_the_papers_sum() -> None:
-    loss, emb_BD = proxy_loss(ArcFaceLoss, margin=0.5, scale=8.0), unit_rows(6)
+@pytest.mark.parametrize("seed", range(5))
+def test_arcface_equals_the_papers_sum(seed: int) -> None:
+    loss, emb_BD = proxy_loss(ArcFaceLoss, margin=0.5, scale=8.0), unit_rows(6, seed=seed)
     with torch.no_grad():
         loss.proxies_ID[3] = -emb_BD[5]  # an angle of π, to which no margin can be added
     cosine_BI = (emb_BD @ F.normalize(loss.proxies_ID, dim=1).T).tolist()
