@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from training.distances import euclidean_matrix, euclidean_rows
 from training.mining import matching_pairs
 
-
 FEW = 16
 """Pairs for each anchor up to which they are gone through one by one faster than as a matrix."""
 
@@ -80,13 +79,21 @@ class Comparison:
     @cached_property
     def is_negative_AR(self) -> Tensor:
         """Images of other identities."""
-        is_negative_AR = self._marked(torch.ones(self.shape, dtype=torch.bool, device=self.labels_A.device), False)
-        return is_negative_AR.fill_diagonal_(False) if self.is_within else is_negative_AR
+        everything_AR = torch.ones(self.shape, dtype=torch.bool, device=self.labels_A.device)
+        return self.negatives_alone_(everything_AR, False)
 
     @cached_property
     def positive_AR(self) -> Tensor:
         """`is_positive_AR` as 0 and 1, to multiply with: several times faster than choosing by booleans."""
         return self._marked(self.emb_AD.new_zeros(self.shape), 1)
+
+    def without_itself_(self, matrix_AR: Tensor, value: float) -> Tensor:
+        """Fills, within a batch, the entries of an image and itself."""
+        return matrix_AR.fill_diagonal_(value) if self.is_within else matrix_AR
+
+    def negatives_alone_(self, matrix_AR: Tensor, value: float) -> Tensor:
+        """Fills all other entries than those of non-matching pairs."""
+        return self.without_itself_(self._marked(matrix_AR, value), value)
 
     @cached_property
     def positives_A(self) -> Tensor:
@@ -145,7 +152,7 @@ class Comparison:
             (of_all - of_positives) / negatives if negatives else nothing,
         )
 
-    def _marked(self, matrix_AR: Tensor, value: bool | int) -> Tensor:
+    def _marked(self, matrix_AR: Tensor, value: float) -> Tensor:
         return matrix_AR.index_put_(self.positive_pairs, matrix_AR.new_tensor(value))
 
 

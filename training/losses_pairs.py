@@ -106,8 +106,10 @@ class _Contrastive(PairLoss):
         anchor_T, reference_T = torch.cat([anchor_P, anchor_N]), torch.cat([positive_P, near_N])
         weight_T = torch.cat([torch.ones_like(dist_P), -self._push(hinge_N, dist_N)])
         grad_AD = torch.zeros_like(comparison.emb_AD)
-        return total, active, add_differences_(
-            grad_AD, weight_T, comparison.emb_AD, anchor_T, comparison.references_RD, reference_T
+        return (
+            total,
+            active,
+            add_differences_(grad_AD, weight_T, comparison.emb_AD, anchor_T, comparison.references_RD, reference_T),
         )
 
     def _of_matrix(

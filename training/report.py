@@ -78,8 +78,8 @@ _CARD = """\
 {searches}
 ## Operating points
 
-Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs, and
-super-classes where the split keeps these apart.
+Error rates on the calibration side. "At most" is what the rate of as many other identities exceeds in one of twenty
+cases; identities, not pairs, are taken as independent, or super-classes where the split keeps these apart.
 
 {points}
 
@@ -146,7 +146,7 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     return (
         f"Two images match when their embeddings lie within **{calibration.learned_margin:.4f}** of each other, the "
         f"learned margin. At that threshold {_rate(rates.far)} of non-matching pairs were accepted (at most "
-        f"{_rate(rates.far_upper95)} with 95 % confidence) and {_rate(rates.frr)} of matching pairs rejected, on "
+        f"{_rate(rates.far_upper95)} among as many others, with 95 % confidence) and {_rate(rates.frr)} of matching pairs rejected, on "
         f"{protocol}. An image's nearest neighbour among {evaluation.retrieval.gallery:,} test images matches it in "
         f"{_rate(evaluation.retrieval.recall_at_1)} of cases."
     )
