@@ -103,8 +103,8 @@ def exponentials_(
 
     Where the range allows one shift serves all rows. Otherwise each has its own, and shares below e^`NEGLIGIBLE` are 0.
     """
-    span = _SPAN[logits_AR.dtype] - math.log(max(logits_AR.shape[1], 1))
-    shift = max(most - span, 0.0)
+    span = _SPAN[logits_AR.dtype]
+    shift = max(most + math.log(max(logits_AR.shape[1], 1)) - span, 0.0)
     if least - shift >= -span:
         if shift:
             logits_AR.sub_(shift)

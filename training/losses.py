@@ -12,6 +12,7 @@ Shapes: B items of a batch, A anchors, R references, D embedding width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -135,10 +136,9 @@ class Comparison:
     def cosine_output(self, loss: Tensor, active_fraction: Tensor, cosine_AR: Tensor) -> LossOutput:
         """The output of a loss that has measured cosines: distances follow, d = √(2 − 2·cos)."""
         with torch.no_grad():
-            dist_AR = cosine_AR.detach().mul(-2).add_(2).clamp_min_(0).sqrt_()
-            if self.is_within:
-                dist_AR.fill_diagonal_(0)
-            return LossOutput(loss, active_fraction.detach(), *self._mean_distances(dist_AR))
+            half_AR = torch.rsub(cosine_AR.detach(), 1).clamp_min_(0).sqrt_()  # without the factor √2
+            d_ap, d_an = self._mean_distances(self.without_itself_(half_AR, 0))
+            return LossOutput(loss, active_fraction.detach(), math.sqrt(2) * d_ap, math.sqrt(2) * d_an)
 
     def _mean_distances(self, dist_AR: Tensor) -> tuple[Tensor, Tensor]:
         # Sums of rows first: one sum over a whole matrix in float64 would copy it.

@@ -146,7 +146,8 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     return (
         f"Two images match when their embeddings lie within **{calibration.learned_margin:.4f}** of each other, the "
         f"learned margin. At that threshold {_rate(rates.far)} of non-matching pairs were accepted (at most "
-        f"{_rate(rates.far_upper95)} among as many others, with 95 % confidence) and {_rate(rates.frr)} of matching pairs rejected, on "
+        f"{_rate(rates.far_upper95)} among as many other identities, with 95 % confidence) and {_rate(rates.frr)} of "
+        "matching pairs rejected, on "
         f"{protocol}. An image's nearest neighbour among {evaluation.retrieval.gallery:,} test images matches it in "
         f"{_rate(evaluation.retrieval.recall_at_1)} of cases."
     )
