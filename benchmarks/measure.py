@@ -13,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,25 @@ STEP_BYTES = 8_000_000_000
 
 SLOW = 0.25
 """Seconds: a step that takes longer is not noticeably slowed by what its first call sets up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What was to be reached; `value` is None where one of both ran out of memory and nothing can be compared."""
+
+    name: str
+    value: float | None
+    reach: float
+    holds: bool
+
+
+def say_bars(bars: list[Bar]) -> None:
+    """Print how many hold, and those that do not."""
+    missed = [bar for bar in bars if not bar.holds]
+    print(f"\n{len(bars) - len(missed)} of {len(bars)} bars hold.")
+    for bar in missed:
+        value = "out of memory" if bar.value is None else f"{bar.value:.3g}"
+        print(f"missed: {bar.name}: {value}, to reach {bar.reach:g}")
 
 
 def machine(*packages: str) -> str:
@@ -70,33 +90,43 @@ def _peak_of_call(step: Step) -> tuple[int, float]:
 
 
 def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> list[float | None]:
-    """Median processor seconds of each step, called in turn so that all see the same disturbances; None when it runs out.
+    """Median processor seconds of each step, called in turn so that all see the same disturbances; None: out of memory.
 
     Turns go on until `seconds` of them were counted and each step `least` times, a slow one once. The first call of a
-    step that is not slow does not count, so that what is set up once does not matter.
+    step that is not slow does not count, so that what is set up once does not matter; nor does its first call after a
+    slow one, whose memory is given back before.
     """
     times: list[list[float]] = [[] for _ in steps]
-    running = set(range(len(steps)))
-    is_first = True
-    while running and (any(_is_wanting(times[at], least) for at in running) or sum(map(sum, times)) < seconds):
-        for at in sorted(running):
+    running, is_warm = list(range(len(steps))), [False] * len(steps)
+
+    def is_done(at: int) -> bool:
+        is_slow = bool(times[at]) and min(times[at]) > SLOW
+        return is_slow or (len(times[at]) >= least and sum(map(sum, times)) >= seconds)
+
+    while wanting := [at for at in running if not is_done(at)]:
+        for at in wanting:
             start = time.thread_time()
             try:
                 steps[at]()
             except (RuntimeError, MemoryError) as error:
                 _raise_unless_out_of_memory(error)
                 running.remove(at)
+                _give_back(is_warm)
                 continue
             taken = time.thread_time() - start
-            if not is_first or taken > SLOW:
+            if is_warm[at] or taken > SLOW:
                 times[at].append(taken)
-        is_first = False
+            is_warm[at] = True
+            if taken > SLOW:
+                _give_back(is_warm)
+    _give_back(is_warm)
     return [statistics.median(times[at]) if at in running else None for at in range(len(steps))]
 
 
-def _is_wanting(times: list[float], least: int) -> bool:
-    """By the shortest: the first calls of a step may be slow."""
-    return not times or (min(times) <= SLOW and len(times) < least)
+def _give_back(is_warm: list[bool]) -> None:
+    """The memory of a large step: past 2 GB glibc would trim its heap at every call of the others, and page-fault."""
+    ctypes.CDLL(None).malloc_trim(0)
+    is_warm[:] = [False] * len(is_warm)
 
 
 def _raise_unless_out_of_memory(error: RuntimeError | MemoryError) -> None:
