@@ -112,7 +112,8 @@ class Bundle:
 
     @property
     def embedding_dim(self) -> int:
-        return self.manifest.architecture.embedding_dim
+        """Width D of an embedding, all views joined."""
+        return self.preprocessing.embedding_dim(self.architecture.embedding_dim)
 
     def network(self) -> EmbeddingNetwork:
         """The trained network, in evaluation mode, on the CPU."""

@@ -154,7 +154,7 @@ class NetworkConfig(Section):
     embedding_dim: Annotated[int, Field(ge=2, le=4096)] = 128
     """Width D of the embedding."""
     width: Annotated[int, Field(ge=4, le=512)] = 32
-    """Channels of the first stage of small_cnn; other networks have their own."""
+    """Channels of the first stage of small_cnn and residual_cnn; other networks have their own."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of features dropped before the projection, in training only."""
     weights: str = "random"
@@ -201,6 +201,8 @@ class AugmentationConfig(Section):
     """Magnification, log-uniform, within [0.25, 4]."""
     shear: Annotated[float, Field(ge=0, le=30)] = 0.0
     """Degrees, up to this to either side, along each axis."""
+    stretch: Range = (1.0, 1.0)
+    """Width over height, log-uniform, within [0.5, 2]; the area stays."""
     crop: Range = (1.0, 1.0)
     """Share of the area kept by a random square crop that is then enlarged, within [0.05, 1]."""
     horizontal_flip: Share = 0.0
@@ -226,7 +228,7 @@ class AugmentationConfig(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name, least, most in (("scale", 0.25, 4.0), ("crop", 0.05, 1.0)):
+        for name, least, most in (("scale", 0.25, 4.0), ("stretch", 0.5, 2.0), ("crop", 0.05, 1.0)):
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
                 raise error_at(name, f"takes [low, high], {least:g} <= low <= high <= {most:g}; got {[low, high]}")
