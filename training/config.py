@@ -57,6 +57,8 @@ class DataPart(Section):
     """Comes before the names of its images, as NAME/path: tells parts apart, in [[evaluation.search]] for one."""
     role: Literal["split", "train", "calibration", "test"] = "split"
     """The side that all images of this part go to; "split" leaves it to [split]."""
+    exclude: tuple[str, ...] = ()
+    """Identities left out, as shell patterns such as "Latin/*"; each must match one."""
     max_bad_images: Annotated[int | float, BeforeValidator(_count_or_share)] = 0
     """Images that may be unreadable, listed and skipped: a count, or with a decimal point a share of the part."""
 
