@@ -9,7 +9,7 @@ Shapes: B images of the global batch, r of this process, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from embedding.errors import InvalidRecipe
 from embedding.networks import EmbeddingNetwork
 from training.augment import Augmenter
-from training.averaging import averaged
+from training.averaging import averaged, refresh_statistics
 from training.batch_norm import normalise_over_ranks
 from training.cached_gradients import CachedEmbeddings
 from training.checkpoint import load_optimizer_tensors, optimizer_tensors, with_prefix, without_prefix
@@ -28,6 +28,9 @@ from training.distributed import Ranks
 from training.losses import LossOutput, MetricLoss
 from training.precision import autocast_dtype
 from training.schedule import build_optimizer, set_learning_rate
+
+STATISTICS_BATCHES = 20
+"""Recent batches that the batch statistics of averaged weights are measured on."""
 
 
 class TrainingStep:
@@ -77,6 +80,21 @@ class TrainingStep:
         rate: float = self.optimizer.param_groups[-1]["lr"]
         return rate
 
+    def settle(self, step: int, load: Callable[[int], tuple[Tensor, Tensor]]) -> EmbeddingNetwork:
+        """`shipped` after `step` steps, ready for use: in evaluation mode, an average with batch statistics of its own.
+
+        These are measured on the last `STATISTICS_BATCHES` batches, which `load` gives. All processes must call it.
+        """
+        if self._average is not None and step > self.recipe.training.freeze_backbone_steps:
+            refresh_statistics(self.shipped, self._recent_images(step, load))
+        return self.shipped.eval()
+
+    def _recent_images(self, step: int, load: Callable[[int], tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        for recent in range(max(0, step - STATISTICS_BATCHES), step):
+            pixels_rCHW, labels_B = load(recent)
+            self._seed(recent)
+            yield from self._parts(self._images(pixels_rCHW, len(labels_B)), len(labels_B))
+
     def __call__(self, step: int, pixels_rCHW: Tensor, labels_B: Tensor) -> tuple[LossOutput, Tensor]:
         """Take `step` with this process's pixels, uint8 on the CPU; the loss and the embeddings of the whole batch."""
         config, total = self.recipe.optimizer, self.recipe.training.steps
@@ -97,15 +115,9 @@ class TrainingStep:
         loss_seed = self._seed(step)
         images_rCHW = self._images(pixels_rCHW, len(labels_B))
         self.optimizer.zero_grad(set_to_none=True)
-        micro_batch = self.recipe.training.micro_batch or len(labels_B)
-        # As many parts on every process, since normalisation over ranks meets the others in each.
-        parts = -(-self._ranks.largest_share(len(labels_B)) // micro_batch)
-        cached = None
-        if parts == 1:
-            emb_rD = self._embed(images_rCHW)
-        else:
-            cached = CachedEmbeddings(self.network, self._embed, images_rCHW.tensor_split(parts))
-            emb_rD = cached.emb_rD
+        parts = self._parts(images_rCHW, len(labels_B))
+        cached = None if len(parts) == 1 else CachedEmbeddings(self.network, self._embed, parts)
+        emb_rD = self._embed(images_rCHW) if cached is None else cached.emb_rD
         emb_BD = self._ranks.gather(emb_rD.to(self._loss_device).float(), len(labels_B))
         torch.manual_seed(loss_seed)  # alike on every process, whatever the networks have drawn
         output: LossOutput = self.loss(emb_BD, labels_B.to(self._loss_device, non_blocking=True))
@@ -137,6 +149,11 @@ class TrainingStep:
         if self._average is not None:
             self._average.load_state_dict(without_prefix("average.", tensors))
         self._scaler.load_state_dict(state)
+
+    def _parts(self, images_rCHW: Tensor, total: int) -> Sequence[Tensor]:
+        """The images in micro-batches: as many on every process, since normalisation over ranks meets in each."""
+        micro_batch = self.recipe.training.micro_batch or total
+        return images_rCHW.tensor_split(-(-self._ranks.largest_share(total) // micro_batch))
 
     def _embed(self, images_rCHW: Tensor) -> Tensor:
         enabled = self._dtype is not None

@@ -64,6 +64,8 @@ class Trainer:
     evaluate: called every `training.evaluate_every` steps, by the first process alone.
     ranks: the processes that train together; the first one alone writes and talks.
 
+    `step` is what it takes step after step, `load_batch` what it gives it.
+
     Raises InvalidDataset when the images cannot fill a batch, InvalidRecipe when the device lacks the precision.
     """
 
@@ -106,7 +108,7 @@ class Trainer:
             width=recipe.network.embedding_dim,
             seed=recipe.seed,
         )
-        self._step = TrainingStep(recipe, self.network, loss, device=self.device, ranks=ranks)
+        self.step = TrainingStep(recipe, self.network, loss, device=self.device, ranks=ranks)
         self._best: dict[str, Tensor] | None = None
         self._result = TrainingResult()
 
@@ -131,9 +133,10 @@ class Trainer:
             display.start(done=self._result.steps, total=self.recipe.training.steps)
             self._loop(events)
             self._say_why_it_stopped()
-        self.network.load_state_dict(self._best or self._step.shipped.state_dict())
+            shipped = self._best or self.step.settle(self._result.steps, self.load_batch).state_dict()
+        self.network.load_state_dict(shipped)
         self.network.requires_grad_(True).eval()
-        self._result.learned = dict(self._step.loss.learned())
+        self._result.learned = dict(self.step.loss.learned())
         return self._result
 
     def _loop(self, events: EventWriter) -> None:
@@ -141,14 +144,14 @@ class Trainer:
         meter = Meter()
         first_B = self._labels(self._batches.batch(0))
         watch = CollapseWatch(
-            self._step.loss, first_B, warmup_steps=self.recipe.optimizer.warmup_steps, mode=training.mode
+            self.step.loss, first_B, warmup_steps=self.recipe.optimizer.warmup_steps, mode=training.mode
         )
         for report in result.history:
             watch.warning(report)
         steps = range(0) if self._is_over() else range(result.steps, training.steps)
-        with closing(prefetched(self._load, steps)) as batches:
+        with closing(prefetched(self.load_batch, steps)) as batches:
             for pixels_rCHW, labels_B in self._timed(batches):
-                meter.add(*self._step(result.steps, pixels_rCHW, labels_B))
+                meter.add(*self.step(result.steps, pixels_rCHW, labels_B))
                 result.steps += 1
                 self._display.step()
                 metrics = None
@@ -169,7 +172,7 @@ class Trainer:
                 if is_last:
                     return
 
-    def _load(self, step: int) -> tuple[Tensor, Tensor]:
+    def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's pixels of a step, uint8 [r, C, H, W], and all labels [B], on the CPU; in the background."""
         indices_B = self._batches.batch(step)
         own_r = indices_B[self._ranks.share(len(indices_B))]
@@ -205,7 +208,7 @@ class Trainer:
             yield batch
 
     def _report(self, meter: Meter, watch: CollapseWatch, events: EventWriter) -> None:
-        report = meter.report(self._result.steps, learning_rate=self._step.learning_rate)
+        report = meter.report(self._result.steps, learning_rate=self.step.learning_rate)
         self._result.history.append(report)
         self._display.report(report)
         events.report(report)
@@ -215,13 +218,14 @@ class Trainer:
 
     def _measure(self, evaluate: Evaluate) -> Mapping[str, float]:
         """Evaluate the network as it would ship now, and keep its weights when it is the best so far."""
-        own = dict(evaluate(self._step.shipped.eval())) if self._ranks.is_first else {}
         result = self._result
+        shipped = self.step.settle(result.steps, self.load_batch)
+        own = dict(evaluate(shipped)) if self._ranks.is_first else {}
         result.evaluations[result.steps] = metrics = self._ranks.from_first(own)
         stopping = self.recipe.training.early_stopping
         if stopping is not None and best_step(result.evaluations, stopping) == result.steps:
             result.kept_step = result.steps
-            self._best = {name: tensor.clone() for name, tensor in self._step.shipped.state_dict().items()}
+            self._best = {name: tensor.clone() for name, tensor in shipped.state_dict().items()}
         return metrics
 
     def _show(self, metrics: Mapping[str, float], events: EventWriter) -> None:
@@ -244,8 +248,8 @@ class Trainer:
     def _save(self, folder: Path) -> None:
         if not self._ranks.is_first:
             return
-        tensors = self._step.tensors() | with_prefix("best.", self._best or {})
-        state = {"run": self._run(), "result": self._result.to_json(), "step": self._step.state()}
+        tensors = self.step.tensors() | with_prefix("best.", self._best or {})
+        state = {"run": self._run(), "result": self._result.to_json(), "step": self.step.state()}
         write_checkpoint(folder, tensors, state)
 
     def _restore(self, folder: Path) -> None:
@@ -260,7 +264,7 @@ class Trainer:
                 "them, or train without --resume",
                 field=changed[0],
             )
-        self._step.restore(tensors, state["step"])
+        self.step.restore(tensors, state["step"])
         best = without_prefix("best.", tensors)
         self._best = {name: tensor.to(self.device) for name, tensor in best.items()} or None
         self._result = TrainingResult.from_json(state["result"])
