@@ -26,7 +26,10 @@ STEP_BYTES = 8_000_000_000
 """What a step may ask for; one that asks for more counts as out of memory. Less where less than it is available."""
 
 SLOW = 0.25
-"""Seconds: a step that takes longer is not noticeably slowed by what its first call sets up."""
+"""Seconds: a step that takes longer is called once."""
+
+VERY_SLOW = 2.0
+"""Seconds: a step that takes longer is not noticeably slowed by what its first call sets up, memory above all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +96,8 @@ def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> lis
     """Median processor seconds of each step, called in turn so that all see the same disturbances; None: out of memory.
 
     Turns go on until `seconds` of them were counted and each step `least` times, a slow one once. The first call of a
-    step that is not slow does not count, so that what is set up once does not matter; nor does its first call after a
-    slow one, whose memory is given back before.
+    step that is not very slow does not count, so that what is set up once does not matter; nor does its first call
+    after a slow one, whose memory is given back before.
     """
     times: list[list[float]] = [[] for _ in steps]
     running, is_warm = list(range(len(steps))), [False] * len(steps)
@@ -114,10 +117,10 @@ def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> lis
                 _give_back(is_warm)
                 continue
             taken = time.thread_time() - start
-            if is_warm[at] or taken > SLOW:
+            if is_warm[at] or taken > VERY_SLOW:
                 times[at].append(taken)
             is_warm[at] = True
-            if taken > SLOW:
+            if is_done(at) and taken > SLOW:
                 _give_back(is_warm)
     _give_back(is_warm)
     return [statistics.median(times[at]) if at in running else None for at in range(len(steps))]
