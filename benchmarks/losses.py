@@ -37,6 +37,9 @@ from training.memory import CrossBatchMemoryLoss
 
 WIDTH, IMAGES_PER_IDENTITY = 128, 4
 SIZES = (256, 1024, 2048)
+STEP_BYTES = {False: 8_000_000_000, True: 4_000_000_000}
+"""What a step may ask for, by `quick`; one that asks for more counts as out of memory."""
+
 SHARED_BAR = 1.0
 """How many times the peer's speed every loss and miner must reach that has no bar of its own."""
 
@@ -54,11 +57,12 @@ BARS = {
 """Times the peer's speed to reach, by row and batch size."""
 
 RUNS_WHERE_THE_PEER_DOES_NOT = ("NT-Xent", 2048)
-SEMI_HARD = ("triplet semi-hard", 2048)
 SEMI_HARD_BYTES = 300e6
 """Peak memory that semi-hard mining must stay under at a batch of 2048."""
 GROWTH = 5.0
 """Times the peak memory of half the batch that a batch may take: 4 is quadratic, 8 cubic."""
+LEAST_BYTES = 4 * 1024**2
+"""What takes less at half the batch counts as this much: pages are counted whole."""
 
 PeerLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -245,14 +249,13 @@ def steps_of_miner(ours: Miner, make_peer: Callable[[], Any], size: int) -> tupl
 def measure(*, quick: bool) -> list[Row]:
     """Memory first, in a process that gives it back, then time as training has it."""
     timed = SIZES[:2] if quick else SIZES
-    at = [(name, size) for name in (*LOSSES, *MINERS) for size in ((256, 512, 1024) if quick else SIZES)]
-    at += [key for key in (SEMI_HARD, RUNS_WHERE_THE_PEER_DOES_NOT) if key not in at]
+    at = [(name, size) for name in (*LOSSES, *MINERS) for size in SIZES]
     memory: dict[tuple[str, int], tuple[int | None, int | None]] = {}
     for name, size in at:
-        if size > 256:
+        if size > SIZES[0]:
             ours, peer = steps_of(name, size)
             # A peer's slowest calls are made once, to time them.
-            memory[name, size] = peak_bytes(ours), None if quick or size > 1024 else peak_bytes(peer)
+            memory[name, size] = peak_bytes(ours), None if quick or size > SIZES[1] else peak_bytes(peer)
     tune_malloc()
     rows = []
     for name, size in at:
@@ -295,13 +298,11 @@ def _speed_bar(row: Row) -> Bar:
 
 
 def _memory_bars(rows: dict[tuple[str, int], Row]) -> list[Bar]:
-    semi_hard = rows[SEMI_HARD].ours_bytes
-    # The largest batch at which everything was measured; one matrix of distances at half of it is counted at least.
-    batch = 2048 if all((name, 2048) in rows for name in (*LOSSES, *MINERS)) else 1024
+    semi_hard = rows["triplet semi-hard", 2048].ours_bytes
     grown = {
-        row.name: row.ours_bytes / max(rows[row.name, batch // 2].ours_bytes or 0, batch**2)
+        row.name: row.ours_bytes / max(rows[row.name, 1024].ours_bytes or 0, LEAST_BYTES)
         for row in rows.values()
-        if row.batch == batch and row.ours_bytes is not None
+        if row.batch == 2048 and row.ours_bytes is not None
     }
     worst = max(grown, key=lambda name: grown[name])
     return [
@@ -312,7 +313,7 @@ def _memory_bars(rows: dict[tuple[str, int], Row]) -> list[Bar]:
             holds=semi_hard is not None and semi_hard < SEMI_HARD_BYTES,
         ),
         Bar(
-            name=f"peak memory at B = {batch} over that at {batch // 2} at most, all losses and miners; most: {worst}",
+            name=f"peak memory at B = 2048 over that at 1024 at most, all losses and miners; most: {worst}",
             value=grown[worst],
             reach=GROWTH,
             holds=grown[worst] <= GROWTH and len(grown) == len(LOSSES) + len(MINERS),
@@ -355,7 +356,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     where = machine(f"pytorch-metric-learning {pytorch_metric_learning.__version__}")
-    where += f", {limit_memory() / 1e9:.0f} GB for a step"
+    where += f", {limit_memory(STEP_BYTES[options.quick]) / 1e9:.0f} GB for a step"
     print(f"{where}\n\n{_HEAD}", flush=True)
     rows = measure(quick=options.quick)
     verdicts = bars(rows)

@@ -22,16 +22,13 @@ Step = Callable[[], object]
 
 _STATUS = Path("/proc/self/status")
 
-STEP_BYTES = 8_000_000_000
-"""What a step may ask for; one that asks for more counts as out of memory. Less where less than it is available."""
-
 SLOW = 0.25
 """Seconds: a step that takes longer is called once."""
 
 TURN = 0.02
 """Seconds that a turn lasts at least: in it a short step finds its own data in the caches, as in a loop of its own."""
 
-VERY_SLOW = 2.0
+VERY_SLOW = 0.5
 """Seconds: a step that takes longer is not noticeably slowed by what its first call sets up, memory above all."""
 
 
@@ -64,9 +61,10 @@ def machine(*packages: str) -> str:
     return ", ".join([model, size, f"torch {torch.__version__}", *packages])
 
 
-def limit_memory() -> int:
-    """Let allocations beyond `STEP_BYTES` fail, so that a step that asks for too much ends alone; the bytes."""
-    allowed = min(STEP_BYTES, int(0.7 * _bytes(Path("/proc/meminfo"), "MemAvailable")))
+def limit_memory(most: int) -> int:
+    """Let allocations beyond `most` bytes, or 0.7 of what is available, fail, so that a step that asks for too much
+    ends alone and counts as out of memory; the bytes."""
+    allowed = min(most, int(0.7 * _bytes(Path("/proc/meminfo"), "MemAvailable")))
     limit = _bytes(_STATUS, "VmSize") + allowed
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     return allowed
