@@ -57,6 +57,8 @@ class DataPart(Section):
     """Comes before the names of its images, as NAME/path: tells parts apart, in [[evaluation.search]] for one."""
     role: Literal["split", "train", "calibration", "test"] = "split"
     """The side that all images of this part go to; "split" leaves it to [split]."""
+    exclude: tuple[str, ...] = ()
+    """Identities left out, as shell patterns such as "Latin/*"; each must match one."""
     max_bad_images: Annotated[int | float, BeforeValidator(_count_or_share)] = 0
     """Images that may be unreadable, listed and skipped: a count, or with a decimal point a share of the part."""
 
@@ -245,6 +247,9 @@ class SamplingConfig(Section):
     by: Literal["identity", "super"] = "identity"
     """With "super", a batch takes its identities from one super-class (the first folder of ALPHABET/character) as far
     as it has enough: harder non-matches."""
+    images_from: Literal["any-part", "every-part"] = "any-part"
+    """With "every-part", an identity's images come from its data parts in turn, so that each batch holds, say, the one
+    product picture beside the many photos. With K at or above an identity's images there is nothing to choose."""
     turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""

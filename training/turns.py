@@ -32,6 +32,11 @@ class TurnedImages:
         )
 
     @property
+    def parts_N(self) -> NDArray[np.int64]:
+        """Of each image: the number of the data part that it, or what it was turned from, comes from."""
+        return np.tile(self._images.parts_N, 1 + len(self._turns))
+
+    @property
     def groups_N(self) -> NDArray[np.int64] | None:
         """Of each image: the number of its super-class, and of each turn of it; None where there are none."""
         if (super_classes := self._images.super_classes) is None:

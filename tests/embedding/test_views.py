@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +98,21 @@ def test_a_bundle_has_the_width_of_all_views_and_another_fingerprint(tmp_path: P
     bundle = make_bundle(tmp_path / "wide", preprocessing=wide)
     assert bundle.embedding_dim == 80
     assert bundle.fingerprint != make_bundle(tmp_path / "plain").fingerprint
+
+
+def test_plain_bundles_keep_the_fingerprint_that_they_had_before_there_were_views(
+    tmp_path: Path, make_bundle: MakeBundle
+) -> None:
+    bundle = make_bundle(tmp_path / "plain")
+    preprocessing = bundle.preprocessing.model_dump(mode="json")
+    del preprocessing["views"], preprocessing["join_views"]
+    weights = hashlib.sha256((tmp_path / "plain" / "weights.safetensors").read_bytes()).hexdigest()
+    described = {
+        "architecture": bundle.architecture.model_dump(mode="json"),
+        "preprocessing": preprocessing,
+        "weights": weights,
+    }
+    assert bundle.fingerprint == hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_view_named_twice_or_unknown_is_refused() -> None:
