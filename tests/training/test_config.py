@@ -136,13 +136,19 @@ def test_a_wrong_key_is_named_with_what_is_accepted(old: str, new: str, field: s
 
 
 @pytest.mark.parametrize(
-    ("sampling", "field"),
-    [("", "sampling.images_per_identity"), ('[sampling]\nimages_per_identity = 2\nby = "super"\n', "sampling.by")],
+    ("sampling", "training", "field"),
+    [
+        ("", "", "sampling.images_per_identity"),
+        ('[sampling]\nimages_per_identity = 2\nby = "super"\n', "", "sampling.by"),
+        ("[sampling]\nimages_per_identity = 2\n", "whitening = 0.1\n", "training.whitening"),
+    ],
 )
-def test_self_supervised_training_says_what_its_batches_need(sampling: str, field: str) -> None:
+def test_self_supervised_training_says_what_it_needs_and_leaves_unused(
+    sampling: str, training: str, field: str
+) -> None:
     text = MINIMAL.replace("[loss]", f"{sampling}[augmentation]\nrotation = 5\n[loss]")
     with pytest.raises(InvalidRecipe) as caught:
-        parse_recipe(text + 'mode = "self-supervised"\n')
+        parse_recipe(text + training + 'mode = "self-supervised"\n')
     assert caught.value.field == field
 
 
