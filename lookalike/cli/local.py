@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from embedding import decision as engine_decision
-from embedding.bundle import Bundle
+from embedding.bundle import Bundle, learned_by_loss
 from embedding.errors import DamagedData, LookalikeError
 from lookalike import _messages as messages
 from lookalike.types import Decision, Gallery, ImageLike, Item, ItemName, Model, Neighbor, NewItem, OperatingPoint
@@ -115,6 +115,11 @@ class LocalBackend:
 def describe_bundle(path: Path) -> Model:
     """A bundle as the server would describe it. Raises NotFound or DamagedData."""
     return messages.model(wire.model(Bundle.load(path), active=False))
+
+
+def learned_in(path: Path) -> Mapping[str, float]:
+    """What the loss of a bundle has learned itself, by name, such as the boundary β of the margin loss."""
+    return learned_by_loss(Bundle.load(path).lineage)
 
 
 def _source(image: ImageLike, path: str | None = None) -> Source:
