@@ -46,7 +46,7 @@ def nearest(
             deadline.check()
         some_qD = queries_QD[start : start + _QUERIES_AT_ONCE]
         rows_qC = structure.candidates(some_qD, count, effort, living)
-        dist_qC = np.full(rows_qC.shape, np.inf, np.float32)
+        dist_qC: Vectors = np.full(rows_qC.shape, np.inf, np.float32)
         there_qC: NDArray[np.bool_] = rows_qC >= 0
         query_P = np.repeat(np.arange(len(some_qD)), there_qC.sum(axis=1))
         rows_P = rows_qC[there_qC]
