@@ -15,6 +15,8 @@
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
     ├── Busy                    another process holds the folder
     ├── NotReady                the model is still loading
+    ├── Cancelled               the caller no longer wants the answer
+    ├── DeadlineExceeded        the time limit passed before the answer was found
     ├── TrainingDiverged        the loss is no longer a number
     ├── DamagedData             a checksum, manifest or weights file does not agree
     └── StorageFailed           the disk refused a read or a write
@@ -92,6 +94,14 @@ class Busy(LookalikeError):
 
 class NotReady(LookalikeError):
     reason = "NOT_READY"
+
+
+class Cancelled(LookalikeError):
+    reason = "CANCELLED"
+
+
+class DeadlineExceeded(LookalikeError):
+    reason = "DEADLINE_EXCEEDED"
 
 
 class TrainingDiverged(LookalikeError):

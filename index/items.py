@@ -43,7 +43,7 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Item:
-    """One image of a gallery. To write, give the first four; the store fills in the rest."""
+    """One image of a gallery. To write, give the first five, or fewer; the store fills in the rest."""
 
     name: str
     """Unique in its gallery: 1 to 256 printable characters without "/"."""
@@ -52,6 +52,8 @@ class Item:
     identity: str | None = None
     """What makes two images a match, where it is known."""
     metadata: Mapping[str, JSON] = field(default_factory=dict)
+    thumbnail: bytes | None = field(default=None, repr=False)
+    """A small image file to embed anew for another model; written, and read by the gallery's `thumbnail` alone."""
     etag: str = ""
     """Changes with every write of the item. When given on a write, the stored item must still carry it."""
     generation: int = 0

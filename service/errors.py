@@ -39,6 +39,8 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.StaleEtag: grpc.StatusCode.ABORTED,
     domain.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
+    domain.Cancelled: grpc.StatusCode.CANCELLED,
+    domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """A class stands for its subclasses too, unless they have a line of their own."""
 
