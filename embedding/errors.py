@@ -6,6 +6,7 @@
     │   ├── ImageTooLarge       more pixels than the cap
     │   ├── InvalidVector       wrong width, NaN or infinite, not of unit length
     │   ├── InvalidOperatingPoint   a threshold or rate that the calibration cannot support
+    │   ├── InvalidFilter       a condition on items that does not parse; `position` says where
     │   ├── InvalidRecipe       an unknown key, or a value out of its range
     │   └── InvalidDataset      a folder, manifest or split that cannot be trained on
     ├── NotFound                no such gallery, item, model or file
@@ -58,6 +59,15 @@ class InvalidVector(InvalidInput):
 
 class InvalidOperatingPoint(InvalidInput):
     reason = "INVALID_OPERATING_POINT"
+
+
+class InvalidFilter(InvalidInput):
+    reason = "INVALID_FILTER"
+
+    def __init__(self, message: str, *, field: str | None = None, position: int | None = None) -> None:
+        super().__init__(message, field=field)
+        self.position = position
+        """Of the first character that is wrong, from 1."""
 
 
 class InvalidRecipe(InvalidInput):
