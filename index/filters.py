@@ -251,7 +251,7 @@ def _value(field: Field, operator: Operator, literal: Token) -> Value:
 
 def _bare(literal: Token, at: int) -> Value:
     if literal in {"true", "false"}:
-        return literal == "true"
+        return str(literal) == "true"
     if literal == "null":
         raise _Wrong(at, "null is the same as missing; write NOT FIELD:* for it, or quote the word")
     number = _number(literal, at)
@@ -328,14 +328,13 @@ def _depth(tree: Tree[Token]) -> int:
 
 def _explained(error: UnexpectedInput, text: str) -> tuple[int, str]:
     """Where the text goes wrong, from 0, and what would be accepted there."""
-    match error:
-        case UnexpectedToken():
-            wanted = error.accepts or error.expected
-            at = len(text) if error.token.type == "$END" else error.pos_in_stream or 0
-        case UnexpectedCharacters():
-            wanted, at = error.allowed or set(), error.pos_in_stream
-        case _:
-            wanted, at = set(), error.pos_in_stream or 0
+    at = error.pos_in_stream or 0
+    wanted: set[str] = set()
+    if isinstance(error, UnexpectedToken):
+        wanted = error.accepts or error.expected
+        at = len(text) if error.token.type == "$END" else at
+    elif isinstance(error, UnexpectedCharacters):
+        wanted = error.allowed or wanted
     accepted = ", ".join(dict.fromkeys(_WORDS[name] for name in _WORDS if name in wanted))
     found = "the filter ends too early" if at >= len(text) else f"{text[at : at + 20]!a} is not understood"
     return at, f"{found}; accepted here: {accepted or 'nothing more'}"

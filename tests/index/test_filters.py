@@ -258,7 +258,7 @@ def test_filters_have_limits() -> None:
 # Random filters on random items: SQL and Python agree. Few letters and numbers, so that much is equal.
 
 STRINGS = st.text(st.sampled_from("ab*\\'é\U0010ffff\ud7ff"), max_size=3)
-KEYS = st.text(st.sampled_from("ab .$[]'é"), min_size=1, max_size=2)
+KEYS = st.sampled_from(["a", "a", "b", "a.b", "é $['"])
 NUMBERS = (
     st.integers(-2, 2)
     | st.sampled_from([0.5, -0.5, 1e300, 2**53, 2**53 + 1, -(2**63), 2**63, 10**25])
