@@ -100,6 +100,8 @@ class IndexSettings:
     """What searches reach unless they ask otherwise, of the 10 nearest and of the matches at the margin; (0, 1]."""
     structure: Structure = "auto"
     """"auto" chooses by number, width and memory."""
+    margin: float | None = None
+    """Distance that the recall of matches is tuned at; None takes the learned margin that searches judge with."""
     memory_bytes: int | None = None
     """Most that structures may take in memory, besides mapped vectors; None for no bound."""
 
@@ -116,7 +118,8 @@ class Found:
     generation: int
     """The generation that all of the answer is of."""
     expected_recall: float = 1.0
-    """Share of the true answer that searches of this effort found when they were measured; 1 when it is exact."""
+    """Share of the true answer that searches of this effort found when they were measured; 1 when it is exact, 0
+    when nothing like it was measured."""
     truncated: bool = False
     """Whether there are more matches than the limit allowed; never for any other reason."""
     partial: bool = False
@@ -127,9 +130,10 @@ class Found:
 class CurvePoint:
     """One measured setting of a structure, on queries of the gallery that it was not trained on."""
 
+    k: int
+    """How many nearest `recall` is of."""
     effort: Raw
     recall: float
-    """Of the 10 nearest."""
     match_recall: float
     """Of all items within the margin that the index was tuned at; 1 where there were none."""
     microseconds: float

@@ -93,7 +93,8 @@ class Search:
 
         def answer(embedded: Sequence[Embedded]) -> Neighbors:
             query_D = value_of(embedded[0])
-            return gallery.search(query_D, k=self.k, judge=judge, exclude=_itself(self.query, gallery))
+            found = gallery.search(query_D, k=self.k, judge=judge, exclude=_itself(self.query, gallery))
+            return found.neighbors
 
         return answer
 
@@ -128,12 +129,13 @@ class SearchBatch:
                 if isinstance(found, LookalikeError):
                     outcomes[row] = found
                 elif itself := _itself(query, gallery):
-                    outcomes[row] = gallery.search(found, k=self.k, judge=judge, exclude=itself)
+                    outcomes[row] = gallery.search(found, k=self.k, judge=judge, exclude=itself).neighbors
                 else:
                     together[row] = found
             if together:
                 queries_QD = np.stack(list(together.values()))
-                outcomes.update(zip(together, gallery.search_batch(queries_QD, k=self.k, judge=judge), strict=True))
+                answers = gallery.search_batch(queries_QD, k=self.k, judge=judge)
+                outcomes.update((row, answer.neighbors) for row, answer in zip(together, answers, strict=True))
             return [outcomes[row] for row in range(len(self.queries))]
 
         return answer

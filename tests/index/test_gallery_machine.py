@@ -84,23 +84,23 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
         def search(self, query: int, k: int, exclude: set[str]) -> None:
             judge = judge_at(0.5)
             expected = [pair for pair in self.ranked(query) if pair[1] not in exclude][:k]
-            self.check(self.gallery.search(pool[query], k=k, judge=judge, exclude=exclude), expected, judge)
+            self.check(self.gallery.search(pool[query], k=k, judge=judge, exclude=exclude).neighbors, expected, judge)
 
         @rule(queries=st.lists(vectors, max_size=4), k=st.integers(1, 16))
         def search_batch(self, queries: list[int], k: int) -> None:
             judge = judge_at(0.5)
             found = self.gallery.search_batch(pool[queries], k=k, judge=judge)
-            for query, neighbors in zip(queries, found, strict=True):
-                self.check(neighbors, self.ranked(query)[:k], judge)
+            for query, answer in zip(queries, found, strict=True):
+                self.check(answer.neighbors, self.ranked(query)[:k], judge)
 
         @rule(query=vectors, other=vectors, limit=st.integers(1, 16))
         def matches(self, query: int, other: int, limit: int) -> None:
             judge = judge_at(float(distance(pool[query], pool[other])))
             expected = [pair for pair in self.ranked(query) if pair[0] <= judge.threshold]
-            neighbors, truncated = self.gallery.matches(pool[query], judge=judge, limit=limit)
-            self.check(neighbors, expected[:limit], judge)
-            assert truncated == (len(expected) > limit)
-            assert all(neighbor.decision.is_match for neighbor in neighbors)
+            found = self.gallery.matches(pool[query], judge=judge, limit=limit)
+            self.check(found.neighbors, expected[:limit], judge)
+            assert found.truncated == (len(expected) > limit)
+            assert all(neighbor.decision.is_match for neighbor in found.neighbors)
 
         @rule(page_size=st.integers(1, 5))
         def list_and_iterate(self, page_size: int) -> None:
