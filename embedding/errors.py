@@ -14,6 +14,8 @@
     ├── ModelMismatch           embeddings of another model
     ├── StaleEtag               the item has changed since it was read
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
+    ├── GalleryAliased          a gallery that an alias stands for is not deleted
+    ├── ImagesNeeded            items whose image is needed and not stored; import them
     ├── Busy                    another process holds the folder
     ├── NotReady                the model is still loading
     ├── Cancelled               the caller no longer wants the answer
@@ -96,6 +98,14 @@ class StaleEtag(LookalikeError):
 
 class GalleryNotEmpty(LookalikeError):
     reason = "GALLERY_NOT_EMPTY"
+
+
+class GalleryAliased(LookalikeError):
+    reason = "GALLERY_ALIASED"
+
+
+class ImagesNeeded(LookalikeError):
+    reason = "IMAGES_NEEDED"
 
 
 class Busy(LookalikeError):

@@ -38,6 +38,8 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
     domain.StaleEtag: grpc.StatusCode.ABORTED,
     domain.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.GalleryAliased: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.ImagesNeeded: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
     domain.Cancelled: grpc.StatusCode.CANCELLED,
     domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
