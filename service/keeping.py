@@ -10,9 +10,10 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf import empty_pb2
 
 from embedding.errors import InvalidInput
+from index import GalleryEngine
 from index.items import name_of_page_token, page_token_after
+from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
 from lookalike.v1 import upkeep_pb2 as pb
-from lookalike.v1 import upkeep_pb2_grpc
 from service import errors, parse, upkeep, wire
 from service.errors import translated_errors
 from service.operations import Operation, Operations
@@ -40,7 +41,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             engine = self._serving.current.engine
             gallery_id = await self._existing(name, "name")
             begun = self._operations.start(
-                "reindex", gallery_id, lambda tell: upkeep.reindex(engine, gallery_id, settings, tell)
+                "reindex", gallery_id, lambda tell: _gallery(upkeep.reindex(engine, gallery_id, settings, tell))
             )
             return pb.ReindexGalleryResponse(operation=_told(begun))
 
@@ -50,7 +51,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             alias = parse.alias_name(request.alias, "alias") if request.alias else ""
             serving = self._serving.named(parse.model_name(request.model, "model") if request.model else "")
             migration = await serving.run(upkeep.Migration, serving.engine, source, request.gallery_id, alias=alias)
-            begun = self._operations.start("migrate", migration.source_id, migration.run)
+            begun = self._operations.start("migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)))
             return pb.MigrateGalleryResponse(operation=_told(begun))
 
     async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> pb.CreateSnapshotResponse:
@@ -59,7 +60,9 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             gallery_id = await self._existing(parse.gallery_name(request.parent, "parent"), "parent")
             await self._serving.current.run(engine.shelf.check_free, gallery_id, request.snapshot_id)
             begun = self._operations.start(
-                "snapshot", gallery_id, lambda tell: upkeep.snapshot(engine, gallery_id, request.snapshot_id, tell)
+                "snapshot",
+                gallery_id,
+                lambda tell: wire.snapshot(upkeep.snapshot(engine, gallery_id, request.snapshot_id, tell)),
             )
             return pb.CreateSnapshotResponse(operation=_told(begun))
 
@@ -90,7 +93,9 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             source = (engine.aliases.resolve(gallery), snapshot)
             await serving.run(engine.check_restorable, request.gallery_id, source)
             begun = self._operations.start(
-                "restore", request.gallery_id, lambda tell: upkeep.restore(engine, source, request.gallery_id, tell)
+                "restore",
+                request.gallery_id,
+                lambda tell: _gallery(upkeep.restore(engine, source, request.gallery_id, tell)),
             )
             return pb.RestoreGalleryResponse(operation=_told(begun))
 
@@ -159,6 +164,11 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
 
     def _named(self, name: str) -> Operation[Any]:
         return self._operations.get(parse.operation_name(name, "name"))
+
+
+def _gallery(made: GalleryEngine) -> gallery_pb2.Gallery:
+    """As the work left it: what becomes of it later is not the operation's."""
+    return wire.gallery(made, with_stats=True)
 
 
 def _told(operation: Operation[Any]) -> operations_pb2.Operation:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 from google.longrunning import operations_pb2
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
+from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from embedding import calibration as measured
@@ -165,10 +165,12 @@ def snapshot(copy: Copy) -> upkeep_pb2.Snapshot:
     )
 
 
-def operation(known: Operation[Any], status: Callable[[BaseException], status_pb2.Status]) -> operations_pb2.Operation:
+def operation(
+    known: Operation[Message], status: Callable[[BaseException], status_pb2.Status]
+) -> operations_pb2.Operation:
     """The operation as it stands; `status` says what an error is on the wire."""
+    message = operations_pb2.Operation(name=f"operations/{known.id}", done=known.done)  # before what it settles
     progress, ended = known.progress, known.ended
-    message = operations_pb2.Operation(name=f"operations/{known.id}", done=known.done)
     message.metadata.Pack(
         pb.OperationMetadata(
             verb=known.verb,
@@ -184,8 +186,7 @@ def operation(known: Operation[Any], status: Callable[[BaseException], status_pb
         if known.error is not None:
             message.error.CopyFrom(status(known.error))
         else:
-            result = operations.value(known)
-            message.response.Pack(snapshot(result) if isinstance(result, Copy) else gallery(result, with_stats=True))
+            message.response.Pack(operations.value(known))
     return message
 
 

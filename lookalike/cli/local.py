@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import Message
 
 from embedding import decision as engine_decision
 from embedding.bundle import Bundle
@@ -199,18 +200,24 @@ class LocalBackend:
     def reindex_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Operation:
         settings = _settings(index)
         found = self._engine.gallery(gallery, any_model=True)
-        return self._begun("reindex", found.id, lambda tell: upkeep.reindex(self._engine, found.id, settings, tell))
+        return self._begun(
+            "reindex",
+            found.id,
+            lambda tell: wire.gallery(upkeep.reindex(self._engine, found.id, settings, tell), with_stats=True),
+        )
 
     def migrate_gallery(self, gallery: str, to: str, *, model: str = "", alias: str = "") -> Operation:
         if model not in {"", self._engine.bundle.name}:
             raise InvalidInput(f"the bundle given is of model {self._engine.bundle.name!r}, not {model!r}")
         migration = upkeep.Migration(self._engine, gallery, to, alias=alias)
-        return self._begun("migrate", migration.source_id, migration.run)
+        return self._begun("migrate", migration.source_id, lambda tell: wire.gallery(migration.run(tell)))
 
     def create_snapshot(self, gallery: str, snapshot: str) -> Operation:
         found = self._engine.gallery(gallery, any_model=True)
         self._engine.shelf.check_free(found.id, snapshot)
-        return self._begun("snapshot", found.id, lambda tell: upkeep.snapshot(self._engine, found.id, snapshot, tell))
+        return self._begun(
+            "snapshot", found.id, lambda tell: wire.snapshot(upkeep.snapshot(self._engine, found.id, snapshot, tell))
+        )
 
     def list_snapshots(self, gallery: str) -> Iterator[Snapshot]:
         return (messages.snapshot(wire.snapshot(copy)) for copy in self._engine.shelf.list(self._id(gallery)))
@@ -221,7 +228,7 @@ class LocalBackend:
     def restore_gallery(self, gallery: str, snapshot: str, to: str) -> Operation:
         source = (self._id(gallery), snapshot)
         self._engine.check_restorable(to, source)
-        return self._begun("restore", to, lambda tell: upkeep.restore(self._engine, source, to, tell))
+        return self._begun("restore", to, lambda tell: wire.gallery(upkeep.restore(self._engine, source, to, tell)))
 
     def wait_operation(self, operation: str, *, seconds: float = 10.0) -> Operation:
         running = self._operations.get(operation)
@@ -231,7 +238,7 @@ class LocalBackend:
     def cancel_operation(self, operation: str) -> None:
         self._operations.get(operation).cancel()
 
-    def _begun(self, verb: str, target: str, work: Callable[[OnProgress], object]) -> Operation:
+    def _begun(self, verb: str, target: str, work: Callable[[OnProgress], Message]) -> Operation:
         return _told(self._operations.start(verb, target, work))
 
     def _id(self, gallery: str) -> str:
