@@ -104,10 +104,6 @@ class Search:
     def sources(self) -> Sequence[Source]:
         return (self.query,)
 
-    @property
-    def deadline(self) -> Deadline | None:
-        return self.scope.deadline
-
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Found]:
         judge, gallery = self.scope.begin(engine)
         exclude = (*self.exclude, *_itself(self.query, gallery, engine))
@@ -139,10 +135,6 @@ class SearchMatches:
     def sources(self) -> Sequence[Source]:
         return (self.query,)
 
-    @property
-    def deadline(self) -> Deadline | None:
-        return self.scope.deadline
-
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Found]:
         judge, gallery = self.scope.begin(engine)
         exclude = (*self.exclude, *_itself(self.query, gallery, engine))
@@ -172,10 +164,6 @@ class SearchBatch:
     @property
     def sources(self) -> Sequence[Source]:
         return self.queries
-
-    @property
-    def deadline(self) -> Deadline | None:
-        return self.scope.deadline
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Found | LookalikeError]]:
         judge, gallery = self.scope.begin(engine)

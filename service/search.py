@@ -53,7 +53,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
-            return await serving.ask(question, lambda found: wire.search_response(found, resolve(scope.gallery)))
+            return await serving.ask(
+                question, lambda found: wire.search_response(found, resolve(scope.gallery)), deadline=scope.deadline
+            )
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
         async with translated_errors(context):
@@ -66,7 +68,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
                 k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
             )
-            return await serving.ask(question, lambda outcomes: _batch_response(outcomes, gallery_id))
+            return await serving.ask(
+                question, lambda outcomes: _batch_response(outcomes, gallery_id), deadline=scope.deadline
+            )
 
     async def SearchMatches(
         self, request: pb.SearchMatchesRequest, context: Context
@@ -81,7 +85,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 limit=parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"),
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
-            found = await serving.ask(question, lambda found: found)
+            found = await serving.ask(question, lambda found: found, deadline=scope.deadline)
             for start in range(0, len(found.neighbors), MATCHES_A_MESSAGE):
                 some = found.neighbors[start : start + MATCHES_A_MESSAGE]
                 # Formed as they are sent: a slow reader holds one message back, not a hundred thousand neighbours.
@@ -131,7 +135,7 @@ async def _answered(
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
-    return await serving.ask(question, form)
+    return await serving.ask(question, form, deadline=deadline)
 
 
 def _query(request: pb.StreamSearchRequest) -> Source:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from embedding.errors import LookalikeError, NotFound, NotReady
+from index import Deadline
 from service.batching import Batcher
 from service.engine import Answer, Engine, Question
 from service.settings import Settings
@@ -31,10 +32,12 @@ class AsyncEngine:
         )
         self._pool = ThreadPoolExecutor(settings.gallery_threads, thread_name_prefix="gallery")
 
-    async def ask(self, question: Question[Answer], form: Callable[[Answer], R]) -> R:
+    async def ask(
+        self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
+    ) -> R:
         """The answer as `form` makes it, in the pool too: formatting thousands of neighbours takes time.
 
-        Raises LookalikeError.
+        `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError.
         """
         try:
             images = distinct_images(question.sources)
@@ -44,7 +47,7 @@ class AsyncEngine:
             outcomes = await self._batcher.embed_all(images)
             return await self.run(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
         except asyncio.CancelledError:
-            if (deadline := getattr(question, "deadline", None)) is not None:
+            if deadline is not None:
                 deadline.cancel()  # the thread that searches stops within 50 ms
             raise
 

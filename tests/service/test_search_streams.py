@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from index import Deadline, Gallery
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from tests.service.harness import MARGIN, Stubs, encoded, fields, info, png, refused, rich, stored, unit
 
@@ -214,3 +215,35 @@ def test_a_caller_who_leaves_ends_the_search(stubs: Stubs, gallery: str) -> None
     responses.cancel()
     left.set()
     assert len(stubs.search.Search(search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=vector(1))).neighbors)
+
+
+@pytest.mark.parametrize("leaves", ["timeout", "cancel"])
+@pytest.mark.parametrize("method", ["search", "matches"])
+def test_a_search_that_nobody_waits_for_is_ended(
+    stubs: Stubs, gallery: str, monkeypatch: pytest.MonkeyPatch, leaves: str, method: str
+) -> None:
+    stubs.fill(gallery, {"one": vector(1)})
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(self: Gallery, *_: object, deadline: Deadline, **__: object) -> None:
+        begun.set()
+        try:
+            while True:
+                deadline.check()
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Gallery, method, endless)
+    name = f"galleries/{gallery}"
+    timeout = 1.0 if leaves == "timeout" else 60.0
+    if method == "search":
+        call = stubs.search.Search.future(search_pb2.SearchRequest(gallery=name, query=vector(1)), timeout=timeout)
+    else:
+        call = stubs.search.SearchMatches(
+            search_pb2.SearchMatchesRequest(gallery=name, query=vector(1)), timeout=timeout
+        )
+    assert begun.wait(timeout=20)
+    if leaves == "cancel":
+        call.cancel()
+    assert ended.wait(timeout=20)
+    assert call.code() is (grpc.StatusCode.CANCELLED if leaves == "cancel" else grpc.StatusCode.DEADLINE_EXCEEDED)
