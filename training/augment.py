@@ -17,7 +17,7 @@ from training.config import AugmentationConfig
 ERASED_AREA = (0.02, 0.2)
 """Smallest and largest share of the area that an erased rectangle covers."""
 
-_GEOMETRIC = ("rotation", "translation", "scale", "shear", "crop", "horizontal_flip", "elastic")
+_GEOMETRIC = ("rotation", "translation", "scale", "shear", "stretch", "crop", "horizontal_flip", "elastic")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to grey
 
 
@@ -32,9 +32,14 @@ class Augmenter:
         self.generator = generator
         off = AugmentationConfig()
         self._is_geometric = any(getattr(config, name) != getattr(off, name) for name in _GEOMETRIC)
+        self._rows, self._of = slice(0), 0
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Images of the same shape on the same device; the ones given are left as they are."""
+    def __call__(self, images_BCHW: Tensor, *, rows: slice | None = None, of: int | None = None) -> Tensor:
+        """Images of the same shape on the same device; the ones given are left as they are.
+
+        Where they are `rows` of a batch `of` more, they change as they would in the whole of it.
+        """
+        self._rows, self._of = rows or slice(len(images_BCHW)), of or len(images_BCHW)
         if self._is_geometric:
             images_BCHW = self._resampled(images_BCHW)
         images_BCHW = self._recoloured(images_BCHW)
@@ -61,13 +66,15 @@ class Augmenter:
         )
 
     def _affine(self, like: Tensor) -> Tensor:
-        """Maps [B, 2, 3] from output to input: crop ∘ translate ∘ rotate ∘ shear ∘ scale ∘ flip."""
+        """Maps [B, 2, 3] from output to input: crop ∘ translate ∘ rotate ∘ shear ∘ scale ∘ stretch ∘ flip."""
         config, size = self.config, len(like)
         angle_B = self._between(-math.radians(config.rotation), math.radians(config.rotation), size, like)
         tilt = math.tan(math.radians(config.shear))
         shear_x_B, shear_y_B = (self._between(-tilt, tilt, size, like) for _ in range(2))
         smallest, largest = config.scale
         zoom_B = self._between(math.log(smallest), math.log(largest), size, like).exp()
+        narrowest, widest = config.stretch
+        wide_B = self._between(math.log(narrowest) / 2, math.log(widest) / 2, size, like).exp()
         mirror_B = torch.where(self._chosen(config.horizontal_flip, size, like), -1.0, 1.0)
         side_B = self._between(*config.crop, size, like).sqrt()
         crop_B2 = self._uniform((size, 2), like).mul(2).sub(1) * (1 - side_B)[:, None]
@@ -77,7 +84,7 @@ class Augmenter:
         rotate_B22 = torch.stack([cos_B, -sin_B, sin_B, cos_B], 1).view(-1, 2, 2)
         one_B = torch.ones_like(cos_B)
         shear_B22 = torch.stack([one_B, shear_x_B, shear_y_B, one_B], 1).view(-1, 2, 2)
-        stretch_B2 = torch.stack([mirror_B / zoom_B, 1 / zoom_B], 1)
+        stretch_B2 = torch.stack([mirror_B / (zoom_B * wide_B), wide_B / zoom_B], 1)
         linear_B22 = rotate_B22 @ shear_B22 * stretch_B2[:, None, :]
         offset_B2 = crop_B2 + side_B[:, None] * shift_B2
         return torch.cat([side_B[:, None, None] * linear_B22, offset_B2[:, :, None]], 2)
@@ -129,10 +136,12 @@ class Augmenter:
         return low + (high - low) * self._uniform((size,), like)
 
     def _uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.generator.device).to(like.device)
+        whole = torch.rand((self._of, *shape[1:]), generator=self.generator, device=self.generator.device)
+        return whole[self._rows].to(like.device)
 
     def _normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.generator.device).to(like.device)
+        whole = torch.randn((self._of, *shape[1:]), generator=self.generator, device=self.generator.device)
+        return whole[self._rows].to(like.device)
 
 
 def _grey(images_BCHW: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class DataPart(Section):
     """Comes before the names of its images, as NAME/path: tells parts apart, in [[evaluation.search]] for one."""
     role: Literal["split", "train", "calibration", "test"] = "split"
     """The side that all images of this part go to; "split" leaves it to [split]."""
+    exclude: tuple[str, ...] = ()
+    """Identities left out, as shell patterns such as "Latin/*"; each must match one."""
     max_bad_images: Annotated[int | float, BeforeValidator(_count_or_share)] = 0
     """Images that may be unreadable, listed and skipped: a count, or with a decimal point a share of the part."""
 
@@ -154,7 +156,7 @@ class NetworkConfig(Section):
     embedding_dim: Annotated[int, Field(ge=2, le=4096)] = 128
     """Width D of the embedding."""
     width: Annotated[int, Field(ge=4, le=512)] = 32
-    """Channels of the first stage of small_cnn; other networks have their own."""
+    """Channels of the first stage of small_cnn and residual_cnn; other networks have their own."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of features dropped before the projection, in training only."""
     weights: str = "random"
@@ -201,6 +203,8 @@ class AugmentationConfig(Section):
     """Magnification, log-uniform, within [0.25, 4]."""
     shear: Annotated[float, Field(ge=0, le=30)] = 0.0
     """Degrees, up to this to either side, along each axis."""
+    stretch: Range = (1.0, 1.0)
+    """Width over height, log-uniform, within [0.5, 2]; the area stays."""
     crop: Range = (1.0, 1.0)
     """Share of the area kept by a random square crop that is then enlarged, within [0.05, 1]."""
     horizontal_flip: Share = 0.0
@@ -226,7 +230,7 @@ class AugmentationConfig(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name, least, most in (("scale", 0.25, 4.0), ("crop", 0.05, 1.0)):
+        for name, least, most in (("scale", 0.25, 4.0), ("stretch", 0.5, 2.0), ("crop", 0.05, 1.0)):
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
                 raise error_at(name, f"takes [low, high], {least:g} <= low <= high <= {most:g}; got {[low, high]}")
@@ -243,6 +247,9 @@ class SamplingConfig(Section):
     by: Literal["identity", "super"] = "identity"
     """With "super", a batch takes its identities from one super-class (the first folder of ALPHABET/character) as far
     as it has enough: harder non-matches."""
+    images_from: Literal["any-part", "every-part"] = "any-part"
+    """With "every-part", an identity's images come from its data parts in turn, so that each batch holds, say, the one
+    product picture beside the many photos. With K at or above an identity's images there is nothing to choose."""
     turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""
@@ -258,6 +265,9 @@ class OptimizerConfig(Section):
     loss_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """For what the loss itself learns (a boundary β, proxies, a classifier), which has no weight decay; by default
     `learning_rate`. Proxies like ten to a hundred times as much."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the backbone's rate from one layer down to the next, so that the first layers of given weights move
+    least (Clark et al. 2020; Bao et al. 2022); 0.65 to 0.9 is usual, and 1 gives all the same rate."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
     """Decoupled, on weight matrices only."""
     warmup_steps: Steps = 100
@@ -265,11 +275,24 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; by default it is not clipped."""
 
 
+class EarlyStoppingConfig(Section):
+    """When to stop before the last step, and which weights ship: those that did best on the calibration side."""
+
+    metric: Literal["recall@1", "EER"] = "recall@1"
+    """What is watched at every evaluation: recall@1 is to rise, EER to fall."""
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Evaluations in a row without a new best after which training stops."""
+
+
 class TrainingConfig(Section):
     """How long, how precise, and what is written on the way."""
 
     steps: Annotated[int, Field(ge=1)]
     """Optimizer steps."""
+    mode: Literal["supervised", "self-supervised"] = "supervised"
+    """What the loss calls a match: two images of one identity, or two views of one image. With "self-supervised" labels
+    are unused: a batch holds sampling.identities_per_batch images, each an identity of its own, in
+    sampling.images_per_identity (2, as a rule) random changes by [augmentation]; an epoch sees each image once."""
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two log lines."""
     evaluate_every: Steps = 0
@@ -284,6 +307,35 @@ class TrainingConfig(Section):
     """Keep an exponential moving average of the weights, with this decay a step, and ship that; by default not."""
     freeze_backbone_steps: Steps = 0
     """First steps in which only the projection learns, where the backbone's weights are pretrained."""
+    micro_batch: Annotated[int, Field(ge=2)] | None = None
+    """Images embedded at once, at most, so that a large batch fits a small device. Gradients are those of the whole
+    batch (GradCache, Gao et al. 2021) but for batch normalisation, which sees a micro-batch. By default all."""
+    compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    """Backend of torch.compile for the network; inductor needs a C++ compiler on the CPU. By default not compiled."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Stop when a figure of the calibration side no longer improves; it is looked at every `evaluate_every` steps."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into a folder beside the bundle, BUNDLE.tensorboard; needs the package
+    tensorboard."""
+
+    @model_validator(mode="after")
+    def _stops_by_evaluations(self) -> Self:
+        if self.early_stopping is not None and not self.evaluate_every:
+            raise error_at("evaluate_every", "early stopping looks at evaluations; give the steps between two")
+        return self
+
+
+class ClassifierConfig(Section):
+    """A second stage: after training, a linear classifier on the embeddings of the frozen network, fitted by Adam.
+
+    Its accuracy on the test side is measured, and it ships with the bundle as classifier.safetensors. It needs
+    split.protocol = "closed-set", where the test side has identities that the classifier knows.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    """Times that each training image is seen."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
 
 
 def _as_parts(value: Any) -> Any:
@@ -314,6 +366,8 @@ class Recipe(Section):
     loss: LossConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+    classifier: ClassifierConfig | None = None
+    """With this section training has two stages."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -326,11 +380,27 @@ class Recipe(Section):
                 "optimizer.warmup_steps",
                 f"got {self.optimizer.warmup_steps}; at most training.steps, which is {self.training.steps}",
             )
+        if self.classifier is not None and self.split.protocol != "closed-set":
+            raise error_at(
+                "classifier", 'a classifier is measured on identities it knows: split.protocol = "closed-set"'
+            )
+        if self.training.mode == "self-supervised":
+            self._check_views()
         try:
             self.network.architecture(self.preprocessing)
         except ValidationError as error:
             raise error_at("network", str(error.errors()[0]["ctx"]["error"])) from error
         return self
+
+    def _check_views(self) -> None:
+        if self.augmentation == AugmentationConfig():
+            raise error_at("augmentation", "self-supervised training compares random changes of an image; give some")
+        if "images_per_identity" not in self.sampling.model_fields_set:
+            raise error_at(
+                "sampling.images_per_identity", "how many views of each image self-supervised training takes: give 2"
+            )
+        if self.sampling.by == "super":
+            raise error_at("sampling.by", 'self-supervised training uses no labels; use by = "identity"')
 
     @property
     def architecture(self) -> Architecture:

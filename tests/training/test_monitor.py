@@ -27,6 +27,7 @@ REPORT = Report(
     learning_rate=1e-3,
     images=800,
     seconds=2.0,
+    cpu_seconds=3.0,
 )
 
 
