@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
 from index.engine import Raw
-from index.exact import Hit, Rows
+from index.exact import Hit, Rows, slack
 from index.structures import Living, Structure
+from index.threads import one_thread
 
 DEFAULT_RESCORE = 4
 
 _QUERIES_AT_ONCE = 32
 _FIRST_MATCHES = 128
 _MOST_MATCHES = 2**17
+_FAR = 3.99  # of squared distances
 
 
 def nearest(
@@ -35,10 +38,13 @@ def nearest(
 ) -> Iterator[Hit]:
     """For each query the k nearest of its candidates, and all of these that tie with the k-th; maybe fewer."""
     count = k * (effort.rescore or DEFAULT_RESCORE)
+    queries_QD = np.ascontiguousarray(queries_QD, np.float32)
     if len(queries_QD) == 1:
-        (rows_C,) = structure.candidates(queries_QD, count, effort, living)
+        rows_C = structure.candidates(queries_QD, count, effort, living)[0]
         if rows_C[-1] < 0:
             rows_C = rows_C[rows_C >= 0]
+        if len(rows_C) > 2 * k:
+            rows_C = _promising(queries_QD, vectors_ND, rows_C, k)
         yield _cut(rows_C, distances(queries_QD[0], vectors_ND[rows_C]), k)
         return
     for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
@@ -83,6 +89,18 @@ def within(
         if passed or len(returned) < count or count >= _MOST_MATCHES:
             return returned[inside_C], dist_C[inside_C]
         count *= 4
+
+
+def _promising(query_1D: Vectors, vectors_ND: Vectors, rows_C: Rows, k: int) -> Rows:
+    """The candidates that can be among the k nearest, by squared distances whose error is below `slack`."""
+    squared_C = np.empty(len(rows_C), np.float32)
+    pointers = [faiss.swig_ptr(array) for array in (squared_C, query_1D, vectors_ND, rows_C)]
+    with one_thread():
+        faiss.fvec_L2sqr_by_idx(*pointers, len(query_1D[0]), 1, len(rows_C))
+    kth = float(np.partition(squared_C, k - 1)[k - 1])
+    if kth >= _FAR:  # distances are cut at 2, where all farther rows tie
+        return rows_C
+    return rows_C[squared_C <= kth + 2 * slack(len(query_1D[0]))]
 
 
 def _cut(rows_C: Rows, dist_C: Vectors, k: int) -> Hit:

@@ -16,9 +16,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -47,6 +48,11 @@ _LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merg
 _MOST_WRITES = 1024  # in one transaction
 _TELL_EVERY = 0.1  # seconds
 
+# How long the leader of a group waits for more: at most this long, and this share of what the last commit took.
+_GATHER_SECONDS, _GATHER_SHARE, _GATHER_STEP = 0.002, 0.2, 2e-5
+
+_Refusal = TypeVar("_Refusal", bound=LookalikeError | sqlite3.Error | MemoryError)
+
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +67,7 @@ class Live:
         self.busy = ""
         self.last_failure = ""
         self._failed_at = 0
+        self._last_group, self._last_seconds = 1, 0.0
         self._seal_after = seal_after
         self._writing = threading.Lock()
         self._sealing = threading.RLock()  # taken before _writing
@@ -89,9 +96,16 @@ class Live:
         self._check_writable()
         ticket = _Ticket(write)
         self._waiting.append(ticket)
-        with self._writing:
-            while ticket.outcome is None:
-                self._commit_waiting()
+        while ticket.outcome is None:
+            if self._writing.acquire(blocking=False):
+                try:
+                    if ticket.outcome is None:
+                        self._commit_waiting()
+                finally:
+                    self._writing.release()
+                    self._wake_next()
+            else:
+                ticket.woken.acquire()
         if isinstance(ticket.outcome, Written):
             return ticket.outcome
         raise ticket.outcome
@@ -112,14 +126,14 @@ class Live:
     def write_lock(self) -> Iterator[None]:
         """No write is committed within. Raises NotFound once closed."""
         self._check_writable()
-        with self._writing:
+        with self._locked():
             self._check_open()
             yield
 
     @contextmanager
     def pause(self) -> Iterator[Snapshot]:
         """What readers see, while no write is committed."""
-        with self._writing:
+        with self._locked():
             self._check_open()
             yield self.snapshot
 
@@ -187,9 +201,9 @@ class Live:
 
     def close(self) -> None:
         """Refuse new writes, let running ones end, break off sealing, and close the files."""
-        with self._writing:
+        with self._locked():
             self.closed = True
-        with self._sealing, self._writing:
+        with self._sealing, self._locked():
             self.store.close()
 
     # Within
@@ -241,24 +255,44 @@ class Live:
         self.snapshot = snapshot
         """What readers see: one reference, replaced as a whole."""
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._writing:
+                yield
+        finally:
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        """Have a write that waits try to lead; called whenever the write lock has been released."""
+        with suppress(IndexError):
+            self._waiting[0].wake()
+
     def _commit_waiting(self) -> None:
         """Commit what waits, for all; the caller holds the write lock."""
+        self._gather()
         batch: list[_Ticket] = []
         while self._waiting and len(batch) < _MOST_WRITES:
             batch.append(self._waiting.popleft())
+        begun = time.monotonic()
         try:
             self._check_open()
-            outcomes = self._committed([ticket.write for ticket in batch])
+            outcomes: Sequence[Outcome | MemoryError] = self._committed([ticket.write for ticket in batch])
         except (LookalikeError, sqlite3.Error, MemoryError) as error:
-            for ticket in batch:  # a copy each: threads that raise one error write into one traceback
-                ticket.outcome = copy.copy(error)
-                ticket.outcome.__cause__ = error.__cause__
-            return
+            outcomes = [_copied(error) for _ in batch]
         except BaseException:
             self._waiting.extendleft(reversed(batch))  # their own threads will try
             raise
+        self._last_group, self._last_seconds = len(batch), time.monotonic() - begun
         for ticket, outcome in zip(batch, outcomes, strict=True):
             ticket.outcome = outcome
+            ticket.wake()
+
+    def _gather(self) -> None:
+        """Wait a little for the writers of the last group to come again: one sync of the disk serves them all."""
+        until = time.monotonic() + min(_GATHER_SECONDS, _GATHER_SHARE * self._last_seconds)
+        while len(self._waiting) < self._last_group and time.monotonic() < until:
+            time.sleep(_GATHER_STEP)
 
     def _committed(self, writes: Sequence[Write]) -> list[Outcome]:
         born = sum(len(write.items) for write in writes if isinstance(write, Upsert))
@@ -352,11 +386,18 @@ class Live:
 class _Ticket:
     """A write that waits, and what became of it."""
 
-    __slots__ = ("outcome", "write")
+    __slots__ = ("outcome", "woken", "write")
 
     def __init__(self, write: Write) -> None:
         self.write = write
         self.outcome: Outcome | MemoryError | None = None
+        self.woken = threading.Lock()
+        """Held until the ticket's thread should look again; a lock is the cheapest event."""
+        self.woken.acquire()
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it is awake already
+            self.woken.release()
 
 
 class _Telling:
@@ -373,6 +414,13 @@ class _Telling:
         if self._on_progress and time.monotonic() - self._told >= _TELL_EVERY:
             self._told = time.monotonic()
             self._on_progress(Progress(stage=stage, done=done, total=total))
+
+
+def _copied(error: _Refusal) -> _Refusal:
+    """The same error for another thread: threads that raise one error write into one traceback."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied
 
 
 def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Vectors]]:

@@ -51,11 +51,11 @@ def plan_segment(vectors_ND: Vectors, path: Path, *, settings: IndexSettings, ma
     kinds = _kinds(settings, rows, vectors_ND.shape[1])
     if not kinds:
         return Plan()
-    trial = _Trial(vectors_ND, margin, step)
+    asked_for = settings.structure != "auto"
+    trial = _Trial(vectors_ND, margin, step, whole_curve=asked_for)
     for kind in kinds:
         plan = trial.of(kind, path)
         point = cheapest(plan, settings.min_recall)
-        asked_for = settings.structure != "auto"
         if asked_for or (point and point.microseconds <= _WORTHWHILE * plan.exact_microseconds):
             return plan
         path.unlink(missing_ok=True)
@@ -147,7 +147,7 @@ def lists_for(rows: int) -> int:
 class _Trial:
     """Held-out queries of one segment, and their true answers."""
 
-    def __init__(self, vectors_ND: Vectors, margin: float | None, step: Step) -> None:
+    def __init__(self, vectors_ND: Vectors, margin: float | None, step: Step, *, whole_curve: bool) -> None:
         self._vectors_ND = vectors_ND
         self._margin = margin
         self._step = step
@@ -158,6 +158,7 @@ class _Trial:
         self.queries_R = self._order[:_HELD_OUT]
         self._queries_QD = np.ascontiguousarray(vectors_ND[self.queries_R])
         self._measure_truth()
+        self._longest = math.inf if whole_curve else self.exact_microseconds
 
     def of(self, kind: Kind, path: Path) -> Plan:
         """Build a structure and measure it."""
@@ -200,7 +201,7 @@ class _Trial:
     def _curve(self, structure: Structure) -> list[Point]:
         """The points that no other beats in both time and recall."""
         curve: list[Point] = []
-        widths = steps(512) if structure.plan.structure == "hnsw" else steps(min(structure.plan.lists, 512))
+        widths = list(steps(512 if structure.plan.structure == "hnsw" else min(structure.plan.lists, 512)))
         for k in KS:
             points: list[Point] = []
             for width in widths:
@@ -209,7 +210,7 @@ class _Trial:
                     points += self._points(structure, Raw(ef_search=width), k)
                 else:
                     points += self._points(structure, Raw(nprobe=width), k)
-                if points[-1].least >= _PERFECT or points[-1].microseconds > self.exact_microseconds:
+                if points[-1].least >= _PERFECT or points[-1].microseconds > self._longest:
                     break
             curve += _front(points)
         return curve

@@ -31,6 +31,7 @@ POINTS_PER_LIST = 40
 _ROUNDS = 10  # of k-means
 _ADD_AT_ONCE = 2**15
 _HNSW_LINKS = 32
+_KNOWN = 64  # parameter objects kept, which take longer to make than to use
 
 # A damaged length in a file must not make FAISS ask for the whole memory; sums are checked before all the same.
 faiss.set_deserialization_loop_limit(2**40)
@@ -91,24 +92,38 @@ class Structure:
 
     def __init__(self, index: Any, plan: Plan, *, file_bytes: int) -> None:
         self._index = index
+        self._rows: int = index.ntotal
+        self._known: dict[int, Any] = {}
         self.plan = plan
         self.memory_bytes = file_bytes
         """What it takes when all of it is in use; the file is mapped, so that it may be less."""
 
     def candidates(self, queries_QD: Vectors, count: int, effort: Raw, living: Living | None = None) -> Rows:
         """Rows [Q, C] that may be near each query, most promising first, −1 where there are no more; C ≤ `count`."""
-        count = min(count, self._index.ntotal)
+        count = min(count, self._rows)
+        queries = len(queries_QD)
+        rows_QC: Rows = np.empty((queries, count), np.int64)
+        squared_QC = np.empty((queries, count), np.float32)
+        pointers = faiss.swig_ptr(squared_QC), faiss.swig_ptr(rows_QC), self._parameters(count, effort, living)
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        with one_thread():  # the call below FAISS's wrapper, which takes a sixth of a short search
+            self._index.search_c(queries, faiss.swig_ptr(queries_QD), count, *pointers)
+        return rows_QC
+
+    def _parameters(self, count: int, effort: Raw, living: Living | None) -> Any:
+        hnsw = self.plan.structure == "hnsw"
+        value = max(effort.ef_search or count, count) if hnsw else min(effort.nprobe or 1, self.plan.lists)
+        known = self._known.get(value) if living is None else None
+        if known is not None:
+            return known
         selector = living.selector if living is not None else None
-        if self.plan.structure == "hnsw":
-            ef_search = max(effort.ef_search or count, count)
-            parameters = faiss.SearchParametersHNSW(efSearch=ef_search, sel=selector)
+        if hnsw:
+            parameters = faiss.SearchParametersHNSW(efSearch=value, sel=selector)
         else:
-            nprobe = min(effort.nprobe or 1, self.plan.lists)
-            parameters = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
-        with one_thread():
-            _, rows_QC = self._index.search(queries_QD, count, params=parameters)
-        found: Rows = rows_QC
-        return found
+            parameters = faiss.SearchParametersIVF(nprobe=value, sel=selector)
+        if living is None and len(self._known) < _KNOWN:
+            self._known[value] = parameters
+        return parameters
 
 
 class Living:

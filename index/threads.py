@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 
 import faiss
@@ -19,18 +18,19 @@ from threadpoolctl import threadpool_limits
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """FAISS calls of this thread run in it alone."""
-    before = faiss.omp_get_max_threads()
-    if before == 1:
-        yield
-        return
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+class one_thread:  # noqa: N801  # used as a context manager; a generator would take twice as long
+    """FAISS calls of this thread within run in it alone."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before: int = faiss.omp_get_max_threads()
+        if self._before != 1:
+            faiss.omp_set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != 1:
+            faiss.omp_set_num_threads(self._before)
 
 
 @cache
