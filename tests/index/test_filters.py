@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -363,3 +365,13 @@ def test_noise_is_refused_in_words() -> None:
     for text in random_texts():
         with pytest.raises(InvalidFilter):
             parse_filter(text + "!")
+
+
+def test_the_examples_of_the_documentation_parse() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "filters.md").read_text()
+    examples = [
+        line for block in re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) for line in block.splitlines()
+    ]
+    assert len(examples) == 7
+    for shown in examples:
+        assert parse_filter(shown) is not None
