@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 
 from google.longrunning import operations_pb2
@@ -13,6 +14,7 @@ from google.rpc import status_pb2
 from embedding import calibration as measured
 from embedding.bundle import Bundle
 from embedding.decision import Decision, Vectors, Verdict
+from embedding.errors import NotFound
 from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor
 from index.engine import Stats
 from index.shelf import Copy
@@ -198,7 +200,10 @@ def damaged_gallery(gallery_id: str, error: Exception) -> gallery_pb2.Gallery:
 def galleries(catalog: GalleryCatalog) -> list[gallery_pb2.Gallery]:
     """Every gallery by name, damaged ones included."""
     healthy, damaged = catalog.survey()
-    described = {found.id: gallery(found) for found in healthy}
+    described = {}
+    for found in healthy:
+        with suppress(NotFound):  # deleted since the survey
+            described[found.id] = gallery(found)
     described |= {gallery_id: damaged_gallery(gallery_id, error) for gallery_id, error in damaged.items()}
     return [described[gallery_id] for gallery_id in sorted(described)]
 

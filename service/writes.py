@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -20,6 +21,9 @@ Stored: TypeAlias = Item | LookalikeError
 
 SAMPLE = 100
 """Items that a purge without force names."""
+
+_CONFIGURING = threading.Lock()
+"""Held from reading settings to writing them: one process alone writes to a folder of galleries."""
 
 PARTS = frozenset({"identity", "metadata", "image"})
 """What of an item can be written by itself."""
@@ -161,13 +165,14 @@ class UpdateGallery:
     def write(self, engine: Engine) -> GalleryEngine:
         """Raises NotFound and StaleEtag."""
         gallery = engine.gallery(self.gallery, path="gallery.name", any_model=True)
-        stored = gallery.stats().settings
-        if self.etag and self.etag != settings_etag(gallery, stored):
-            raise StaleEtag(
-                f"gallery {gallery.id!r} is not what it was at etag {self.etag!r}; read it again, then write",
-                field="gallery.etag",
-            )
-        gallery.configure(replace(stored, **{part: getattr(self.settings, part) for part in self.parts}))
+        with _CONFIGURING:
+            stored = gallery.stats().settings
+            if self.etag and self.etag != settings_etag(gallery, stored):
+                raise StaleEtag(
+                    f"gallery {gallery.id!r} is not what it was at etag {self.etag!r}; read it again, then write",
+                    field="gallery.etag",
+                )
+            gallery.configure(replace(stored, **{part: getattr(self.settings, part) for part in self.parts}))
         return gallery
 
 
