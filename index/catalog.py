@@ -168,21 +168,25 @@ class Catalog:
         """A new gallery whose folder `fill` writes; it is there as a whole or not at all."""
         final = self._path(gallery_id)
         self._check_writable()
-        with self._changing:
-            if final.exists():
-                raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
-            making = self.root / f"{_MAKING}{uuid.uuid4().hex}"
-            try:
-                making.mkdir()
-                fill(making)
-                sync_folder(making)
+        self._check_free(gallery_id, final)  # now rather than after all the work
+        making = self.root / f"{_MAKING}{uuid.uuid4().hex}"
+        try:
+            making.mkdir()
+            fill(making)
+            sync_folder(making)
+            with self._changing:
+                self._check_free(gallery_id, final)
                 making.rename(final)
                 sync_folder(self.root)
-            except OSError as error:
-                raise _refused(final, error) from error
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
-            return self._opened(gallery_id, final)
+                return self._opened(gallery_id, final)
+        except OSError as error:
+            raise _refused(final, error) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+
+    def _check_free(self, gallery_id: str, path: Path) -> None:
+        if path.exists():
+            raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
 
     def _opened(self, gallery_id: str, path: Path) -> Gallery:
         if not path.is_dir():

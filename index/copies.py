@@ -60,7 +60,7 @@ def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
                 shutil.copytree(source, segment_path(partial / SEGMENTS, digest), copy_function=shutil.copyfile)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         contents = Contents(
-            generation=generation, files={str(path.relative_to(partial)): _synced(path) for path in files}
+            generation=generation, files={str(path.relative_to(partial)): FileSum.of(_synced(path)) for path in files}
         )
         (partial / CONTENTS).write_text(contents.model_dump_json(indent=1))
         _synced(partial / CONTENTS)
@@ -94,10 +94,15 @@ def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> Non
             raise DamagedData(f"{source} of the snapshot is missing; make the snapshot again")
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copied)
-        if _synced(copied) != wanted:  # what has been copied is checked, not what was there before
+        if FileSum.of(copied) != wanted:  # what has been copied is checked, not what was there before
             raise DamagedData(f"{source} does not agree with its checksum; make the snapshot again")
     if STORE not in contents.files:
         raise DamagedData(f"the snapshot {folder} holds no {STORE}; make the snapshot again")
+    for name in contents.files:
+        _synced(target / name)
+    for below in target.rglob("*"):
+        if below.is_dir():
+            sync_folder(below)
     with translated(target / STORE), closing(sqlite3.connect(target / STORE)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         # From here on it is another gallery: an etag of what the copied one wrote since must not fit.
@@ -123,10 +128,10 @@ def _named(store: Path) -> tuple[int, list[str]]:
         return generation, [digest for (digest,) in connection.execute("SELECT digest FROM segments")]
 
 
-def _synced(path: Path) -> FileSum:
+def _synced(path: Path) -> Path:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileSum.of(path)
+    return path
 
 
 def _nobody(_: Progress) -> None:

@@ -31,6 +31,7 @@ from training.config import Recipe
 from training.datasets import ImageSet, SkippedImage, load, load_path
 from training.distributed import joined
 from training.evaluation import evaluate as evaluate_embeddings
+from training.initial import initial_recall
 from training.measurement import Measurement, measure
 from training.one_shot import run_errors
 from training.one_shot_folders import RunFolders
@@ -44,6 +45,7 @@ from training.second_stage import FILE as CLASSIFIER
 from training.second_stage import fit_second_stage
 from training.splits import SIDES, Split, split
 from training.trainer import Trainer
+from training.whitening import whiten
 
 CHUNK_IMAGES = 256
 """Images decoded and embedded at once outside training."""
@@ -97,11 +99,25 @@ def train(
             evaluate=lambda current: _watch(current, watched, recipe, device),
             ranks=ranks,
         )
+        initial = (
+            {}
+            if recipe.network.weights == "random" or not ranks.is_first
+            else initial_recall(network, test_set, searches, recipe.preprocessing, device=device)
+        )
         result = trainer.fit(resume=resume)
     if not ranks.is_first:
         return None
     console.print(f"trained: {result.summary()}", highlight=False, soft_wrap=True)
 
+    if recipe.training.whitening is not None:
+        whiten(
+            network,
+            train_set,
+            recipe.preprocessing,
+            shrinkage=recipe.training.whitening,
+            views=("as-is", "mirror") if recipe.augmentation.horizontal_flip else ("as-is",),
+            device=device,
+        )
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
     calibration_set = images.subset(sides.calibration_N)
     calibration = calibrate(
@@ -120,6 +136,7 @@ def train(
         searches=searches,
         trained_on=_known_identities(encoder, images, sides, console) if sides.protocol == "closed-set" else None,
     )
+    measurement = replace(measurement, further={**measurement.further, **initial})
     files: dict[str, bytes] = {}
     if recipe.classifier is not None:
         train_emb_ND = _embed(encoder, train_set, console)

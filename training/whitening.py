@@ -5,12 +5,17 @@ Shapes: N images, F backbone features, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from embedding.errors import InvalidDataset
+from embedding.images import Preprocessing, View
 from embedding.networks import EmbeddingNetwork
+from training.datasets import ImageSet
+from training.features import backbone_features
 
 Floats = NDArray[np.float64]
 
@@ -56,10 +61,24 @@ def whitening(
 
 
 def whiten(
-    network: EmbeddingNetwork, features_NF: NDArray[np.generic], labels_N: NDArray[np.generic], *, shrinkage: float
+    network: EmbeddingNetwork,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    *,
+    shrinkage: float,
+    views: Sequence[View] = ("as-is",),
+    device: str = "auto",
 ) -> None:
-    """Replace the network's projection by `whitening` of the features that its backbone gives."""
-    weight_DF, bias_D = whitening(features_NF, labels_N, width=network.projection.out_features, shrinkage=shrinkage)
+    """Replace the network's projection by `whitening` of the features of training images, in each of the views."""
+    features_NF = np.concatenate(
+        [backbone_features(network, images, preprocessing, device=device, view=view) for view in views]
+    )
+    weight_DF, bias_D = whitening(
+        features_NF,
+        np.tile(images.labels_N, len(views)),
+        width=network.projection.out_features,
+        shrinkage=shrinkage,
+    )
     with torch.no_grad():
         network.projection.weight.copy_(torch.from_numpy(weight_DF))
         network.projection.bias.copy_(torch.from_numpy(bias_D))

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from embedding.errors import InvalidDataset
+from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
+from training.config import DigitsData
+from training.datasets import load
 from training.evaluation import evaluate
 from training.whitening import whiten, whitening
 
@@ -84,18 +87,22 @@ def test_identities_never_seen_are_told_apart_better() -> None:
     assert errors[1] < errors[0] / 4
 
 
-def test_a_whitened_network_projects_so() -> None:
+def test_a_whitened_network_projects_the_features_of_its_images_and_their_mirrors() -> None:
+    preprocessing = Preprocessing(image_size=8, channels=1)
+    digits = load([DigitsData(source="digits")], data_root=None, preprocessing=preprocessing)
+    images = digits.subset(np.arange(0, 300))
+    torch.manual_seed(0)
     network = build(Architecture(network="small_cnn", image_size=8, channels=1, embedding_dim=16, width=4)).eval()
-    images_BCHW = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    pixels_NCHW = images.pixels(range(len(images)), preprocessing)
+    seen_NCHW = torch.from_numpy(np.concatenate([pixels_NCHW, pixels_NCHW[..., ::-1]])).float() / 255 * 2 - 1
     with torch.inference_mode():
-        features_BF = network.backbone(images_BCHW)
-    labels_B = np.repeat(np.arange(6), 4)
-    whiten(network, features_BF.numpy(), labels_B, shrinkage=1.0)
-    weight_DF, bias_D = whitening(features_BF.numpy(), labels_B, width=16, shrinkage=1.0)
-    expected = features_BF.double().numpy() @ weight_DF.T + bias_D
+        features_NF = network.backbone(seen_NCHW).numpy()
+    whiten(network, images, preprocessing, shrinkage=1.0, views=("as-is", "mirror"), device="cpu")
+    weight_DF, bias_D = whitening(features_NF, np.tile(images.labels_N, 2), width=16, shrinkage=1.0)
+    expected = features_NF.astype(np.float64) @ weight_DF.T + bias_D
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     with torch.inference_mode():
-        np.testing.assert_allclose(network(images_BCHW).numpy(), expected, atol=1e-4)
+        np.testing.assert_allclose(network(seen_NCHW).numpy(), expected, atol=1e-4)
 
 
 def test_what_cannot_be_whitened_is_refused() -> None:
