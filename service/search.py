@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_K, MAX_MATCHES, Deadline, Found
+from index import MAX_K, MAX_MATCHES, Deadline, Found, Neighbor
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
 from service import errors, parse, questions, wire
@@ -28,7 +28,11 @@ MAX_STREAM_K = 1000
 STREAM_WINDOW = 64
 """Images of one StreamSearch that are searched at once."""
 
-MATCHES_A_MESSAGE = 500
+MATCHES_AT_ONCE = 500
+"""Matches that are formed together, and the most of one message."""
+
+MATCHES_BYTES = 128 * 1024
+"""A message of matches is cut where it would grow beyond this; metadata may be large."""
 
 MAX_ID = 256
 """Longest id of an element of a stream, in characters."""
@@ -86,12 +90,11 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             found = await serving.ask(question, lambda found: found, deadline=scope.deadline)
-            for start in range(0, len(found.neighbors), MATCHES_A_MESSAGE):
-                some = found.neighbors[start : start + MATCHES_A_MESSAGE]
-                # Formed as they are sent: a slow reader holds one message back, not a hundred thousand neighbours.
-                yield pb.SearchMatchesResponse(
-                    neighbors=await serving.run(wire.neighbors, some, resolve(scope.gallery))
-                )
+            for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
+                some = found.neighbors[start : start + MATCHES_AT_ONCE]
+                # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
+                for response in await serving.run(_match_messages, some, resolve(scope.gallery)):
+                    yield response
             yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
     async def StreamSearch(
@@ -136,6 +139,19 @@ async def _answered(
         ]
 
     return await serving.ask(question, form, deadline=deadline)
+
+
+def _match_messages(some: Sequence[Neighbor], gallery_id: str) -> list[pb.SearchMatchesResponse]:
+    responses: list[pb.SearchMatchesResponse] = []
+    size = MATCHES_BYTES
+    for neighbor in wire.neighbors(some, gallery_id):
+        added = neighbor.ByteSize()
+        if size + added > MATCHES_BYTES:
+            responses.append(pb.SearchMatchesResponse())
+            size = 0
+        responses[-1].neighbors.append(neighbor)
+        size += added
+    return responses
 
 
 def _query(request: pb.StreamSearchRequest) -> Source:

@@ -10,16 +10,24 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
-T = TypeVar("T")
+from google.protobuf.message import Message
+
+T = TypeVar("T", bound=Message)
+
+WINDOW_BYTES = 32 * 2**20
+"""Most bytes of one stream's requests that are held at once, but for a single larger one."""
 
 
 class Elements(Generic[T]):
     """Use it in an `async with` statement, which ends the reading."""
 
-    def __init__(self, requests: AsyncIterator[T], *, window: int) -> None:
+    def __init__(self, requests: AsyncIterator[T], *, window: int, window_bytes: int = WINDOW_BYTES) -> None:
         self._requests = requests
         self._window = window
+        self._window_bytes = window_bytes
         self._read: asyncio.Queue[T | None] = asyncio.Queue(maxsize=window)
+        self._held = 0  # bytes read and not done with
+        self._room = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -35,7 +43,10 @@ class Elements(Generic[T]):
 
     async def first(self) -> T | None:
         """The next element by itself; None when the stream has ended."""
-        return await self._read.get()
+        element = await self._read.get()
+        if element is not None:
+            self._release(element.ByteSize())
+        return element
 
     async def batches(self) -> AsyncIterator[list[T]]:
         """All other elements in order, as many together as are there, at least one and at most a window."""
@@ -51,12 +62,22 @@ class Elements(Generic[T]):
             ended = element is None
             if batch:
                 yield batch
+                self._release(sum(element.ByteSize() for element in batch))
         if self._reader is not None:
             await self._reader  # raises what broke the reading
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+        self._room.set()
 
     async def _fill(self) -> None:
         try:
             async for request in self._requests:
+                size = request.ByteSize()
+                while self._held and self._held + size > self._window_bytes:
+                    self._room.clear()
+                    await self._room.wait()
+                self._held += size
                 await self._read.put(request)
         except Exception:
             await self._read.put(None)

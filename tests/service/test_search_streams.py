@@ -7,10 +7,23 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from index import Deadline, Gallery
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
-from tests.service.harness import MARGIN, Stubs, encoded, fields, info, png, refused, rich, stored, unit
+from tests.service.harness import (
+    MARGIN,
+    MAX_MESSAGE_BYTES,
+    Stubs,
+    encoded,
+    fields,
+    info,
+    png,
+    refused,
+    rich,
+    stored,
+    unit,
+)
 
 
 def vector(*values: float) -> common_pb2.ImageInput:
@@ -36,6 +49,18 @@ def test_all_matches_come_nearest_first_over_several_messages(stubs: Stubs, gall
     summary = responses[-1].summary
     assert (summary.match_count, summary.truncated, summary.expected_recall) == (1010, False, 1)
     assert summary.generation == 1
+
+
+def test_matches_with_much_metadata_are_cut_into_messages_that_can_be_sent(stubs: Stubs, gallery: str) -> None:
+    stubs.fill(gallery, {f"item-{i}": vector(1, i) for i in range(12)})
+    for i in range(12):
+        item = gallery_pb2.Item(name=f"galleries/{gallery}/items/item-{i}")
+        item.metadata.update({"text": "x" * 60_000})
+        mask = FieldMask(paths=["metadata"])
+        stubs.galleries.UpdateItem(gallery_pb2.UpdateItemRequest(item=item, update_mask=mask))
+    responses = matches(stubs, gallery, operating_point=common_pb2.OperatingPoint(threshold=2))
+    assert [len(response.neighbors) for response in responses] == [2] * 6 + [0]
+    assert max(response.ByteSize() for response in responses) < MAX_MESSAGE_BYTES
 
 
 def test_only_what_lies_within_the_threshold_matches(stubs: Stubs, gallery: str) -> None:
