@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import shutil
 import threading
 import uuid
@@ -33,13 +32,12 @@ from embedding.errors import (
 from index.copies import read_copy
 from index.engine import IndexSettings, OnProgress
 from index.gallery import Gallery
-from index.items import ModelRef
+from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.live import SEAL_AFTER
 from index.segments import sync_folder
 
 Galleries: TypeAlias = list[Gallery]
 
-_GALLERY_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _LOCK = ".lock"
 _MAKING = ".making-"
 _DELETED = ".deleted-"
@@ -111,7 +109,7 @@ class Catalog:
         galleries: Galleries = []
         damaged: dict[str, LookalikeError] = {}
         try:
-            names = sorted(path.name for path in self.root.iterdir() if _GALLERY_ID.fullmatch(path.name))
+            names = sorted(path.name for path in self.root.iterdir() if GALLERY_ID.fullmatch(path.name))
         except OSError as error:
             raise _refused(self.root, error) from error
         for name in names:
@@ -163,12 +161,7 @@ class Catalog:
         self.close()
 
     def _path(self, gallery_id: str) -> Path:
-        if not _GALLERY_ID.fullmatch(gallery_id):
-            raise InvalidInput(
-                "a gallery name is 1 to 63 lower-case letters, digits and hyphens, the first and last no hyphen; got "
-                f"{gallery_id[:80]!a}",
-                field="gallery_id",
-            )
+        check_gallery_id(gallery_id)
         return self.root / gallery_id
 
     def _made(self, gallery_id: str, fill: Callable[[Path], None]) -> Gallery:

@@ -315,6 +315,9 @@ class GalleryEngine(Protocol):
     def purge(self, allowed: Filter, *, deadline: Deadline | None = None) -> int:
         """Delete every item that `allowed` accepts, in one write, and return how many there were."""
 
+    def configure(self, settings: IndexSettings) -> None:
+        """Store how the gallery is to be indexed; it holds from the next sealing on."""
+
     # Keeping. These may take long, and run beside searches and writes.
 
     def seal(self, *, on_progress: OnProgress | None = None) -> None:

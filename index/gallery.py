@@ -257,6 +257,10 @@ class Gallery:
             deadline.check()
         return len(self._live.write(Purge(allowed=allowed)).died_R)
 
+    def configure(self, settings: IndexSettings) -> None:
+        """Store how the gallery is to be indexed; it holds from the next sealing on."""
+        self._live.change_settings(settings)
+
     # Keeping
 
     def seal(self, *, on_progress: OnProgress | None = None) -> None:
