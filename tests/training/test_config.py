@@ -50,9 +50,9 @@ def test_every_recipe_that_ships_is_valid_and_bears_its_files_name(path: Path) -
     assert recipe.description.endswith((".", "?"))
 
 
-def test_the_seven_recipes_ship() -> None:
+def test_the_eight_recipes_ship() -> None:
     names = {path.stem for path in RECIPES.glob("*.toml")}
-    assert names == {"digits", "emoji", "faces", "fashion_mnist", "grocery", "mnist", "omniglot"}
+    assert names == {"digits", "emoji", "faces", "fashion_mnist", "grocery", "mnist", "omniglot", "omniglot_small"}
 
 
 def test_what_a_recipe_leaves_out_takes_defaults() -> None:
