@@ -59,6 +59,20 @@ class Lineage(BaseModel):
     """Versions and hardware that it was trained with."""
 
 
+_LEARNED = "learned by the loss: "
+
+
+def learned_metrics(learned: Mapping[str, float]) -> dict[str, JsonValue]:
+    """What a loss has learned itself, such as the boundary β of the margin loss, as metrics of a lineage."""
+    return {f"{_LEARNED}{name}": value for name, value in learned.items()}
+
+
+def learned_by_loss(lineage: Lineage) -> dict[str, float]:
+    """The same, read back; empty where the loss learned nothing."""
+    found = {name: value for name, value in lineage.metrics.items() if name.startswith(_LEARNED)}
+    return {name.removeprefix(_LEARNED): float(value) for name, value in found.items() if isinstance(value, float)}
+
+
 class Manifest(BaseModel):
     """What `bundle.json` holds."""
 

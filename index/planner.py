@@ -24,7 +24,10 @@ from index.exact import Rows, Span
 from index.structures import POINTS_PER_LIST, Plan, Point, Step, Structure, build_hnsw, build_ivf, load_structure, steps
 
 CROSSOVER = 20_000
-"""Rows below which exact search answers as fast as any structure would. See docs/performance.md."""
+"""Rows below which a structure is not worth seconds of building: exact search takes under 0.3 ms at width 128.
+
+The times cross near 4,000 rows. See docs/performance.md.
+"""
 
 HNSW_MOST = 250_000
 """Rows beyond which a graph takes minutes to build; asked for by name it is built all the same."""

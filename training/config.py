@@ -405,6 +405,8 @@ class Recipe(Section):
             )
         if self.sampling.by == "super":
             raise error_at("sampling.by", 'self-supervised training uses no labels; use by = "identity"')
+        if self.training.whitening is not None:
+            raise error_at("training.whitening", "learns from labels, which self-supervised training leaves unused")
 
     @property
     def architecture(self) -> Architecture:

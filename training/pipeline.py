@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from rich.console import Console
 from rich.progress import track
 
-from embedding.bundle import Bundle, Lineage, write_bundle
+from embedding.bundle import Bundle, Lineage, learned_metrics, write_bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder, PixelEncoder
 from embedding.errors import AlreadyExists, InvalidDataset
@@ -151,7 +151,7 @@ def train(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
-        metrics=dict(measurement.metrics()),
+        metrics={**measurement.metrics(), **learned_metrics(result.learned)},
         environment=_environment(trainer.device, result),
     )
     card = model_card(
@@ -159,6 +159,7 @@ def train(
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
         facts=_facts(recipe, images, sides, lineage, result),
         measurement=measurement,
+        learned=result.learned,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(test_set.identities)),
         **({"intended_use": recipe.description} if recipe.description else {}),
@@ -284,7 +285,6 @@ def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage, res
         **{side: f"{identities} identities, {size} images" for side, identities, size in _side_counts(images, sides)},
         "skipped images": str(len(images.skipped)),
         **_modes(recipe, result),
-        **{f"learned by the loss: {name}": f"{value:.4f}" for name, value in result.learned.items()},
         "created": f"{lineage.created:%Y-%m-%d %H:%M} UTC",
         **lineage.environment,
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from embedding import decision as engine_decision
-from embedding.bundle import Bundle
+from embedding.bundle import Bundle, learned_by_loss
 from embedding.errors import DamagedData, InvalidInput, LookalikeError
 from index import MAX_MATCHES
 from index import engine as engine_interface
@@ -267,6 +267,11 @@ def _settings(index: IndexSettings | None) -> engine_interface.IndexSettings | N
 def describe_bundle(path: Path) -> Model:
     """A bundle as the server would describe it. Raises NotFound or DamagedData."""
     return messages.model(wire.model(Bundle.load(path), active=False))
+
+
+def learned_in(path: Path) -> Mapping[str, float]:
+    """What the loss of a bundle has learned itself, by name, such as the boundary β of the margin loss."""
+    return learned_by_loss(Bundle.load(path).lineage)
 
 
 def _source(image: ImageLike, path: str | None = None) -> Source:

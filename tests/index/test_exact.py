@@ -55,6 +55,24 @@ def test_nearest_are_those_of_a_full_scan_and_all_that_tie_with_the_last(
         }
 
 
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_batch_finds_all_ties_however_many(hurried: bool) -> None:
+    """More rows tie, and nearly tie, than one matrix product returns candidates."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(10_000, 16))
+    vectors_ND = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    vectors_ND[100:400] = vectors_ND[0]
+    vectors_ND[5000:5200] = vectors_ND[0]
+    vectors_ND[5100:5200, 0] = np.nextafter(vectors_ND[0, 0], np.float32(2))
+    queries_QD = np.concatenate([vectors_ND[:1], vectors_ND[5100:5101], vectors_ND[6000:6008]])
+    deadline = Deadline(60) if hurried else None
+    found = nearest(spans(vectors_ND, first=300, dead=[120, 5001]), queries_QD, 3, deadline=deadline)
+    living = np.setdiff1d(np.arange(10_000), [120, 5001])
+    for query_D, (rows, _) in zip(queries_QD, found, strict=True):
+        exact = distances(query_D, vectors_ND[living])
+        assert sorted(rows.tolist()) == living[exact <= np.sort(exact)[2]].tolist()
+
+
 @settings(deadline=None, max_examples=150)
 @given(crowded(), st.data())
 def test_within_is_complete_at_a_threshold_that_rows_lie_on(

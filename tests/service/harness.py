@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from PIL import Image
+from pydantic import JsonValue
 
 from embedding.bundle import Bundle, Lineage, write_bundle
 from embedding.calibration import Calibration, ErrorRates, MatchProbability
@@ -48,7 +49,7 @@ MARGIN = 0.25
 MAX_MESSAGE_BYTES = 256 * 1024
 
 
-def make_bundle(path: Path, *, seed: int) -> Bundle:
+def make_bundle(path: Path, *, seed: int, metrics: dict[str, JsonValue] | None = None) -> Bundle:
     """A bundle of random weights; another seed is another model."""
     torch.manual_seed(seed)
     return write_bundle(
@@ -71,7 +72,9 @@ def make_bundle(path: Path, *, seed: int) -> Bundle:
             ),
             named_points={"learned-margin": MARGIN, "strict": 0.125},
         ),
-        lineage=Lineage(created=datetime(2026, 1, 2, tzinfo=UTC), recipe={}, data={}, metrics={}, environment={}),
+        lineage=Lineage(
+            created=datetime(2026, 1, 2, tzinfo=UTC), recipe={}, data={}, metrics=metrics or {}, environment={}
+        ),
     )
 
 
