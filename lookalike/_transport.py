@@ -84,7 +84,8 @@ class _Settings:
             # A call is repeated from this buffer; larger requests would silently not be repeated.
             ("grpc.per_rpc_retry_buffer_size", self._max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # For all its name, how long one attempt to connect may take: a busy server is slow to greet.
+            ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", 5000),
         ]
 

@@ -81,8 +81,8 @@ class UpkeepServiceServicer(object):
     def MigrateGallery(self, request, context):
         """Re-embeds a gallery's items with another model into another gallery, from their stored thumbnails, and then moves an
         alias there; until then the old gallery answers. Items that were imported into the new gallery before are kept, so
-        images that are not stored can be sent by ImportItems first. Fails with FAILED_PRECONDITION, saying which items need
-        their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
+        images that are not stored can be sent by ImportItems first. The operation fails with FAILED_PRECONDITION, saying
+        which items need their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
         The operation's response is a Gallery, the new one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,8 +38,8 @@ class UpkeepServiceStub:
     MigrateGallery: _grpc.UnaryUnaryMultiCallable[_upkeep_pb2.MigrateGalleryRequest, _upkeep_pb2.MigrateGalleryResponse]
     """Re-embeds a gallery's items with another model into another gallery, from their stored thumbnails, and then moves an
     alias there; until then the old gallery answers. Items that were imported into the new gallery before are kept, so
-    images that are not stored can be sent by ImportItems first. Fails with FAILED_PRECONDITION, saying which items need
-    their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
+    images that are not stored can be sent by ImportItems first. The operation fails with FAILED_PRECONDITION, saying
+    which items need their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
     The operation's response is a Gallery, the new one.
     """
     CreateSnapshot: _grpc.UnaryUnaryMultiCallable[_upkeep_pb2.CreateSnapshotRequest, _upkeep_pb2.CreateSnapshotResponse]
@@ -61,8 +61,8 @@ class UpkeepServiceAsyncStub(UpkeepServiceStub):
     MigrateGallery: _aio.UnaryUnaryMultiCallable[_upkeep_pb2.MigrateGalleryRequest, _upkeep_pb2.MigrateGalleryResponse]  # type: ignore[assignment]
     """Re-embeds a gallery's items with another model into another gallery, from their stored thumbnails, and then moves an
     alias there; until then the old gallery answers. Items that were imported into the new gallery before are kept, so
-    images that are not stored can be sent by ImportItems first. Fails with FAILED_PRECONDITION, saying which items need
-    their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
+    images that are not stored can be sent by ImportItems first. The operation fails with FAILED_PRECONDITION, saying
+    which items need their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
     The operation's response is a Gallery, the new one.
     """
     CreateSnapshot: _aio.UnaryUnaryMultiCallable[_upkeep_pb2.CreateSnapshotRequest, _upkeep_pb2.CreateSnapshotResponse]  # type: ignore[assignment]
@@ -93,8 +93,8 @@ class UpkeepServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_upkeep_pb2.MigrateGalleryResponse, _abc.Awaitable[_upkeep_pb2.MigrateGalleryResponse]]:
         """Re-embeds a gallery's items with another model into another gallery, from their stored thumbnails, and then moves an
         alias there; until then the old gallery answers. Items that were imported into the new gallery before are kept, so
-        images that are not stored can be sent by ImportItems first. Fails with FAILED_PRECONDITION, saying which items need
-        their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
+        images that are not stored can be sent by ImportItems first. The operation fails with FAILED_PRECONDITION, saying
+        which items need their image, when some have neither. A migration that was broken off goes on where it ended when asked for again.
         The operation's response is a Gallery, the new one.
         """
 

@@ -14,6 +14,8 @@ from google.rpc import error_details_pb2
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
+from index import Gallery, Progress
+from index.engine import OnProgress
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1.operations_pb2 import OperationMetadata
 from service.settings import Settings
@@ -262,6 +264,23 @@ def test_operations_are_listed_and_forgotten(stubs: Stubs, filled: str) -> None:
     stubs.operations.DeleteOperation(operations_pb2.DeleteOperationRequest(name=done[0].name))
     error = refused(stubs.operations.GetOperation, operations_pb2.GetOperationRequest(name=done[0].name))
     assert error.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_an_operation_is_cancelled(stubs: Stubs, filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(self: Gallery, settings: object, *, on_progress: OnProgress) -> None:
+        while True:
+            on_progress(Progress(stage="for ever", done=1, total=2))
+
+    monkeypatch.setattr(Gallery, "reindex", endless)
+    begun = stubs.upkeep.ReindexGallery(upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{filled}")).operation
+    running = operations_pb2.GetOperationRequest(name=begun.name)
+    while metadata(told := stubs.operations.GetOperation(running)).stage != "for ever":
+        assert not told.done
+    assert (metadata(told).done, metadata(told).total) == (1, 2)
+    delete = operations_pb2.DeleteOperationRequest(name=begun.name)
+    assert refused(stubs.operations.DeleteOperation, delete).code() is grpc.StatusCode.UNAVAILABLE
+    stubs.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=begun.name))
+    assert finished(stubs, begun).error.code == grpc.StatusCode.CANCELLED.value[0]
 
 
 def test_ways_to_ask_for_operations_wrongly(stubs: Stubs) -> None:
