@@ -52,16 +52,16 @@ def validated(
 ) -> Sections:
     """The sections that a table holds. Raises InvalidRecipe as `invalid_recipe` words it."""
     try:
-        return model.model_validate(_tuples(table))
+        return model.model_validate(tuples(table))
     except ValidationError as error:
         raise invalid_recipe(error, where=where, not_keys=not_keys) from error
 
 
-def _tuples(value: Any) -> Any:
-    """TOML's arrays as the tuples that strict validation asks for."""
+def tuples(value: Any) -> Any:
+    """The arrays of TOML or JSON as the tuples that strict validation asks for."""
     if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def refuse_unknown_keys(model: type[BaseModel], table: Any) -> None:

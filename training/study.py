@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from rich.console import Console
 from embedding.errors import AlreadyExists, LookalikeError, StorageFailed
 from embedding.runtime import tune_malloc
 from training.progress import TrainingDisplay
+from training.sections import tuples
 from training.study_config import BatchConfig, ObjectiveConfig, Study, StudyData
 from training.study_run import (
     ComparisonResult,
@@ -90,17 +91,24 @@ class Done:
 
 
 def compare(study: Study, *, out: Path, data_root: Path | None, device: str, workers: int, console: Console) -> Done:
-    """Do what is left to do of a study and write its report to `out`.
+    """Do what is left to do of a study, and write its report.
 
     Raises AlreadyExists when `out` is another study's, InvalidDataset when data are absent, StorageFailed.
     """
-    from training.study_report import write_report  # draws: needless in workers
+    done = perform(study, out=out, data_root=data_root, device=device, workers=workers, console=console)
+    from training.study_report import write_report  # it draws, which workers need not
 
+    write_report(done, out, hardware=hardware())
+    return done
+
+
+def perform(study: Study, *, out: Path, data_root: Path | None, device: str, workers: int, console: Console) -> Done:
+    """`compare` without its report."""
     _claim(out, study.name)
     runs = runs_of(study)
     results = {run.key: result for run in runs if (result := _read(out, run)) is not None}
-    # Every data set before the first run: what is absent shows at once, and not in an hour.
     todo = [run for run in runs if run.key not in results]
+    # Every data set before the first run: what is absent shows at once, and not in an hour.
     for source in dict.fromkeys(run.data for run in todo):
         load_images(source, image_size=study.encoder.image_size, data_root=data_root, device=device)
     with TrainingDisplay(console) as display:
@@ -112,9 +120,7 @@ def compare(study: Study, *, out: Path, data_root: Path | None, device: str, wor
             results[run.key] = result
             display.step()
             display.say(f"{number}/{len(runs)}  {describe(run, study)}  {_outcome(result)}")
-    done = Done(study=study, runs=runs, results=[results[run.key] for run in runs])
-    write_report(done, out, hardware=hardware())
-    return done
+    return Done(study=study, runs=runs, results=[results[run.key] for run in runs])
 
 
 def runs_of(study: Study) -> list[StudyRun]:
@@ -265,7 +271,7 @@ def _read(out: Path, run: StudyRun) -> ComparisonResult | ConvergenceResult | No
     """What an earlier process found, or None; a file that is not whole counts as absent."""
     try:
         kept = json.loads(_path(out, run).read_text(encoding="utf-8"))
-        return _RESULT.validate_json(json.dumps(kept["result"]))
+        return _RESULT.validate_python(tuples(kept["result"]))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, ValidationError):
@@ -288,5 +294,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise StorageFailed(f"cannot write {path} ({error.strerror}); free space, or give another --out") from error

@@ -180,7 +180,7 @@ class Study(Section):
         return next(objective.label for objective in self.objectives if objective.loss is None)
 
     def quick(self) -> Study:
-        """The same comparison in seconds: scikit-learn's digits, one or two epochs, two seeds, an eighth of the batch."""
+        """The same in seconds: scikit-learn's digits, an epoch or two, two seeds, an eighth of the batch."""
         return self.model_copy(
             update={
                 "name": f"{self.name}-quick",

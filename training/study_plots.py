@@ -210,7 +210,7 @@ def springs_plot(
     forces.plot(place_G, pull_G + push_G, color="black", linewidth=2)
     forces.plot([rest], [0], "o", color="black", markersize=9)
     forces.annotate(
-        f"rests at (m − gap)/2 = {rest:g}", (rest, 0), xytext=(-gap, -0.62), fontsize=10, ha="left",
+        f"rests at\n(m − gap)/2 = {rest:g}", (rest, 0), xytext=(-gap - 0.02, 0.32), fontsize=10, ha="left",
         arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkB": 5},
     )  # fmt: skip
     forces.plot([0], [0], "s", color=MATCH, markersize=9, clip_on=False)

@@ -77,9 +77,9 @@ def _method(study: Study) -> str:
     beside = any(batch.beside for batch in study.batches)
     return (
         f"The encoder is a multi-layer perceptron {widths}, ReLU after each layer, its output divided by its length. "
-        f"Two stages: {first} of the encoder by a loss on its embeddings, then {_epoch_count(second.epochs)} of a linear "
-        f"classifier on the frozen encoder (batch {second.batch_size}, learning rate {second.learning_rate:g}). The "
-        f"baseline, {study.baseline}, learns encoder and linear classifier together for the {first} of the first stage. "
+        f"Two stages: {first} of the encoder by a loss on its embeddings, then {_epoch_count(second.epochs)} of a "
+        f"linear classifier on the frozen encoder (batch {second.batch_size}, learning rate {second.learning_rate:g}). "
+        f"The baseline, {study.baseline}, learns encoder and linear classifier together, for {first}. "
         "Adam throughout, at a constant rate, in shuffled batches without augmentation. The official training images "
         f"train and the official test images test. Seeds 0 to {study.seeds - 1} set initial weights and the order of "
         "images, the same for every objective.\n\n"
@@ -261,9 +261,9 @@ def _convergence_answer(done: Done, source: str) -> str:
 
 
 _SPRINGS_NOTE = """\
-A matching pair is a spring of rest length 0: it attracts at every distance, the more the farther. A non-matching pair is
-one of rest length m that only pushes: it repels while nearer than m and lets go beyond (Hadsell, Chopra, LeCun 2006,
-section 2.3). Loss and gradient here are those of the loss that training uses, by autograd.
+A matching pair is a spring of rest length 0: it attracts at every distance, the more the farther. A non-matching pair
+is one of rest length m that only pushes: it repels while nearer than m and lets go beyond (Hadsell, Chopra, LeCun
+2006, section 2.3). Loss and gradient here are those of the loss that training uses, by autograd.
 
 ![Loss, gradient and equilibrium](springs.png)
 
