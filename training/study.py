@@ -104,13 +104,15 @@ def compare(study: Study, *, out: Path, data_root: Path | None, device: str, wor
 
 def perform(study: Study, *, out: Path, data_root: Path | None, device: str, workers: int, console: Console) -> Done:
     """`compare` without its report."""
-    _claim(out, study.name)
+    is_new = _is_free(out, study.name)
     runs = runs_of(study)
     results = {run.key: result for run in runs if (result := _read(out, run)) is not None}
     todo = [run for run in runs if run.key not in results]
     # Every data set before the first run: what is absent shows at once, and not in an hour.
     for source in dict.fromkeys(run.data for run in todo):
         load_images(source, image_size=study.encoder.image_size, data_root=data_root, device=device)
+    if is_new:
+        write_atomically(out / OWNER, json.dumps({"name": study.name}) + "\n")
     with TrainingDisplay(console) as display:
         if kept := len(runs) - len(todo):
             display.say(f"{kept} of {len(runs)} runs are done already")
@@ -247,8 +249,8 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _claim(out: Path, name: str) -> None:
-    """Make the folder this study's, unless it is another's or holds something else."""
+def _is_free(out: Path, name: str) -> bool:
+    """Whether the folder is new, or else this study's. Raises AlreadyExists when it holds something else."""
     owner = out / OWNER
     if owner.is_file():
         try:
@@ -257,10 +259,10 @@ def _claim(out: Path, name: str) -> None:
             raise AlreadyExists(f"{owner} names no study; give another folder with --out") from error
         if whose != name:
             raise AlreadyExists(f"{out} holds the study {whose!r}; give another folder with --out")
-        return
+        return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AlreadyExists(f"{out} exists and is no study's folder; give another with --out")
-    write_atomically(owner, json.dumps({"name": name}) + "\n")
+    return True
 
 
 def _path(out: Path, run: StudyRun) -> Path:

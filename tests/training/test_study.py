@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TypeGuard, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from training import study as module
 from training.classifier import LinearClassifier, fit_classifier, shuffled_batches
 from training.losses_pairs import contrastive_loss
 from training.pairs import distance_block
+from training.sections import Section
 from training.study import Done, perform, runs_of
 from training.study_config import Study, load_study
 from training.study_run import ComparisonRun, ConvergenceRun, StudyRun, encode, load_images, new_encoder
@@ -133,6 +135,21 @@ class TestFile:
         assert beside == sorted(beside)
         seeds = [run.seed for run, is_beside in zip(runs, beside, strict=True) if not is_beside]
         assert seeds == sorted(seeds)
+
+
+def test_every_setting_is_documented() -> None:
+    page = (FILE.parents[1] / "docs" / "studies" / "README.md").read_text()
+    models: list[type[Section]] = [Study]
+    for model in models:
+        for name, field in model.model_fields.items():
+            if name not in {"loss", "data", "pair"}:  # those of recipes
+                models += [part for part in (field.annotation, *get_args(field.annotation)) if _is_of_studies(part)]
+            assert f"`{name}" in page or f"[{name}" in page, name
+    assert len(models) == 10
+
+
+def _is_of_studies(part: object) -> TypeGuard[type[Section]]:
+    return isinstance(part, type) and issubclass(part, Section)
 
 
 class TestRuns:
