@@ -112,7 +112,8 @@ class Bundle:
 
     @property
     def embedding_dim(self) -> int:
-        return self.manifest.architecture.embedding_dim
+        """Width D of an embedding, all views joined."""
+        return self.preprocessing.embedding_dim(self.architecture.embedding_dim)
 
     def network(self) -> EmbeddingNetwork:
         """The trained network, in evaluation mode, on the CPU."""
@@ -182,10 +183,12 @@ def write_bundle(
 
 def fingerprint(architecture: Architecture, preprocessing: Preprocessing, weights: bytes) -> str:
     """SHA-256, in hexadecimal, over everything that an embedding depends on."""
+    later = {"views", "join_views"}  # named only where they change something, so that older bundles keep theirs
+    is_plain = preprocessing.views == ("as-is",)
     described = json.dumps(
         {
             "architecture": architecture.model_dump(mode="json"),
-            "preprocessing": preprocessing.model_dump(mode="json"),
+            "preprocessing": preprocessing.model_dump(mode="json", exclude=later if is_plain else None),
             "weights": hashlib.sha256(weights).hexdigest(),
         },
         sort_keys=True,

@@ -16,6 +16,7 @@ from embedding.decision import Vectors
 from embedding.errors import InvalidInput
 from embedding.images import MAX_PIXELS, Pixels, Preprocessing, decode
 from embedding.networks import ROWS_OF_A_TILE, EmbeddingNetwork
+from embedding.views import joined, split_views, views_of
 
 DEFAULT_BATCH_SIZE = 64
 
@@ -58,7 +59,7 @@ class PixelEncoder:
             raise InvalidInput(f"batch_size must be at least 1; got {batch_size}", field="batch_size")
         self.preprocessing = preprocessing
         self.device = pick_device(device)
-        self.embedding_dim = network.architecture.embedding_dim
+        self.embedding_dim = preprocessing.embedding_dim(network.architecture.embedding_dim)
         self._batch_size = batch_size
         self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self._mean_C11 = torch.tensor(preprocessing.mean, device=self.device).reshape(-1, 1, 1)
@@ -78,15 +79,22 @@ class PixelEncoder:
                 f"them; got {pixels_BCHW.dtype} {list(pixels_BCHW.shape)}"
             )
         emb_BD = np.empty((len(pixels_BCHW), self.embedding_dim), dtype=np.float32)
+        size = max(1, self._batch_size // len(self.preprocessing.views))
         with torch.inference_mode():
-            for start in range(0, len(pixels_BCHW), self._batch_size):
-                batch_BCHW = torch.from_numpy(pixels_BCHW[start : start + self._batch_size])
-                emb_BD[start : start + self._batch_size] = self._forward(batch_BCHW).cpu().numpy()
+            for start in range(0, len(pixels_BCHW), size):
+                emb_BD[start : start + size] = self._all_views(pixels_BCHW[start : start + size]).cpu().numpy()
         return emb_BD
 
     def warm_up(self) -> None:
         """Run one batch, so that the first caller does not pay for kernel selection and allocation."""
         self.encode_pixels(np.zeros((2, *self.pixel_shape), np.uint8))
+
+    def _all_views(self, pixels_BCHW: Pixels) -> Tensor:
+        views = self.preprocessing.views
+        if views == ("as-is",):
+            return self._forward(torch.from_numpy(pixels_BCHW))
+        emb_ND = self._forward(torch.from_numpy(views_of(pixels_BCHW, views)))
+        return joined(split_views(emb_ND, len(views)), self.preprocessing.join_views)
 
     def _forward(self, pixels_BCHW: Tensor) -> Tensor:
         size = len(pixels_BCHW)

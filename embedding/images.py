@@ -23,6 +23,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 
 Pixels = NDArray[np.uint8]
 
+View = Literal["as-is", "rotate-90", "rotate-180", "rotate-270", "mirror"]
+"""A copy of an image: turned anticlockwise by so many degrees, or with left and right exchanged."""
+
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode to an upright image of mode "L" or "RGB": first frame, EXIF turn applied, alpha laid onto white.
@@ -92,12 +95,28 @@ class Preprocessing(BaseModel):
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
     """Per channel, divided by after the mean is subtracted; a single value serves every channel."""
 
+    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("as-is",)
+    """What is embedded of an image; more views are steadier and take as many times as long."""
+    join_views: Literal["mean", "concatenate"] = "mean"
+    """How the embeddings of several views become one: "mean" for views that show the same identity, as a face in a
+    mirror; "concatenate", V times as wide, for views that training tells apart (sampling.turned_identities)."""
+
+    @model_validator(mode="after")
+    def _views_once(self) -> Self:
+        if len(set(self.views)) < len(self.views):
+            raise ValueError(f"views must name each view once; got {list(self.views)}")
+        return self
+
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> Self:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in {1, self.channels}:
                 raise ValueError(f"{name} takes 1 or {self.channels} values; got {len(getattr(self, name))}")
         return self
+
+    def embedding_dim(self, width: int) -> int:
+        """Width of an embedding whose network gives `width` values a view."""
+        return width * (len(self.views) if self.join_views == "concatenate" else 1)
 
     def pixels(self, image: Image.Image) -> Pixels:
         """uint8 array [C, H, W] with H = W = image_size."""

@@ -22,6 +22,7 @@ from embedding.errors import InvalidRecipe, NotFound
 
 NetworkName = Literal[
     "small_cnn",
+    "residual_cnn",
     "resnet18",
     "resnet50",
     "mobilenet_v2",
@@ -31,6 +32,9 @@ NetworkName = Literal[
     "convnext_tiny",
     "vit_b_16",
 ]
+
+_OWN_NETWORKS = frozenset({"small_cnn", "residual_cnn"})
+"""Networks of this file: they take one channel as it is, and have no pretrained weights."""
 
 ROWS_OF_A_TILE = 8
 """Row counts of a matrix product are padded to a multiple of this wherever the result must not depend on the batch."""
@@ -49,7 +53,7 @@ class Architecture(BaseModel):
     embedding_dim: Annotated[int, Field(ge=2, le=4096)] = 128
     """Width D of the embedding."""
     width: Annotated[int, Field(ge=4, le=512)] = 32
-    """Channels of the first stage of `small_cnn`; other networks have their own."""
+    """Channels of the first stage of `small_cnn` and `residual_cnn`; other networks have their own."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of features dropped before the projection, in training only."""
 
@@ -59,7 +63,7 @@ class Architecture(BaseModel):
             raise ValueError(
                 f"vit_b_16 cuts 16-pixel patches: image_size must be a multiple of 16; got {self.image_size}"
             )
-        if self.network not in {"small_cnn", "vit_b_16"} and self.image_size < 32:
+        if self.network not in {*_OWN_NETWORKS, "vit_b_16"} and self.image_size < 32:
             raise ValueError(f"{self.network} reduces 32-fold: image_size must be at least 32; got {self.image_size}")
         return self
 
@@ -75,7 +79,7 @@ class EmbeddingNetwork(nn.Module):
         self.projection = nn.Linear(features, architecture.embedding_dim)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        if self.architecture.network != "small_cnn" and self.architecture.channels == 1:
+        if self.architecture.network not in _OWN_NETWORKS and self.architecture.channels == 1:
             images_BCHW = images_BCHW.expand(-1, 3, -1, -1)
         features_BF: Tensor = self.backbone(images_BCHW)
         emb_BD = self.projection(self.dropout(features_BF)) if self.training else self._project_whole_tiles(features_BF)
@@ -98,9 +102,9 @@ def build(architecture: Architecture, *, weights: str | Path = "random") -> Embe
     Raises NotFound for a missing file and InvalidRecipe for weights that do not fit.
     """
     if weights == "pretrained":
-        if architecture.network == "small_cnn":
+        if architecture.network in _OWN_NETWORKS:
             raise InvalidRecipe(
-                "small_cnn has no pretrained weights; accepted: random, or the path of a state-dict file",
+                f"{architecture.network} has no pretrained weights; accepted: random, or the path of a state-dict file",
                 field="network.weights",
             )
         network = EmbeddingNetwork(architecture)
@@ -209,6 +213,51 @@ def _small_cnn(architecture: Architecture) -> tuple[nn.Module, int]:
     return nn.Sequential(*stages, nn.Flatten()), fan_in * size * size
 
 
+class _ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with a skip that is averaged down and projected where the shape changes.
+
+    He et al. 2015, fig. 2, with the skip of He et al. 2018 (ResNet-D), fig. 2c. Its last normalisation starts at zero,
+    so that the block starts as its skip (Goyal et al. 2017, section 5.1).
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, *, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(fan_out)
+        self.second = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(fan_out)
+        nn.init.zeros_(self.second_norm.weight)
+        self.skip: nn.Module = nn.Identity()
+        if stride > 1 or fan_in != fan_out:
+            shrink = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
+            self.skip = nn.Sequential(shrink, nn.Conv2d(fan_in, fan_out, 1, bias=False), nn.BatchNorm2d(fan_out))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        first_BCHW = F.relu(self.first_norm(self.first(x_BCHW)))
+        return F.relu(self.skip(x_BCHW) + self.second_norm(self.second(first_BCHW)))
+
+
+def _residual_cnn(architecture: Architecture) -> tuple[nn.Module, int]:
+    """Two residual blocks a stage; each stage halves the image until at most 4 pixels are left a side.
+
+    From 48 pixels a side on the first convolution halves it too. Channels double from `width` to four times that.
+    The last map is flattened, as in `small_cnn`.
+    """
+    stride = 2 if architecture.image_size >= 48 else 1
+    size, channels = -(-architecture.image_size // stride), architecture.width
+    layers: list[nn.Module] = [
+        nn.Conv2d(architecture.channels, channels, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    ]
+    layers += [_ResidualBlock(channels, channels, stride=1) for _ in range(2)]
+    while size > 4:
+        wider = min(2 * channels, 4 * architecture.width)
+        layers += [_ResidualBlock(channels, wider, stride=2), _ResidualBlock(wider, wider, stride=1)]
+        size, channels = -(-size // 2), wider
+    return nn.Sequential(*layers, nn.Flatten()), channels * size * size
+
+
 def _torchvision(name: str) -> Callable[[Architecture], tuple[nn.Module, int]]:
     def make(architecture: Architecture) -> tuple[nn.Module, int]:
         from torchvision.models import get_model  # 1 s to import: only for who needs it
@@ -230,5 +279,7 @@ def _torchvision(name: str) -> Callable[[Architecture], tuple[nn.Module, int]]:
 
 
 _BACKBONES: dict[str, Callable[[Architecture], tuple[nn.Module, int]]] = {
-    name: _small_cnn if name == "small_cnn" else _torchvision(name) for name in get_args(NetworkName)
+    "small_cnn": _small_cnn,
+    "residual_cnn": _residual_cnn,
+    **{name: _torchvision(name) for name in get_args(NetworkName) if name not in _OWN_NETWORKS},
 }

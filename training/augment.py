@@ -17,7 +17,7 @@ from training.config import AugmentationConfig
 ERASED_AREA = (0.02, 0.2)
 """Smallest and largest share of the area that an erased rectangle covers."""
 
-_GEOMETRIC = ("rotation", "translation", "scale", "shear", "crop", "horizontal_flip", "elastic")
+_GEOMETRIC = ("rotation", "translation", "scale", "shear", "stretch", "crop", "horizontal_flip", "elastic")
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to grey
 
 
@@ -61,13 +61,15 @@ class Augmenter:
         )
 
     def _affine(self, like: Tensor) -> Tensor:
-        """Maps [B, 2, 3] from output to input: crop ∘ translate ∘ rotate ∘ shear ∘ scale ∘ flip."""
+        """Maps [B, 2, 3] from output to input: crop ∘ translate ∘ rotate ∘ shear ∘ scale ∘ stretch ∘ flip."""
         config, size = self.config, len(like)
         angle_B = self._between(-math.radians(config.rotation), math.radians(config.rotation), size, like)
         tilt = math.tan(math.radians(config.shear))
         shear_x_B, shear_y_B = (self._between(-tilt, tilt, size, like) for _ in range(2))
         smallest, largest = config.scale
         zoom_B = self._between(math.log(smallest), math.log(largest), size, like).exp()
+        narrowest, widest = config.stretch
+        wide_B = self._between(math.log(narrowest) / 2, math.log(widest) / 2, size, like).exp()
         mirror_B = torch.where(self._chosen(config.horizontal_flip, size, like), -1.0, 1.0)
         side_B = self._between(*config.crop, size, like).sqrt()
         crop_B2 = self._uniform((size, 2), like).mul(2).sub(1) * (1 - side_B)[:, None]
@@ -77,7 +79,7 @@ class Augmenter:
         rotate_B22 = torch.stack([cos_B, -sin_B, sin_B, cos_B], 1).view(-1, 2, 2)
         one_B = torch.ones_like(cos_B)
         shear_B22 = torch.stack([one_B, shear_x_B, shear_y_B, one_B], 1).view(-1, 2, 2)
-        stretch_B2 = torch.stack([mirror_B / zoom_B, 1 / zoom_B], 1)
+        stretch_B2 = torch.stack([mirror_B / (zoom_B * wide_B), wide_B / zoom_B], 1)
         linear_B22 = rotate_B22 @ shear_B22 * stretch_B2[:, None, :]
         offset_B2 = crop_B2 + side_B[:, None] * shift_B2
         return torch.cat([side_B[:, None, None] * linear_B22, offset_B2[:, :, None]], 2)

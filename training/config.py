@@ -56,6 +56,8 @@ class DataPart(Section):
     """Comes before the names of its images, as NAME/path: tells parts apart, in [[evaluation.search]] for one."""
     role: Literal["split", "train", "calibration", "test"] = "split"
     """The side that all images of this part go to; "split" leaves it to [split]."""
+    exclude: tuple[str, ...] = ()
+    """Identities left out, as shell patterns such as "Latin/*"; each must match one."""
     max_bad_images: Annotated[int | float, BeforeValidator(_count_or_share)] = 0
     """Images that may be unreadable, listed and skipped: a count, or with a decimal point a share of the part."""
 
@@ -153,7 +155,7 @@ class NetworkConfig(Section):
     embedding_dim: Annotated[int, Field(ge=2, le=4096)] = 128
     """Width D of the embedding."""
     width: Annotated[int, Field(ge=4, le=512)] = 32
-    """Channels of the first stage of small_cnn; other networks have their own."""
+    """Channels of the first stage of small_cnn and residual_cnn; other networks have their own."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of features dropped before the projection, in training only."""
     weights: str = "random"
@@ -200,6 +202,8 @@ class AugmentationConfig(Section):
     """Magnification, log-uniform, within [0.25, 4]."""
     shear: Annotated[float, Field(ge=0, le=30)] = 0.0
     """Degrees, up to this to either side, along each axis."""
+    stretch: Range = (1.0, 1.0)
+    """Width over height, log-uniform, within [0.5, 2]; the area stays."""
     crop: Range = (1.0, 1.0)
     """Share of the area kept by a random square crop that is then enlarged, within [0.05, 1]."""
     horizontal_flip: Share = 0.0
@@ -225,7 +229,7 @@ class AugmentationConfig(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
-        for name, least, most in (("scale", 0.25, 4.0), ("crop", 0.05, 1.0)):
+        for name, least, most in (("scale", 0.25, 4.0), ("stretch", 0.5, 2.0), ("crop", 0.05, 1.0)):
             low, high = getattr(self, name)
             if not least <= low <= high <= most:
                 raise error_at(name, f"takes [low, high], {least:g} <= low <= high <= {most:g}; got {[low, high]}")
@@ -242,6 +246,9 @@ class SamplingConfig(Section):
     by: Literal["identity", "super"] = "identity"
     """With "super", a batch takes its identities from one super-class (the first folder of ALPHABET/character) as far
     as it has enough: harder non-matches."""
+    images_from: Literal["any-part", "every-part"] = "any-part"
+    """With "every-part", an identity's images come from its data parts in turn, so that each batch holds, say, the one
+    product picture beside the many photos. With K at or above an identity's images there is nothing to choose."""
     turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""

@@ -51,6 +51,8 @@ class ImageSet:
     labels_N: NDArray[np.int64]
     sides: list[Side | None]
     """Of each image: the side of the split that the data states, or None."""
+    parts_N: NDArray[np.int64]
+    """Of each image: the number of the data part that it comes from."""
     skipped: tuple[SkippedImage, ...] = ()
     """Images left out because they could not be read."""
     store: PixelStore
@@ -77,6 +79,7 @@ class ImageSet:
             identities=[self.identities[label] for label in kept],
             labels_N=labels_n.astype(np.int64),
             sides=[self.sides[at] for at in at_n],
+            parts_N=self.parts_N[at_n],
             store=self.store,
             rows_N=self.rows_N[at_n],
         )
@@ -134,11 +137,13 @@ def load(
     good_N = np.setdiff1d(np.arange(len(names)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
     present, labels_N = np.unique(np.asarray(identities, dtype=object)[good_N], return_inverse=True)
     sides = [side for part in parts for side in part.sides]
+    parts_N = np.repeat(np.arange(len(parts)), [len(part.names) for part in parts])
     images = ImageSet(
         names=[names[row] for row in good_N],
         identities=[str(identity) for identity in present],
         labels_N=labels_N.astype(np.int64),
         sides=[sides[row] for row in good_N],
+        parts_N=parts_N[good_N],
         skipped=tuple(SkippedImage(names[row], reason) for row, reason in bad.items()),
         store=store,
         rows_N=good_N.astype(np.int64),

@@ -112,6 +112,23 @@ class ArrayImages:
         return Image.fromarray(self._pixels_NHW[row])
 
 
+class SelectedImages:
+    """Some images of others: row i is row `rows[i]` of theirs."""
+
+    def __init__(self, images: Images, rows: Sequence[int]) -> None:
+        self._images = images
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, row: int) -> bytes:
+        return self._images.read(self._rows[row])
+
+    def image(self, row: int) -> Image.Image:
+        return self._images.image(self._rows[row])
+
+
 class ChainedImages:
     """Several sources, one after another."""
 

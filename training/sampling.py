@@ -24,8 +24,11 @@ class IdentityBatches:
     enough: neighbours make hard non-matches. An epoch then shuffles super-classes and their identities, lays them end
     to end, and deals from that row, so that a batch that a super-class cannot fill goes on with the next.
 
-    A batch depends on `labels_N`, `groups_N`, the sizes, `seed` and the step alone: there is no state that a resumed
-    run would have to restore, and batches may be made ahead by any thread.
+    With `parts_N`, the data part of each image, the images of an identity are drawn from its parts in turn, so that a
+    part with few images (one product picture beside many photos) is in every batch.
+
+    A batch depends on `labels_N`, `groups_N`, `parts_N`, the sizes, `seed` and the step alone: there is no state that a
+    resumed run would have to restore, and batches may be made ahead by any thread.
     Raises InvalidDataset when there are fewer than P identities.
     """
 
@@ -37,6 +40,7 @@ class IdentityBatches:
         images_per_identity: int,
         seed: int,
         groups_N: Indices | None = None,
+        parts_N: Indices | None = None,
     ) -> None:
         if identities_per_batch < 1 or images_per_identity < 1:
             raise ValueError(
@@ -53,6 +57,7 @@ class IdentityBatches:
                 field="sampling.identities_per_batch",
             )
         self._group_of = None if groups_N is None else groups_N[[images[0] for images in self._images_of]]
+        self._parts_N = parts_N
         self.identities_per_batch = identities_per_batch
         self.images_per_identity = images_per_identity
         self.batches_per_epoch = -(-len(self._images_of) // identities_per_batch)
@@ -81,4 +86,17 @@ class IdentityBatches:
     def _visit(self, identity: int, rng: np.random.Generator) -> Indices:
         images = self._images_of[identity]
         rounds, rest = divmod(self.images_per_identity, len(images))
-        return np.concatenate([*([images] * rounds), rng.permutation(images)[:rest]])
+        shuffled = rng.permutation(images)
+        if self._parts_N is not None and rounds == 0:
+            shuffled = _in_turn(shuffled, self._parts_N[shuffled], rng)
+        return np.concatenate([*([images] * rounds), shuffled[:rest]])
+
+
+def _in_turn(images: Indices, parts: Indices, rng: np.random.Generator) -> Indices:
+    """The images, one of each part, then a second one of each part that has it, and so on; parts in random order."""
+    present, part = np.unique(parts, return_inverse=True)
+    rank_of_part = rng.permutation(len(present))
+    by_part = np.argsort(part, kind="stable")
+    place = np.empty(len(images), dtype=np.int64)
+    place[by_part] = np.concatenate([np.arange(size) for size in np.bincount(part)])
+    return images[np.lexsort((rank_of_part[part], place))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,7 +24,16 @@ from training.config import (
     ZipData,
 )
 from training.idx import read_mnist
-from training.images import ArrayImages, ChainedImages, FolderImages, Images, ZipImages, image_files, zip_members
+from training.images import (
+    ArrayImages,
+    ChainedImages,
+    FolderImages,
+    Images,
+    SelectedImages,
+    ZipImages,
+    image_files,
+    zip_members,
+)
 from training.manifest import parse_manifest
 
 
@@ -45,7 +55,7 @@ class Listing:
 
 def list_part(data: DataConfig, *, data_root: Path | None) -> Listing:
     """The images of one part of a recipe's data. Raises InvalidDataset, naming where it looked."""
-    listing = _list(data, data_root)
+    listing = _without(_list(data, data_root), data.exclude)
     if data.name:
         listing = replace(listing, names=[f"{data.name}/{name}" for name in listing.names])
     return listing if data.role == "split" else replace(listing, sides=[data.role] * len(listing))
@@ -66,6 +76,28 @@ def _list(data: DataConfig, data_root: Path | None) -> Listing:
             return _mnist(path, ("train", "test") if data.files == "all" else (data.files,))
         case OmniglotData():
             return _omniglot(path)
+
+
+def _without(listing: Listing, patterns: Sequence[str]) -> Listing:
+    for pattern in patterns:
+        if not any(fnmatchcase(identity, pattern) for identity in set(listing.identities)):
+            known = ", ".join(sorted(set(listing.identities))[:3])
+            raise InvalidDataset(
+                f"no identity matches {pattern!r}; correct it or leave it out (identities here: {known}, ...)",
+                field="data",
+            )
+    if not patterns:
+        return listing
+    left_out = {each for each in set(listing.identities) if any(fnmatchcase(each, pattern) for pattern in patterns)}
+    rows = [row for row, identity in enumerate(listing.identities) if identity not in left_out]
+    if not rows:
+        raise InvalidDataset(f"nothing is left of {len(listing)} images; exclude fewer identities", field="data")
+    return Listing(
+        names=[listing.names[row] for row in rows],
+        identities=[listing.identities[row] for row in rows],
+        sides=[listing.sides[row] for row in rows],
+        images=SelectedImages(listing.images, rows),
+    )
 
 
 def list_folder(root: Path) -> Listing:

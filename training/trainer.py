@@ -94,6 +94,7 @@ class Trainer:
             images_per_identity=recipe.sampling.images_per_identity,
             seed=recipe.seed,
             groups_N=self._groups() if recipe.sampling.by == "super" else None,
+            parts_N=self._train_set.parts_N if recipe.sampling.images_from == "every-part" else None,
         )
         self._generator = torch.Generator(self.device)
         self._augment = Augmenter(recipe.augmentation, generator=self._generator)

@@ -6,23 +6,14 @@ few identities look like themselves or another one turned. N images of a set, n 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedding.images import Pixels, Preprocessing
+from embedding.images import Pixels, Preprocessing, View
+from embedding.views import view_of
 from training.datasets import ImageSet, Indices
-
-Turn = Literal["rotate-90", "rotate-180", "rotate-270", "mirror"]
-
-_TURNS: dict[Turn, Callable[[Pixels], Pixels]] = {
-    "rotate-90": lambda image_CHW: np.rot90(image_CHW, 1, axes=(1, 2)),
-    "rotate-180": lambda image_CHW: np.rot90(image_CHW, 2, axes=(1, 2)),
-    "rotate-270": lambda image_CHW: np.rot90(image_CHW, 3, axes=(1, 2)),
-    "mirror": lambda image_CHW: image_CHW[:, :, ::-1],
-}
 
 
 class TurnedImages:
@@ -31,14 +22,19 @@ class TurnedImages:
     With no turns it is the set itself.
     """
 
-    def __init__(self, images: ImageSet, turns: Sequence[Turn]) -> None:
+    def __init__(self, images: ImageSet, turns: Sequence[View]) -> None:
         self._images = images
-        self._turns = [_TURNS[turn] for turn in turns]
+        self._turns = tuple(turns)
         copies = ("", *(f" {turn}" for turn in turns))
         self.names = [f"{name}{copy}" for copy in copies for name in images.names]
         self.labels_N: NDArray[np.int64] = np.concatenate(
             [images.labels_N + turn * len(images.identities) for turn in range(len(copies))]
         )
+
+    @property
+    def parts_N(self) -> NDArray[np.int64]:
+        """Of each image: the number of the data part that it, or what it was turned from, comes from."""
+        return np.tile(self._images.parts_N, 1 + len(self._turns))
 
     @property
     def groups_N(self) -> NDArray[np.int64] | None:
@@ -57,7 +53,7 @@ class TurnedImages:
             return pixels_nCHW
         return np.stack(
             [
-                self._turns[turn - 1](image_CHW) if turn else image_CHW
+                view_of(image_CHW, self._turns[turn - 1]) if turn else image_CHW
                 for turn, image_CHW in zip(turn_n, pixels_nCHW, strict=True)
             ]
         )

@@ -47,6 +47,7 @@ def make_bundle(calibration: Calibration) -> Callable[..., Bundle]:
         network: str = "small_cnn",
         image_size: int = 16,
         channels: int = 1,
+        preprocessing: Preprocessing | None = None,
         **options: object,
     ) -> Bundle:
         torch.manual_seed(seed)
@@ -57,7 +58,7 @@ def make_bundle(calibration: Calibration) -> Callable[..., Bundle]:
             path,
             name="toy",
             network=build(architecture),
-            preprocessing=Preprocessing(image_size=image_size, channels=1 if channels == 1 else 3),
+            preprocessing=preprocessing or Preprocessing(image_size=image_size, channels=1 if channels == 1 else 3),
             calibration=calibration,
             lineage=Lineage(created=datetime(2026, 1, 1, tzinfo=UTC), recipe={}, data={}, metrics={}, environment={}),
             **options,  # type: ignore[arg-type]

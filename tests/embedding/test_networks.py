@@ -28,9 +28,10 @@ def test_every_network_gives_unit_vectors(network: str, channels: int) -> None:
     assert emb.dtype == torch.float32
 
 
+@pytest.mark.parametrize("network", ["small_cnn", "residual_cnn"])
 @pytest.mark.parametrize("size", [8, 28, 64, 105, 112])
-def test_small_cnn_takes_every_size(size: int) -> None:
-    assert build(arch("small_cnn", size, 1))(torch.randn(2, 1, size, size)).shape == (2, 128)
+def test_our_networks_take_every_size(network: str, size: int) -> None:
+    assert build(arch(network, size, 1))(torch.randn(2, 1, size, size)).shape == (2, 128)
 
 
 def test_every_parameter_learns() -> None:

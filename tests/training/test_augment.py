@@ -14,8 +14,8 @@ from training.augment import Augmenter
 from training.config import AugmentationConfig
 
 EVERYTHING: dict[str, Any] = {
-    "rotation": 20.0, "translation": 0.1, "scale": (0.8, 1.2), "shear": 10.0, "crop": (0.5, 1.0),
-    "horizontal_flip": 0.5, "elastic": 0.02, "brightness": 0.3, "contrast": 0.3,
+    "rotation": 20.0, "translation": 0.1, "scale": (0.8, 1.2), "shear": 10.0, "stretch": (0.8, 1.25),
+    "crop": (0.5, 1.0), "horizontal_flip": 0.5, "elastic": 0.02, "brightness": 0.3, "contrast": 0.3,
     "saturation": 0.3, "grey": 0.3, "erase": 0.5, "noise": 0.05,
 }  # fmt: skip
 
@@ -130,6 +130,14 @@ class TestGeometry:
         row_B, column_B = centres(augment(spot(row=26, column=16, copies=400), shear=20.0, fill=1.0))
         slant_B = torch.atan2(column_B, row_B).rad2deg().abs()
         assert 15 < slant_B.max() <= 20.5
+
+    def test_stretch_keeps_the_area_and_spans_width_over_height(self) -> None:
+        row_B, column_B = centres(augment(spot(row=20, column=20, copies=400), stretch=(0.5, 2.0), fill=1.0))
+        torch.testing.assert_close(row_B * column_B, torch.full((400,), (4 / 33) ** 2), atol=1e-3, rtol=0)
+        ratio_B = column_B / row_B
+        assert 1.85 < ratio_B.max() < 2.05
+        assert 0.48 < ratio_B.min() < 0.55
+        assert abs(ratio_B.log().mean()) < 0.1  # as often half as double
 
     def test_a_crop_fills_the_frame_and_stays_inside(self) -> None:
         # Coordinates as values: a crop of area 1/4 spans half of them, whichever way it lies.

@@ -112,3 +112,32 @@ def test_batches_by_super_class_take_each_from_as_few_as_they_can(
         epochs.append(np.concatenate(seen).tolist())
     if len(group_of) > 12:
         assert epochs[0] != epochs[1]
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=6), each=st.integers(1, 12), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_images_come_from_every_part_in_turn(sizes: list[int], each: int, seed: int) -> None:
+    labels_N = labels_of(sizes)
+    parts_N = np.random.default_rng(seed).integers(0, 3, len(labels_N))
+    batches = IdentityBatches(
+        labels_N, identities_per_batch=len(sizes), images_per_identity=each, seed=seed, parts_N=parts_N
+    )
+    batch_B = batches.batch(0)
+    for identity, size in enumerate(sizes):
+        drawn = batch_B[labels_N[batch_B] == identity]
+        assert len(drawn) == each
+        if each > size:
+            continue  # every image comes at least once
+        assert len(set(drawn.tolist())) == each
+        available = np.bincount(parts_N[labels_N == identity], minlength=3)
+        used = np.bincount(parts_N[drawn], minlength=3)
+        for part in range(3):  # a part stands behind another by more than one only when it has no more images
+            assert used[part] == available[part] or used[part] >= used.max() - 1
+
+
+def test_which_part_comes_first_is_drawn_too() -> None:
+    labels_N, parts_N = np.zeros(10, np.int64).repeat(2), np.tile([0, 1], 10)
+    labels_N[10:] = 1
+    batches = IdentityBatches(labels_N, identities_per_batch=2, images_per_identity=1, seed=0, parts_N=parts_N)
+    shares = np.mean([parts_N[batches.batch(step)].mean() for step in range(200)])
+    assert 0.4 < shares < 0.6

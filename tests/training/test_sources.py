@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -276,3 +276,39 @@ def test_real_sets_have_the_published_sizes() -> None:
     ):
         loaded = load_part(root, **keys)
         assert (len(loaded), len(loaded.identities)) == (images, identities)
+
+
+class TestExcluded:
+    """Identities that a recipe leaves out of a part."""
+
+    FILES: ClassVar = {f"{each}/{at}.png": png(10 * at) for each in ("greek-a", "greek-b", "latin-a") for at in (1, 2)}
+
+    def test_they_are_gone_with_their_images(self, tmp_path: Path) -> None:
+        write_folder(tmp_path, {**self.FILES, "latin-b/5.png": png(50), "latin-b/6.png": png(60)})
+        images = load(
+            [part(source="folder", path=str(tmp_path), exclude=("greek-*",))], data_root=None, preprocessing=GREY_8
+        )
+        assert images.identities == ["latin-a", "latin-b"]
+        assert levels(images) == [10, 20, 50, 60]
+        assert png(50) == images.read(2)
+
+    def test_two_sources_that_share_identities_can_then_be_joined(self, tmp_path: Path) -> None:
+        first = write_zip(tmp_path / "1.zip", self.FILES)
+        second = write_zip(tmp_path / "2.zip", {**self.FILES, "hangul/3.png": png(30), "hangul/4.png": png(40)})
+        parts = [part(source="zip", path=str(first)), part(source="zip", path=str(second))]
+        with pytest.raises(InvalidDataset, match="listed 2 times"):
+            load(parts, data_root=None, preprocessing=GREY_8)
+        parts[1] = part(source="zip", path=str(second), exclude=("greek-*", "latin-*"))
+        images = load(parts, data_root=None, preprocessing=GREY_8)
+        assert images.identities == ["greek-a", "greek-b", "hangul", "latin-a"]
+        assert images.parts_N.tolist() == [0] * 6 + [1] * 2
+
+    @pytest.mark.parametrize(
+        ("patterns", "said"), [(("coptic-*",), "no identity matches"), (("*",), "nothing is left")]
+    )
+    def test_patterns_that_match_nothing_or_everything_are_refused(
+        self, tmp_path: Path, patterns: tuple[str, ...], said: str
+    ) -> None:
+        write_folder(tmp_path, self.FILES)
+        with pytest.raises(InvalidDataset, match=said):
+            load([part(source="folder", path=str(tmp_path), exclude=patterns)], data_root=None, preprocessing=GREY_8)

@@ -36,6 +36,7 @@ def image_set(identity_of_image: list[str], sides: list[Side | None] | None = No
         identities=[str(identity) for identity in identities],
         labels_N=labels_N.astype(np.int64),
         sides=sides or [None] * len(names),
+        parts_N=np.zeros(len(names), dtype=np.int64),
         store=PixelStore(ArrayImages(pixels_NHW), names, Preprocessing(image_size=8, channels=1), cache_bytes=0),
         rows_N=np.arange(len(names)),
     )
