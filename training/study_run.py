@@ -12,7 +12,8 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, pairwise
@@ -30,6 +31,7 @@ from embedding.images import Preprocessing
 from training.classifier import LinearClassifier, fit_classifier, shuffled_batches
 from training.config import MnistData
 from training.datasets import ImageSet, load
+from training.losses import LossOutput, MetricLoss
 from training.losses_build import build_loss
 from training.losses_config import JointConfig, LossConfig, PairLossConfig
 from training.monitor import spread
@@ -84,10 +86,10 @@ class ComparisonRun(_Settings):
             learner: nn.Module = classifier.to(images.device)
             objective = _cross_entropy(classifier)
         else:
-            metric = learner = build_loss(self.loss, identities=identities, width=width, seed=self.seed)
-            learner.to(images.device)
-            objective = lambda emb_BD, labels_B: metric(emb_BD, labels_B).loss  # noqa: E731
-        (last,) = deque(_learn(encoder, learner, objective, images, self), maxlen=1)
+            metric = build_loss(self.loss, identities=identities, width=width, seed=self.seed).to(images.device)
+            learner, objective = metric, _loss_of(metric)
+        with _drawing_from(self.seed):
+            (last,) = deque(_learn(encoder, learner, objective, images, self), maxlen=1)
         encoded = time.process_time()
         emb_ND = encode(encoder, images.test_NP)
         if classifier is None:
@@ -149,16 +151,17 @@ class ConvergenceRun(_Settings):
             objective = _cross_entropy(classifier)
         else:
             joint = JointConfig(name="joint", pair=self.pair, alpha=self.alpha)
-            metric = learner = build_loss(joint, identities=identities, width=width, seed=self.seed).to(images.device)
-            classifier = _classifier_in(learner)  # drawn as the one above: both begin alike
-            objective = lambda emb_BD, labels_B: metric(emb_BD, labels_B).loss  # noqa: E731
+            metric = build_loss(joint, identities=identities, width=width, seed=self.seed).to(images.device)
+            learner, objective = metric, _loss_of(metric)
+            classifier = _classifier_in(metric)  # drawn as the one above: both begin alike
         steps = math.ceil(len(images.train_NP) / self.batch_size)
         check_after = {round(check * steps / self.checks) for check in range(1, self.epochs * self.checks + 1)}
         curve = [(0.0, classifier.accuracy(encode(encoder, images.test_NP), images.test_labels_N))]
-        for step, _ in zip(count(1), _learn(encoder, learner, objective, images, self), strict=False):
-            if step in check_after:
-                accuracy = classifier.accuracy(encode(encoder, images.test_NP), images.test_labels_N)
-                curve.append((step / steps, accuracy))
+        with _drawing_from(self.seed):
+            for step, _ in zip(count(1), _learn(encoder, learner, objective, images, self), strict=False):
+                if step in check_after:
+                    accuracy = classifier.accuracy(encode(encoder, images.test_NP), images.test_labels_N)
+                    curve.append((step / steps, accuracy))
         return ConvergenceResult(curve=tuple(curve), seconds=time.process_time() - began)
 
 
@@ -241,8 +244,7 @@ class Encoder(nn.Module):
 
 def new_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
     """An encoder with PyTorch's initial weights, drawn from `seed`; the global generator stays as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _drawing_from(seed):
         return Encoder([config.image_size**2, *config.hidden])
 
 
@@ -266,6 +268,22 @@ def _learn(
             optimizer.step()
             optimizer.zero_grad()
             yield loss.detach().item()
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Draws of the global generator, from which some losses pick pairs, come from `seed`; then it is as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _loss_of(metric: MetricLoss) -> Objective:
+    def loss(emb_BD: Tensor, labels_B: Tensor) -> Tensor:
+        output: LossOutput = metric(emb_BD, labels_B)
+        return output.loss
+
+    return loss
 
 
 def _cross_entropy(classifier: LinearClassifier) -> Objective:

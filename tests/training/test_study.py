@@ -21,6 +21,8 @@ from sklearn.datasets import load_digits
 from embedding.errors import AlreadyExists, InvalidDataset, InvalidRecipe, StorageFailed
 from training import study as module
 from training.classifier import LinearClassifier, fit_classifier, shuffled_batches
+from training.losses_build import build_loss
+from training.losses_config import MarginConfig
 from training.losses_pairs import contrastive_loss
 from training.pairs import distance_block
 from training.sections import Section
@@ -186,7 +188,9 @@ class TestRuns:
         assert one.accuracy < other.accuracy
 
     def test_a_run_depends_on_its_settings_alone(self, study: Study) -> None:
-        for run in (of_kind(study, label="supcon"), of_kind(study, alpha=0.5)):
+        supcon = of_kind(study, label="supcon")
+        draws = supcon.model_copy(update={"loss": MarginConfig(name="margin-based")})  # pairs, by the global generator
+        for run in (supcon, draws, of_kind(study, alpha=0.5)):
             images = load_images(run.data, image_size=8, data_root=None)
             torch.manual_seed(1)
             before = torch.get_rng_state()
@@ -362,8 +366,6 @@ def test_the_pair_loss_that_springs_show_is_the_one_compared() -> None:
     assert run.loss.name == "contrastive"
     emb_BD = F.normalize(torch.rand(6, 4, generator=torch.Generator().manual_seed(0)))
     labels_B = torch.arange(6) % 2
-    from training.losses_build import build_loss
-
     loss = build_loss(run.loss, identities=2, width=4)(emb_BD, labels_B).loss
     first, second = torch.triu_indices(6, 6, offset=1)
     dist_P = (emb_BD[first] - emb_BD[second]).norm(dim=1)
