@@ -21,9 +21,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from rich.console import Console
 
 from embedding.errors import AlreadyExists, LookalikeError, StorageFailed
@@ -32,6 +33,7 @@ from training.progress import TrainingDisplay
 from training.sections import tuples
 from training.study_config import BatchConfig, ObjectiveConfig, Study, StudyData
 from training.study_run import (
+    RESULTS_OF,
     ComparisonResult,
     ComparisonRun,
     ConvergenceResult,
@@ -44,6 +46,7 @@ from training.study_run import (
 OWNER = "study.json"
 RUNS = "runs"
 
+_RUN: TypeAdapter[StudyRun] = TypeAdapter(Annotated[StudyRun, Field(discriminator="kind")])
 _RESULT: TypeAdapter[ComparisonResult | ConvergenceResult] = TypeAdapter(RunResult)
 
 
@@ -106,7 +109,7 @@ def perform(study: Study, *, out: Path, data_root: Path | None, device: str, wor
     """`compare` without its report."""
     is_new = _is_free(out, study.name)
     runs = runs_of(study)
-    results = {run.key: result for run in runs if (result := _read(out, run)) is not None}
+    results = _kept(out)
     todo = [run for run in runs if run.key not in results]
     # Every data set before the first run: what is absent shows at once, and not in an hour.
     for source in dict.fromkeys(run.data for run in todo):
@@ -265,24 +268,31 @@ def _is_free(out: Path, name: str) -> bool:
     return True
 
 
-def _path(out: Path, run: StudyRun) -> Path:
-    return out / RUNS / f"{run.data.source}-{run.kind}-{run.key}.json"
+def _kept(out: Path) -> dict[str, ComparisonResult | ConvergenceResult]:
+    """What earlier processes found, by the key that a run has today.
 
-
-def _read(out: Path, run: StudyRun) -> ComparisonResult | ConvergenceResult | None:
-    """What an earlier process found, or None; a file that is not whole counts as absent."""
-    try:
-        kept = json.loads(_path(out, run).read_text(encoding="utf-8"))
-        return _RESULT.validate_python(tuples(kept["result"]))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, ValidationError):
-        return None
+    Keys come from the settings that a file holds, not from its name: a setting that did not exist when it was written
+    has its default, and the run is still the same. A file that is not whole, or is of other settings, counts as absent.
+    """
+    kept: dict[str, ComparisonResult | ConvergenceResult] = {}
+    for path in sorted((out / RUNS).glob("*.json")):
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            run = _RUN.validate_python(tuples(held["settings"]))
+            if held["results_of"] == RESULTS_OF:
+                kept[run.key] = _RESULT.validate_python(tuples(held["result"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 def _write(out: Path, run: StudyRun, result: ComparisonResult | ConvergenceResult) -> None:
-    kept = {"settings": run.model_dump(mode="json"), "result": result.model_dump(mode="json")}
-    write_atomically(_path(out, run), json.dumps(kept) + "\n")
+    held = {
+        "results_of": RESULTS_OF,
+        "settings": run.model_dump(mode="json"),
+        "result": result.model_dump(mode="json"),
+    }
+    write_atomically(out / RUNS / f"{run.data.source}-{run.kind}-{run.key}.json", json.dumps(held) + "\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

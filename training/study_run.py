@@ -60,8 +60,7 @@ class _Settings(Section):
     @property
     def key(self) -> str:
         """Sixteen hexadecimal digits that stand for these settings."""
-        text = f"{RESULTS_OF} {type(self).__name__} {self.model_dump_json()}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 class ComparisonRun(_Settings):

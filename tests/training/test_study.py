@@ -288,10 +288,23 @@ class TestResuming:
         assert all(isinstance(run, ComparisonRun) and run.loss is not None for run in began)
         began.clear()
 
-        damaged = sorted((out / "runs").glob("*.json"))[0]
-        damaged.write_text(damaged.read_text()[:40])
+    def test_a_file_is_known_by_what_it_holds(
+        self, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
         run_study(study, out)
-        assert len(began) <= 1
+        damaged, old, other, *_ = sorted((out / "runs").glob("digits-comparison-*.json"))
+        damaged.write_text(damaged.read_text()[:40])
+        held = json.loads(old.read_text())
+        del held["settings"]["data"]["max_bad_images"]  # as if that setting were newer than the file
+        old.rename(old.with_name("renamed.json"))
+        old.with_name("renamed.json").write_text(json.dumps(held))
+        other.write_text(other.read_text().replace('"results_of": 1', '"results_of": 0'))
+        began: list[StudyRun] = []
+        real = module._run
+        monkeypatch.setattr(module, "_run", lambda run, *rest: (began.append(run), real(run, *rest))[1])
+        run_study(study, out)
+        assert sorted(f"digits-comparison-{run.key}.json" for run in began) == sorted([damaged.name, other.name])
 
     def test_a_study_that_was_killed_goes_on_where_it_stopped(self, study: Study, tmp_path: Path) -> None:
         out, path = tmp_path / "out", tmp_path / "study.json"
