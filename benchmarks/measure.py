@@ -1,4 +1,9 @@
-"""Time and memory of two ways to do the same thing in one process, and what the machine is. Linux only."""
+"""Time and memory of two ways to do the same thing in one process, and what the machine is. Linux only.
+
+Times are of the processor, not of the clock: what a thread waits for others to leave a core does not count, so that
+figures of a busy machine are those of a quiet one but for caches and memory that others use as well. Only the calling
+thread counts; set one thread.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +22,33 @@ Step = Callable[[], object]
 
 _STATUS = Path("/proc/self/status")
 
-MEMORY_SHARE = 0.7
-"""Of the memory available at the start, what a step may ask for; one that asks for more counts as out of memory."""
+STEP_BYTES = 8_000_000_000
+"""What a step may ask for; one that asks for more counts as out of memory. Less where less than it is available."""
 
 SLOW = 0.25
-"""Seconds: a step that takes longer is not noticeably slowed by what its first call sets up."""
+"""Seconds: a step that takes longer is called once."""
+
+VERY_SLOW = 2.0
+"""Seconds: a step that takes longer is not noticeably slowed by what its first call sets up, memory above all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What was to be reached; `value` is None where one of both ran out of memory and nothing can be compared."""
+
+    name: str
+    value: float | None
+    reach: float
+    holds: bool
+
+
+def say_bars(bars: list[Bar]) -> None:
+    """Print how many hold, and those that do not."""
+    missed = [bar for bar in bars if not bar.holds]
+    print(f"\n{len(bars) - len(missed)} of {len(bars)} bars hold.")
+    for bar in missed:
+        value = "out of memory" if bar.value is None else f"{bar.value:.3g}"
+        print(f"missed: {bar.name}: {value}, to reach {bar.reach:g}")
 
 
 def machine(*packages: str) -> str:
@@ -34,58 +62,74 @@ def machine(*packages: str) -> str:
 
 
 def limit_memory() -> int:
-    """Let allocations beyond `MEMORY_SHARE` fail, so that a step that asks for too much ends alone; the bytes."""
-    allowed = int(MEMORY_SHARE * _bytes(Path("/proc/meminfo"), "MemAvailable"))
+    """Let allocations beyond `STEP_BYTES` fail, so that a step that asks for too much ends alone; the bytes."""
+    allowed = min(STEP_BYTES, int(0.7 * _bytes(Path("/proc/meminfo"), "MemAvailable")))
     limit = _bytes(_STATUS, "VmSize") + allowed
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     return allowed
 
 
 def peak_bytes(step: Step) -> int | None:
-    """How much the resident memory rises at most during a second call; None when it runs out.
+    """How much the resident memory rises at most during a second call, or the first of a slow step; None when it runs
+    out.
 
     Only where freed memory goes back to the system, which `embedding.runtime.tune_malloc` ends for good.
     """
     try:
-        step()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
-        before = _bytes(_STATUS, "VmRSS")
-        step()
+        first, seconds = _peak_of_call(step)
+        return first if seconds > SLOW else _peak_of_call(step)[0]
     except (RuntimeError, MemoryError) as error:
         _raise_unless_out_of_memory(error)
         return None
-    return max(_bytes(_STATUS, "VmHWM") - before, 0)
+
+
+def _peak_of_call(step: Step) -> tuple[int, float]:
+    """Bytes, and processor seconds."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew from what is resident now
+    before, start = _bytes(_STATUS, "VmRSS"), time.thread_time()
+    step()
+    return max(_bytes(_STATUS, "VmHWM") - before, 0), time.thread_time() - start
 
 
 def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> list[float | None]:
-    """Median seconds of each step, called in turn so that all see the same disturbances; None when it runs out.
+    """Median processor seconds of each step, called in turn so that all see the same disturbances; None: out of memory.
 
     Turns go on until `seconds` of them were counted and each step `least` times, a slow one once. The first call of a
-    step that is not slow does not count, so that what is set up once does not matter.
+    step that is not very slow does not count, so that what is set up once does not matter; nor does its first call
+    after a slow one, whose memory is given back before.
     """
     times: list[list[float]] = [[] for _ in steps]
-    running = set(range(len(steps)))
-    is_first = True
-    while running and (any(_is_wanting(times[at], least) for at in running) or sum(map(sum, times)) < seconds):
-        for at in sorted(running):
-            start = time.perf_counter()
+    running, is_warm = list(range(len(steps))), [False] * len(steps)
+
+    def is_done(at: int) -> bool:
+        is_slow = bool(times[at]) and min(times[at]) > SLOW
+        return is_slow or (len(times[at]) >= least and sum(map(sum, times)) >= seconds)
+
+    while wanting := [at for at in running if not is_done(at)]:
+        for at in wanting:
+            start = time.thread_time()
             try:
                 steps[at]()
             except (RuntimeError, MemoryError) as error:
                 _raise_unless_out_of_memory(error)
                 running.remove(at)
+                _give_back(is_warm)
                 continue
-            taken = time.perf_counter() - start
-            if not is_first or taken > SLOW:
+            taken = time.thread_time() - start
+            if is_warm[at] or taken > VERY_SLOW:
                 times[at].append(taken)
-        is_first = False
+            is_warm[at] = True
+            if is_done(at) and taken > SLOW:
+                _give_back(is_warm)
+    _give_back(is_warm)
     return [statistics.median(times[at]) if at in running else None for at in range(len(steps))]
 
 
-def _is_wanting(times: list[float], least: int) -> bool:
-    """By the shortest, since a machine that other work holds up may make any step slow once."""
-    return not times or (min(times) <= SLOW and len(times) < least)
+def _give_back(is_warm: list[bool]) -> None:
+    """The memory of a large step: past 2 GB glibc would trim its heap at every call of the others, and page-fault."""
+    ctypes.CDLL(None).malloc_trim(0)
+    is_warm[:] = [False] * len(is_warm)
 
 
 def _raise_unless_out_of_memory(error: RuntimeError | MemoryError) -> None:

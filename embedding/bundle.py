@@ -3,7 +3,7 @@
     bundle.json          name, architecture, preprocessing, lineage, fingerprint
     calibration.json     learned margin, error rates, match probability
     weights.safetensors
-    SHA256SUMS           checksums of the three, verified on every load
+    SHA256SUMS           checksums of the three, and of further weights, verified on every load
     README.md, card/     the model card
 
 The fingerprint covers weights, architecture and preprocessing, hence everything that an embedding depends on; a new
@@ -38,6 +38,7 @@ MANIFEST = "bundle.json"
 CALIBRATION = "calibration.json"
 SUMS = "SHA256SUMS"
 _SUMMED = (MANIFEST, CALIBRATION, WEIGHTS)
+_WEIGHTS_SUFFIX = ".safetensors"
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$"
 
@@ -56,6 +57,20 @@ class Lineage(BaseModel):
     """Evaluation on the test side, by metric name."""
     environment: dict[str, str]
     """Versions and hardware that it was trained with."""
+
+
+_LEARNED = "learned by the loss: "
+
+
+def learned_metrics(learned: Mapping[str, float]) -> dict[str, JsonValue]:
+    """What a loss has learned itself, such as the boundary β of the margin loss, as metrics of a lineage."""
+    return {f"{_LEARNED}{name}": value for name, value in learned.items()}
+
+
+def learned_by_loss(lineage: Lineage) -> dict[str, float]:
+    """The same, read back; empty where the loss learned nothing."""
+    found = {name: value for name, value in lineage.metrics.items() if name.startswith(_LEARNED)}
+    return {name.removeprefix(_LEARNED): float(value) for name, value in found.items() if isinstance(value, float)}
 
 
 class Manifest(BaseModel):
@@ -157,7 +172,8 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle atomically and read it back.
 
-    `extra_files` maps relative paths to contents, such as the model card. Raises AlreadyExists unless `overwrite`,
+    `extra_files` maps relative paths to contents, such as the model card; weights among them (.safetensors) are
+    listed in SHA256SUMS and verified with the rest. Raises AlreadyExists unless `overwrite`,
     and StorageFailed when the disk refuses; neither leaves anything behind.
     """
     path = Path(path)
@@ -176,8 +192,10 @@ def write_bundle(
         CALIBRATION: calibration.model_dump_json(indent=2).encode(),
         WEIGHTS: weights,
     }
-    sums = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in _SUMMED)
-    _write_directory(path, {**(extra_files or {}), **files, SUMS: sums.encode()})
+    written = {**(extra_files or {}), **files}
+    summed = [*_SUMMED, *sorted(name for name in written if name.endswith(_WEIGHTS_SUFFIX) and name not in _SUMMED)]
+    sums = "".join(f"{hashlib.sha256(written[name]).hexdigest()}  {name}\n" for name in summed)
+    _write_directory(path, {**written, SUMS: sums.encode()})
     return Bundle.load(path)
 
 
@@ -200,7 +218,8 @@ def _read_verified(path: Path) -> dict[str, bytes]:
     try:
         listed = (path / SUMS).read_text("ascii").split("\n")
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in listed)}
-        files = {name: (path / name).read_bytes() for name in _SUMMED}
+        further = {name for name in sums if name.endswith(_WEIGHTS_SUFFIX) and name == Path(name).name}
+        files = {name: (path / name).read_bytes() for name in (*_SUMMED, *sorted(further - {*_SUMMED}))}
     except FileNotFoundError as error:
         raise DamagedData(
             f"the bundle at {path} lacks {Path(error.filename).name}; restore it or train again"

@@ -43,12 +43,12 @@ class ErrorRates(_Frozen):
     far: Rate
     """False-accept rate: the share of non-matching pairs accepted."""
     far_upper95: Rate
-    """One-sided 95 % upper bound of `far`; identities, not pairs, are taken as independent, or super-classes of them
-    where the split keeps these apart."""
+    """Bound that the rate of as many other identities exceeds in one of twenty cases; identities, not pairs, are taken
+    as independent, or super-classes of them where the split keeps these apart."""
     frr: Rate
     """False-reject rate: the share of matching pairs rejected."""
     frr_upper95: Rate
-    """One-sided 95 % upper bound of `frr`."""
+    """Likewise of `frr`."""
 
 
 class MatchProbability(_Frozen):

@@ -78,10 +78,15 @@ class EmbeddingNetwork(nn.Module):
         self.dropout = nn.Dropout(architecture.dropout)
         self.projection = nn.Linear(features, architecture.embedding_dim)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """What the backbone gives [B, F], before the projection."""
         if self.architecture.network not in _OWN_NETWORKS and self.architecture.channels == 1:
             images_BCHW = images_BCHW.expand(-1, 3, -1, -1)
         features_BF: Tensor = self.backbone(images_BCHW)
+        return features_BF
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        features_BF = self.features(images_BCHW)
         emb_BD = self.projection(self.dropout(features_BF)) if self.training else self._project_whole_tiles(features_BF)
         return F.normalize(emb_BD.float(), dim=1)
 

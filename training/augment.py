@@ -32,9 +32,14 @@ class Augmenter:
         self.generator = generator
         off = AugmentationConfig()
         self._is_geometric = any(getattr(config, name) != getattr(off, name) for name in _GEOMETRIC)
+        self._rows, self._of = slice(0), 0
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Images of the same shape on the same device; the ones given are left as they are."""
+    def __call__(self, images_BCHW: Tensor, *, rows: slice | None = None, of: int | None = None) -> Tensor:
+        """Images of the same shape on the same device; the ones given are left as they are.
+
+        Where they are `rows` of a batch `of` more, they change as they would in the whole of it.
+        """
+        self._rows, self._of = rows or slice(len(images_BCHW)), of or len(images_BCHW)
         if self._is_geometric:
             images_BCHW = self._resampled(images_BCHW)
         images_BCHW = self._recoloured(images_BCHW)
@@ -131,10 +136,12 @@ class Augmenter:
         return low + (high - low) * self._uniform((size,), like)
 
     def _uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.generator.device).to(like.device)
+        whole = torch.rand((self._of, *shape[1:]), generator=self.generator, device=self.generator.device)
+        return whole[self._rows].to(like.device)
 
     def _normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.generator.device).to(like.device)
+        whole = torch.randn((self._of, *shape[1:]), generator=self.generator, device=self.generator.device)
+        return whole[self._rows].to(like.device)
 
 
 def _grey(images_BCHW: Tensor) -> Tensor:

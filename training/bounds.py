@@ -8,6 +8,12 @@ of the rate when identities are drawn with replacement, each with all its pairs 
 2007), over the variance it would have if pairs were independent. The bound is Clopper and Pearson's on the pairs
 divided by the design effect (Korn, Graubard 1998).
 
+It bounds the rate that other identities will show, as many as were measured, and not only the rate in the long run:
+such a rate varies by itself as much as the measured one did, so that the variance counts twice (a prediction bound;
+Meeker, Hahn, Escobar 2017, section 6). Where few identities make most of the variance it is itself known badly, which
+Satterthwaite's degrees of freedom (1946) say: 2V² over the variance of V, here of V = Σ cᵢ² for the contributions cᵢ of
+identities, Σ cᵢ⁴ − V²/G.
+
 The bootstrap's variance is had in closed form. For weights w_i of mean 1 and variance 1, and e_ij the errors of the
 identity pair ij beyond the mean rate (errors_ij − rate·pairs_ij), the variance of Σ w_i w_j e_ij over i < j is
 Σ_i (Σ_j e_ij)² + Σ_{i<j} e_ij². For e_i within an identity, that of Σ w_i e_i is Σ_i e_i².
@@ -19,6 +25,8 @@ identities of one.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv, stdtrit
@@ -27,49 +35,79 @@ from training.pairs import Floats, Ints, PairTable
 
 CONFIDENCE = 0.95
 
-SUPPORTING_CLUSTERS = 3
+SUPPORTING_CLUSTERS = 4
 """Errors of fewer identities, or identity pairs, say too little about their own variance; the design effect of the
 nearest threshold where more of them err stands in."""
+
+_TWO_SAMPLES = 2
+"""The measured rate varies, and the rate of as many other identities varies as much again."""
 
 Rates = NDArray[np.float64]
 
 
+class Resampled(NamedTuple):
+    """What resampling identities, or super-classes, says about a rate at T thresholds."""
+
+    variance_T: Rates
+    """Of the rate."""
+    erring_T: Ints
+    """Identities, or pairs of them, with an error."""
+    freedom_T: Rates
+    """Satterthwaite's degrees of freedom of the variance."""
+
+    def at_least(self, other: Resampled) -> Resampled:
+        """This, with the other's variance where it is larger."""
+        return self._replace(variance_T=np.maximum(self.variance_T, other.variance_T))
+
+
 def far_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
-    """One-sided 95 % upper bound [T] of the false-accept rate at each of T rising thresholds; it never falls."""
+    """Upper bound [T] of the false-accept rate at each of T rising thresholds, which as many other identities exceed
+    in one of twenty cases; it never falls."""
     units, n = len(table.sizes), len(table.impostor)
     accepted_T = np.searchsorted(table.impostor, thresholds_T, side="right")
-    variance_T, erring_T = across_variance(table, thresholds_T, accepted_T / n)
+    found = across_variance(table, thresholds_T, accepted_T / n)
     if table.groups is not None:
         units = int(table.groups[-1]) + 1
-        of_groups_T, erring_T = group_across_variance(table, table.groups, thresholds_T, accepted_T / n)
-        variance_T = np.maximum(variance_T, of_groups_T)  # a variance of few super-classes can be small by chance
-    effect_T = _design_effect(accepted_T, n, variance_T, most=n / max(units // 2, 1))
-    effect_T = _borrowed(effect_T[::-1], erring_T[::-1] >= SUPPORTING_CLUSTERS)[::-1]
-    return np.maximum.accumulate(upper_bound(accepted_T / n, n, effect_T, units))
+        # A variance of few super-classes can be small by chance.
+        found = group_across_variance(table, table.groups, thresholds_T, accepted_T / n).at_least(found)
+    # The support falls with the threshold; `_bounds` takes it the other way round.
+    falling = Resampled(found.variance_T[::-1], found.erring_T[::-1], found.freedom_T[::-1])
+    bound_T = _bounds(accepted_T[::-1], n, falling, units=units, most=n / max(units // 2, 1))[::-1]
+    return np.maximum.accumulate(bound_T)
 
 
 def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
-    """One-sided 95 % upper bound [T] of the false-reject rate at each of T rising thresholds; it never rises."""
+    """Upper bound [T] of the false-reject rate at each of T rising thresholds, which as many other identities exceed
+    in one of twenty cases; it never rises."""
     units, m = int((table.sizes > 1).sum()), len(table.matching)
     rejected_T = m - np.searchsorted(table.matching, thresholds_T, side="right")
-    variance_T, erring_T = within_variance(table, thresholds_T, rejected_T / m)
+    found = within_variance(table, thresholds_T, rejected_T / m)
     if table.groups is not None:
         units = len(np.unique(table.groups[table.sizes > 1]))
-        of_groups_T, erring_T = within_variance(table, thresholds_T, rejected_T / m, groups_G=table.groups)
-        variance_T = np.maximum(variance_T, of_groups_T)
-    effect_T = _design_effect(rejected_T, m, variance_T, most=m / units)
-    effect_T = _borrowed(effect_T, erring_T >= SUPPORTING_CLUSTERS)
-    return np.maximum.accumulate(upper_bound(rejected_T / m, m, effect_T, units)[::-1])[::-1]
+        of_groups = within_variance(table, thresholds_T, rejected_T / m, groups_G=table.groups)
+        found = of_groups.at_least(found)
+    return np.maximum.accumulate(_bounds(rejected_T, m, found, units=units, most=m / units)[::-1])[::-1]
 
 
-def upper_bound(rate_T: Rates, trials: int, effect_T: Rates, identities: int) -> Rates:
+def _bounds(errors_T: Ints, trials: int, found: Resampled, *, units: int, most: float) -> Rates:
+    """Bounds at thresholds in the order in which fewer and fewer trials are errors."""
+    if units < 2:
+        return np.ones(len(errors_T))
+    # Residuals are measured against a rate that their own unit has moved, and of few units are too small. Leaving one
+    # out, and with it 2/units of the pairs, makes them units / (units − 2) as large: about this, which two units have.
+    variance_T = found.variance_T * (units / (units - 1)) ** 3
+    effect_T = _design_effect(errors_T, trials, variance_T, most=most)
+    freedom_T = np.clip(found.freedom_T, 1, units - 1)
+    is_supported_T = found.erring_T >= SUPPORTING_CLUSTERS
+    effect_T, freedom_T = (_borrowed(each_T, is_supported_T) for each_T in (effect_T, freedom_T))
+    return upper_bound(errors_T / trials, trials, _TWO_SAMPLES * effect_T, freedom_T)
+
+
+def upper_bound(rate_T: Rates, trials: int, effect_T: Rates, freedom_T: Rates) -> Rates:
     """Clopper–Pearson's 95 % upper bound on `trials` / design effect, with Korn and Graubard's correction of the
-    effective trials for a variance known from few identities (Student's t with identities − 1 degrees of freedom).
-    """
-    if identities < 2:
-        return np.ones_like(rate_T)
-    correction = (stdtrit(max(trials - 1, 1), CONFIDENCE) / stdtrit(identities - 1, CONFIDENCE)) ** 2
-    effective_T = trials / effect_T * min(correction, 1.0)
+    effective trials for a variance that is itself estimated (Student's t with `freedom_T` degrees of freedom)."""
+    correction_T = (stdtrit(max(trials - 1, 1), CONFIDENCE) / stdtrit(freedom_T, CONFIDENCE)) ** 2
+    effective_T = trials / effect_T * np.minimum(correction_T, 1.0)
     errors_T = rate_T * effective_T
     bound_T: Rates = betaincinv(errors_T + 1, np.maximum(effective_T - errors_T, 1e-9), CONFIDENCE)
     bound_T = np.maximum(bound_T, rate_T)
@@ -93,8 +131,8 @@ def _borrowed(effect_T: Rates, is_supported_T: NDArray[np.bool_]) -> Rates:
     return effect_T[source_T]
 
 
-def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
-    """Variance [T] of the false-accept rates when identities are resampled, and how many identity pairs err [T]."""
+def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> Resampled:
+    """Of the false-accept rates when identities are resampled; pairs of identities err."""
     identities, bins = len(table.sizes), len(thresholds_T) + 1
     accepts_GB = np.zeros((identities, bins), dtype=np.int64)  # by the first threshold that accepts the pair
     squares_B = np.zeros(bins)
@@ -122,13 +160,15 @@ def across_variance(table: PairTable, thresholds_T: Floats, rate_T: Rates) -> tu
     items = table.sizes.sum()
     pairs_G = table.sizes * (items - table.sizes)
     pairs_squared = ((table.sizes**2).sum() ** 2 - (table.sizes**4).sum()) / 2
-    by_identity_T = ((accepts_GT - rate_T * pairs_G[:, None]) ** 2).sum(axis=0)
+    of_identity_GT = (accepts_GT - rate_T * pairs_G[:, None]) ** 2
+    by_identity_T = of_identity_GT.sum(axis=0)
     by_pair_T = squares_T - 2 * rate_T * products_T + rate_T**2 * pairs_squared
     unbiased = identities / (identities - 1)
-    return unbiased * (by_identity_T + by_pair_T) / len(table.impostor) ** 2, np.cumsum(erring_B)[:-1]
+    variance_T = unbiased * (by_identity_T + by_pair_T) / len(table.impostor) ** 2
+    return Resampled(variance_T, np.cumsum(erring_B)[:-1], degrees_of_freedom(of_identity_GT))
 
 
-def group_across_variance(table: PairTable, groups_G: Ints, thresholds_T: Floats, rate_T: Rates) -> tuple[Rates, Ints]:
+def group_across_variance(table: PairTable, groups_G: Ints, thresholds_T: Floats, rate_T: Rates) -> Resampled:
     """As `across_variance`, when super-classes are resampled, the errors within each included."""
     groups, bins = int(groups_G[-1]) + 1, len(thresholds_T) + 1
     group_N = np.repeat(groups_G, table.sizes)
@@ -151,16 +191,14 @@ def group_across_variance(table: PairTable, groups_G: Ints, thresholds_T: Floats
         between_T += (error_UT[group + 1 :] ** 2).sum(axis=0)
         erring_T += (accepts_UT > 0).sum(axis=0)
     unbiased = groups / max(groups - 1, 1)
-    return unbiased * ((beyond_UT**2).sum(axis=0) + between_T) / len(table.impostor) ** 2, erring_T
+    variance_T = unbiased * ((beyond_UT**2).sum(axis=0) + between_T) / len(table.impostor) ** 2
+    return Resampled(variance_T, erring_T, degrees_of_freedom(beyond_UT**2))
 
 
 def within_variance(
     table: PairTable, thresholds_T: Floats, rate_T: Rates, *, groups_G: Ints | None = None
-) -> tuple[Rates, Ints]:
-    """Variance [T] of the false-reject rates when identities are resampled, and how many identities err [T].
-
-    With `groups_G`, of super-classes instead of identities.
-    """
+) -> Resampled:
+    """Of the false-reject rates when identities are resampled, or, with `groups_G`, super-classes; these err."""
     several = np.flatnonzero(table.sizes > 1)
     units, unit_G = np.unique(several if groups_G is None else groups_G[several], return_inverse=True)
     error_UT = np.zeros((len(units), len(thresholds_T)))
@@ -171,4 +209,15 @@ def within_variance(
         error_UT[unit] += rejected_T - rate_T * len(within_P)
         rejected_UT[unit] += rejected_T
     unbiased = len(units) / max(len(units) - 1, 1)
-    return unbiased * (error_UT**2).sum(axis=0) / len(table.matching) ** 2, (rejected_UT > 0).sum(axis=0)
+    variance_T = unbiased * (error_UT**2).sum(axis=0) / len(table.matching) ** 2
+    return Resampled(variance_T, (rejected_UT > 0).sum(axis=0), degrees_of_freedom(error_UT**2))
+
+
+def degrees_of_freedom(square_UT: Rates) -> Rates:
+    """Satterthwaite's degrees of freedom [T] of a sum of squares: 2 where one of them makes it up, U of normal ones."""
+    total_T = square_UT.sum(axis=0)
+    spread_T = (square_UT**2).sum(axis=0) - total_T**2 / len(square_UT)
+    freedom_T = np.full(len(total_T), np.inf)
+    np.divide(2 * total_T**2, spread_T, out=freedom_T, where=spread_T > 0)
+    freedom_T[total_T == 0] = 1
+    return freedom_T

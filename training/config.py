@@ -264,6 +264,9 @@ class OptimizerConfig(Section):
     loss_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     """For what the loss itself learns (a boundary β, proxies, a classifier), which has no weight decay; by default
     `learning_rate`. Proxies like ten to a hundred times as much."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the backbone's rate from one layer down to the next, so that the first layers of given weights move
+    least (Clark et al. 2020; Bao et al. 2022); 0.65 to 0.9 is usual, and 1 gives all the same rate."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-4
     """Decoupled, on weight matrices only."""
     warmup_steps: Steps = 100
@@ -271,11 +274,24 @@ class OptimizerConfig(Section):
     """Largest norm of the gradient; by default it is not clipped."""
 
 
+class EarlyStoppingConfig(Section):
+    """When to stop before the last step, and which weights ship: those that did best on the calibration side."""
+
+    metric: Literal["recall@1", "EER"] = "recall@1"
+    """What is watched at every evaluation: recall@1 is to rise, EER to fall."""
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Evaluations in a row without a new best after which training stops."""
+
+
 class TrainingConfig(Section):
     """How long, how precise, and what is written on the way."""
 
     steps: Annotated[int, Field(ge=1)]
     """Optimizer steps."""
+    mode: Literal["supervised", "self-supervised"] = "supervised"
+    """What the loss calls a match: two images of one identity, or two views of one image. With "self-supervised" labels
+    are unused: a batch holds sampling.identities_per_batch images, each an identity of its own, in
+    sampling.images_per_identity (2, as a rule) random changes by [augmentation]; an epoch sees each image once."""
     log_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two log lines."""
     evaluate_every: Steps = 0
@@ -286,10 +302,43 @@ class TrainingConfig(Section):
     """Of the network's arithmetic; losses and distances are always float32. "auto" picks for the device."""
     channels_last: bool = True
     """Memory layout of images and feature maps, faster on most devices."""
+    whitening: Annotated[float, Field(ge=0, le=100)] | None = None
+    """After training, put a projection in closed form in place of the learned one: the within-identity whitening of the
+    training images, its covariance shrunk by this share of its mean variance (0.1 to 3). Helpful where training
+    identities are few: dozens, not thousands. By default the learned one stays."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights, with this decay a step, and ship that; by default not."""
     freeze_backbone_steps: Steps = 0
     """First steps in which only the projection learns, where the backbone's weights are pretrained."""
+    micro_batch: Annotated[int, Field(ge=2)] | None = None
+    """Images embedded at once, at most, so that a large batch fits a small device. Gradients are those of the whole
+    batch (GradCache, Gao et al. 2021) but for batch normalisation, which sees a micro-batch. By default all."""
+    compile: Literal["inductor", "aot_eager", "eager"] | None = None
+    """Backend of torch.compile for the network; inductor needs a C++ compiler on the CPU. By default not compiled."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Stop when a figure of the calibration side no longer improves; it is looked at every `evaluate_every` steps."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into a folder beside the bundle, BUNDLE.tensorboard; needs the package
+    tensorboard."""
+
+    @model_validator(mode="after")
+    def _stops_by_evaluations(self) -> Self:
+        if self.early_stopping is not None and not self.evaluate_every:
+            raise error_at("evaluate_every", "early stopping looks at evaluations; give the steps between two")
+        return self
+
+
+class ClassifierConfig(Section):
+    """A second stage: after training, a linear classifier on the embeddings of the frozen network, fitted by Adam.
+
+    Its accuracy on the test side is measured, and it ships with the bundle as classifier.safetensors. It needs
+    split.protocol = "closed-set", where the test side has identities that the classifier knows.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    """Times that each training image is seen."""
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
 
 
 def _as_parts(value: Any) -> Any:
@@ -320,6 +369,8 @@ class Recipe(Section):
     loss: LossConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig
+    classifier: ClassifierConfig | None = None
+    """With this section training has two stages."""
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -332,11 +383,29 @@ class Recipe(Section):
                 "optimizer.warmup_steps",
                 f"got {self.optimizer.warmup_steps}; at most training.steps, which is {self.training.steps}",
             )
+        if self.classifier is not None and self.split.protocol != "closed-set":
+            raise error_at(
+                "classifier", 'a classifier is measured on identities it knows: split.protocol = "closed-set"'
+            )
+        if self.training.mode == "self-supervised":
+            self._check_views()
         try:
             self.network.architecture(self.preprocessing)
         except ValidationError as error:
             raise error_at("network", str(error.errors()[0]["ctx"]["error"])) from error
         return self
+
+    def _check_views(self) -> None:
+        if self.augmentation == AugmentationConfig():
+            raise error_at("augmentation", "self-supervised training compares random changes of an image; give some")
+        if "images_per_identity" not in self.sampling.model_fields_set:
+            raise error_at(
+                "sampling.images_per_identity", "how many views of each image self-supervised training takes: give 2"
+            )
+        if self.sampling.by == "super":
+            raise error_at("sampling.by", 'self-supervised training uses no labels; use by = "identity"')
+        if self.training.whitening is not None:
+            raise error_at("training.whitening", "learns from labels, which self-supervised training leaves unused")
 
     @property
     def architecture(self) -> Architecture:

@@ -51,6 +51,14 @@ def weighted_differences(weight_AR: Tensor, a_AD: Tensor, b_RD: Tensor) -> Tenso
     return pull_AD.addmm_(weight_AR, b_RD, alpha=-1)
 
 
+def add_differences_(
+    grad_AD: Tensor, weight_T: Tensor, a_AD: Tensor, anchor_T: Tensor, b_RD: Tensor, reference_T: Tensor
+) -> Tensor:
+    """Adds Σ w·(a − b) over the T pairs of each anchor to `grad_AD`: `weighted_differences` where pairs are few."""
+    difference_TD = a_AD.index_select(0, anchor_T).sub_(b_RD.index_select(0, reference_T))
+    return grad_AD.index_add_(0, anchor_T, difference_TD.mul_(weight_T[:, None]))
+
+
 def with_gradient(value: Tensor, emb_BD: Tensor, grad_BD: Tensor | None) -> Tensor:
     """The scalar `value` as a function of `emb_BD` whose gradient, `grad_BD`, is already known; None: it has none.
 

@@ -12,6 +12,7 @@ Shapes: B items of a batch, A anchors, R references, D embedding width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from training.distances import euclidean_matrix, euclidean_rows
-from training.mining import same_identity
+from training.mining import matching_pairs
+
+FEW = 16
+"""Pairs for each anchor up to which they are gone through one by one faster than as a matrix."""
 
 
 class LossOutput(NamedTuple):
@@ -49,8 +53,8 @@ class Comparison:
         self.emb_AD = emb_AD
         self.references_RD = references_RD
         self.labels_A = labels_A
+        self.labels_R = labels_R
         self.is_within = references_RD is emb_AD
-        self._is_match_AR = same_identity(labels_A, labels_R)
 
     @classmethod
     def within(cls, emb_BD: Tensor, labels_B: Tensor) -> Self:
@@ -58,30 +62,55 @@ class Comparison:
         return cls(emb_BD, labels_B, emb_BD, labels_B)
 
     @cached_property
+    def positive_pairs(self) -> tuple[Tensor, Tensor]:
+        """Row numbers [P] of anchors, rising, and of the other images of their identity. Where identities are many
+        they are few, and much faster to go through than a matrix of booleans."""
+        return matching_pairs(self.labels_A, None if self.is_within else self.labels_R)
+
+    @property
+    def positives_are_few(self) -> bool:
+        """Whether going through them pair by pair is faster than through a matrix."""
+        return len(self.positive_pairs[0]) <= FEW * max(self.shape)
+
+    @cached_property
     def is_positive_AR(self) -> Tensor:
         """Other images of the anchor's identity."""
-        return self._is_match_AR.clone().fill_diagonal_(False) if self.is_within else self._is_match_AR
+        return self._marked(torch.zeros(self.shape, dtype=torch.bool, device=self.labels_A.device), True)
 
     @cached_property
     def is_negative_AR(self) -> Tensor:
         """Images of other identities."""
-        return ~self._is_match_AR
+        everything_AR = torch.ones(self.shape, dtype=torch.bool, device=self.labels_A.device)
+        return self.negatives_alone_(everything_AR, False)
 
     @cached_property
     def positive_AR(self) -> Tensor:
         """`is_positive_AR` as 0 and 1, to multiply with: several times faster than choosing by booleans."""
-        positive_AR = self._is_match_AR.to(self.emb_AD.dtype)
-        return positive_AR.fill_diagonal_(0) if self.is_within else positive_AR
+        return self._marked(self.emb_AD.new_zeros(self.shape), 1)
+
+    def without_itself_(self, matrix_AR: Tensor, value: float) -> Tensor:
+        """Fills, within a batch, the entries of an image and itself."""
+        return matrix_AR.fill_diagonal_(value) if self.is_within else matrix_AR
+
+    def negatives_alone_(self, matrix_AR: Tensor, value: float) -> Tensor:
+        """Fills all other entries than those of non-matching pairs."""
+        return self.without_itself_(self._marked(matrix_AR, value), value)
 
     @cached_property
     def positives_A(self) -> Tensor:
         """Number of positives of each anchor, in the dtype of the embeddings."""
-        return self.positive_AR.sum(1)
+        return torch.bincount(self.positive_pairs[0], minlength=len(self.emb_AD)).to(self.emb_AD.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """A and R."""
+        return len(self.emb_AD), len(self.references_RD)
 
     @property
     def pairs(self) -> int:
         """Number of pairs, matching or not; both orders of two images of a batch count."""
-        return self._is_match_AR.numel() - (len(self.emb_AD) if self.is_within else 0)
+        anchors, references = self.shape
+        return anchors * references - (anchors if self.is_within else 0)
 
     @cached_property
     def dist_AR(self) -> Tensor:
@@ -107,17 +136,24 @@ class Comparison:
     def cosine_output(self, loss: Tensor, active_fraction: Tensor, cosine_AR: Tensor) -> LossOutput:
         """The output of a loss that has measured cosines: distances follow, d = √(2 − 2·cos)."""
         with torch.no_grad():
-            dist_AR = cosine_AR.detach().mul(-2).add_(2).clamp_min_(0).sqrt_()
-            if self.is_within:
-                dist_AR.fill_diagonal_(0)
-            return LossOutput(loss, active_fraction.detach(), *self._mean_distances(dist_AR))
+            half_AR = torch.rsub(cosine_AR.detach(), 1).clamp_min_(0).sqrt_()  # without the factor √2
+            d_ap, d_an = self._mean_distances(self.without_itself_(half_AR, 0))
+            return LossOutput(loss, active_fraction.detach(), math.sqrt(2) * d_ap, math.sqrt(2) * d_an)
 
     def _mean_distances(self, dist_AR: Tensor) -> tuple[Tensor, Tensor]:
         # Sums of rows first: one sum over a whole matrix in float64 would copy it.
-        positives = self.positives_A.sum(dtype=torch.float64)
-        of_positives = torch.linalg.vecdot(dist_AR, self.positive_AR).sum(dtype=torch.float64)
-        of_negatives = dist_AR.sum(1).sum(dtype=torch.float64) - of_positives
-        return of_positives / positives, of_negatives / (self.pairs - positives)
+        of_all = dist_AR.sum(1).sum(dtype=torch.float64)
+        positives = len(self.positive_pairs[0])
+        of_positives = dist_AR[self.positive_pairs].sum(dtype=torch.float64)
+        negatives = self.pairs - positives
+        nothing = torch.full_like(of_all, torch.nan)
+        return (
+            of_positives / positives if positives else nothing,
+            (of_all - of_positives) / negatives if negatives else nothing,
+        )
+
+    def _marked(self, matrix_AR: Tensor, value: float) -> Tensor:
+        return matrix_AR.index_put_(self.positive_pairs, matrix_AR.new_tensor(value))
 
 
 class MetricLoss(nn.Module, ABC):

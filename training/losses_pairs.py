@@ -8,6 +8,7 @@ Shapes: A anchors, R references, P pairs, D embedding width, I identities.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.distances import wants_gradient, weighted_differences, with_gradient
-from training.losses import Comparison, LossOutput, PairLoss, checked, checked_choice, checked_margin, mean
-from training.mining import distance_weighted
+from training.distances import add_differences_, wants_gradient, weighted_differences, with_gradient
+from training.losses import FEW, Comparison, LossOutput, PairLoss, checked, checked_choice, checked_margin, mean
+from training.mining import distance_weighted, positions
 
 PairMining = Literal["distance-weighted", "all"]
 
@@ -65,26 +66,74 @@ class _Contrastive(PairLoss):
         self._scale = scale
 
     def compare(self, comparison: Comparison) -> LossOutput:
-        emb_AD, is_within = comparison.emb_AD, comparison.is_within
+        emb_AD = comparison.emb_AD
         learns = wants_gradient(emb_AD)
         with torch.no_grad():
-            dist_AR, positive_AR = comparison.dist_AR, comparison.positive_AR
+            dist_AR = comparison.dist_AR
+            # Few pairs matter where most non-matches lie beyond the margin, and are then gone through one by one.
+            near = self._near(comparison, dist_AR) if comparison.positives_are_few else None
+            if near is not None:
+                total, active, grad_AD = self._of_pairs(comparison, dist_AR, near, learns=learns)
+            else:
+                total, active, grad_AD = self._of_matrix(comparison, dist_AR, learns=learns)
             share = self._scale / max(comparison.pairs, 1)
-            hinge_AR = self._hinge(dist_AR)
-            hinge_AR.addcmul_(hinge_AR, positive_AR, value=-1)
-            if is_within:
-                hinge_AR.fill_diagonal_(0)
-            matching_AR = dist_AR * positive_AR
-            active = (matching_AR.sign().sum(1) + hinge_AR.sign().sum(1)).sum(dtype=torch.float64)
-            total_A = torch.linalg.vecdot(matching_AR, dist_AR) + self._repulsion(hinge_AR)
-            loss = (share * total_A.sum(dtype=torch.float64)).to(dist_AR.dtype)
-            grad_AD = None
-            if learns:
-                weight_AR = torch.sub(positive_AR, self._push(hinge_AR, dist_AR), out=matching_AR)
+            loss = (share * total).to(dist_AR.dtype)
+            if grad_AD is not None:
                 # Within a batch each image is an anchor and a reference, of the same symmetric weights.
-                factor = share * (4 if is_within else 2)
-                grad_AD = weighted_differences(weight_AR, emb_AD, comparison.references_RD).mul_(factor)
+                grad_AD.mul_(share * (4 if comparison.is_within else 2))
         return comparison.output(with_gradient(loss, emb_AD, grad_AD), active / max(comparison.pairs, 1))
+
+    def _near(self, comparison: Comparison, dist_AR: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The non-matching pairs within the margin, rows of anchors and references; None where they are many."""
+        near_AR = ~(dist_AR >= self.reach)  # so put, a distance that is NaN is near, and is seen
+        if int(near_AR.count_nonzero()) > FEW * max(dist_AR.shape):
+            return None
+        near_AR.index_put_(comparison.positive_pairs, near_AR.new_tensor(False))
+        return positions(near_AR.fill_diagonal_(False) if comparison.is_within else near_AR)
+
+    def _of_pairs(
+        self, comparison: Comparison, dist_AR: Tensor, near: tuple[Tensor, Tensor], *, learns: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The sum of the terms, how many are active, and Σ_r w_ar·(a − r) for each anchor."""
+        anchor_N, near_N = near
+        anchor_P, positive_P = comparison.positive_pairs
+        dist_P, dist_N = dist_AR[anchor_P, positive_P], dist_AR[anchor_N, near_N]
+        hinge_N = self._hinge(dist_N)
+        active = (dist_P.count_nonzero() + hinge_N.count_nonzero()).double()
+        total = dist_P.square().sum(dtype=torch.float64) + self._repulsion(hinge_N).double()
+        if not learns:
+            return total, active, None
+        anchor_T, reference_T = torch.cat([anchor_P, anchor_N]), torch.cat([positive_P, near_N])
+        weight_T = torch.cat([torch.ones_like(dist_P), -self._push(hinge_N, dist_N)])
+        grad_AD = torch.zeros_like(comparison.emb_AD)
+        return (
+            total,
+            active,
+            add_differences_(grad_AD, weight_T, comparison.emb_AD, anchor_T, comparison.references_RD, reference_T),
+        )
+
+    def _of_matrix(
+        self, comparison: Comparison, dist_AR: Tensor, *, learns: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same where many pairs matter."""
+        positive_AR = comparison.positive_AR
+        hinge_AR = self._hinge(dist_AR)
+        hinge_AR.addcmul_(hinge_AR, positive_AR, value=-1)
+        if comparison.is_within:
+            hinge_AR.fill_diagonal_(0)
+        matching_AR = dist_AR * positive_AR
+        active = (matching_AR.count_nonzero() + hinge_AR.count_nonzero()).double()
+        total_A = torch.linalg.vecdot(matching_AR, dist_AR) + self._repulsion(hinge_AR)
+        grad_AD = None
+        if learns:
+            weight_AR = torch.sub(positive_AR, self._push(hinge_AR, dist_AR), out=matching_AR)
+            grad_AD = weighted_differences(weight_AR, comparison.emb_AD, comparison.references_RD)
+        return total_A.sum(dtype=torch.float64), active, grad_AD
+
+    @property
+    @abstractmethod
+    def reach(self) -> float:
+        """The distance beyond which non-matching pairs are left alone."""
 
     @abstractmethod
     def _hinge(self, dist_AR: Tensor) -> Tensor:
@@ -92,7 +141,7 @@ class _Contrastive(PairLoss):
 
     @abstractmethod
     def _repulsion(self, hinge_AR: Tensor) -> Tensor:
-        """The sum of the terms of non-matching pairs, by anchor [A]."""
+        """The sum of the terms of non-matching pairs, over the last dimension."""
 
     @abstractmethod
     def _push(self, hinge_AR: Tensor, dist_AR: Tensor) -> Tensor:
@@ -104,6 +153,10 @@ class ContrastiveLoss(_Contrastive):
 
     def __init__(self, *, margin: float = 1.0, scale: float = 0.5) -> None:
         super().__init__(margin=checked_margin(margin), scale=scale)
+
+    @property
+    def reach(self) -> float:
+        return self.margin
 
     def _hinge(self, dist_AR: Tensor) -> Tensor:
         return (self.margin - dist_AR).relu_()
@@ -129,11 +182,15 @@ class SquaredMarginContrastiveLoss(_Contrastive):
     def __init__(self, *, margin: float = 1.0) -> None:
         super().__init__(margin=checked("margin", margin, 0, 4, unit=", the range of squared distances"), scale=0.5)
 
+    @property
+    def reach(self) -> float:
+        return math.sqrt(self.margin)
+
     def _hinge(self, dist_AR: Tensor) -> Tensor:
         return (self.margin - dist_AR.square()).relu_()
 
     def _repulsion(self, hinge_AR: Tensor) -> Tensor:
-        return hinge_AR.sum(1)
+        return hinge_AR.sum(-1)
 
     def _push(self, hinge_AR: Tensor, dist_AR: Tensor) -> Tensor:
         return hinge_AR.sign_()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.cosines import CosineLoss, chosen, softmax_, sparse_softmax
+from training.cosines import CosineLoss, Slope, exponentials_, sparse_softmax
 from training.losses import Comparison, checked, mean
-from training.mining import multi_similarity
+from training.mining import multi_similarity, positions
 
 
 def multi_similarity_loss(
@@ -75,20 +75,40 @@ class MultiSimilarityLoss(CosineLoss):
         self.base = checked("base", base, -1, 1, unit=", the range of cosines")
         self.epsilon = epsilon
 
-    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        positives_AR, negatives_AR = comparison.is_positive_AR, comparison.is_negative_AR
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Slope]:
+        anchor_P, positive_P = comparison.positive_pairs
+        negatives_alone_ = comparison.negatives_alone_
         if self.epsilon is not None:
-            positives_AR, negatives_AR = multi_similarity(cosine_AR, positives_AR, negatives_AR, epsilon=self.epsilon)
-        anchor_P, positive_P = positives_AR.nonzero(as_tuple=True)
+            chosen = multi_similarity(
+                cosine_AR, comparison.is_positive_AR, comparison.is_negative_AR, epsilon=self.epsilon
+            )
+            anchor_P, positive_P = positions(chosen.positives)
+
+            def negatives_alone_(matrix_AR: Tensor, value: float) -> Tensor:
+                return matrix_AR.masked_fill_(~chosen.negatives, value)
+
         logit_P = -self.alpha * (cosine_AR[anchor_P, positive_P] - self.base)
         pull_A, softmax_P = sparse_softmax(logit_P, anchor_P, len(cosine_AR))
-        push_A, slope_AR = softmax_(chosen((cosine_AR - self.base).mul_(self.beta), negatives_AR))
+        exponentials = exponentials_(
+            (cosine_AR - self.base).mul_(self.beta),
+            negatives_alone_,
+            least=-self.beta * (1 + self.base),
+            most=self.beta * (1 - self.base),
+        )
+        total_A = exponentials.totals()
+        push_A = exponentials.shift_A + total_A.log()
         has_positive_A = pull_A != -torch.inf
         share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
         loss = (share_A * (F.softplus(pull_A) / self.alpha + F.softplus(push_A) / self.beta)).sum()
-        slope_AR.mul_((share_A * push_A.sigmoid())[:, None])
-        slope_AR[anchor_P, positive_P] = -softmax_P * (share_A * pull_A.sigmoid())[anchor_P]
-        return loss, mean(has_positive_A.float()), slope_AR
+        slope = Slope(
+            share_A * push_A.sigmoid() / total_A,
+            exponentials.matrix_AR,
+            exponentials.is_symmetric and self.epsilon is None,
+            anchor_P,
+            positive_P,
+            -softmax_P * (share_A * pull_A.sigmoid())[anchor_P],
+        )
+        return loss, mean(has_positive_A.float()), slope
 
 
 class CircleLoss(CosineLoss):
@@ -99,18 +119,32 @@ class CircleLoss(CosineLoss):
         self.margin = checked("margin", margin, 0, 1)
         self.scale = checked("scale", scale, 0, 1000)
 
-    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        anchor_P, positive_P = comparison.is_positive_AR.nonzero(as_tuple=True)
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Slope]:
+        anchor_P, positive_P = comparison.positive_pairs
         cosine_P = cosine_AR[anchor_P, positive_P]
         weight_P = self.scale * (1 + self.margin - cosine_P).relu_()
         pull_A, softmax_P = sparse_softmax(weight_P * (1 - self.margin - cosine_P), anchor_P, len(cosine_AR))
         weight_AR = (cosine_AR + self.margin).relu_().mul_(self.scale)
-        push_A, slope_AR = softmax_(chosen((cosine_AR - self.margin).mul_(weight_AR), comparison.is_negative_AR))
-        total_A = pull_A + push_A
-        is_active_A = (pull_A != -torch.inf) & (push_A != torch.finfo(push_A.dtype).min)
+        exponentials = exponentials_(
+            (cosine_AR - self.margin).mul_(weight_AR),
+            comparison.negatives_alone_,
+            least=-self.scale * self.margin**2,
+            most=self.scale * (1 - self.margin**2),
+        )
+        total_A = exponentials.totals()
+        push_A = exponentials.shift_A + total_A.log()
+        has_negative_A = comparison.positives_A < len(comparison.labels_R) - comparison.is_within
+        is_active_A = (pull_A != -torch.inf) & has_negative_A
         share_A = is_active_A.to(cosine_AR.dtype) / is_active_A.sum().clamp_min(1)
-        loss = (share_A * F.softplus(total_A)).sum()
-        slope_A = share_A * total_A.sigmoid()
-        slope_AR.mul_(weight_AR).mul_(slope_A[:, None])
-        slope_AR[anchor_P, positive_P] = -softmax_P * weight_P * slope_A[anchor_P]
-        return loss, mean(is_active_A.float()), slope_AR
+        both_A = (pull_A + push_A).where(is_active_A, 0)
+        loss = (share_A * F.softplus(both_A)).sum()
+        slope_A = share_A * both_A.sigmoid()
+        slope = Slope(
+            slope_A / total_A,
+            exponentials.matrix_AR.mul_(weight_AR),
+            exponentials.is_symmetric,
+            anchor_P,
+            positive_P,
+            -softmax_P * weight_P * slope_A[anchor_P],
+        )
+        return loss, mean(is_active_A.float()), slope

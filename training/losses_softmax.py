@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.cosines import CosineLoss, chosen, softmax_
+from training.cosines import CosineLoss, Slope, exponentials_
 from training.losses import Comparison, LossOutput, MetricLoss, checked_temperature, mean
 
 _EXACT_BELOW = 0.02
@@ -74,22 +74,24 @@ class SupervisedContrastiveLoss(CosineLoss):
         self.temperature = checked_temperature(temperature)
         self.exact = temperature < _EXACT_BELOW
 
-    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        positive_AR = comparison.positive_AR.to(cosine_AR.dtype)
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Slope]:
+        anchor_P, positive_P = comparison.positive_pairs
         positives_A = comparison.positives_A.to(cosine_AR.dtype)
         has_positive_A = positives_A > 0
         share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
-        attraction_A = torch.linalg.vecdot(cosine_AR, positive_AR) / (self.temperature * positives_A.clamp_min(1))
-        logits_AR = cosine_AR / self.temperature
-        if comparison.is_within:
-            # By a finite number, so that a batch of one image has no NaN.
-            logits_AR.fill_diagonal_(torch.finfo(logits_AR.dtype).min)
-        log_sum_A, softmax_AR = softmax_(logits_AR)
-        loss = ((log_sum_A - attraction_A) * share_A).sum()
-        pull_A = share_A / self.temperature
-        slope_AR = softmax_AR.mul_(pull_A[:, None])
-        slope_AR.addcmul_(positive_AR, (pull_A / positives_A.clamp_min(1))[:, None], value=-1)
-        return loss, mean(has_positive_A.float()), slope_AR
+        pull_P = (share_A / (self.temperature * positives_A.clamp_min(1)))[anchor_P]
+        exponentials = exponentials_(
+            cosine_AR / self.temperature,
+            comparison.without_itself_,
+            least=-1 / self.temperature,
+            most=1 / self.temperature,
+        )
+        total_A = exponentials.totals()
+        log_sum_A = exponentials.shift_A + total_A.log()
+        loss = (share_A * log_sum_A).sum() - (pull_P * cosine_AR[anchor_P, positive_P]).sum()
+        rows_A = share_A / (self.temperature * total_A)
+        slope = Slope(rows_A, exponentials.matrix_AR, exponentials.is_symmetric, anchor_P, positive_P, -pull_P)
+        return loss, mean(has_positive_A.float()), slope
 
 
 class NTXentLoss(CosineLoss):
@@ -104,18 +106,22 @@ class NTXentLoss(CosineLoss):
         self.temperature = checked_temperature(temperature)
         self.exact = temperature < _EXACT_BELOW
 
-    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        anchor_P, positive_P = comparison.is_positive_AR.nonzero(as_tuple=True)
+    def slope(self, comparison: Comparison, cosine_AR: Tensor) -> tuple[Tensor, Tensor, Slope]:
+        anchor_P, positive_P = comparison.positive_pairs
         logits_AR = cosine_AR / self.temperature
         logit_P = logits_AR[anchor_P, positive_P]
-        log_sum_A, softmax_AR = softmax_(chosen(logits_AR, comparison.is_negative_AR))
-        excess_P = log_sum_A[anchor_P] - logit_P
+        exponentials = exponentials_(
+            logits_AR, comparison.negatives_alone_, least=-1 / self.temperature, most=1 / self.temperature
+        )
+        total_A = exponentials.totals()
+        excess_P = (exponentials.shift_A + total_A.log())[anchor_P] - logit_P
         loss = mean(F.softplus(excess_P))
         pull_P = excess_P.sigmoid() / (self.temperature * max(len(excess_P), 1))
-        push_A = torch.zeros_like(log_sum_A).index_add_(0, anchor_P, pull_P)
-        slope_AR = softmax_AR.mul_(push_A[:, None])
-        slope_AR[anchor_P, positive_P] = -pull_P
-        return loss, loss.new_tensor(float(len(excess_P) > 0)), slope_AR
+        push_A = torch.zeros_like(total_A).index_add_(0, anchor_P, pull_P)
+        slope = Slope(
+            push_A / total_A, exponentials.matrix_AR, exponentials.is_symmetric, anchor_P, positive_P, -pull_P
+        )
+        return loss, loss.new_tensor(float(len(excess_P) > 0)), slope
 
 
 class InfoNCELoss(MetricLoss):

@@ -65,12 +65,43 @@ def other_of_identity(is_match_BB: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def matching_pairs(labels_A: Tensor, labels_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Row numbers [P] of every anchor, rising, and of each image of its identity, without a matrix; without references
+    of each other image among the anchors."""
+    sorted_R, order_R = (labels_A if labels_R is None else labels_R).sort(stable=True)
+    first_A = torch.searchsorted(sorted_R, labels_A)
+    count_A = torch.searchsorted(sorted_R, labels_A, right=True) - first_A
+    anchor_P = torch.repeat_interleave(count_A)
+    place_P = torch.arange(len(anchor_P), device=labels_A.device) + (first_A - (count_A.cumsum(0) - count_A))[anchor_P]
+    match_P = order_R[place_P]
+    if labels_R is not None:
+        return anchor_P, match_P
+    is_other_P = anchor_P != match_P
+    return anchor_P[is_other_P], match_P[is_other_P]
+
+
+def positions(mask_AR: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [T], rising, and columns [T] where a matrix of booleans is true: `torch.nonzero`, on the CPU several times
+    faster."""
+    if mask_AR.device.type != "cpu":
+        row_T, column_T = mask_AR.nonzero(as_tuple=True)
+        return row_T, column_T
+    at_T = torch.from_numpy(mask_AR.reshape(-1).numpy().nonzero()[0])
+    columns = max(mask_AR.shape[1], 1)
+    return at_T.div(columns, rounding_mode="floor"), at_T.remainder(columns)
+
+
+@torch.no_grad()
 def batch_hard(dist_AR: Tensor, is_positive_AR: Tensor, is_negative_AR: Tensor) -> Triplets:
     """For each anchor its farthest positive and its nearest negative.  Hermans, Beyer, Leibe 2017, eq. 5."""
-    d_ap_A, positive_A = dist_AR.where(is_positive_AR, -1).max(1)
     d_an_A, negative_A = dist_AR.where(is_negative_AR, torch.inf).min(1)
-    anchor_T = ((d_ap_A != -1) & (d_an_A != torch.inf)).nonzero().squeeze(1)
-    return Triplets(anchor_T, positive_A[anchor_T], negative_A[anchor_T])
+    anchor_P, positive_P, column_P, dist_AW = _pairs(dist_AR, is_positive_AR, d_an_A != torch.inf, fill=-1)
+    if not len(anchor_P):
+        return Triplets(anchor_P, positive_P, positive_P)
+    farthest_A = dist_AW.argmax(1)
+    is_farthest_P = column_P == farthest_A[anchor_P]
+    anchor_T = anchor_P[is_farthest_P]
+    return Triplets(anchor_T, positive_P[is_farthest_P], negative_A[anchor_T])
 
 
 @torch.no_grad()
@@ -210,11 +241,13 @@ def _pairs(
     """The pairs of an anchor that has negatives and a positive.
 
     Their anchors [T] and positives [T]; and their distances [A, W], moved to the left of their row and filled up, with
-    the column [T] of each pair there.
+    the column [T] of each pair there. `negatives_A` is 0 or false of anchors without a negative.
     """
-    is_pair_AR = is_positive_AR & (negatives_A > 0)[:, None]
-    anchor_T, positive_T = is_pair_AR.nonzero(as_tuple=True)
-    pairs_A = is_pair_AR.sum(1)
+    anchor_T, positive_T = positions(is_positive_AR)
+    if not negatives_A.all():
+        has_negative_T = negatives_A[anchor_T] > 0
+        anchor_T, positive_T = anchor_T[has_negative_T], positive_T[has_negative_T]
+    pairs_A = torch.bincount(anchor_T, minlength=len(dist_AR))
     column_T = torch.arange(len(anchor_T), device=dist_AR.device) - (pairs_A.cumsum(0) - pairs_A)[anchor_T]
     dist_AW = dist_AR.new_full((len(dist_AR), int(pairs_A.max()) if len(pairs_A) else 0), fill)
     dist_AW[anchor_T, column_T] = dist_AR[anchor_T, positive_T]

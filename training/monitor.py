@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from embedding.errors import TrainingDiverged
 from training.losses import LossOutput, MetricLoss
+from training.losses_combined import JointLoss
 
 COLLAPSED_SPREAD = 0.05
 """An embedding of less spread has collapsed; random initial weights have more."""
@@ -24,6 +28,28 @@ STUCK_WITHIN = 0.01
 
 PATIENCE = 3
 """Reports in a row that must agree before a warning is given."""
+
+
+Mode = Literal["supervised", "self-supervised"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Remedies:
+    of_collapse: str
+    of_standstill: str
+
+
+_REMEDIES: dict[Mode, _Remedies] = {
+    "supervised": _Remedies(
+        of_collapse="a lower learning_rate, semi-hard mining instead of batch-hard, or supervised-contrastive loss",
+        of_standstill="another learning_rate, semi-hard mining instead of batch-hard, or more identities a batch",
+    ),
+    "self-supervised": _Remedies(
+        of_collapse="a lower learning_rate, nt-xent loss, which pushes other images away, or images that differ more",
+        of_standstill="another learning_rate, a lower temperature, more images a batch, or milder augmentation, under "
+        "which two views of an image still look alike",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +73,8 @@ class Report:
     """Images trained on, counted as often as they were."""
     seconds: float
     """Wall time, without that of evaluations and checkpoints."""
+    cpu_seconds: float
+    """Time of all of this process's threads on all cores together, in the same span."""
 
     @property
     def images_per_second(self) -> float:
@@ -69,11 +97,16 @@ class Meter:
     def __init__(self) -> None:
         self._steps: list[Tensor] = []
         self._images = 0
-        self._began = time.perf_counter()
+        self._began = _clocks()
 
-    def restart_clock(self) -> None:
-        """Leave the time since the last report out of the next."""
-        self._began = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block out of the next report."""
+        if self._steps:
+            self._steps[-1].cpu()  # waits for the device, whose time belongs to the steps
+        paused = _clocks()
+        yield
+        self._began = [began + now - then for began, now, then in zip(self._began, _clocks(), paused, strict=True)]
 
     def add(self, output: LossOutput, emb_BD: Tensor) -> None:
         figures = (output.loss, output.active_fraction, output.d_ap, output.d_an, spread(emb_BD))
@@ -83,8 +116,9 @@ class Meter:
     def report(self, step: int, *, learning_rate: float) -> Report:
         """The figures since the last call. Raises TrainingDiverged when a loss was NaN or infinite."""
         figures_S5 = torch.stack(self._steps).cpu()  # waits for the device, so that the time below is whole
-        seconds, images = time.perf_counter() - self._began, self._images
-        self._steps, self._images, self._began = [], 0, time.perf_counter()
+        seconds, cpu_seconds = (now - began for now, began in zip(_clocks(), self._began, strict=True))
+        images = self._images
+        self._steps, self._images, self._began = [], 0, _clocks()
         is_bad_S = ~figures_S5[:, 0].isfinite()
         if is_bad_S.any():
             first = step - len(figures_S5) + int(is_bad_S.int().argmax()) + 1
@@ -104,15 +138,22 @@ class Meter:
             learning_rate=learning_rate,
             images=images,
             seconds=seconds,
+            cpu_seconds=cpu_seconds,
         )
+
+
+def _clocks() -> list[float]:
+    """Wall time and processor time, in seconds."""
+    return [time.perf_counter(), time.process_time()]
 
 
 class CollapseWatch:
     """Warns, once for each cause, when the embedding collapses to a point or the loss does not leave that level."""
 
-    def __init__(self, loss: MetricLoss, labels_B: Tensor, *, warmup_steps: int) -> None:
-        """`labels_B`: the identities of a batch like those to come."""
+    def __init__(self, loss: MetricLoss, labels_B: Tensor, *, warmup_steps: int, mode: Mode = "supervised") -> None:
+        """`labels_B`: the identities of a batch like those to come; `mode` as in a recipe's [training]."""
         self.collapsed_loss = loss_of_collapse(loss, labels_B)
+        self._remedies = _REMEDIES[mode]
         self._warmup_steps = warmup_steps
         self._collapsed_reports = 0
         self._stuck_reports = 0
@@ -128,14 +169,12 @@ class CollapseWatch:
         if self._collapsed_reports == PATIENCE:
             return (
                 f"step {report.step}: the embedding has collapsed: images lie {report.spread:.3f} from their common "
-                "centre on average, so that all look alike; try a lower learning_rate, semi-hard mining instead of "
-                "batch-hard, or supervised-contrastive loss"
+                f"centre on average, so that all look alike; try {self._remedies.of_collapse}"
             )
         if self._stuck_reports == PATIENCE:
             return (
                 f"step {report.step}: the loss stays at {report.loss:.4g}, that of an embedding that tells no image "
-                "from another; try another learning_rate, semi-hard mining instead of batch-hard, or more identities "
-                "a batch"
+                f"from another; try {self._remedies.of_standstill}"
             )
         return None
 
@@ -149,8 +188,13 @@ def spread(emb_BD: Tensor) -> Tensor:
 def loss_of_collapse(loss: MetricLoss, labels_B: Tensor) -> float:
     """The loss when every image has one and the same embedding: the margin of a triplet loss, ln(B − 1) of SupCon.
 
+    Of a joint loss, with ln(I) as the cross-entropy over its I identities.
+
     NaN, which equals nothing, of a loss without such a level, since it learns or remembers something itself.
     """
+    if isinstance(loss, JointLoss):  # the best that a classifier can say of one point: all identities are as likely
+        identities = len(loss.bias_I)
+        return loss.alpha * math.log(identities) + (1 - loss.alpha) * loss_of_collapse(loss.pair, labels_B)
     if not loss.tells_collapse:
         return math.nan
     same_B2 = F.one_hot(torch.zeros_like(labels_B), 2).float()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from rich.console import Console
 from rich.progress import track
 
-from embedding.bundle import Bundle, Lineage, write_bundle
+from embedding.bundle import Bundle, Lineage, learned_metrics, write_bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder, PixelEncoder
 from embedding.errors import AlreadyExists, InvalidDataset
@@ -29,7 +29,9 @@ from embedding.runtime import tune_malloc
 from training.calibration import calibrate
 from training.config import Recipe
 from training.datasets import ImageSet, SkippedImage, load, load_path
+from training.distributed import joined
 from training.evaluation import evaluate as evaluate_embeddings
+from training.initial import initial_recall
 from training.measurement import Measurement, measure
 from training.one_shot import run_errors
 from training.one_shot_folders import RunFolders
@@ -37,10 +39,13 @@ from training.pairs import HeldOut, held_out
 from training.pixels import PixelStore
 from training.progress import TrainingDisplay
 from training.report import model_card
-from training.result import TrainingResult
+from training.result import TrainingResult, usable_cores
 from training.searches import EvaluationConfig, Search, SearchConfig, find
+from training.second_stage import FILE as CLASSIFIER
+from training.second_stage import fit_second_stage
 from training.splits import SIDES, Split, split
 from training.trainer import Trainer
+from training.whitening import whiten
 
 CHUNK_IMAGES = 256
 """Images decoded and embedded at once outside training."""
@@ -58,9 +63,10 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Bundle:
+) -> Bundle | None:
     """Train as the recipe says, learn the margin on held-out identities, and write the bundle with its model card.
 
+    Under `torchrun`, all processes train together; the first one alone does the rest, and the others get None.
     Checkpoints go to a folder beside `out` and are removed once the bundle stands.
     Raises AlreadyExists before any work unless `overwrite`, and whatever the recipe, its data or the disk give cause
     for: see `embedding.errors`.
@@ -68,30 +74,50 @@ def train(
     if out.exists() and not overwrite:
         raise AlreadyExists(f"{out} exists; choose another place, or ask to overwrite it")
     tune_malloc()
-    console = console or Console(stderr=True)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
-        torch.manual_seed(recipe.seed)
-        network = build(recipe.architecture, weights=recipe.network.initial_weights(data_root))
-    images = load(recipe.data, data_root=data_root, preprocessing=recipe.preprocessing)
-    _say_skipped(console, images.skipped)
-    sides = split(images, recipe.split)
-    console.print(_describe(images, sides), highlight=False)
-    test_set = images.subset(sides.test_N)
-    searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
+    with joined(device) as ranks:
+        console = (console or Console(stderr=True)) if ranks.is_first else Console(quiet=True)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
+            torch.manual_seed(recipe.seed)
+            network = build(recipe.architecture, weights=recipe.network.initial_weights(data_root))
+        images = load(recipe.data, data_root=data_root, preprocessing=recipe.preprocessing)
+        _say_skipped(console, images.skipped)
+        sides = split(images, recipe.split)
+        console.print(_describe(images, sides), highlight=False)
+        train_set, test_set = images.subset(sides.train_N), images.subset(sides.test_N)
+        searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 
-    watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
-    checkpoints = out.with_name(f"{out.name}.checkpoint")
-    trainer = Trainer(
-        recipe,
-        network,
-        images.subset(sides.train_N),
-        device=device,
-        out_dir=checkpoints if recipe.training.checkpoint_every else None,
-        progress=TrainingDisplay(console),
-        evaluate=lambda current: _watch(current, watched, recipe, device),
-    )
-    result = trainer.fit(resume=resume)
+        watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
+        checkpoints = out.with_name(f"{out.name}.checkpoint")
+        trainer = Trainer(
+            recipe,
+            network,
+            train_set,
+            device=device,
+            out_dir=checkpoints if recipe.training.checkpoint_every else None,
+            events_dir=out.with_name(f"{out.name}.tensorboard") if recipe.training.tensorboard else None,
+            progress=TrainingDisplay(console),
+            evaluate=lambda current: _watch(current, watched, recipe, device),
+            ranks=ranks,
+        )
+        initial = (
+            {}
+            if recipe.network.weights == "random" or not ranks.is_first
+            else initial_recall(network, test_set, searches, recipe.preprocessing, device=device)
+        )
+        result = trainer.fit(resume=resume)
+    if not ranks.is_first:
+        return None
+    console.print(f"trained: {result.summary()}", highlight=False, soft_wrap=True)
 
+    if recipe.training.whitening is not None:
+        whiten(
+            network,
+            train_set,
+            recipe.preprocessing,
+            shrinkage=recipe.training.whitening,
+            views=("as-is", "mirror") if recipe.augmentation.horizontal_flip else ("as-is",),
+            device=device,
+        )
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
     calibration_set = images.subset(sides.calibration_N)
     calibration = calibrate(
@@ -101,19 +127,31 @@ def train(
         groups_N=calibration_set.super_class_labels if recipe.split.by == "super" else None,
         seed=recipe.seed,
     )
+    test_emb_ND = _embed(encoder, test_set, console)
     measurement = measure(
-        _embed(encoder, test_set, console),
+        test_emb_ND,
         test_set.labels_N,
         calibration,
         images=test_set,
         searches=searches,
         trained_on=_known_identities(encoder, images, sides, console) if sides.protocol == "closed-set" else None,
     )
+    measurement = replace(measurement, further={**measurement.further, **initial})
+    files: dict[str, bytes] = {}
+    if recipe.classifier is not None:
+        train_emb_ND = _embed(encoder, train_set, console)
+        second = fit_second_stage(
+            train_emb_ND, train_set.labels_N, train_set.identities, recipe.classifier, seed=recipe.seed
+        )
+        named = [test_set.identities[label] for label in test_set.labels_N]
+        further = {**measurement.further, "second-stage accuracy": second.accuracy(test_emb_ND, named)}
+        measurement = replace(measurement, further=further)
+        files[CLASSIFIER] = second.to_bytes()
     lineage = Lineage(
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
-        metrics=dict(measurement.metrics()),
+        metrics={**measurement.metrics(), **learned_metrics(result.learned)},
         environment=_environment(trainer.device, result),
     )
     card = model_card(
@@ -121,6 +159,7 @@ def train(
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
         facts=_facts(recipe, images, sides, lineage, result),
         measurement=measurement,
+        learned=result.learned,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(test_set.identities)),
         **({"intended_use": recipe.description} if recipe.description else {}),
@@ -132,7 +171,7 @@ def train(
         preprocessing=recipe.preprocessing,
         calibration=calibration,
         lineage=lineage,
-        extra_files=card,
+        extra_files={**card, **files},
         overwrite=overwrite,
     )
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -245,10 +284,30 @@ def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage, res
         "split": sides.protocol,
         **{side: f"{identities} identities, {size} images" for side, identities, size in _side_counts(images, sides)},
         "skipped images": str(len(images.skipped)),
-        **{f"learned by the loss: {name}": f"{value:.4f}" for name, value in result.learned.items()},
+        **_modes(recipe, result),
         "created": f"{lineage.created:%Y-%m-%d %H:%M} UTC",
         **lineage.environment,
     }
+
+
+def _modes(recipe: Recipe, result: TrainingResult) -> dict[str, str]:
+    """How it was trained, as far as that is not the plain way."""
+    facts = {}
+    if recipe.training.mode == "self-supervised":
+        facts["mode"] = "self-supervised: training used no labels; calibration and test did"
+    if recipe.classifier is not None:
+        facts["second stage"] = (
+            f"a linear classifier on the frozen embeddings of the training side, {recipe.classifier.epochs} epochs; "
+            f"{CLASSIFIER}"
+        )
+    stopping = recipe.training.early_stopping
+    if stopping is not None and result.kept_step is not None:
+        best = result.evaluations[result.kept_step][stopping.metric]
+        facts["early stopping"] = (
+            f"weights of step {result.kept_step} of {result.steps}, whose {stopping.metric} on the calibration side, "
+            f"{best:.4f}, was the best: the calibration side has chosen among these weights"
+        )
+    return facts
 
 
 def _environment(device: torch.device, result: TrainingResult) -> dict[str, str]:
@@ -256,9 +315,9 @@ def _environment(device: torch.device, result: TrainingResult) -> dict[str, str]
         "lookalike": version("lookalike"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}, {os.cpu_count()} cores",
+        "platform": f"{sys.platform} {platform.machine()}, {usable_cores()} cores",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "training": f"{result.steps} steps in {result.seconds:.0f} s, {result.images_per_second:.0f} images/s",
+        "training": result.summary(),
     }
 
 

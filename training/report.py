@@ -28,13 +28,14 @@ def model_card(
     measurement: Measurement,
     image_of: ImageOf,
     identity_names: Mapping[int, str] | None = None,
+    learned: Mapping[str, float] | None = None,
     intended_use: str = "Deciding whether two images of the kind it was trained on show the same identity.",
 ) -> dict[str, bytes]:
     """Files of a model card by relative path: `README.md` and the pictures it shows, under `card/`.
 
     `facts` is the table of data, split and lineage, by label. What was measured belongs to images that neither
     training nor calibration used; `image_of(row)` gives the pixels [C, H, W] of one of them, and `identity_names` a
-    readable name for a label.
+    readable name for a label. `learned` is what the loss itself has learned, such as a boundary β.
     """
     data, curve, calibration = measurement.data, measurement.curve, measurement.calibration
 
@@ -52,7 +53,7 @@ def model_card(
         promises=_promises(measurement.promises),
         identification=_identification(measurement.identification),
         facts=_table(("", ""), [(label, value) for label, value in facts.items()]),
-        calibration=_calibration_table(calibration),
+        calibration=_calibration_table(calibration, learned or {}),
         intended_use=intended_use,
         limits="\n".join(f"- {limit}" for limit in _limits(calibration)),
         recipe=recipe_text.strip(),
@@ -78,8 +79,8 @@ _CARD = """\
 {searches}
 ## Operating points
 
-Error rates on the calibration side; bounds are one-sided 95 %, resampling identities rather than pairs, and
-super-classes where the split keeps these apart.
+Error rates on the calibration side. "At most" is what the rate of as many other identities exceeds in one of twenty
+cases; identities, not pairs, are taken as independent, or super-classes where the split keeps these apart.
 
 {points}
 
@@ -146,7 +147,8 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     return (
         f"Two images match when their embeddings lie within **{calibration.learned_margin:.4f}** of each other, the "
         f"learned margin. At that threshold {_rate(rates.far)} of non-matching pairs were accepted (at most "
-        f"{_rate(rates.far_upper95)} with 95 % confidence) and {_rate(rates.frr)} of matching pairs rejected, on "
+        f"{_rate(rates.far_upper95)} among as many other identities, with 95 % confidence) and {_rate(rates.frr)} of "
+        "matching pairs rejected, on "
         f"{protocol}. An image's nearest neighbour among {evaluation.retrieval.gallery:,} test images matches it in "
         f"{_rate(evaluation.retrieval.recall_at_1)} of cases."
     )
@@ -244,7 +246,7 @@ def _identification(rows: Sequence[FalseIdentification]) -> str:
     )
 
 
-def _calibration_table(calibration: Calibration) -> str:
+def _calibration_table(calibration: Calibration, learned: Mapping[str, float]) -> str:
     return _table(
         ("", ""),
         [
@@ -255,6 +257,7 @@ def _calibration_table(calibration: Calibration) -> str:
             ("non-matching pairs", f"{calibration.impostor_pairs:,}"),
             ("smallest supported FAR", _rate(calibration.smallest_supported_far)),
             ("learned margin", f"{calibration.learned_margin:.6f}"),
+            *((f"learned by the loss: {name}", f"{value:.6f}") for name, value in learned.items()),
             ("match probability", _kind(calibration.probability)),
         ],
     )

@@ -9,33 +9,43 @@ import torch
 from torch import nn
 
 from training.config import OptimizerConfig
+from training.layers import layers
 
 _PEAK = "peak_learning_rate"
 
 
 def build_optimizer(network: nn.Module, loss: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over up to four groups of the network's, backbone or not and decayed or not, and the loss's own.
+    """AdamW over groups of the network's parameters, by layer of the backbone and decayed or not, and the loss's own.
 
+    The backbone's layer l of L, counted from 0 at the input, has its rate times `layer_decay` to the power L − l.
     Biases and the gains of normalisation layers (parameters of fewer than two dimensions) get no weight decay, nor
     does anything that the loss learns: decay would pull a boundary to 0.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
-        groups.setdefault((name.startswith("backbone."), parameter.ndim > 1), []).append(parameter)
+    factor_of = layer_factors(network, config.layer_decay)
     backbone_rate = config.backbone_learning_rate or config.learning_rate
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        peak = backbone_rate * factor_of[name] if name in factor_of else config.learning_rate
+        groups.setdefault((peak, parameter.ndim > 1), []).append(parameter)
     options: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if is_decayed else 0.0,
-            _PEAK: backbone_rate if is_backbone else config.learning_rate,
-        }
-        for (is_backbone, is_decayed), parameters in groups.items()
+        {"params": parameters, "weight_decay": config.weight_decay if is_decayed else 0.0, _PEAK: peak}
+        for (peak, is_decayed), parameters in groups.items()
     ]
     if learned := list(loss.parameters()):
         loss_rate = config.loss_learning_rate or config.learning_rate
         # First, so that the last group stays the projection's, whose rate is reported.
         options.insert(0, {"params": learned, "weight_decay": 0.0, _PEAK: loss_rate})
     return torch.optim.AdamW(options, lr=config.learning_rate)
+
+
+def layer_factors(network: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Of each of the backbone's parameters, by its name in the network: what its learning rate is multiplied by."""
+    of_layers = layers(network.get_submodule("backbone"))
+    return {
+        f"backbone.{name}": layer_decay ** (len(of_layers) - depth)
+        for depth, names in enumerate(of_layers)
+        for name in names
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, *, warmup_steps: int, total_steps: int) -> None:

@@ -1,7 +1,7 @@
 """`lookalike compare`: does every run of a study, those that are done already left out, and writes its report.
 
     DIR/study.json      whose folder it is
-    DIR/runs/*.json     a run each: its settings and what it gave, named by a sum of its settings
+    DIR/runs/*.json     a run each: its settings and what it gave
     DIR/README.md, *.csv, *.png     the report, made anew from the runs
 
 A run's file appears whole or not at all, when the run has ended. So a study that was stopped, however, goes on where it

@@ -201,7 +201,7 @@ def springs_plot(
     losses.text(0.17, 0.44, "non-matching:\n½ max(0, m − d)²", color=NON_MATCH, fontsize=10)
     slopes.axhline(0, color="black", linewidth=0.8)
     slopes.text(0.62, 0.85, "matching: attracts\nat every distance", color=MATCH, fontsize=10, ha="right")
-    slopes.text(0.45, -0.85, "non-matching: repels\nup to m, then lets go", color=NON_MATCH, fontsize=10)
+    slopes.text(0.37, -0.85, "non-matching: repels\nup to m, then lets go", color=NON_MATCH, fontsize=10)
 
     place_G, pull_G, push_G = line
     forces.axhline(0, color="black", linewidth=0.8)

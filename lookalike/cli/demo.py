@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding.errors import AlreadyExists, StorageFailed
+from embedding.errors import AlreadyExists, InvalidInput, StorageFailed
 from lookalike.cli import show
 from lookalike.cli.serve import READY_LINE
 from lookalike.client import Client
@@ -51,6 +51,8 @@ def demo(
 
     _say("1. Train, and learn the margin on digits that training never saw", console)
     bundle = train(recipe, out=out / "bundle", console=console)
+    if bundle is None:
+        raise InvalidInput("the demo trains in one process; start it without torchrun")
     calibration = bundle.calibration
     console.print(
         f"{bundle.name}: learned margin {calibration.learned_margin:.4f}, from "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -28,20 +29,22 @@ def show_(
     """Describe a model: what it is, its learned margin, and the error rates of its named operating points."""
     if (bundle is None) == (target is None):
         raise typer.BadParameter("Give a bundle, or --target HOST:PORT.")
+    learned: Mapping[str, float] = {}
     if target is not None:
         with Client(target) as client:
             described = client.get_model()
     else:
-        from lookalike.cli.local import describe_bundle
+        from lookalike.cli.local import describe_bundle, learned_in
 
         described = describe_bundle(bundle or Path())
+        learned = learned_in(bundle or Path())
     if json:
         print(show.as_json(described))
     else:
-        _print(described)
+        _print(described, learned)
 
 
-def _print(described: Model) -> None:
+def _print(described: Model, learned: Mapping[str, float]) -> None:
     out = show.console()
     calibration = described.calibration
     facts = show.table(["model", described.id])
@@ -50,6 +53,7 @@ def _print(described: Model) -> None:
         ("network", f"{described.network}, {described.image_size} px, {described.embedding_dim} dimensions"),
         ("trained", f"{described.create_time:%Y-%m-%d %H:%M} UTC"),
         ("learned margin", f"{calibration.learned_margin:.4f}"),
+        *((f"learned by the loss: {name}", f"{value:.4f}") for name, value in learned.items()),
         (
             "calibrated on",
             f"{calibration.identities} identities, {calibration.protocol}: {calibration.matching_pairs:,} matching "

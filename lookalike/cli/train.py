@@ -27,6 +27,8 @@ def train(
 
     loaded = load_recipe(find_recipe(recipe))
     bundle = run(loaded, out=out, data_root=data, device=device, resume=resume, overwrite=overwrite)
+    if bundle is None:  # another process of this training writes and talks
+        return
     calibration = bundle.calibration
     print(f"wrote {bundle.name} to {bundle.path}; its model card is {bundle.path / 'README.md'}")
     print(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedding.bundle import MANIFEST, Bundle
+from embedding.bundle import MANIFEST, Bundle, learned_metrics
 from lookalike import Client
 from lookalike.__main__ import main
 from tests.cli.conftest import Run
@@ -90,6 +90,13 @@ class TestModelShow:
         out = run("model", "show", bundle.path).out
         for words in (bundle.name, bundle.fingerprint, f"{MARGIN:.4f}", "strict", "0.1250", "20 identities"):
             assert words in out
+
+    def test_what_the_loss_learned_stands_next_to_the_learned_margin(self, run: Run, tmp_path: Path) -> None:
+        bundle = make_bundle(tmp_path / "toy", seed=2, metrics=learned_metrics({"boundary β": 1.0625}))
+        lines = run("model", "show", bundle.path).out.splitlines()
+        margin = next(row for row, line in enumerate(lines) if "learned margin" in line)
+        assert "learned by the loss: boundary β" in lines[margin + 1]
+        assert "1.0625" in lines[margin + 1]
 
     def test_bad_input(self, run: Run, tmp_path: Path) -> None:
         run("model", "show").failed_with("--target")

@@ -15,6 +15,7 @@ from embedding.errors import InvalidDataset
 from training import calibration as module
 from training.bounds import (
     across_variance,
+    degrees_of_freedom,
     far_upper_bounds,
     frr_upper_bounds,
     group_across_variance,
@@ -132,7 +133,7 @@ def test_perfect_separation_puts_the_margin_in_the_middle_of_the_gap() -> None:
     assert calibration.named_points["equal-error"] == calibration.learned_margin
     rates = calibration.rates_at(calibration.learned_margin)
     assert rates.far == rates.frr == 0
-    assert 3 / 190 < rates.far_upper95 < 0.1, "190 tight identity pairs are the evidence, not 4,750 image pairs"
+    assert 3 / 190 < rates.far_upper95 < 0.2, "190 tight identity pairs are the evidence, not 4,750 image pairs"
     assert 0 < rates.frr_upper95 < 0.2
     assert calibration.probability.at(float(matching.max())) > 0.5 > calibration.probability.at(float(impostor.min()))
     assert 1 < calibration.probability.slope < 1000
@@ -198,8 +199,8 @@ def test_closed_form_variance_equals_the_bootstraps() -> None:
     thresholds = np.array([0.5, 0.7, 1.0, 2.0], dtype=np.float32)
     far = np.searchsorted(table.impostor, thresholds, "right") / len(table.impostor)
     frr = 1 - np.searchsorted(table.matching, thresholds, "right") / len(table.matching)
-    far_variance, far_erring = across_variance(table, thresholds, far)
-    frr_variance, frr_erring = within_variance(table, thresholds, frr)
+    far_variance, far_erring, _ = across_variance(table, thresholds, far)
+    frr_variance, frr_erring, _ = within_variance(table, thresholds, frr)
     far_sd, frr_sd = np.sqrt(far_variance), np.sqrt(frr_variance)
     for row, threshold in enumerate(thresholds[:3]):
         expected = brute_force_bootstrap(emb, labels, float(threshold), 3000)
@@ -246,8 +247,8 @@ def test_closed_form_variance_of_super_classes_equals_the_bootstraps() -> None:
             frr.append((weight @ misses) / (weight @ within))
         thresholds = np.array([threshold], dtype=np.float32)
         far_rate, frr_rate = np.array([hits.sum() / pairs.sum()]), np.array([misses.sum() / within.sum()])
-        far_variance, far_erring = group_across_variance(table, table.groups, thresholds, far_rate)
-        frr_variance, frr_erring = within_variance(table, thresholds, frr_rate, groups_G=table.groups)
+        far_variance, far_erring, _ = group_across_variance(table, table.groups, thresholds, far_rate)
+        frr_variance, frr_erring, _ = within_variance(table, thresholds, frr_rate, groups_G=table.groups)
         assert np.sqrt([far_variance[0], frr_variance[0]]) == pytest.approx([np.std(far), np.std(frr)], rel=0.2)
         assert far_erring[0] == np.count_nonzero(np.triu(hits + hits.T))
         assert frr_erring[0] == np.count_nonzero(misses)
@@ -281,14 +282,17 @@ def test_bounds_hold_for_unseen_super_classes() -> None:
 
     tables = [table(seed) for seed in range(120)]
     true_far = np.mean([np.searchsorted(each.impostor, thresholds, "right") / len(each.impostor) for each in tables], 0)
-    covered, covered_by_identities = [], []
-    for each in tables:
+    covered, kept, covered_by_identities = [], [], []
+    for each, other in zip(tables, tables[1:] + tables[:1], strict=True):
         by_identities = PairTable(each.sizes, each.distances)
-        covered.append(far_upper_bounds(each, thresholds) >= true_far)
+        bound = far_upper_bounds(each, thresholds)
+        covered.append(bound >= true_far)
+        kept.append(bound >= np.searchsorted(other.impostor, thresholds, "right") / len(other.impostor))
         covered_by_identities.append(far_upper_bounds(by_identities, thresholds) >= true_far)
         assert (frr_upper_bounds(each, thresholds) >= frr_upper_bounds(by_identities, thresholds)).all()
-    assert (np.mean(covered, axis=0) >= 0.9).all()
-    assert (np.mean(covered_by_identities, axis=0) < 0.85).all()
+    assert (np.mean(covered, axis=0) >= 0.95).all()
+    assert (np.mean(kept, axis=0) >= 0.92).all()  # of 120, where 0.95 is meant
+    assert (np.mean(covered_by_identities, axis=0)[1:] < 0.85).all()
 
 
 def test_bounds_hold_for_the_population_and_for_other_identities() -> None:
@@ -304,22 +308,69 @@ def test_bounds_hold_for_the_population_and_for_other_identities() -> None:
     def table(seed: int) -> PairTable:
         return measure_pairs(held_out(*random_effects(20, 6, seed=seed)), max_items=999, seed=0)
 
-    covered, kept, covered_frr = [], [], []
+    covered, kept, covered_frr, kept_frr = [], [], [], []
     for repeat in range(100):
         seen, unseen = table(repeat), table(repeat + 1000)
         bound = far_upper_bounds(seen, thresholds)
         covered.append(bound >= true_far)
         kept.append(bound >= np.searchsorted(unseen.impostor, thresholds, "right") / len(unseen.impostor))
-        covered_frr.append(frr_upper_bounds(seen, thresholds) >= true_frr)
+        frr_bound = frr_upper_bounds(seen, thresholds)
+        covered_frr.append(frr_bound >= true_frr)
+        kept_frr.append(frr_bound >= 1 - np.searchsorted(unseen.matching, thresholds, "right") / len(unseen.matching))
     assert (np.mean(covered, axis=0) >= 0.95).all()
-    assert (np.mean(kept, axis=0) >= 0.92).all()
-    assert (np.mean(covered_frr, axis=0) >= 0.90).all()
+    assert (np.mean(kept, axis=0) >= 0.95).all()
+    assert (np.mean(covered_frr, axis=0) >= 0.95).all()
+    assert (np.mean(kept_frr, axis=0) >= 0.95).all()
+
+
+def lookalikes(identities: int, images: int, *, seed: int) -> tuple[tuple[Array, Labels], tuple[Array, Labels]]:
+    """Two samples of one population in which some identities come in families: these make all of the small rates."""
+    rng = np.random.default_rng(seed)
+    everyone, families = 8 * identities, 8 * identities // 6
+    centres, family_centres = rng.normal(size=(everyone, 16)), rng.normal(size=(families, 16))
+    is_family = rng.random(everyone) < 0.4
+    family = rng.integers(0, families, size=is_family.sum())
+    near = 0.35 * np.exp(0.5 * rng.normal(size=(is_family.sum(), 1)))
+    centres[is_family] = family_centres[family] + near * rng.normal(size=(is_family.sum(), 16))
+    drawn = rng.permutation(everyone)[: 2 * identities]
+    spread = 0.35 * np.exp(0.4 * rng.normal(size=(2 * identities, 1, 1)))
+    emb = centres[drawn, None] + spread * rng.normal(size=(2 * identities, images, 16))
+    emb = (emb / np.linalg.norm(emb, axis=2, keepdims=True)).astype(np.float32)
+    labels = np.repeat(np.arange(identities), images)
+    return (emb[:identities].reshape(-1, 16), labels), (emb[identities:].reshape(-1, 16), labels)
+
+
+def test_promises_hold_down_to_the_smallest_rate_that_pairs_support() -> None:
+    """150 calibrations, each with the thresholds that it would choose, held to its word on as many other identities."""
+    kept = []
+    for seed in range(150):
+        seen, unseen = lookalikes(40, 3, seed=seed)
+        table = measure_pairs(held_out(*seen), max_items=999, seed=0)
+        other = measure_pairs(held_out(*unseen), max_items=999, seed=0)
+        n = len(table.impostor)
+        accepts = np.geomspace(1, n, 40).astype(np.int64)
+        chosen = np.array([3, n // 1000, n // 100, n // 10])  # three pairs support a rate, hardly
+        thresholds = np.unique(table.impostor[np.concatenate([accepts, chosen]) - 1])
+        bound = far_upper_bounds(table, thresholds)
+        realised = np.searchsorted(other.impostor, thresholds, "right") / len(other.impostor)
+        at = np.searchsorted(thresholds, table.impostor[chosen - 1])
+        kept.append(bound[at] >= realised[at])
+    assert (np.mean(kept, axis=0) >= 0.95).all()
+
+
+def test_degrees_of_freedom_say_how_many_identities_make_the_variance() -> None:
+    rng = np.random.default_rng(0)
+    alike, dominated = rng.normal(size=(400, 1)) ** 2, np.full((400, 1), 1e-6)
+    dominated[7] = 1
+    assert degrees_of_freedom(alike)[0] == pytest.approx(400, rel=0.2)
+    assert degrees_of_freedom(dominated)[0] == pytest.approx(2, rel=0.01)
+    assert degrees_of_freedom(np.zeros((400, 1)))[0] == 1
 
 
 def test_bound_of_independent_trials_is_clopper_and_pearsons() -> None:
-    no_errors = upper_bound(np.array([0.0]), 300, np.array([1.0]), identities=10**9)
+    no_errors = upper_bound(np.array([0.0]), 300, np.array([1.0]), np.array([1e9]))
     assert no_errors[0] == pytest.approx(1 - 0.05 ** (1 / 300), rel=1e-3)  # the rule of three: about 3 / n
-    doubled = upper_bound(np.array([0.0]), 300, np.array([2.0]), identities=10**9)
+    doubled = upper_bound(np.array([0.0]), 300, np.array([2.0]), np.array([1e9]))
     assert doubled[0] == pytest.approx(1 - 0.05 ** (1 / 150), rel=1e-3)
 
 

@@ -361,12 +361,11 @@ def test_a_loss_scaled_has_its_gradient_scaled(loss: MetricLoss) -> None:
     torch.testing.assert_close(thrice_BD, 3 * gradient(loss, emb_BD, labels_B))
 
 
-NEVER_RISING = [name for name in LOSSES if name not in {"triplet hard", "multi-similarity, mined", "circle"}]
-"""Not those that choose pairs by the positive's place, nor the circle loss, whose weight on a match that lies beyond
-its optimum turns against it; semi-hard mining is told apart in the test."""
+RISING = {"triplet hard", "multi-similarity, mined", *(name for name in LOSSES if "semi-hard" in name)}
+"""Losses that choose pairs by where the matches lie: a match that moves closer can change the choice."""
 
 
-@pytest.mark.parametrize("name", [name for name in NEVER_RISING if "semi-hard" not in name])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in RISING])
 @given(seed=st.integers(0, 999), step=st.floats(0.01, 1))
 @settings(max_examples=25, deadline=None)
 def test_moving_a_match_closer_never_raises_the_loss(name: str, seed: int, step: float) -> None:
@@ -379,6 +378,29 @@ def test_moving_a_match_closer_never_raises_the_loss(name: str, seed: int, step:
         emb_BD[1, :2] = torch.tensor([math.cos(angle), math.sin(angle)])
         losses.append(LOSSES[name](emb_BD, labels_B).loss.item())
     assert losses[1] <= losses[0] + 1e-12
+
+
+def on_circle(*degrees: float) -> Tensor:
+    radians = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([radians.cos(), radians.sin()], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "labels"),
+    [
+        # The mean runs over hard triplets: one that is hardly hard leaves it.
+        ("triplet hard", (0, 62, -60, 180, 90), (0, 59, -60, 180, 90), [0, 0, 1, 2, 2]),
+        # A nearer match makes a nearer non-match the nearest that is farther.
+        *((name, (0, 60, -50, 120), (0, 45, -50, 120), [0, 0, 1, 2]) for name in sorted(RISING) if "semi" in name),
+        # A match far nearer than every non-match is not chosen: its anchor leaves the mean.
+        ("multi-similarity, mined", (0, -80, 130, -60, -140), (0, -24, 130, -60, -140), [0, 0, 1, 1, 2]),
+    ],
+)
+def test_a_closer_match_can_raise_losses_that_choose_by_it(
+    name: str, before: tuple[float, ...], after: tuple[float, ...], labels: list[int]
+) -> None:
+    values = [LOSSES[name](on_circle(*degrees), torch.tensor(labels)).loss.item() for degrees in (before, after)]
+    assert values[1] > values[0] + 1e-3
 
 
 @pytest.mark.parametrize("temperature", [2e-4, 1e-3, 0.05])
@@ -452,6 +474,15 @@ def test_a_batch_without_a_positive_pulls_nothing(loss: MetricLoss, labels: list
     assert output.active_fraction == 0
     assert output.d_ap.isnan()
     assert gradient(loss, emb_BD, torch.tensor(labels)).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_batch_of_one_identity_has_no_negative(name: str) -> None:
+    emb_BD, labels_B = unit_rows(4), torch.zeros(4, dtype=torch.int64)
+    output = LOSSES[name](emb_BD, labels_B)
+    assert output.loss.item() == pytest.approx(NAIVE[name](emb_BD, [0] * 4), abs=1e-12)
+    assert output.d_an.isnan()
+    assert gradient(LOSSES[name], emb_BD, labels_B).isfinite().all()
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name.startswith("triplet")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from training.losses import Comparison, MetricLoss
 from training.losses_combined import JointLoss, ThresholdConsistentLoss
 from training.losses_pairs import ContrastiveLoss, MarginLoss
-from training.losses_proxies import ArcFaceLoss, ProxyAnchorLoss
+from training.losses_proxies import ArcFaceLoss, ProxyAnchorLoss, arcface_loss, proxy_anchor_loss
 from training.losses_similarity import threshold_consistency
 from training.losses_softmax import SupervisedContrastiveLoss
 from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
@@ -98,6 +99,102 @@ def test_float16_embeddings_give_a_finite_float32_loss(loss: MetricLoss) -> None
     output = loss(unit_rows(6).half(), LABELS_B)
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == pytest.approx(loss(unit_rows(6).float(), LABELS_B).loss.item(), rel=2e-2)
+
+
+OUTER: dict[str, MetricLoss] = {
+    "proxy-anchor": proxy_loss(ProxyAnchorLoss),
+    "arcface": proxy_loss(ArcFaceLoss),
+    "joint": joint(0.5),
+    "threshold-consistent": ThresholdConsistentLoss(ContrastiveLoss()),
+    "cross-batch memory": CrossBatchMemoryLoss(ContrastiveLoss(), size=8, width=4).double().eval(),
+    "margin per identity": MarginLoss(mining="all", identities=5).double(),
+}
+every_outer_loss = pytest.mark.parametrize("loss", OUTER.values(), ids=OUTER.keys())
+
+
+def gradient(loss: MetricLoss, emb_BD: Tensor, labels_B: Tensor) -> Tensor:
+    emb_BD = emb_BD.detach().clone().requires_grad_()
+    (grad_BD,) = torch.autograd.grad(loss(emb_BD, labels_B).loss, emb_BD, allow_unused=True)
+    return torch.zeros_like(emb_BD) if grad_BD is None else grad_BD
+
+
+@every_outer_loss
+def test_the_order_of_a_batch_does_not_matter(loss: MetricLoss) -> None:
+    emb_BD, order = unit_rows(6, seed=4), torch.tensor([3, 0, 5, 4, 1, 2])
+    for one, other in zip(loss(emb_BD, LABELS_B), loss(emb_BD[order], LABELS_B[order]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
+@every_outer_loss
+@pytest.mark.parametrize(
+    "labels", [[2], [0, 1, 2], [1, 1, 1]], ids=["one item", "no positive", "no negative, one identity"]
+)
+def test_batches_without_pairs_have_finite_losses_and_gradients(loss: MetricLoss, labels: list[int]) -> None:
+    emb_BD, labels_B = unit_rows(len(labels)), torch.tensor(labels)
+    assert loss(emb_BD, labels_B).loss.isfinite()
+    assert gradient(loss, emb_BD, labels_B).isfinite().all()
+
+
+@every_outer_loss
+def test_coinciding_embeddings_have_a_finite_gradient(loss: MetricLoss) -> None:
+    assert gradient(loss, unit_rows(1).repeat(6, 1), LABELS_B).isfinite().all()
+
+
+@every_outer_loss
+def test_the_gradient_is_that_of_numerical_differences(loss: MetricLoss) -> None:
+    emb_BD = unit_rows(6, seed=3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda rows: loss(rows, LABELS_B).loss, emb_BD)
+
+
+@every_outer_loss
+def test_a_nan_embedding_gives_a_nan_loss(loss: MetricLoss) -> None:
+    emb_BD = unit_rows(6)
+    emb_BD[2] = torch.nan
+    assert loss(emb_BD, LABELS_B).loss.isnan()
+
+
+@pytest.mark.parametrize("kind", [ProxyAnchorLoss, ArcFaceLoss])
+def test_an_image_closer_to_its_proxy_never_raises_the_loss(kind: type[ProxyAnchorLoss | ArcFaceLoss]) -> None:
+    loss = proxy_loss(kind)
+    with torch.no_grad():  # the last axis is no proxy's: the image comes from there, towards its own proxy alone
+        loss.proxies_ID.copy_(torch.eye(4, dtype=torch.float64)[[0, 1, 2, 0, 2]])
+    values = []
+    for angle in torch.linspace(math.pi / 2, 0, 20, dtype=torch.float64):
+        emb_BD = unit_rows(6, seed=2)
+        emb_BD[2] = torch.stack([torch.zeros_like(angle), angle.cos(), torch.zeros_like(angle), angle.sin()])
+        values.append(loss(emb_BD, LABELS_B).loss.item())
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(values))
+    assert values[-1] < values[0]
+
+
+def test_a_closer_match_can_raise_the_threshold_consistency() -> None:
+    # The mean runs over the pairs that break their margin: one that keeps it leaves the mean to those that do not.
+    negative = torch.zeros(1, 2, dtype=torch.bool)
+    before, after = (
+        threshold_consistency(torch.tensor([[0.0, near]]), ~negative, negative, positive=0.9, negative=0.5)
+        for near in (0.89, 0.91)
+    )
+    assert before == pytest.approx((0.9 + 0.01) / 2)
+    assert after == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("kind", [ProxyAnchorLoss, ArcFaceLoss])
+@pytest.mark.parametrize("scale", [16.0, 64.0, 500.0])
+def test_closed_forms_are_the_definitions(kind: type[ProxyAnchorLoss | ArcFaceLoss], scale: float) -> None:
+    loss, emb_BD = proxy_loss(kind, scale=scale), unit_rows(6, seed=5).requires_grad_()
+    cosine_BI = emb_BD @ F.normalize(loss.proxies_ID, dim=1).T
+    if kind is ProxyAnchorLoss:
+        is_own_BI = LABELS_B[:, None] == torch.arange(5)
+        value = proxy_anchor_loss(cosine_BI, is_own_BI, margin=loss.margin, scale=scale)
+    else:
+        value = arcface_loss(cosine_BI, LABELS_B, margin=loss.margin, scale=scale)
+    expected = torch.autograd.grad(value, (emb_BD, loss.proxies_ID))
+    output = loss(emb_BD, LABELS_B).loss
+    assert output.item() == pytest.approx(value.item())
+    for ours, theirs in zip(torch.autograd.grad(output, (emb_BD, loss.proxies_ID)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    single = loss.float()(emb_BD.detach().float(), LABELS_B).loss.item()
+    assert single == pytest.approx(value.item(), rel=1e-4)
 
 
 def test_the_boundary_is_led_to_where_matches_and_non_matches_part() -> None:

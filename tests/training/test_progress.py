@@ -19,6 +19,7 @@ REPORT = Report(
     learning_rate=1e-3,
     images=1200,
     seconds=1.0,
+    cpu_seconds=1.0,
 )
 
 

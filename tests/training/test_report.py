@@ -39,6 +39,7 @@ def card_of(
     protocol: Literal["identity-disjoint", "closed-set"] = "identity-disjoint",
     channels: int = 1,
     names: dict[int, str] | None = None,
+    learned: dict[str, float] | None = None,
 ) -> dict[str, bytes]:
     if calibration is None:
         seen = identities(30, 5, seed=1)
@@ -54,6 +55,7 @@ def card_of(
         measurement=measure(test.embeddings, test.identities, calibration),
         image_of=image_of,
         identity_names=names,
+        learned=learned,
     )
 
 
@@ -101,6 +103,14 @@ def test_searches_and_larger_galleries_have_their_tables() -> None:
     assert re.search(r"\| `learned-margin` \| 100 \| [\d.]+ % \| [\d.]+ % \| [\d.]+ % \|", text)
     assert "| `far-1e-3` | 10,000 |" in text
     assert "## Searches of one part" not in text
+
+
+@pytest.mark.usefixtures("text_only")
+def test_what_the_loss_learned_stands_next_to_the_learned_margin() -> None:
+    lines = card_of(identities(12, 4), learned={"boundary β, mean": 1.125})["README.md"].decode().splitlines()
+    margin = next(row for row, line in enumerate(lines) if line.startswith("| learned margin |"))
+    assert lines[margin + 1] == "| learned by the loss: boundary β, mean | 1.125000 |"
+    assert "learned by the loss" not in card_of(identities(12, 4))["README.md"].decode()
 
 
 @pytest.mark.usefixtures("text_only")

@@ -4,81 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from embedding.errors import DamagedData, InvalidDataset, InvalidImage, InvalidRecipe, NotFound, TrainingDiverged
 from embedding.images import Pixels, Preprocessing
-from embedding.networks import EmbeddingNetwork, build
+from embedding.networks import EmbeddingNetwork
+from tests.training.tiny import (
+    STEPS,
+    assert_same_bits,
+    draw_images,
+    load_images,
+    network,
+    recipe,
+    trainer,
+    weights,
+)
 from training.checkpoint import FILE
-from training.config import Recipe
-from training.datasets import ImageSet, Indices, load
+from training.datasets import ImageSet, Indices
 from training.progress import TrainingDisplay
 from training.trainer import Evaluate, Trainer
-
-STEPS = 9
-
-
-def recipe(**sections: Mapping[str, Any]) -> Recipe:
-    table: dict[str, Any] = {
-        "name": "tiny",
-        "seed": 3,
-        "data": {"source": "folder", "path": "images"},
-        "preprocessing": {"image_size": 8, "channels": 1},
-        "network": {"name": "small_cnn", "embedding_dim": 8, "width": 4, "dropout": 0.2},
-        "augmentation": {"translation": 0.1, "noise": 0.05},
-        "sampling": {"identities_per_batch": 4, "images_per_identity": 3},
-        "loss": {"name": "supervised-contrastive"},
-        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
-        "training": {"steps": STEPS, "log_every": 2, "checkpoint_every": 4, "precision": "fp32"},
-    }
-    merged = {**table, **{name: {**table[name], **section} for name, section in sections.items()}}
-    if "name" in sections.get("loss", {}):
-        merged["loss"] = sections["loss"]
-    return Recipe.model_validate(merged, strict=False)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
-    """Five identities: a bright square at a place of its own, on noise."""
     root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for identity in range(5):
-        (root / "images" / str(identity)).mkdir(parents=True)
-        for item in range(6):
-            pixels = rng.integers(0, 90, (8, 8), dtype=np.uint8)
-            pixels[identity : identity + 3, 6 - identity : 8 - identity] = 255
-            Image.fromarray(pixels).save(root / "images" / str(identity) / f"{item}.png")
-    return load(recipe().data, data_root=root, preprocessing=recipe().preprocessing)
-
-
-def network(for_recipe: Recipe) -> EmbeddingNetwork:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return build(for_recipe.architecture)
-
-
-def trainer(
-    for_recipe: Recipe, images: ImageSet, out_dir: Path | None = None, evaluate: Evaluate | None = None
-) -> Trainer:
-    return Trainer(for_recipe, network(for_recipe), images, device="cpu", out_dir=out_dir, evaluate=evaluate)
-
-
-def weights(of: Trainer) -> dict[str, Tensor]:
-    return of.network.state_dict()
-
-
-def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    draw_images(root)
+    return load_images(root)
 
 
 class Killed(Exception):
@@ -273,12 +231,15 @@ def test_clipped_gradients_move_nothing_far(images: ImageSet) -> None:
 
 
 def test_the_shipped_weights_are_the_average(images: ImageSet) -> None:
-    plain, averaged = trainer(recipe(), images), trainer(recipe(training={"ema_decay": 0.99}), images)
-    plain.fit()
+    averaged, plain = trainer(recipe(training={"ema_decay": 0.99}), images), trainer(recipe(), images)
     averaged.fit()
-    assert not torch.equal(weights(plain)["projection.weight"], weights(averaged)["projection.weight"])
-    buffer = "backbone.0.first_norm.running_mean"
-    assert torch.equal(weights(plain)[buffer], weights(averaged)[buffer])
+    plain.step(0, *plain.load_batch(0))
+    average = plain.network.projection.weight.detach().clone()
+    for step in range(1, STEPS):
+        plain.step(step, *plain.load_batch(step))
+        average.lerp_(plain.network.projection.weight.detach(), 1 - (1 + step) / (10 + step))
+    torch.testing.assert_close(weights(averaged)["projection.weight"], average)
+    assert not torch.equal(weights(plain)["projection.weight"], average)
 
 
 def test_figures_of_a_run(images: ImageSet) -> None:

@@ -1,0 +1,134 @@
+"""Training by two processes, started by torchrun, against one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from embedding.bundle import Bundle
+from embedding.errors import InvalidInput
+from tests.training.ranks import CASES, EXACT, MICRO, exact_gradients
+from tests.training.tiny import draw_images, first_gradients, load_images
+from training.datasets import ImageSet
+from training.distributed import ALONE, Ranks, joined
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+RECIPE = """
+name = "tiny"
+data = {source = "folder", path = "images"}
+split = {protocol = "closed-set", train = 0.34, calibration = 0.33, test = 0.33}
+preprocessing = {image_size = 8, channels = 1}
+network = {name = "small_cnn", embedding_dim = 8, width = 4}
+sampling = {identities_per_batch = 3, images_per_identity = 3}
+loss = {name = "supervised-contrastive"}
+optimizer = {warmup_steps = 2}
+training = {steps = 6, log_every = 3, checkpoint_every = 3}
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    root = tmp_path_factory.mktemp("alone")
+    draw_images(root)
+    return load_images(root)
+
+
+def by_two_processes(root: Path, what: str) -> str:
+    """Run `tests/training/ranks.py` under torchrun, on images in `root`; what its processes have printed."""
+    draw_images(root)
+    (root / "tiny.toml").write_text(RECIPE)
+    ran = subprocess.run(
+        [*TORCHRUN, "-m", "tests.training.ranks", root, root, what],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that two processes have written their gradients to."""
+    root = tmp_path_factory.mktemp("ranks")
+    by_two_processes(root, "gradients")
+    return root
+
+
+def of_rank(written: Path, name: str, rank: int) -> dict[str, Tensor]:
+    return load_file(written / f"{name}.{rank}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_two_processes_are_those_of_one(written: Path, images: ImageSet, name: str) -> None:
+    expected = first_gradients(CASES[name], images)
+    for rank in (0, 1):
+        found = of_rank(written, name, rank)
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert (found[key] - tensor).abs().max() <= 1e-6, key
+    assert any(key.startswith("loss.") for key in expected) == (name in {"arcface", "joint", "drawn negatives"})
+
+
+@pytest.mark.parametrize("total", EXACT)
+def test_in_float64_they_are_the_same_to_the_last_digits(written: Path, total: int) -> None:
+    expected = exact_gradients(ALONE, total)
+    for rank in (0, 1):
+        torch.testing.assert_close(of_rank(written, f"exact {total}", rank), expected, atol=1e-12, rtol=1e-10)
+
+
+def test_cached_gradients_are_alike_on_both_processes(written: Path, images: ImageSet) -> None:
+    """Micro-batches are other images than in one process, and so are their batch statistics: near, not equal."""
+    first, second, alone = of_rank(written, "micro", 0), of_rank(written, "micro", 1), first_gradients(MICRO, images)
+    for key, tensor in first.items():
+        torch.testing.assert_close(tensor, second[key], atol=0, rtol=0)
+    gradients = [key for key in alone if key.startswith("network.")]
+    one, other = (torch.cat([found[key].flatten() for key in gradients]) for found in (alone, first))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.9
+
+
+def test_a_whole_run_leaves_both_with_the_same_weights(written: Path) -> None:
+    first, second = of_rank(written, "run", 0), of_rank(written, "run", 1)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+@pytest.mark.slow
+def test_train_under_torchrun_writes_one_bundle_and_talks_once(tmp_path: Path) -> None:
+    said = by_two_processes(tmp_path, "train")
+    bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.calibration.protocol == "closed-set"
+    assert said.count("step 6/6") == said.count("wrote tiny-") == said.count("learned margin") == 1
+
+
+def test_shares_are_neighbours_that_differ_by_one_at_most() -> None:
+    for total in range(12):
+        for size in range(1, 5):
+            shares = [range(total)[Ranks(rank=rank, size=size).share(total)] for rank in range(size)]
+            assert [row for share in shares for row in share] == list(range(total))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            assert max(map(len, shares)) == ALONE.largest_share(total) if size == 1 else True
+            assert max(map(len, shares)) == Ranks(size=size).largest_share(total)
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as some schedulers set it
+    with joined("cpu") as ranks:
+        assert ranks == ALONE
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InvalidInput, match="2 processes or more on this machine and 1 CUDA devices; lower"):
+        Ranks(rank=1, size=2, local_rank=1).device("auto")

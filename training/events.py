@@ -1,0 +1,58 @@
+"""TensorBoard's event files: the figures of a run as curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embedding.errors import InvalidRecipe
+from training.monitor import Report
+
+
+class EventWriter:
+    """Writes a run's figures into `folder`; of no folder, nothing.
+
+    `done` steps are those of an earlier process: what it wrote beyond them is hidden, so that a resumed run shows one
+    curve. Raises InvalidRecipe when the package tensorboard is missing.
+    """
+
+    def __init__(self, folder: Path | None, *, done: int = 0) -> None:
+        self._writer: Any = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise InvalidRecipe(
+                "training.tensorboard needs the package tensorboard: pip install 'lookalike[tensorboard]', or leave "
+                "the key out",
+                field="training.tensorboard",
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+
+    def report(self, report: Report) -> None:
+        """The figures of a report, under `training/`."""
+        figures = {
+            "loss": report.loss,
+            "active fraction": report.active_fraction,
+            "distance of matching pairs": report.d_ap,
+            "distance of non-matching pairs": report.d_an,
+            "spread": report.spread,
+            "learning rate": report.learning_rate,
+            "images per second": report.images_per_second,
+        }
+        self._add("training", figures, report.step)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of the calibration side, under `calibration side/`."""
+        self._add("calibration side", metrics, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _add(self, group: str, figures: Mapping[str, float], step: int) -> None:
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
