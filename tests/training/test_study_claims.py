@@ -46,6 +46,8 @@ def test_a_difference_is_decided_when_the_paired_t_test_says_so() -> None:
         decided += found.sign != 0
     assert 0 < decided < 50
     assert difference([0.1, 0.1], [0.1, 0.1]).sign == 0
+    rounded = difference([0.95 - 0.9, 0.96 - 0.91, 0.97 - 0.92], [0.05, 0.05, 0.05])
+    assert rounded.sign == 0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_the_best_has_to_be_above_every_other(rival: float, verdict: str) -> Non
         ((0.95, 0.95), (0.9, 0.5), ["undecided", "confirmed"]),
         ((0.95, 0.97), (0.9, 0.5), ["refuted", "confirmed"]),
         ((0.95, 0.5), (0.9, 0.8), ["confirmed", "refuted"]),
-        ((0.95, 0.9), (0.9, 0.85), ["confirmed", "undecided"]),
+        ((0.95, 0.91), (0.9, 0.86), ["confirmed", "undecided"]),
     ],
 )
 def test_falling(good: tuple[float, float], hard: tuple[float, float], expected: list[str]) -> None:
