@@ -55,7 +55,8 @@ class Weighed:
 def difference(a_S: ArrayLike, b_S: ArrayLike = 0.0) -> Difference:
     """Of a − b, seed by seed; two seeds or more."""
     delta_S: NDArray[np.float64] = np.asarray(a_S, dtype=np.float64) - np.asarray(b_S, dtype=np.float64)
-    delta_S = delta_S.round(12)  # of counted shares, what is smaller is rounding, and would be decided as if it were not
+    # Shares are counted: what is smaller is rounding, and the same in every seed it would look decided.
+    delta_S = delta_S.round(12)
     error = float(delta_S.std(ddof=1)) / math.sqrt(len(delta_S))
     return Difference(mean=float(delta_S.mean()), half_width=float(student.ppf(0.975, len(delta_S) - 1)) * error)
 
