@@ -118,7 +118,7 @@ def _usearch(vectors_ND: Vectors, queries_QD: Vectors, truth_QK: NDArray[np.int6
     index.add(np.arange(len(vectors_ND)), vectors_ND, threads=CORES)
     built = time.perf_counter() - begun
     for width in WIDTHS:
-        index.expansion_search = width  # type: ignore[misc]  # settable, whatever its stubs say
+        index.expansion_search = width  # settable, whatever its stubs say
         reached = _recall(index.search(queries_QD, k, threads=1).keys, truth_QK)
         if reached >= recall:
             break
