@@ -136,6 +136,12 @@ def triplets(
 
     `margin` separates easy from semi-hard ones. To sum hinges over them, `all_triplets` needs no list.
     """
+    if kind == "all":
+        row_N, negative_N = positions(is_negative_AR)
+        negatives_A = torch.bincount(row_N, minlength=len(dist_AR))
+        anchor_P, positive_P = positions(is_positive_AR)
+        first_P = (negatives_A.cumsum(0) - negatives_A)[anchor_P]
+        return _ranges(anchor_P, positive_P, first_P, negatives_A[anchor_P], negative_N)
     sorted_AR, order_AR = _sorted_negatives(dist_AR, is_negative_AR)
     negatives_A = is_negative_AR.sum(1)
     anchor_P, positive_P, column_P, dist_AW = _pairs(dist_AR, is_positive_AR, negatives_A)
@@ -143,17 +149,25 @@ def triplets(
     not_farther_P = torch.searchsorted(sorted_AR, dist_AW, right=True)[anchor_P, column_P]
     not_easy_P = torch.searchsorted(sorted_AR, dist_AW + margin, right=True)[anchor_P, column_P]
     first_P, end_P = {
-        "all": (nothing_P, everything_P),
         "hard": (nothing_P, not_farther_P),
         "semi-hard": (not_farther_P, not_easy_P),
         "easy": (not_easy_P, everything_P),
     }[kind]
     # Sorted by distance, the negatives that a pair makes such triplets with are one range of its anchor's row.
-    count_P = end_P - first_P
-    pair_T = torch.repeat_interleave(count_P)
-    place_T = torch.arange(len(pair_T), device=dist_AR.device) + (first_P - (count_P.cumsum(0) - count_P))[pair_T]
-    anchor_T = anchor_P[pair_T]
-    return Triplets(anchor_T, positive_P[pair_T], order_AR[anchor_T, place_T])
+    return _ranges(anchor_P, positive_P, first_P + anchor_P * order_AR.shape[1], end_P - first_P, order_AR.flatten())
+
+
+def _ranges(anchor_P: Tensor, positive_P: Tensor, first_P: Tensor, count_P: Tensor, negative_N: Tensor) -> Triplets:
+    """The triplets of pairs with their ranges of a list of negatives. They can be millions: few passes, in order."""
+    size = int(count_P.sum())
+    start_P = count_P.cumsum(0) - count_P
+    place_T = torch.repeat_interleave(first_P - start_P, count_P, output_size=size)
+    place_T += torch.arange(size, device=place_T.device)
+    return Triplets(
+        torch.repeat_interleave(anchor_P, count_P, output_size=size),
+        torch.repeat_interleave(positive_P, count_P, output_size=size),
+        negative_N.index_select(0, place_T),
+    )
 
 
 @torch.no_grad()
