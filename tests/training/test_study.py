@@ -337,6 +337,7 @@ class TestResuming:
         undisturbed, _ = run_study(study, tmp_path / "undisturbed")
         assert _accuracies(done) == _accuracies(undisturbed)
 
+    @pytest.mark.slow  # each worker is a process that imports torch
     def test_workers_give_what_one_process_gives(self, study: Study, tmp_path: Path) -> None:
         few = study.model_copy(update={"batches": study.batches[:1]})
         assert _accuracies(run_study(few, tmp_path / "two", workers=2)[0]) == _accuracies(
