@@ -50,7 +50,7 @@ format: $(INSTALLED) ## format and mend what can be mended
 # $(1) is the folder to write lookalike/v1 into.
 generate = PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grpc_tools.protoc \
 	-I proto -I third_party/googleapis --python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) \
-	$(wildcard proto/lookalike/v1/*.proto) && rm $(1)/$(STUBS)/common_pb2_grpc.py*
+	$(wildcard proto/lookalike/v1/*.proto) && rm $(1)/$(STUBS)/common_pb2_grpc.py* $(1)/$(STUBS)/operations_pb2_grpc.py*
 
 proto: $(PROTO_INSTALLED) ## regenerate the committed stubs
 	$(call generate,.)

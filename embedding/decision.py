@@ -40,6 +40,18 @@ def distances(query_D: Vectors, items_ND: Vectors) -> Vectors:
     return np.minimum(out_N, np.float32(MAX_DISTANCE), out=out_N)
 
 
+def distances_of_pairs(a_PD: Vectors, b_PD: Vectors) -> Vectors:
+    """Euclidean distances [P] of P pairs; each equals `distance` of its two vectors bit for bit."""
+    out_P = np.empty(len(a_PD), dtype=np.float32)
+    for start in range(0, len(a_PD), _ROWS_AT_ONCE):
+        here = slice(start, start + _ROWS_AT_ONCE)
+        square_pD = np.asarray(b_PD[here], dtype=np.float32) - np.asarray(a_PD[here], dtype=np.float32)
+        square_pD *= square_pD
+        out_P[here] = _sum_by_halving(square_pD)
+    np.sqrt(out_P, out=out_P)
+    return np.minimum(out_P, np.float32(MAX_DISTANCE), out=out_P)
+
+
 def _sum_by_halving(terms_nD: Vectors) -> Vectors:
     width = terms_nD.shape[1]
     while width > 1:

@@ -6,6 +6,7 @@
     │   ├── ImageTooLarge       more pixels than the cap
     │   ├── InvalidVector       wrong width, NaN or infinite, not of unit length
     │   ├── InvalidOperatingPoint   a threshold or rate that the calibration cannot support
+    │   ├── InvalidFilter       a condition on items that does not parse; `position` says where
     │   ├── InvalidRecipe       an unknown key, or a value out of its range
     │   └── InvalidDataset      a folder, manifest or split that cannot be trained on
     ├── NotFound                no such gallery, item, model or file
@@ -13,8 +14,12 @@
     ├── ModelMismatch           embeddings of another model
     ├── StaleEtag               the item has changed since it was read
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
+    ├── GalleryAliased          a gallery that an alias stands for is not deleted
+    ├── ImagesNeeded            items whose image is needed and not stored; import them
     ├── Busy                    another process holds the folder
     ├── NotReady                the model is still loading
+    ├── Cancelled               the caller no longer wants the answer
+    ├── DeadlineExceeded        the time limit passed before the answer was found
     ├── TrainingDiverged        the loss is no longer a number
     ├── DamagedData             a checksum, manifest or weights file does not agree
     └── StorageFailed           the disk refused a read or a write
@@ -58,6 +63,15 @@ class InvalidOperatingPoint(InvalidInput):
     reason = "INVALID_OPERATING_POINT"
 
 
+class InvalidFilter(InvalidInput):
+    reason = "INVALID_FILTER"
+
+    def __init__(self, message: str, *, field: str | None = None, position: int | None = None) -> None:
+        super().__init__(message, field=field)
+        self.position = position
+        """Of the first character that is wrong, from 1."""
+
+
 class InvalidRecipe(InvalidInput):
     reason = "INVALID_RECIPE"
 
@@ -86,12 +100,28 @@ class GalleryNotEmpty(LookalikeError):
     reason = "GALLERY_NOT_EMPTY"
 
 
+class GalleryAliased(LookalikeError):
+    reason = "GALLERY_ALIASED"
+
+
+class ImagesNeeded(LookalikeError):
+    reason = "IMAGES_NEEDED"
+
+
 class Busy(LookalikeError):
     reason = "BUSY"
 
 
 class NotReady(LookalikeError):
     reason = "NOT_READY"
+
+
+class Cancelled(LookalikeError):
+    reason = "CANCELLED"
+
+
+class DeadlineExceeded(LookalikeError):
+    reason = "DEADLINE_EXCEEDED"
 
 
 class TrainingDiverged(LookalikeError):

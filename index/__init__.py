@@ -1,8 +1,10 @@
-"""Galleries of embeddings: durable, and searched exactly."""
+"""Galleries of embeddings: durable, and searched with exact decisions."""
 
 from __future__ import annotations
 
 from index.catalog import Catalog
+from index.deadline import Deadline
+from index.engine import Exact, Filter, Found, GalleryCatalog, GalleryEngine, IndexSettings, Progress, Raw, Recall
 from index.gallery import Gallery
 from index.items import JSON, MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, MAX_NAME, MAX_PAGE, Item, ModelRef, Neighbor
 
@@ -14,8 +16,18 @@ __all__ = [
     "MAX_NAME",
     "MAX_PAGE",
     "Catalog",
+    "Deadline",
+    "Exact",
+    "Filter",
+    "Found",
     "Gallery",
+    "GalleryCatalog",
+    "GalleryEngine",
+    "IndexSettings",
     "Item",
     "ModelRef",
     "Neighbor",
+    "Progress",
+    "Raw",
+    "Recall",
 ]

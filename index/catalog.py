@@ -12,10 +12,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import shutil
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -29,13 +29,15 @@ from embedding.errors import (
     NotFound,
     StorageFailed,
 )
-from index.gallery import SEAL_AFTER, Gallery
-from index.items import ModelRef
+from index.copies import read_copy
+from index.engine import IndexSettings, OnProgress
+from index.gallery import Gallery
+from index.items import GALLERY_ID, ModelRef, check_gallery_id
+from index.live import SEAL_AFTER
 from index.segments import sync_folder
 
 Galleries: TypeAlias = list[Gallery]
 
-_GALLERY_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _LOCK = ".lock"
 _MAKING = ".making-"
 _DELETED = ".deleted-"
@@ -72,27 +74,15 @@ class Catalog:
             self.close()
             raise _refused(root, error) from error
 
-    def create(self, gallery_id: str, model: ModelRef) -> Gallery:
+    def create(self, gallery_id: str, model: ModelRef, *, settings: IndexSettings | None = None) -> Gallery:
         """Make an empty gallery for embeddings of `model`; raises AlreadyExists."""
-        final = self._path(gallery_id)
-        self._check_writable()
         if model.embedding_dim < 1:
             raise InvalidInput(f"embedding_dim must be at least 1; got {model.embedding_dim}", field="embedding_dim")
-        with self._changing:
-            if final.exists():
-                raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
-            making = self.root / f"{_MAKING}{uuid.uuid4().hex}"
-            try:
-                making.mkdir()
-                Gallery.create(making, model)
-                sync_folder(making)
-                making.rename(final)
-                sync_folder(self.root)
-            except OSError as error:
-                raise _refused(final, error) from error
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
-            return self._opened(gallery_id, final)
+        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings))
+
+    def restore(self, gallery_id: str, folder: Path, *, on_progress: OnProgress | None = None) -> Gallery:
+        """A new gallery from a snapshot; raises AlreadyExists, and DamagedData when the snapshot is not whole."""
+        return self._made(gallery_id, lambda target: read_copy(folder, target, on_progress))
 
     def get(self, gallery_id: str, *, model: ModelRef | None = None) -> Gallery:
         """The gallery of this name, which must hold embeddings of `model` when that is given.
@@ -119,7 +109,7 @@ class Catalog:
         galleries: Galleries = []
         damaged: dict[str, LookalikeError] = {}
         try:
-            names = sorted(path.name for path in self.root.iterdir() if _GALLERY_ID.fullmatch(path.name))
+            names = sorted(path.name for path in self.root.iterdir() if GALLERY_ID.fullmatch(path.name))
         except OSError as error:
             raise _refused(self.root, error) from error
         for name in names:
@@ -171,13 +161,32 @@ class Catalog:
         self.close()
 
     def _path(self, gallery_id: str) -> Path:
-        if not _GALLERY_ID.fullmatch(gallery_id):
-            raise InvalidInput(
-                "a gallery name is 1 to 63 lower-case letters, digits and hyphens, the first and last no hyphen; got "
-                f"{gallery_id[:80]!a}",
-                field="gallery_id",
-            )
+        check_gallery_id(gallery_id)
         return self.root / gallery_id
+
+    def _made(self, gallery_id: str, fill: Callable[[Path], None]) -> Gallery:
+        """A new gallery whose folder `fill` writes; it is there as a whole or not at all."""
+        final = self._path(gallery_id)
+        self._check_writable()
+        self._check_free(gallery_id, final)  # now rather than after all the work
+        making = self.root / f"{_MAKING}{uuid.uuid4().hex}"
+        try:
+            making.mkdir()
+            fill(making)
+            sync_folder(making)
+            with self._changing:
+                self._check_free(gallery_id, final)
+                making.rename(final)
+                sync_folder(self.root)
+                return self._opened(gallery_id, final)
+        except OSError as error:
+            raise _refused(final, error) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+
+    def _check_free(self, gallery_id: str, path: Path) -> None:
+        if path.exists():
+            raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
 
     def _opened(self, gallery_id: str, path: Path) -> Gallery:
         if not path.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,6 +28,8 @@ MAX_PAGE = 1_000
 MAX_NAME = 256
 """The longest item name or identity, in characters."""
 
+GALLERY_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
 MAX_METADATA_BYTES = 64 * 1024
 """The largest metadata of one item, as UTF-8 JSON."""
 
@@ -43,7 +46,7 @@ class ModelRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Item:
-    """One image of a gallery. To write, give the first four; the store fills in the rest."""
+    """One image of a gallery. To write, give the first five, or fewer; the store fills in the rest."""
 
     name: str
     """Unique in its gallery: 1 to 256 printable characters without "/"."""
@@ -52,6 +55,8 @@ class Item:
     identity: str | None = None
     """What makes two images a match, where it is known."""
     metadata: Mapping[str, JSON] = field(default_factory=dict)
+    thumbnail: bytes | None = field(default=None, repr=False)
+    """A small image file to embed anew for another model; written, and read by the gallery's `thumbnail` alone."""
     etag: str = ""
     """Changes with every write of the item. When given on a write, the stored item must still carry it."""
     generation: int = 0
@@ -66,6 +71,16 @@ class Neighbor:
 
     item: Item
     decision: Decision
+
+
+def check_gallery_id(name: str, *, field: str = "gallery_id") -> None:
+    """Raises InvalidInput unless `name` may name a gallery, an alias or a snapshot."""
+    if not GALLERY_ID.fullmatch(name):
+        raise InvalidInput(
+            "a gallery name is 1 to 63 lower-case letters, digits and hyphens, the first and last no hyphen; got "
+            f"{name[:80]!a}",
+            field=field,
+        )
 
 
 def check_item_name(name: str, *, field: str = "name") -> None:

@@ -1,4 +1,4 @@
-"""The writer's side of a snapshot: sealed rows, and append-only memory for fresh rows and for deaths.
+"""The writer's side of a snapshot: sealed segments, and append-only memory for fresh rows and for deaths.
 
 Appending never moves what a published snapshot looks at: its views end before the new rows, and a full buffer is
 replaced by a larger copy while the old one lives on in the snapshots that use it. One writer at a time.
@@ -6,13 +6,16 @@ replaced by a larger copy while the old one lives on in the snapshots that use i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from embedding.decision import Vectors
-from index.exact import Block, Keys, Snapshot, squared_lengths
+from index.exact import Keys, squared_lengths
+from index.segments import Segment
+from index.snapshot import Part, Snapshot
 
 
 class Growable:
@@ -48,18 +51,25 @@ class Growable:
 class LiveRows:
     """All rows of a gallery, to which the writer adds; `snapshot` is what readers get."""
 
-    def __init__(self, sealed: Block) -> None:
-        self._sealed = sealed
+    def __init__(self, segments: Sequence[Segment], embedding_dim: int) -> None:
+        self.segments = tuple(segments)
+        self._width = embedding_dim
         self._keys = Growable(np.int64)
-        self._vectors = Growable(np.float32, sealed.vectors_ND.shape[1])
+        self._vectors = Growable(np.float32, embedding_dim)
         self._norms = Growable(np.float32)
-        self._dead = Growable(np.intp)
+        self._dead = [Growable(np.intp) for _ in range(len(segments) + 1)]  # of each segment, then of fresh rows
+        nobody_R = np.empty(0, np.intp)
+        self._sealed = [
+            Part(keys_N=s.keys_N, vectors_ND=s.vectors_ND, norms_N=s.norms_N, dead_R=nobody_R, segment=s)
+            for s in segments
+        ]
 
     def reserve(self, more: int, *, deaths: int) -> None:
         """Make room for `more` rows and `deaths`, before the store commits what memory must then follow."""
         for array in (self._keys, self._vectors, self._norms):
             array.reserve(more)
-        self._dead.reserve(deaths)
+        for dead in self._dead:
+            dead.reserve(deaths)
 
     def append(self, keys_N: Keys, vectors_ND: Vectors) -> None:
         """Add living rows; keys rise, and are larger than any before."""
@@ -68,23 +78,41 @@ class LiveRows:
         self._norms.extend(squared_lengths(vectors_ND))
 
     def kill(self, keys_R: Keys) -> None:
-        """Mark the rows of these keys as dead; each key at most once."""
-        self._dead.extend(self.snapshot(0).rows_of(keys_R))
+        """Mark the rows of these keys as dead; each key at most once, and unknown keys are left out."""
+        if not len(keys_R):
+            return
+        for part, dead in zip([*self._sealed, self._fresh()], self._dead, strict=True):
+            rows_R = part.rows_of(keys_R)
+            if len(rows_R):
+                dead.extend(rows_R)
 
     def snapshot(self, generation: int) -> Snapshot:
         """An immutable view of all rows so far, without copying any."""
-        return Snapshot(
-            generation=generation,
-            sealed=self._sealed,
-            fresh=Block(keys_N=self._keys.view(), vectors_ND=self._vectors.view(), norms_N=self._norms.view()),
-            dead_R=self._dead.view(),
-        )
+        for at, (part, dead) in enumerate(zip(self._sealed, self._dead, strict=False)):
+            if len(part.dead_R) != len(dead):  # else the part keeps what it has made for searches
+                self._sealed[at] = Part(
+                    keys_N=part.keys_N,
+                    vectors_ND=part.vectors_ND,
+                    norms_N=part.norms_N,
+                    dead_R=dead.view(),
+                    segment=part.segment,
+                )
+        return Snapshot(generation, [*self._sealed, self._fresh()])
 
-    def resealed(self, sealed: Block, *, since: Snapshot) -> LiveRows:
-        """The same living rows over a new sealed block, which holds exactly the living rows of `since`."""
+    def resealed(self, segments: Sequence[Segment], *, since: Snapshot) -> LiveRows:
+        """The same living rows over new segments, which hold exactly the living rows of `since`."""
         now = self.snapshot(0)
-        rows = LiveRows(sealed)
+        rows = LiveRows(segments, self._width)
         first = len(since.fresh.keys_N)
         rows.append(now.fresh.keys_N[first:], now.fresh.vectors_ND[first:])
-        rows.kill(now.keys(now.dead_R[len(since.dead_R) :]))
+        for part in now.parts:
+            rows.kill(part.keys_N[part.dead_R])
         return rows
+
+    def _fresh(self) -> Part:
+        return Part(
+            keys_N=self._keys.view(),
+            vectors_ND=self._vectors.view(),
+            norms_N=self._norms.view(),
+            dead_R=self._dead[-1].view(),
+        )

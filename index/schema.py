@@ -1,4 +1,4 @@
-"""The tables of a gallery's SQLite file, and the mark that says they are ours."""
+"""The tables of a gallery's SQLite file, the mark that says they are ours, and how older ones are brought forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,25 @@ from index.connections import translated
 from index.items import ModelRef
 
 APPLICATION_ID = 0x4C4B474C  # "LKGL"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_SEGMENTS = """
+CREATE TABLE segments (            -- sealed parts of the gallery, by rising keys
+    position INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL,          -- SHA-256 of the manifest
+    first_key INTEGER NOT NULL,    -- holds every item whose key lies in first_key..last_key and that lived then
+    last_key INTEGER NOT NULL,
+    generation INTEGER NOT NULL    -- in which all its items were living
+) STRICT;
+CREATE TABLE tombstones (          -- items that died since their segment was written
+    key INTEGER PRIMARY KEY,
+    died INTEGER NOT NULL
+) STRICT;
+CREATE TABLE thumbnails (
+    key INTEGER PRIMARY KEY,       -- of the item's version
+    data BLOB NOT NULL
+) STRICT;
+"""
 
 TABLES = f"""
 PRAGMA journal_mode = WAL;
@@ -28,7 +46,8 @@ CREATE TABLE gallery (
     created_us INTEGER NOT NULL,   -- microseconds since 1970, UTC, as all times here
     generation INTEGER NOT NULL,   -- counts writes
     next_key INTEGER NOT NULL,
-    segment TEXT                   -- SHA-256 of the sealed segment's manifest
+    size INTEGER NOT NULL,         -- living items
+    settings TEXT NOT NULL         -- how it is to be indexed, a JSON object
 ) STRICT;
 CREATE TABLE items (
     key INTEGER PRIMARY KEY,       -- of this version of the item
@@ -42,30 +61,49 @@ CREATE TABLE items (
 ) STRICT;
 CREATE UNIQUE INDEX living_names ON items (name) WHERE died IS NULL;
 CREATE INDEX dead_items ON items (died) WHERE died IS NOT NULL;
+{_SEGMENTS}
 """
+
+# What brings a store of the version before to each version, in one transaction. Segments are a view: those of an older
+# form are forgotten, and written anew from the store.
+_FORWARD = {
+    2: f"""
+ALTER TABLE gallery ADD COLUMN size INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE gallery ADD COLUMN settings TEXT NOT NULL DEFAULT '{{}}';
+ALTER TABLE gallery DROP COLUMN segment;
+UPDATE gallery SET size = (SELECT count(*) FROM items WHERE died IS NULL);
+{_SEGMENTS}
+""",
+}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-def create_tables(path: Path, model: ModelRef) -> None:
+def create_tables(path: Path, model: ModelRef, settings: str = "{}") -> None:
     """Make the file of an empty gallery."""
     with translated(path), closing(sqlite3.connect(path)) as connection:
         connection.executescript(TABLES)
         connection.execute(
-            "INSERT INTO gallery VALUES (1, ?, ?, ?, ?, ?, 0, 1, NULL)",
-            (uuid.uuid4().hex, model.name, model.fingerprint, model.embedding_dim, now_us()),
+            "INSERT INTO gallery VALUES (1, ?, ?, ?, ?, ?, 0, 1, 0, ?)",
+            (uuid.uuid4().hex, model.name, model.fingerprint, model.embedding_dim, now_us(), settings),
         )
         connection.commit()
 
 
-def check_tables(connection: sqlite3.Connection, path: Path) -> None:
-    """Raises DamagedData unless the file is a gallery's, in the form that this version reads."""
+def check_tables(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
+    """Bring an older store forward. Raises DamagedData unless the file is a gallery's that this version can read."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application_id != APPLICATION_ID:
         raise DamagedData(f"{path} is not a gallery's store; restore it from a copy")
-    if version != SCHEMA_VERSION:
-        raise DamagedData(f"{path} has schema {version}; this version of lookalike reads schema {SCHEMA_VERSION}")
+    if not 1 <= version <= SCHEMA_VERSION:
+        raise DamagedData(
+            f"{path} has schema {version}; this version of lookalike reads schema {SCHEMA_VERSION} and those before it"
+        )
+    if version < SCHEMA_VERSION and read_only:
+        raise DamagedData(f"{path} has schema {version}; open it once for writing, which brings it to {SCHEMA_VERSION}")
+    for following in range(version + 1, SCHEMA_VERSION + 1):
+        connection.executescript(f"BEGIN IMMEDIATE; {_FORWARD[following]} PRAGMA user_version = {following}; COMMIT;")
 
 
 def now_us() -> int:

@@ -2,8 +2,10 @@
 
     segments/<first 16 digits of the manifest's SHA-256>/
         vectors.f32     [N, D] little-endian float32, memory-mapped
+        norms.f32       [N] little-endian float32: their squared lengths, memory-mapped
         keys.i64        [N] little-endian int64, rising
-        manifest.json   sizes and SHA-256 of both
+        index.faiss     where the planner chose a structure over the rows, memory-mapped
+        manifest.json   what it holds, how the structure was measured, sizes and SHA-256 of all files
 
 The store records the manifest's whole sum, so that a segment which is damaged, of another gallery or of another time
 is never served. A segment is written under a temporary name, synced, and renamed.
@@ -14,29 +16,33 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embedding.decision import Vectors
 from embedding.errors import DamagedData
-from index.exact import Block, Snapshot, squared_lengths
+from index.exact import Keys, squared_lengths
+from index.structures import Plan, Structure, load_structure
+from index.sums import FileSum, Sums
 
 MANIFEST = "manifest.json"
 VECTORS = "vectors.f32"
+NORMS = "norms.f32"
 KEYS = "keys.i64"
+INDEX = "index.faiss"
 
-_ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 16_384
 
+_SYNC_BYTES = 8 * 2**20
 
-class FileSum(BaseModel):
-    """What a file must be, to be read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bytes: int
-    sha256: str
+Planned = Callable[[Vectors, Path], Plan]
+"""Chooses and writes a structure over [N, D] mapped vectors to a path, or writes nothing for an exact plan."""
 
 
 class Manifest(BaseModel):
@@ -44,35 +50,71 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: int = 2
     gallery: str
     """The unique identifier of the gallery's store."""
     model_fingerprint: str
     generation: int
+    """All rows were living in it."""
     rows: int
     embedding_dim: int
+    plan: Plan
     files: dict[str, FileSum]
 
 
-def write_segment(folder: Path, snapshot: Snapshot, *, gallery: str, model_fingerprint: str) -> str:
-    """Write the living rows of `snapshot`, of which there is at least one, and return the manifest's SHA-256.
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Sealed rows, mapped."""
+
+    digest: str
+    manifest: Manifest
+    keys_N: Keys
+    vectors_ND: Vectors
+    norms_N: Vectors
+    structure: Structure | None
+
+    @property
+    def name(self) -> str:
+        return self.digest[:16]
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(file.bytes for file in self.manifest.files.values())
+
+
+def write_segment(
+    folder: Path,
+    rows: Iterable[tuple[Keys, Vectors]],
+    *,
+    gallery: str,
+    model_fingerprint: str,
+    generation: int,
+    planned: Planned,
+) -> str:
+    """Write blocks of keys and vectors, of which there is at least one row, and return the manifest's SHA-256.
 
     Raises OSError when the disk refuses; nothing is left behind then.
     """
-    partial = folder / f".partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = folder / f".partial-{uuid.uuid4().hex}"
     partial.mkdir(parents=True)
     try:
+        files, shape = _write_rows(partial, rows)
+        plan = planned(_mapped(partial / VECTORS, shape), partial / INDEX)
+        if (partial / INDEX).exists():
+            _sync(partial / INDEX)
+            files[INDEX] = FileSum.of(partial / INDEX)
         manifest = Manifest(
             gallery=gallery,
             model_fingerprint=model_fingerprint,
-            generation=snapshot.generation,
-            rows=snapshot.size,
-            embedding_dim=snapshot.sealed.vectors_ND.shape[1],
-            files=_write_rows(partial, snapshot),
+            generation=generation,
+            rows=shape[0],
+            embedding_dim=shape[1],
+            plan=plan,
+            files=files,
         )
         text = manifest.model_dump_json(indent=1).encode()
-        _write(partial / MANIFEST, iter((text,)))
+        with _Writing(partial / MANIFEST) as file:
+            file.write(text)
         sync_folder(partial)
         digest = hashlib.sha256(text).hexdigest()
         final = segment_path(folder, digest)
@@ -86,36 +128,39 @@ def write_segment(folder: Path, snapshot: Snapshot, *, gallery: str, model_finge
     return digest
 
 
-def open_segment(folder: Path, digest: str) -> Block:
+def open_segment(folder: Path, digest: str, *, sums: Sums | None = None) -> Segment:
     """Map the segment of this manifest sum, after its checksums have been verified.
 
-    Raises DamagedData, saying what does not agree.
+    `sums` remembers those of files that have not changed since. Raises DamagedData, saying what does not agree.
     """
     path = segment_path(folder, digest)
+    sums = sums or Sums.none()
     try:
         text = (path / MANIFEST).read_bytes()
         if hashlib.sha256(text).hexdigest() != digest:
             raise DamagedData(f"{path / MANIFEST} does not agree with the sum in the store")
         manifest = Manifest.model_validate_json(text)
         for name, wanted in manifest.files.items():
-            if _sum(path / name) != wanted:
+            if sums.of(path / name) != wanted:
                 raise DamagedData(f"{path / name} does not agree with its checksum")
-        keys_N = np.fromfile(path / KEYS, dtype="<i8").astype(np.int64, copy=False)
-        shape = (manifest.rows, manifest.embedding_dim)
-        vectors_ND = np.asarray(np.memmap(path / VECTORS, dtype="<f4", mode="r", shape=shape))
-    except (OSError, ValidationError) as error:
+        rows = manifest.rows
+        return Segment(
+            digest=digest,
+            manifest=manifest,
+            keys_N=np.fromfile(path / KEYS, dtype="<i8", count=rows).astype(np.int64, copy=False),
+            vectors_ND=_mapped(path / VECTORS, (rows, manifest.embedding_dim)),
+            norms_N=_mapped(path / NORMS, (rows,)),
+            structure=load_structure(path / INDEX, manifest.plan) if INDEX in manifest.files else None,
+        )
+    except (OSError, ValueError, ValidationError) as error:
         raise DamagedData(f"segment {path} cannot be read: {error}") from error
-    norms_N = np.empty(manifest.rows, np.float32)
-    for start in range(0, manifest.rows, _ROWS_AT_ONCE):
-        norms_N[start : start + _ROWS_AT_ONCE] = squared_lengths(vectors_ND[start : start + _ROWS_AT_ONCE])
-    return Block(keys_N=keys_N, vectors_ND=vectors_ND, norms_N=norms_N)
 
 
-def remove_segments(folder: Path, *, except_for: str | None) -> None:
-    """Remove every segment but one, and what interrupted writers left; mapped files live until they are unmapped."""
-    keep = None if except_for is None else segment_path(folder, except_for)
+def remove_segments(folder: Path, *, except_for: Iterable[str]) -> None:
+    """Remove every segment but these, and what interrupted writers left; mapped files live until they are unmapped."""
+    keep = {segment_path(folder, digest) for digest in except_for}
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path != keep:
+        if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -132,29 +177,61 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_rows(folder: Path, snapshot: Snapshot) -> dict[str, FileSum]:
-    living_N = np.ones(len(snapshot), bool)
-    living_N[snapshot.dead_R] = False
-    rows_R = np.flatnonzero(living_N)
-    blocks = [rows_R[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows_R), _ROWS_AT_ONCE)]
-    return {
-        VECTORS: _write(folder / VECTORS, (snapshot.vectors(block).astype("<f4").tobytes() for block in blocks)),
-        KEYS: _write(folder / KEYS, (snapshot.keys(block).astype("<i8").tobytes() for block in blocks)),
-    }
+def _write_rows(folder: Path, rows: Iterable[tuple[Keys, Vectors]]) -> tuple[dict[str, FileSum], tuple[int, int]]:
+    count = width = 0
+    with _Writing(folder / VECTORS) as vectors, _Writing(folder / NORMS) as norms, _Writing(folder / KEYS) as keys:
+        for keys_n, vectors_nD in _blocks(rows):
+            vectors.write(np.ascontiguousarray(vectors_nD, "<f4"))
+            norms.write(squared_lengths(vectors_nD).astype("<f4", copy=False))
+            keys.write(np.ascontiguousarray(keys_n, "<i8"))
+            count, width = count + len(keys_n), vectors_nD.shape[1]
+    return {VECTORS: vectors.sum, NORMS: norms.sum, KEYS: keys.sum}, (count, width)
 
 
-def _write(path: Path, pieces: Iterator[bytes]) -> FileSum:
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileSum(bytes=size, sha256=digest.hexdigest())
+def _blocks(rows: Iterable[tuple[Keys, Vectors]]) -> Iterator[tuple[Keys, Vectors]]:
+    for keys_N, vectors_ND in rows:
+        for start in range(0, len(keys_N), ROWS_AT_ONCE):
+            yield keys_N[start : start + ROWS_AT_ONCE], vectors_ND[start : start + ROWS_AT_ONCE]
 
 
-def _sum(path: Path) -> FileSum:
+class _Writing:
+    """A new file that is summed as it is written, and on the disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._bytes = self._synced = 0
+
+    @property
+    def sum(self) -> FileSum:
+        return FileSum(bytes=self._bytes, sha256=self._digest.hexdigest())
+
+    def write(self, data: Any) -> None:
+        """Append bytes or a contiguous array."""
+        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+        self._digest.update(view)
+        self._bytes += len(view)
+        while len(view):
+            view = view[self._file.write(view) :]
+        if self._bytes - self._synced >= _SYNC_BYTES:  # little by little, so that no commit waits behind it all
+            os.fdatasync(self._file.fileno())
+            self._synced = self._bytes
+
+    def __enter__(self) -> _Writing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def _sync(path: Path) -> None:
     with path.open("rb") as file:
-        return FileSum(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=file.tell())
+        os.fsync(file.fileno())
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Vectors:
+    return np.asarray(np.memmap(path, dtype="<f4", mode="r", shape=shape))

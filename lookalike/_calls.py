@@ -9,24 +9,34 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import grpc
+from google.longrunning import operations_pb2
+from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from lookalike import _messages as messages
-from lookalike.errors import CallFailed, from_status
+from lookalike.errors import CallFailed, ServerError, from_status
 from lookalike.types import (
+    Alias,
     Decision,
+    Effort,
     Embedding,
     Gallery,
     ImageLike,
+    Imported,
+    IndexSettings,
     Item,
     ItemName,
     Model,
-    Neighbor,
+    Neighbors,
     NewItem,
     OperatingPoint,
+    Operation,
+    Purged,
+    Snapshot,
 )
-from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 ResultT = TypeVar("ResultT")
 ElementT = TypeVar("ElementT", bound=Message)
@@ -36,12 +46,16 @@ MATCH = "lookalike.v1.MatchService"
 SEARCH = "lookalike.v1.SearchService"
 GALLERY = "lookalike.v1.GalleryService"
 MODEL = "lookalike.v1.ModelService"
+ALIAS = "lookalike.v1.AliasService"
+UPKEEP = "lookalike.v1.UpkeepService"
+OPERATIONS = "google.longrunning.Operations"
 
 MAX_PAIRS = 256
 MAX_QUERIES = 1024
 MAX_NEIGHBORS = 200_000
 """Of all queries of one BatchSearch."""
 MAX_ITEMS = 1024
+MAX_MATCHES = 100_000
 PAGE_SIZE = 1000
 
 
@@ -59,6 +73,25 @@ class Call(Generic[ResultT]):
 class Page(Generic[ResultT]):
     elements: list[ResultT]
     next_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Generic[ResultT]):
+    """A call whose answer comes in parts, taken together."""
+
+    method: str
+    request: bytes
+    parse: Callable[[Sequence[bytes]], ResultT]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Generic[ResultT]):
+    """A call that sends any number of messages and gives a result for each that comes back."""
+
+    method: str
+    requests: Iterator[bytes]
+    """Made one at a time, as they are sent."""
+    parse: Callable[[bytes], ResultT]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +150,20 @@ def embed(image: ImageLike) -> Call[Embedding]:
 
 
 def search(
-    gallery: str, query: ImageLike, *, k: int = 10, operating_point: OperatingPoint | None = None
-) -> Call[list[Neighbor]]:
+    gallery: str,
+    query: ImageLike,
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+    exclude: Iterable[ItemName] = (),
+) -> Call[Neighbors]:
     """The k items of a gallery nearest to an image, nearest first, each with its decision.
 
-    An item of the searched gallery is left out of its own results; a smaller gallery returns all it has.
+    An item of the searched gallery is left out of its own results, as are those in `exclude`; a smaller gallery returns
+    all it has. `filter` says which items may be found, such as `metadata.brand = "acme"`. Without an `effort` the
+    search reaches the recall that the gallery was tuned to.
     """
     return _call(
         f"{SEARCH}/Search",
@@ -130,40 +172,116 @@ def search(
             query=messages.image_input(query),
             k=_checked_k(k),
             operating_point=messages.operating_point(operating_point),
+            filter=filter,
+            effort=messages.effort(effort),
+            exclude=map(str, exclude),
         ),
         search_pb2.SearchResponse,
-        lambda response: [messages.neighbor(neighbor) for neighbor in response.neighbors],
+        messages.neighbors,
     )
 
 
 def search_batch(
-    gallery: str, queries: Iterable[ImageLike], *, k: int = 10, operating_point: OperatingPoint | None = None
-) -> Batch[common_pb2.ImageInput, list[Neighbor] | CallFailed]:
+    gallery: str,
+    queries: Iterable[ImageLike],
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+) -> Batch[common_pb2.ImageInput, Neighbors | CallFailed]:
     """Search many images: for each, in order, its neighbours, or the error that this image alone met."""
-    point = messages.operating_point(operating_point)
+    point, wanted = messages.operating_point(operating_point), messages.effort(effort)
     name = messages.gallery_name(gallery)
     return Batch(
         (messages.image_input(query) for query in queries),
         max(1, min(MAX_QUERIES, MAX_NEIGHBORS // _checked_k(k))),
         lambda chunk: _call(
             f"{SEARCH}/BatchSearch",
-            search_pb2.BatchSearchRequest(gallery=name, queries=chunk, k=k, operating_point=point),
+            search_pb2.BatchSearchRequest(
+                gallery=name, queries=chunk, k=k, operating_point=point, filter=filter, effort=wanted
+            ),
             search_pb2.BatchSearchResponse,
             lambda response: [
-                _error(result.error)
-                if result.HasField("error")
-                else [messages.neighbor(neighbor) for neighbor in result.neighbors.neighbors]
+                _error(result.error) if result.HasField("error") else messages.neighbors(result.neighbors)
                 for result in response.results
             ],
         ),
     )
 
 
-def create_gallery(gallery: str) -> Call[Gallery]:
+def search_matches(
+    gallery: str,
+    query: ImageLike,
+    *,
+    operating_point: OperatingPoint | None = None,
+    limit: int = MAX_MATCHES,
+    filter: str = "",
+    effort: Effort | None = None,
+    exclude: Iterable[ItemName] = (),
+) -> Collected[Neighbors]:
+    """All items of a gallery within the threshold, nearest first; `truncated` when there are more than `limit`.
+
+    Complete, unless an `effort` is given.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1; got {limit}")
+    request = search_pb2.SearchMatchesRequest(
+        gallery=messages.gallery_name(gallery),
+        query=messages.image_input(query),
+        operating_point=messages.operating_point(operating_point),
+        limit=limit,
+        filter=filter,
+        effort=messages.effort(effort),
+        exclude=map(str, exclude),
+    )
+
+    def parse(parts: Sequence[bytes]) -> Neighbors:
+        found = messages.matches([search_pb2.SearchMatchesResponse.FromString(part) for part in parts])
+        if found is None:
+            raise ServerError("the answer broke off before its summary; ask again", code=grpc.StatusCode.UNKNOWN)
+        return found
+
+    return Collected(f"{SEARCH}/SearchMatches", request.SerializeToString(), parse)
+
+
+def search_stream(
+    gallery: str,
+    queries: Iterable[ImageLike],
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+) -> Stream[Neighbors | CallFailed]:
+    """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
+    error that this image alone met. Images are read ahead of the answers. It has no time limit."""
+    config = search_pb2.StreamSearchConfig(
+        gallery=messages.gallery_name(gallery),
+        k=_checked_k(k),
+        operating_point=messages.operating_point(operating_point),
+        filter=filter,
+        effort=messages.effort(effort),
+    )
+
+    def requests() -> Iterator[bytes]:
+        yield search_pb2.StreamSearchRequest(config=config).SerializeToString()
+        for query in queries:
+            yield search_pb2.StreamSearchRequest(query=messages.image_input(query)).SerializeToString()
+
+    def parse(data: bytes) -> Neighbors | CallFailed:
+        response = search_pb2.StreamSearchResponse.FromString(data)
+        return _error(response.error) if response.HasField("error") else messages.neighbors(response.neighbors)
+
+    return Stream(f"{SEARCH}/StreamSearch", requests(), parse)
+
+
+def create_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call[Gallery]:
     """Create an empty gallery for the serving model."""
+    settings = gallery_pb2.Gallery(index=messages.index_settings(index)) if index else None
     return _call(
         f"{GALLERY}/CreateGallery",
-        gallery_pb2.CreateGalleryRequest(gallery_id=gallery),
+        gallery_pb2.CreateGalleryRequest(gallery_id=gallery, gallery=settings),
         gallery_pb2.CreateGalleryResponse,
         lambda response: messages.gallery(response.gallery),
     )
@@ -189,6 +307,23 @@ def list_galleries(page_token: str) -> Call[Page[Gallery]]:
     )
 
 
+def update_gallery(gallery: str, index: IndexSettings, *, etag: str = "") -> Call[Gallery]:
+    """Change how a gallery is indexed, from its next sealing on; `reindex_gallery` does it at once.
+
+    With an `etag` it fails with Conflict unless the gallery still carries it.
+    """
+    return _call(
+        f"{GALLERY}/UpdateGallery",
+        gallery_pb2.UpdateGalleryRequest(
+            gallery=gallery_pb2.Gallery(
+                name=messages.gallery_name(gallery), index=messages.index_settings(index), etag=etag
+            )
+        ),
+        gallery_pb2.UpdateGalleryResponse,
+        lambda response: messages.gallery(response.gallery),
+    )
+
+
 def delete_gallery(gallery: str, *, force: bool = False) -> Call[None]:
     """Delete a gallery; with `force` also one that holds items."""
     return _call(
@@ -209,11 +344,13 @@ def get_item(name: ItemName) -> Call[Item]:
     )
 
 
-def list_items(page_token: str, gallery: str) -> Call[Page[Item]]:
-    """Every item of a gallery, by name and without embeddings; pages are fetched as they are needed."""
+def list_items(page_token: str, gallery: str, *, filter: str = "") -> Call[Page[Item]]:
+    """The items of a gallery that a filter accepts, by name and without embeddings; pages are fetched as needed."""
     return _call(
         f"{GALLERY}/ListItems",
-        gallery_pb2.ListItemsRequest(parent=messages.gallery_name(gallery), page_size=PAGE_SIZE, page_token=page_token),
+        gallery_pb2.ListItemsRequest(
+            parent=messages.gallery_name(gallery), page_size=PAGE_SIZE, page_token=page_token, filter=filter
+        ),
         gallery_pb2.ListItemsResponse,
         lambda response: Page([messages.item(found) for found in response.items], response.next_page_token),
     )
@@ -240,6 +377,55 @@ def update_items(
                 for result in response.results
             ],
         ),
+    )
+
+
+def update_item(gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = True) -> Call[Item]:
+    """Store an item, durably, or with `fields` (`identity`, `metadata`, `image`) only these of it."""
+    return _call(
+        f"{GALLERY}/UpdateItem",
+        messages.update_request(gallery, item, fields=fields, allow_missing=allow_missing),
+        gallery_pb2.UpdateItemResponse,
+        lambda response: messages.item(response.item),
+    )
+
+
+def import_items(gallery: str, items: Iterable[NewItem], *, existing_only: bool = False) -> Stream[Imported]:
+    """Store any number of items over one call and tell, again and again, how many are durable.
+
+    Items are read ahead of the acknowledgements. It has no time limit; iterate to its end.
+    """
+    config = gallery_pb2.ImportItemsConfig(parent=messages.gallery_name(gallery), existing_only=existing_only)
+
+    def requests() -> Iterator[bytes]:
+        yield gallery_pb2.ImportItemsRequest(config=config).SerializeToString()
+        for item in items:
+            yield gallery_pb2.ImportItemsRequest(item=messages.update_request(gallery, item)).SerializeToString()
+
+    return Stream(
+        f"{GALLERY}/ImportItems",
+        requests(),
+        lambda data: messages.imported(gallery_pb2.ImportItemsResponse.FromString(data)),
+    )
+
+
+def delete_item(name: ItemName, *, etag: str = "", allow_missing: bool = False) -> Call[None]:
+    """Delete an item; with an `etag` only while it still carries it."""
+    return _call(
+        f"{GALLERY}/DeleteItem",
+        gallery_pb2.DeleteItemRequest(name=str(name), etag=etag, allow_missing=allow_missing),
+        gallery_pb2.DeleteItemResponse,
+        lambda response: None,
+    )
+
+
+def purge_items(gallery: str, filter: str, *, force: bool = False) -> Call[Purged]:
+    """Count the items that a filter accepts, `*` for all; with `force` delete them, in one step."""
+    return _call(
+        f"{GALLERY}/PurgeItems",
+        gallery_pb2.PurgeItemsRequest(parent=messages.gallery_name(gallery), filter=filter, force=force),
+        gallery_pb2.PurgeItemsResponse,
+        messages.purged,
     )
 
 
@@ -274,6 +460,159 @@ def list_models(page_token: str) -> Call[Page[Model]]:
         model_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=page_token),
         model_pb2.ListModelsResponse,
         lambda response: Page([messages.model(found) for found in response.models], response.next_page_token),
+    )
+
+
+def put_alias(alias: str, gallery: str, *, allow_missing: bool = True) -> Call[Alias]:
+    """Let an alias stand for a gallery from now on; without `allow_missing` it must be there already."""
+    return _call(
+        f"{ALIAS}/UpdateAlias",
+        alias_pb2.UpdateAliasRequest(
+            alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=messages.gallery_name(gallery)),
+            allow_missing=allow_missing,
+        ),
+        alias_pb2.UpdateAliasResponse,
+        lambda response: messages.alias(response.alias),
+    )
+
+
+def get_alias(alias: str) -> Call[Alias]:
+    """Describe an alias."""
+    return _call(
+        f"{ALIAS}/GetAlias",
+        alias_pb2.GetAliasRequest(name=f"aliases/{alias}"),
+        alias_pb2.GetAliasResponse,
+        lambda response: messages.alias(response.alias),
+    )
+
+
+def list_aliases(page_token: str) -> Call[Page[Alias]]:
+    """Every alias, by name; pages are fetched as they are needed."""
+    return _call(
+        f"{ALIAS}/ListAliases",
+        alias_pb2.ListAliasesRequest(page_size=PAGE_SIZE, page_token=page_token),
+        alias_pb2.ListAliasesResponse,
+        lambda response: Page([messages.alias(found) for found in response.aliases], response.next_page_token),
+    )
+
+
+def delete_alias(alias: str) -> Call[None]:
+    """Delete an alias; the gallery stays."""
+    return _call(
+        f"{ALIAS}/DeleteAlias",
+        alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"),
+        alias_pb2.DeleteAliasResponse,
+        lambda response: None,
+    )
+
+
+def reindex_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call[Operation]:
+    """Begin to index a gallery anew, as `index` says when given."""
+    return _call(
+        f"{UPKEEP}/ReindexGallery",
+        upkeep_pb2.ReindexGalleryRequest(
+            name=messages.gallery_name(gallery), index=messages.index_settings(index) if index else None
+        ),
+        upkeep_pb2.ReindexGalleryResponse,
+        lambda response: messages.operation(response.operation),
+    )
+
+
+def migrate_gallery(gallery: str, to: str, *, model: str = "", alias: str = "") -> Call[Operation]:
+    """Begin to embed a gallery's stored thumbnails with another loaded model into the gallery `to`.
+
+    The model is by default the active one. Items imported into `to` before are kept. When all is there, the alias, if
+    one is given, moves.
+    """
+    return _call(
+        f"{UPKEEP}/MigrateGallery",
+        upkeep_pb2.MigrateGalleryRequest(
+            name=messages.gallery_name(gallery),
+            gallery_id=to,
+            model=messages.model_name(model) if model else "",
+            alias=f"aliases/{alias}" if alias else "",
+        ),
+        upkeep_pb2.MigrateGalleryResponse,
+        lambda response: messages.operation(response.operation),
+    )
+
+
+def create_snapshot(gallery: str, snapshot: str) -> Call[Operation]:
+    """Begin to copy a gallery, at one generation, on the server's disk."""
+    return _call(
+        f"{UPKEEP}/CreateSnapshot",
+        upkeep_pb2.CreateSnapshotRequest(parent=messages.gallery_name(gallery), snapshot_id=snapshot),
+        upkeep_pb2.CreateSnapshotResponse,
+        lambda response: messages.operation(response.operation),
+    )
+
+
+def list_snapshots(page_token: str, gallery: str) -> Call[Page[Snapshot]]:
+    """The snapshots of a gallery, by name; pages are fetched as they are needed."""
+    return _call(
+        f"{UPKEEP}/ListSnapshots",
+        upkeep_pb2.ListSnapshotsRequest(
+            parent=messages.gallery_name(gallery), page_size=PAGE_SIZE, page_token=page_token
+        ),
+        upkeep_pb2.ListSnapshotsResponse,
+        lambda response: Page([messages.snapshot(found) for found in response.snapshots], response.next_page_token),
+    )
+
+
+def delete_snapshot(gallery: str, snapshot: str) -> Call[None]:
+    """Delete a snapshot of a gallery."""
+    return _call(
+        f"{UPKEEP}/DeleteSnapshot",
+        upkeep_pb2.DeleteSnapshotRequest(name=messages.snapshot_name(gallery, snapshot)),
+        upkeep_pb2.DeleteSnapshotResponse,
+        lambda response: None,
+    )
+
+
+def restore_gallery(gallery: str, snapshot: str, to: str) -> Call[Operation]:
+    """Begin to make the new gallery `to` from a snapshot of a gallery."""
+    return _call(
+        f"{UPKEEP}/RestoreGallery",
+        upkeep_pb2.RestoreGalleryRequest(snapshot=messages.snapshot_name(gallery, snapshot), gallery_id=to),
+        upkeep_pb2.RestoreGalleryResponse,
+        lambda response: messages.operation(response.operation),
+    )
+
+
+def get_operation(operation: str) -> Call[Operation]:
+    """How far an operation is."""
+    return _call(
+        f"{OPERATIONS}/GetOperation",
+        operations_pb2.GetOperationRequest(name=f"operations/{operation}"),
+        operations_pb2.Operation,
+        messages.operation,
+    )
+
+
+def wait_operation(operation: str, *, seconds: float = 10.0) -> Call[Operation]:
+    """The operation once it is done, or as it is after so many seconds."""
+    request = operations_pb2.WaitOperationRequest(name=f"operations/{operation}")
+    request.timeout.FromNanoseconds(int(seconds * 1e9))
+    return _call(f"{OPERATIONS}/WaitOperation", request, operations_pb2.Operation, messages.operation)
+
+
+def cancel_operation(operation: str) -> Call[None]:
+    """End an operation as soon as it can be; what it had written stays."""
+    return _call(
+        f"{OPERATIONS}/CancelOperation",
+        operations_pb2.CancelOperationRequest(name=f"operations/{operation}"),
+        empty_pb2.Empty,
+        lambda response: None,
+    )
+
+
+def list_operations(page_token: str) -> Call[Page[Operation]]:
+    """The operations of the server since it started, the oldest first; pages are fetched as they are needed."""
+    return _call(
+        f"{OPERATIONS}/ListOperations",
+        operations_pb2.ListOperationsRequest(name="operations", page_size=PAGE_SIZE, page_token=page_token),
+        operations_pb2.ListOperationsResponse,
+        lambda response: Page([messages.operation(found) for found in response.operations], response.next_page_token),
     )
 
 

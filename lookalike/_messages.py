@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+from google.longrunning import operations_pb2
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from lookalike.errors import from_status
 from lookalike.types import (
     JSON,
+    Alias,
     Calibration,
+    CurvePoint,
     Decision,
+    Effort,
     Embedding,
     ErrorRates,
     Gallery,
+    GalleryStats,
     ImageLike,
+    Imported,
+    IndexSettings,
     Item,
     ItemName,
     Model,
     Neighbor,
+    Neighbors,
     NewItem,
+    NotStored,
     OperatingPoint,
+    Operation,
+    Purged,
+    Segment,
+    Snapshot,
     Verdict,
 )
-from lookalike.v1 import common_pb2, gallery_pb2, model_pb2, search_pb2
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import operations_pb2 as pb
 
 ACTIVE_MODEL = "active"
+
+_RAW = ("nprobe", "ef_search", "rescore")
 
 _VERDICTS = {
     common_pb2.VERDICT_MATCH: Verdict.MATCH,
@@ -72,7 +90,31 @@ def operating_point(point: OperatingPoint | None) -> common_pb2.OperatingPoint |
     return message
 
 
-def update_request(gallery: str, item: NewItem) -> gallery_pb2.UpdateItemRequest:
+def effort(wanted: Effort | None) -> search_pb2.Effort | None:
+    """Raises ValueError when more than one way to say it is given: the wire carries one."""
+    if wanted is None:
+        return None
+    raw = {name: value for name in _RAW if (value := getattr(wanted, name)) is not None}
+    if wanted.exact + (wanted.recall is not None) + bool(raw) > 1:
+        raise ValueError("an effort is one of exact, recall, and parameters of the index; got more than one")
+    if any(value < 1 for value in raw.values()):
+        raise ValueError(f"parameters of the index are at least 1; got {raw}")
+    if wanted.exact:
+        return search_pb2.Effort(exact=search_pb2.ExactEffort())
+    if wanted.recall is not None:
+        return search_pb2.Effort(recall=wanted.recall)
+    return search_pb2.Effort(raw=search_pb2.RawEffort(**raw)) if raw else None
+
+
+def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
+    return gallery_pb2.IndexSettings(
+        min_recall=settings.min_recall, structure=settings.structure, memory_bytes=settings.memory_bytes or 0
+    )
+
+
+def update_request(
+    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False
+) -> gallery_pb2.UpdateItemRequest:
     return gallery_pb2.UpdateItemRequest(
         item=gallery_pb2.Item(
             name=str(ItemName(gallery, item.id)),
@@ -80,12 +122,18 @@ def update_request(gallery: str, item: NewItem) -> gallery_pb2.UpdateItemRequest
             metadata=_struct(item.metadata),
             etag=item.etag,
         ),
-        image=image_input(item.image),
+        image=None if item.image is None else image_input(item.image),
+        update_mask=FieldMask(paths=fields),
+        allow_missing=allow_missing,
     )
 
 
 def gallery_name(gallery: str) -> str:
     return f"galleries/{gallery}"
+
+
+def snapshot_name(gallery: str, snapshot: str) -> str:
+    return f"{gallery_name(gallery)}/snapshots/{snapshot}"
 
 
 def model_name(model: str) -> str:
@@ -103,6 +151,29 @@ def decision(message: common_pb2.Decision) -> Decision:
         frr=message.frr,
         model=_id(message.model),
         calibration=message.calibration,
+    )
+
+
+def neighbors(message: search_pb2.SearchResponse | search_pb2.Neighbors) -> Neighbors:
+    return Neighbors(
+        (neighbor(each) for each in message.neighbors),
+        expected_recall=message.expected_recall,
+        generation=message.generation,
+        partial=message.partial,
+    )
+
+
+def matches(parts: Sequence[search_pb2.SearchMatchesResponse]) -> Neighbors | None:
+    """All parts of an answer; None when it broke off."""
+    if not parts or not parts[-1].HasField("summary"):
+        return None
+    summary = parts[-1].summary
+    return Neighbors(
+        (neighbor(each) for part in parts for each in part.neighbors),
+        expected_recall=summary.expected_recall,
+        generation=summary.generation,
+        truncated=summary.truncated,
+        partial=summary.partial,
     )
 
 
@@ -147,6 +218,97 @@ def gallery(message: gallery_pb2.Gallery) -> Gallery:
         generation=message.generation,
         create_time=_datetime(message.create_time) if message.HasField("create_time") else None,
         damage=message.damage,
+        index=_index(message.index) if message.HasField("index") else None,
+        etag=message.etag,
+        stats=_stats(message.stats) if message.HasField("stats") else None,
+    )
+
+
+def alias(message: alias_pb2.Alias) -> Alias:
+    return Alias(id=_id(message.name), gallery=_id(message.gallery))
+
+
+def snapshot(message: upkeep_pb2.Snapshot) -> Snapshot:
+    _, gallery_id, _, snapshot_id = message.name.split("/")
+    return Snapshot(
+        gallery=gallery_id,
+        id=snapshot_id,
+        generation=message.generation,
+        create_time=_datetime(message.create_time),
+        size_bytes=message.size_bytes,
+    )
+
+
+def operation(message: operations_pb2.Operation) -> Operation:
+    known = pb.OperationMetadata()
+    message.metadata.Unpack(known)
+    made, copied = gallery_pb2.Gallery(), upkeep_pb2.Snapshot()
+    is_gallery, is_copy = message.response.Unpack(made), message.response.Unpack(copied)
+    return Operation(
+        id=_id(message.name),
+        verb=known.verb,
+        target=_id(known.target),
+        stage=known.stage,
+        progress=known.done,
+        total=known.total,
+        create_time=_datetime(known.create_time),
+        done=message.done,
+        error=from_status(message.error) if message.HasField("error") else None,
+        gallery=gallery(made) if is_gallery else None,
+        snapshot=snapshot(copied) if is_copy else None,
+    )
+
+
+def purged(message: gallery_pb2.PurgeItemsResponse) -> Purged:
+    return Purged(count=message.purge_count, sample=tuple(map(item_name, message.purge_sample)))
+
+
+def imported(message: gallery_pb2.ImportItemsResponse) -> Imported:
+    return Imported(
+        acknowledged=message.acknowledged_count,
+        stored=message.stored_count,
+        failures=tuple(
+            NotStored(index=failure.index, error=from_status(failure.error)) for failure in message.failures
+        ),
+    )
+
+
+def _index(message: gallery_pb2.IndexSettings) -> IndexSettings:
+    return IndexSettings(
+        min_recall=message.min_recall, structure=message.structure, memory_bytes=message.memory_bytes or None
+    )
+
+
+def _stats(message: gallery_pb2.GalleryStats) -> GalleryStats:
+    return GalleryStats(
+        fresh_items=message.fresh_items,
+        dead_rows=message.dead_rows,
+        disk_bytes=message.disk_bytes,
+        memory_bytes=message.memory_bytes,
+        segments=tuple(
+            Segment(
+                rows=segment.rows,
+                dead_rows=segment.dead_rows,
+                structure=segment.structure,
+                curve=tuple(
+                    CurvePoint(
+                        k=point.k,
+                        recall=point.recall,
+                        match_recall=point.match_recall,
+                        microseconds=point.microseconds,
+                        effort=Effort(
+                            nprobe=point.nprobe or None,
+                            ef_search=point.ef_search or None,
+                            rescore=point.rescore or None,
+                        ),
+                    )
+                    for point in segment.curve
+                ),
+            )
+            for segment in message.segments
+        ),
+        busy=message.busy,
+        last_failure=message.last_failure,
     )
 
 

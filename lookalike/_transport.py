@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from lookalike import _calls
-from lookalike._calls import Batch, Call, Page
+from lookalike._calls import Batch, Call, Collected, Page, Stream
 from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
 
 R = TypeVar("R")
@@ -44,6 +44,9 @@ _RETRIED = (
         {"service": _calls.GALLERY, "method": f"{read}"}
         for read in ("GetGallery", "ListGalleries", "GetItem", "ListItems")
     ),
+    *({"service": _calls.ALIAS, "method": f"{read}"} for read in ("GetAlias", "ListAliases")),
+    {"service": _calls.UPKEEP, "method": "ListSnapshots"},
+    *({"service": _calls.OPERATIONS, "method": f"{read}"} for read in ("GetOperation", "ListOperations")),
 )
 _SERVICE_CONFIG = {
     "methodConfig": [
@@ -81,7 +84,8 @@ class _Settings:
             # A call is repeated from this buffer; larger requests would silently not be repeated.
             ("grpc.per_rpc_retry_buffer_size", self._max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # For all its name, how long one attempt to connect may take: a busy server is slow to greet.
+            ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", 5000),
         ]
 
@@ -134,6 +138,26 @@ class Transport(_Settings):
     def batch(self, batch: Batch[E, R]) -> list[R]:
         return [result for size, call in self._packed(batch) for result in _complete(self.unary(call), size)]
 
+    def collected(self, call: Collected[R]) -> R:
+        try:
+            parts = list(self._streaming(call)(call.request, timeout=self.timeout))
+        except grpc.RpcError as error:
+            raise self._failed(error) from None
+        return call.parse(parts)
+
+    def stream(self, call: Stream[R]) -> Iterator[R]:
+        requests = _Requests(call.requests)
+        made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{call.method}")
+        responses = made(requests)
+        try:
+            for data in responses:
+                yield call.parse(data)
+        except grpc.RpcError as error:
+            raise self._failed(error) from None
+        finally:
+            responses.cancel()  # for a caller who stops iterating
+        requests.raise_failure()
+
     def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
         give_up = time.monotonic() + timeout
@@ -144,6 +168,9 @@ class Transport(_Settings):
 
     def close(self) -> None:
         self._channel.close()
+
+    def _streaming(self, call: Collected[R]) -> grpc.UnaryStreamMultiCallable[bytes, bytes]:
+        return self._channel.unary_stream(f"/{call.method}")
 
     def _method(self, call: Call[R]) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
         return self._channel.unary_unary(f"/{call.method}")
@@ -184,6 +211,28 @@ class AsyncTransport(_Settings):
     async def batch(self, batch: Batch[E, R]) -> list[R]:
         return [result for size, call in self._packed(batch) for result in _complete(await self.unary(call), size)]
 
+    async def collected(self, call: Collected[R]) -> R:
+        try:
+            made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{call.method}")
+            responses = made(call.request, timeout=self.timeout)
+            parts = [data async for data in responses]
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from None
+        return call.parse(parts)
+
+    async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
+        requests = _Requests(call.requests)
+        made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{call.method}")
+        responses = made(requests.asynchronously())
+        try:
+            async for data in responses:
+                yield call.parse(data)
+        except grpc.aio.AioRpcError as error:
+            raise self._failed(error) from None
+        finally:
+            responses.cancel()
+        requests.raise_failure()
+
     async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
         give_up = time.monotonic() + timeout
@@ -206,6 +255,33 @@ class AsyncTransport(_Settings):
         except grpc.aio.AioRpcError:
             return False
         return call.parse(response)
+
+
+class _Requests(Iterator[bytes]):
+    """The messages of a stream. When making one fails, the stream ends there and the failure is kept: gRPC would only
+    log it."""
+
+    def __init__(self, requests: Iterator[bytes]) -> None:
+        self._requests = requests
+        self._failure: BaseException | None = None
+
+    def __next__(self) -> bytes:
+        try:
+            return next(self._requests)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._failure = error
+            raise StopIteration from None
+
+    async def asynchronously(self) -> AsyncIterator[bytes]:
+        """The same, made in threads: an image may be read from a slow disk."""
+        while (request := await asyncio.to_thread(next, self, None)) is not None:
+            yield request
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 def _complete(results: list[R], size: int) -> list[R]:

@@ -6,7 +6,7 @@ Distances are Euclidean between unit vectors, in [0, 2]; embeddings are float32 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -100,14 +100,53 @@ class Neighbor:
     decision: Decision
 
 
+class Neighbors(list[Neighbor]):
+    """Neighbours, nearest first, and what is to be known of the search that found them."""
+
+    def __init__(
+        self,
+        neighbors: Iterable[Neighbor] = (),
+        *,
+        expected_recall: float = 1.0,
+        generation: int = 0,
+        truncated: bool = False,
+        partial: bool = False,
+    ) -> None:
+        super().__init__(neighbors)
+        self.expected_recall = expected_recall
+        """Share of the true answer that such searches found when they were measured on this gallery; 1 when it is
+        exact, 0 when nothing like it was measured."""
+        self.generation = generation
+        """The gallery's generation that the whole answer is of."""
+        self.truncated = truncated
+        """Whether there are more matches than were asked for."""
+        self.partial = partial
+        """Whether a part of the gallery could not be asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effort:
+    """How much of the true answer a search must find: exact, or a recall, or parameters of the index itself."""
+
+    exact: bool = False
+    recall: float | None = None
+    """Share of the true answer, in (0, 1]."""
+    nprobe: int | None = None
+    """IVF: lists visited."""
+    ef_search: int | None = None
+    """HNSW: width of the candidate list."""
+    rescore: int | None = None
+    """Candidates measured again for each result wanted."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class NewItem:
     """An item to store."""
 
     id: str
     """Unique in its gallery: 1 to 256 printable characters without "/"."""
-    image: ImageLike
-    """Anything but the name of an item."""
+    image: ImageLike | None = None
+    """Needed, except where an update leaves the stored one."""
     identity: str | None = None
     metadata: Mapping[str, JSON] = field(default_factory=dict)
     """Anything to get back with the item, as JSON; numbers travel as float64."""
@@ -144,6 +183,131 @@ class Gallery:
     """None when the gallery is too damaged to tell."""
     damage: str
     """Why its items cannot be served; empty when all is well."""
+    index: IndexSettings | None = None
+    """How it is indexed; None when it is damaged."""
+    etag: str = ""
+    """Changes whenever `index` does."""
+    stats: GalleryStats | None = None
+    """Only where one gallery is asked for; None in listings."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexSettings:
+    """How a gallery is to be indexed."""
+
+    min_recall: float = 0.99
+    """What searches reach unless they ask otherwise, in (0, 1]."""
+    structure: str = "auto"
+    """`auto`, `exact`, `hnsw`, `ivf-flat`, `ivf-sq8` or `ivf-pq`."""
+    memory_bytes: int | None = None
+    """Most that index structures may take in memory; None for no bound."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePoint:
+    """One measured setting of an index structure."""
+
+    k: int
+    """How many nearest `recall` is of."""
+    recall: float
+    match_recall: float
+    """Share of all items within the margin that was found."""
+    microseconds: float
+    """Median of one query in one thread."""
+    effort: Effort
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """One sealed part of a gallery."""
+
+    rows: int
+    dead_rows: int
+    structure: str
+    curve: tuple[CurvePoint, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GalleryStats:
+    """A gallery in numbers."""
+
+    fresh_items: int
+    """Not sealed yet, and searched exactly."""
+    dead_rows: int
+    disk_bytes: int
+    memory_bytes: int
+    segments: tuple[Segment, ...] = ()
+    busy: str = ""
+    last_failure: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alias:
+    """A name that stands for a gallery."""
+
+    id: str
+    gallery: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A copy of a gallery at one generation."""
+
+    gallery: str
+    id: str
+    generation: int
+    create_time: datetime
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Purged:
+    """What was, or would be, deleted."""
+
+    count: int
+    sample: tuple[ItemName, ...]
+    """The first of those that would be deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotStored:
+    """An item of an import that was not stored."""
+
+    index: int
+    """Which of the items given, from 0."""
+    error: Exception
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Imported:
+    """How far an import is: of the first `acknowledged` items each is durable, or among the failures so far."""
+
+    acknowledged: int
+    stored: int
+    failures: tuple[NotStored, ...]
+    """Since the last acknowledgement."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Operation:
+    """Long work on the server, as it stood when this was asked."""
+
+    id: str
+    verb: str
+    """`reindex`, `snapshot`, `restore` or `migrate`."""
+    target: str
+    """The gallery that it works on."""
+    stage: str
+    progress: int
+    total: int
+    """How far `progress` has to go in this stage; 0 when that is not known."""
+    create_time: datetime
+    done: bool
+    error: Exception | None = None
+    """Why it failed, once it is done."""
+    gallery: Gallery | None = None
+    """What it made or changed, once it is done."""
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

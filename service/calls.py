@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,7 +28,7 @@ def request_id() -> str:
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Logs and counts the unary calls of our own services; health checks and reflection pass by."""
+    """Logs and counts the calls of our own services; health checks and reflection pass by."""
 
     def __init__(self) -> None:
         self._in_flight = 0
@@ -45,31 +46,45 @@ class Calls(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        # An unknown method has no handler.
-        if handler is None or handler.unary_unary is None or not method.startswith(_PREFIX):
+        if handler is None or not method.startswith(_PREFIX):  # an unknown method has no handler
             return handler
+        # Typed for blocking servers only. All our methods answer with one message, or stream their answers.
+        respond: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        if handler.unary_unary is not None:
 
-        respond: Any = handler.unary_unary  # typed for blocking servers only
+            async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+                async with self._counted(method, context):
+                    return await respond(request, context)
 
-        async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            return await self._served(method, respond(request, context), context)
+            return grpc.unary_unary_rpc_method_handler(
+                served,
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
 
-        return grpc.unary_unary_rpc_method_handler(
-            served,
+        async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async with self._counted(method, context):
+                async for response in respond(request, context):
+                    yield response
+
+        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
+        made: grpc.RpcMethodHandler[Any, Any] = make(
+            streamed,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+        return made
 
-    async def _served(self, method: str, response: Awaitable[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    @asynccontextmanager
+    async def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
         _REQUEST_ID.set(uuid.uuid4().hex)
         started = time.perf_counter()
         self._in_flight += 1
         self._idle.clear()
         code: grpc.StatusCode | None = grpc.StatusCode.CANCELLED  # what it is unless the call ends in one of two ways
         try:
-            answer = await response
+            yield
             code = grpc.StatusCode.OK
-            return answer
         except grpc.aio.AbortError:
             code = context.code()
             raise

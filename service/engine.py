@@ -17,9 +17,12 @@ import numpy as np
 from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, checked_embedding
 from embedding.encoder import Encoder
-from embedding.errors import DamagedData, GalleryNotEmpty, LookalikeError
+from embedding.errors import AlreadyExists, DamagedData, GalleryAliased, GalleryNotEmpty, LookalikeError, NotFound
 from embedding.images import MAX_PIXELS
-from index import Catalog, Gallery, ModelRef
+from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
+from index.aliases import Aliases
+from index.engine import OnProgress
+from index.shelf import Shelf
 from service.sources import (
     Embedded,
     EncodedImage,
@@ -56,7 +59,13 @@ class Engine:
     """An encoder and the galleries that it answers from. Methods may be called from any thread."""
 
     encoder: Encoder
-    catalog: Catalog
+    catalog: GalleryCatalog
+    aliases: Aliases
+    shelf: Shelf
+    thumbnails: int = 0
+    """Side, in pixels, of the thumbnails stored with new items; 0 stores none."""
+    max_pixels: int = MAX_PIXELS
+    """Largest width × height of an image."""
 
     @classmethod
     def open(
@@ -68,6 +77,7 @@ class Engine:
         device: str = "auto",
         batch_size: int = 64,
         max_pixels: int = MAX_PIXELS,
+        thumbnails: int = 0,
     ) -> Self:
         """Load a bundle and open a folder of galleries; close it after use, or use it in a `with` statement.
 
@@ -75,7 +85,21 @@ class Engine:
         `read_only` is not set.
         """
         encoder = Encoder(Bundle.load(bundle), device=device, batch_size=batch_size, max_pixels=max_pixels)
-        return cls(encoder=encoder, catalog=Catalog(Path(galleries), read_only=read_only))
+        root = Path(galleries)
+        catalog = Catalog(root, read_only=read_only)
+        try:
+            aliases = Aliases(root, read_only=read_only)
+        except BaseException:
+            catalog.close()
+            raise
+        return cls(
+            encoder=encoder,
+            catalog=catalog,
+            aliases=aliases,
+            shelf=Shelf(root),
+            thumbnails=thumbnails,
+            max_pixels=max_pixels,
+        )
 
     @property
     def bundle(self) -> Bundle:
@@ -91,14 +115,67 @@ class Engine:
         """What decides at this operating point. Raises InvalidOperatingPoint."""
         return Judge(self.bundle.calibration, point, model=self.bundle.name)
 
-    def gallery(self, gallery_id: str, *, path: str | None = None) -> Gallery:
-        """A gallery of this model. Raises NotFound, ModelMismatch or DamagedData, naming the request field `path`."""
+    def gallery(self, name: str, *, path: str | None = None, any_model: bool = False) -> GalleryEngine:
+        """The gallery that a name or an alias stands for, of this model unless `any_model`.
+
+        Raises NotFound, ModelMismatch or DamagedData, naming the request field `path`.
+        """
         with naming(path):
-            return self.catalog.get(gallery_id, model=self.model)
+            return self.catalog.get(self.aliases.resolve(name), model=None if any_model else self.model)
+
+    def create_gallery(self, gallery_id: str, settings: IndexSettings | None = None) -> GalleryEngine:
+        """An empty gallery of this model. Raises AlreadyExists."""
+        self._check_no_alias(gallery_id)
+        return self.catalog.create(gallery_id, self.model, settings=settings)
+
+    def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
+        """Raises NotFound, and AlreadyExists when there is a gallery or an alias of that name."""
+        self._check_no_alias(gallery_id)
+        self.shelf.get(*snapshot)
+        try:
+            self.catalog.get(gallery_id)
+        except NotFound:
+            return
+        raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
+
+    def restore_gallery(
+        self, gallery_id: str, snapshot: tuple[str, str], *, on_progress: OnProgress | None = None
+    ) -> GalleryEngine:
+        """A gallery made from a snapshot, given as the ids of its gallery and its own. Raises AlreadyExists."""
+        self._check_no_alias(gallery_id)
+        return self.shelf.restore(self.catalog, *snapshot, into=gallery_id, on_progress=on_progress)
+
+    def put_alias(self, alias: str, gallery_id: str, *, allow_missing: bool = True) -> None:
+        """Let `alias` stand for a gallery from now on.
+
+        Raises NotFound, and AlreadyExists when a gallery has that name.
+        """
+        with naming("alias.gallery"):
+            self.catalog.get(gallery_id)
+        try:
+            self.catalog.get(alias)
+        except NotFound:
+            self.aliases.put(alias, gallery_id, allow_missing=allow_missing)
+            return
+        except DamagedData:
+            pass
+        raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias", field="alias.name")
 
     def delete_gallery(self, gallery_id: str, *, force: bool = False) -> None:
-        """Delete a gallery of any model. Raises NotFound, and GalleryNotEmpty unless it is empty or `force` is set."""
+        """Delete a gallery of any model.
+
+        Raises NotFound, GalleryAliased, and GalleryNotEmpty unless it is empty or `force` is set.
+        """
         with naming("name"):
+            if aliases := self.aliases.of(gallery_id):
+                raise GalleryAliased(
+                    f"alias {aliases[0]!r} stands for gallery {gallery_id!r}; move or delete the alias first"
+                )
+            if gallery_id in self.aliases.all():
+                raise GalleryAliased(
+                    f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; delete the alias, or "
+                    "name the gallery itself"
+                )
             if not force:
                 self._check_empty(gallery_id)
             self.catalog.delete(gallery_id)
@@ -123,6 +200,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_no_alias(self, gallery_id: str) -> None:
+        if gallery_id in self.aliases.all():
+            raise AlreadyExists(
+                f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; choose another name"
+            )
 
     def _check_empty(self, gallery_id: str) -> None:
         try:

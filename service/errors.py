@@ -38,7 +38,11 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
     domain.StaleEtag: grpc.StatusCode.ABORTED,
     domain.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.GalleryAliased: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.ImagesNeeded: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
+    domain.Cancelled: grpc.StatusCode.CANCELLED,
+    domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """A class stands for its subclasses too, unless they have a line of their own."""
 
@@ -61,11 +65,10 @@ def status(error: BaseException) -> status_pb2.Status:
     if code is None or not isinstance(error, domain.LookalikeError):
         return _unforeseen(error)
     message = str(error) if len(str(error)) <= MAX_MESSAGE else f"{str(error)[: MAX_MESSAGE - 1]}…"
-    details: list[Message] = [
-        error_details_pb2.ErrorInfo(
-            reason=error.reason, domain=DOMAIN, metadata={"field": error.field} if error.field else {}
-        )
-    ]
+    metadata = {"field": error.field} if error.field else {}
+    if isinstance(error, domain.InvalidFilter) and error.position is not None:
+        metadata["position"] = str(error.position)
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if error.field and code is grpc.StatusCode.INVALID_ARGUMENT:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=message, reason=error.reason

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
 
-from embedding.errors import DamagedData, LookalikeError
-from index import Catalog, Gallery
+from embedding.errors import DamagedData, InvalidInput, LookalikeError
+from index import GalleryCatalog
+from index.filters import parse_filter
 from index.items import name_of_page_token, page_token_after
 from lookalike.v1 import gallery_pb2 as pb
 from lookalike.v1 import gallery_pb2_grpc
 from service import errors, parse, wire, writes
+from service.engine import Engine
 from service.errors import translated_errors
-from service.serving import Serving
-from service.sources import naming
+from service.serving import AsyncEngine, Serving
+from service.sources import Unusable, naming
+from service.streams import Elements
 
 MAX_ITEMS = 1024
 """Most items of one BatchUpdateItems or BatchDeleteItems."""
+
+IMPORT_WINDOW = 256
+"""Most items of one ImportItems that are stored and acknowledged together."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,15 +37,33 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def CreateGallery(self, request: pb.CreateGalleryRequest, context: Context) -> pb.CreateGalleryResponse:
         async with translated_errors(context):
+            settings = (
+                parse.index_settings(request.gallery.index, "gallery.index")
+                if request.gallery.HasField("index")
+                else None
+            )
             serving = self._serving.current
-            created = await serving.run(serving.engine.catalog.create, request.gallery_id, serving.engine.model)
+            created = await serving.run(serving.engine.create_gallery, request.gallery_id, settings)
             return pb.CreateGalleryResponse(gallery=wire.gallery(created))
 
     async def GetGallery(self, request: pb.GetGalleryRequest, context: Context) -> pb.GetGalleryResponse:
         async with translated_errors(context):
             gallery_id = parse.gallery_name(request.name, "name")
             serving = self._serving.current
-            return pb.GetGalleryResponse(gallery=await serving.run(_described, serving.engine.catalog, gallery_id))
+            return pb.GetGalleryResponse(gallery=await serving.run(_described, serving.engine, gallery_id))
+
+    async def UpdateGallery(self, request: pb.UpdateGalleryRequest, context: Context) -> pb.UpdateGalleryResponse:
+        async with translated_errors(context):
+            question = writes.UpdateGallery(
+                gallery=parse.gallery_name(request.gallery.name, "gallery.name"),
+                settings=parse.index_settings(request.gallery.index, "gallery.index"),
+                parts=parse.index_mask(request.update_mask, "update_mask"),
+                etag=request.gallery.etag,
+            )
+            serving = self._serving.current
+            return await serving.run(
+                lambda: pb.UpdateGalleryResponse(gallery=wire.gallery(question.write(serving.engine), with_stats=True))
+            )
 
     async def ListGalleries(self, request: pb.ListGalleriesRequest, context: Context) -> pb.ListGalleriesResponse:
         async with translated_errors(context):
@@ -60,8 +84,9 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             serving = self._serving.current
 
             def read() -> pb.GetItemResponse:
-                stored = _opened(serving.engine.catalog, gallery_id, "name").get(item_id)
-                return pb.GetItemResponse(item=wire.item(stored, gallery_id, with_embedding=True))
+                gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
+                stored = gallery.get(item_id)
+                return pb.GetItemResponse(item=wire.item(stored, gallery.id, with_embedding=True))
 
             return await serving.run(read)
 
@@ -69,13 +94,14 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             gallery_id = parse.gallery_name(request.parent, "parent")
             size = parse.page_size(request.page_size)
+            allowed = parse_filter(request.filter)
             serving = self._serving.current
 
             def read() -> pb.ListItemsResponse:
-                gallery = _opened(serving.engine.catalog, gallery_id, "parent")
-                items, following = gallery.list(page_size=size, page_token=request.page_token)
+                gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
+                items, following = gallery.list(page_size=size, page_token=request.page_token, allowed=allowed)
                 return pb.ListItemsResponse(
-                    items=[wire.item(item, gallery_id) for item in items], next_page_token=following
+                    items=[wire.item(item, gallery.id) for item in items], next_page_token=following
                 )
 
             return await serving.run(read)
@@ -86,12 +112,92 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             gallery_id = parse.gallery_name(request.parent, "parent")
             parse.check_batch(request.requests, most=MAX_ITEMS, path="requests")
+            serving = await self._serving.of(gallery_id)
+            resolve = serving.engine.aliases.resolve
             question = writes.UpdateItems(
                 gallery=gallery_id,
-                drafts=[parse.draft(item, gallery_id, f"requests[{i}]") for i, item in enumerate(request.requests)],
+                drafts=[
+                    parse.draft(item, gallery_id, f"requests[{i}]", resolve=resolve)
+                    for i, item in enumerate(request.requests)
+                ],
                 allow_missing=request.allow_missing,
             )
-            return await self._serving.current.ask(question, lambda outcomes: _batch_response(outcomes, gallery_id))
+            return await serving.ask(question, lambda outcomes: _batch_response(outcomes, resolve(gallery_id)))
+
+    async def UpdateItem(self, request: pb.UpdateItemRequest, context: Context) -> pb.UpdateItemResponse:
+        async with translated_errors(context):
+            gallery_id, _ = parse.item_name(request.item.name, "item.name")
+            draft = parse.draft(request, gallery_id, "")
+            serving = await self._serving.of(gallery_id)
+            resolve = serving.engine.aliases.resolve
+            question = writes.UpdateItems(gallery=gallery_id, drafts=[draft], allow_missing=request.allow_missing)
+
+            def form(outcomes: Sequence[writes.Stored]) -> pb.UpdateItemResponse:
+                (outcome,) = outcomes
+                if isinstance(outcome, LookalikeError):
+                    raise outcome
+                return pb.UpdateItemResponse(item=wire.item(outcome, resolve(gallery_id)))
+
+            return await serving.ask(question, form)
+
+    async def ImportItems(
+        self, request_iterator: AsyncIterator[pb.ImportItemsRequest], context: Context
+    ) -> AsyncIterator[pb.ImportItemsResponse]:
+        async with translated_errors(context), Elements(request_iterator, window=IMPORT_WINDOW) as elements:
+            first = await elements.first()
+            if first is None or first.WhichOneof("element") != "config":
+                raise InvalidInput("the first element of the stream must be its config", field="config")
+            gallery_id = parse.gallery_name(first.config.parent, "config.parent")
+            serving = await self._serving.of(gallery_id)
+            await serving.run(serving.engine.gallery, gallery_id, path="config.parent")
+            acknowledged = stored = 0
+            async for some in elements.batches():
+                for window in _without_repeats(some):
+                    outcomes = await _imported(serving, gallery_id, window, not first.config.existing_only)
+                    failures = [
+                        pb.ImportFailure(
+                            index=acknowledged + i, name=request.item.item.name, error=errors.status(outcome)
+                        )
+                        for i, (request, outcome) in enumerate(zip(window, outcomes, strict=True))
+                        if isinstance(outcome, LookalikeError)
+                    ]
+                    acknowledged += len(window)
+                    stored += len(window) - len(failures)
+                    yield pb.ImportItemsResponse(
+                        acknowledged_count=acknowledged, stored_count=stored, failures=failures
+                    )
+
+    async def DeleteItem(self, request: pb.DeleteItemRequest, context: Context) -> pb.DeleteItemResponse:
+        async with translated_errors(context):
+            gallery_id, item_id = parse.item_name(request.name, "name")
+            serving = self._serving.current
+
+            def delete() -> pb.DeleteItemResponse:
+                gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
+                etags = {item_id: request.etag} if request.etag else None
+                with naming("name"):
+                    gallery.delete([item_id], allow_missing=request.allow_missing, etags=etags)
+                return pb.DeleteItemResponse()
+
+            return await serving.run(delete)
+
+    async def PurgeItems(self, request: pb.PurgeItemsRequest, context: Context) -> pb.PurgeItemsResponse:
+        async with translated_errors(context):
+            purge = writes.PurgeItems(
+                gallery=parse.gallery_name(request.parent, "parent"),
+                allowed=parse.purge_filter(request.filter),
+                force=request.force,
+            )
+            serving = self._serving.current
+
+            def answer() -> pb.PurgeItemsResponse:
+                purged = purge.write(serving.engine)
+                return pb.PurgeItemsResponse(
+                    purge_count=purged.count,
+                    purge_sample=[wire.item_name(purged.gallery, name) for name in purged.sample],
+                )
+
+            return await serving.run(answer)
 
     async def BatchDeleteItems(
         self, request: pb.BatchDeleteItemsRequest, context: Context
@@ -99,11 +205,14 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             gallery_id = parse.gallery_name(request.parent, "parent")
             parse.check_batch(request.names, most=MAX_ITEMS, path="names")
-            names = [parse.item_in(gallery_id, name, f"names[{i}]") for i, name in enumerate(request.names)]
             serving = self._serving.current
+            resolve = serving.engine.aliases.resolve
+            names = [
+                parse.item_in(gallery_id, name, f"names[{i}]", resolve=resolve) for i, name in enumerate(request.names)
+            ]
 
             def delete() -> pb.BatchDeleteItemsResponse:
-                gallery = _opened(serving.engine.catalog, gallery_id, "parent")
+                gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
                 with naming("names"):
                     deleted = gallery.delete(names, allow_missing=request.allow_missing)
                 return pb.BatchDeleteItemsResponse(deleted_count=deleted)
@@ -111,20 +220,46 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             return await serving.run(delete)
 
 
-def _opened(catalog: Catalog, gallery_id: str, path: str) -> Gallery:
-    """A gallery of any model: its items can be read and deleted without comparing embeddings."""
-    with naming(path):
-        return catalog.get(gallery_id)
-
-
-def _described(catalog: Catalog, gallery_id: str) -> pb.Gallery:
+def _described(engine: Engine, gallery_id: str) -> pb.Gallery:
     try:
-        return wire.gallery(_opened(catalog, gallery_id, "name"))
+        return wire.gallery(engine.gallery(gallery_id, path="name", any_model=True), with_stats=True)
     except DamagedData as error:
         return wire.damaged_gallery(gallery_id, error)
 
 
-def _page(catalog: Catalog, size: int, after: str) -> pb.ListGalleriesResponse:
+def _without_repeats(requests: Sequence[pb.ImportItemsRequest]) -> Iterator[list[pb.ImportItemsRequest]]:
+    """The requests in order, cut wherever a name comes again: the later one then overwrites the earlier."""
+    window: list[pb.ImportItemsRequest] = []
+    names: set[str] = set()
+    for request in requests:
+        name = request.item.item.name
+        if name in names:
+            yield window
+            window, names = [], set()
+        window.append(request)
+        names.add(name)
+    yield window
+
+
+async def _imported(
+    serving: AsyncEngine, gallery_id: str, requests: Sequence[pb.ImportItemsRequest], allow_missing: bool
+) -> list[writes.Stored]:
+    resolve = serving.engine.aliases.resolve
+    drafts: list[writes.Draft | Unusable] = []
+    for request in requests:
+        match request.WhichOneof("element"):
+            case "item":
+                drafts.append(parse.draft(request.item, gallery_id, "item", resolve=resolve))
+            case "config":
+                error = InvalidInput("only the first element is a config; send items after it", field="config")
+                drafts.append(Unusable(error=error))
+            case _:
+                drafts.append(Unusable(error=InvalidInput("an element must hold an item", field="item")))
+    question = writes.UpdateItems(gallery=gallery_id, drafts=drafts, allow_missing=allow_missing)
+    return await serving.ask(question, list)
+
+
+def _page(catalog: GalleryCatalog, size: int, after: str) -> pb.ListGalleriesResponse:
     found = [gallery for gallery in wire.galleries(catalog) if gallery.name > after]
     return pb.ListGalleriesResponse(
         galleries=found[:size],

@@ -6,12 +6,13 @@ from typing import Any
 
 import grpc
 
-from embedding.errors import InvalidInput, NotFound
+from embedding.errors import InvalidInput
 from lookalike.v1 import model_pb2 as pb
 from lookalike.v1 import model_pb2_grpc
 from service import parse, wire
 from service.errors import translated_errors
-from service.serving import Serving
+from service.serving import AsyncEngine, Serving
+from service.sources import naming
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -24,11 +25,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         async with translated_errors(context):
-            bundle = self._serving.current.engine.bundle
             name = parse.model_name(request.name, "name")
-            if name not in {bundle.name, parse.ACTIVE_MODEL}:
-                raise NotFound(f"no model {name!r} is loaded; this server answers with {bundle.name!r}", field="name")
-            return pb.GetModelResponse(model=wire.model(bundle, active=True))
+            with naming("name"):
+                found = self._serving.named(name)
+            return pb.GetModelResponse(model=self._described(found))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         async with translated_errors(context):
@@ -38,4 +38,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                     "page_token is not one that this server gave: all its models fit on the first page; leave it out",
                     field="page_token",
                 )
-            return pb.ListModelsResponse(models=[wire.model(self._serving.current.engine.bundle, active=True)])
+            found = sorted(self._serving.all, key=lambda each: each.engine.bundle.name)
+            return pb.ListModelsResponse(models=[self._described(each) for each in found])
+
+    def _described(self, found: AsyncEngine) -> pb.Model:
+        return wire.model(found.engine.bundle, active=found is self._serving.current)

@@ -6,23 +6,36 @@ Every error is InvalidInput with the path of the field, such as `pairs[3].b.enco
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import cast, get_args
 
-from google.protobuf import json_format, struct_pb2
+from google.protobuf import field_mask_pb2, json_format, struct_pb2
 
 from embedding.decision import OperatingPoint
 from embedding.errors import InvalidInput
-from index import JSON, MAX_PAGE
-from lookalike.v1 import common_pb2, gallery_pb2
+from index import JSON, MAX_PAGE, Deadline, Exact, IndexSettings, Raw, Recall
+from index.engine import Effort, Structure
+from index.filters import ItemFilter, parse_filter
+from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
+from service.questions import Scope
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem, Unusable
-from service.writes import Draft
+from service.writes import PARTS, Draft
 
 DEFAULT_PAGE = 50
+MAX_EXCLUDED = 1000
+"""Most items that a search is told to leave out."""
+MAX_RAW = 100_000
+"""Largest parameter of an index structure."""
+INDEX_FIELDS = ("min_recall", "structure", "memory_bytes")
+STRUCTURES: tuple[str, ...] = get_args(Structure)
 ACTIVE_MODEL = "active"
 """The id that stands for whichever model answers."""
 
 _GALLERY = re.compile(r"galleries/([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)")
 _ITEM = re.compile(rf"{_GALLERY.pattern}/items/([^/]+)", re.DOTALL)
+_ALIAS = re.compile(_GALLERY.pattern.replace("galleries/", "aliases/"))
+_SNAPSHOT = re.compile(rf"{_GALLERY.pattern}/snapshots/([a-z0-9](?:[a-z0-9-]{{0,61}}[a-z0-9])?)")
+_OPERATION = re.compile(r"operations/([0-9a-f]{32})")
 _MODEL = re.compile(r"models/([a-z0-9_-]+)")
 
 
@@ -56,6 +69,105 @@ def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:
     )
 
 
+def scope(
+    request: search_pb2.SearchRequest
+    | search_pb2.SearchMatchesRequest
+    | search_pb2.BatchSearchRequest
+    | search_pb2.StreamSearchConfig,
+    *,
+    path: str = "",
+    deadline: Deadline | None = None,
+) -> Scope:
+    """Where to search and how hard; `path` leads to the message, and ends with a dot."""
+    return Scope(
+        gallery=gallery_name(request.gallery, f"{path}gallery"),
+        point=operating_point(request.operating_point),
+        allowed=parse_filter(request.filter, field=f"{path}filter"),
+        effort=effort(request.effort, f"{path}effort"),
+        deadline=deadline,
+    )
+
+
+def effort(message: search_pb2.Effort, path: str) -> Effort | None:
+    """How much must be found; None when that was not said."""
+    match message.WhichOneof("effort"):
+        case "exact":
+            return Exact()
+        case "recall":
+            if not 0 < message.recall <= 1:
+                raise InvalidInput(f"{path}.recall must lie in (0, 1]; got {message.recall:g}", field=f"{path}.recall")
+            return Recall(message.recall)
+        case "raw":
+            values = {}
+            for name in ("nprobe", "ef_search", "rescore"):
+                value = getattr(message.raw, name)
+                if not 0 <= value <= MAX_RAW:
+                    raise InvalidInput(
+                        f"{path}.raw.{name} must lie in 1..{MAX_RAW:,}, or be 0 for the tuned one; got {value}",
+                        field=f"{path}.raw.{name}",
+                    )
+                values[name] = value or None
+            return Raw(**values)
+        case _:
+            return None
+
+
+def excluded(names: Sequence[str], gallery: str, resolve: Callable[[str], str], path: str = "exclude") -> list[str]:
+    """The ids of items to leave out, all of the gallery that is searched, by its own name or an alias."""
+    if len(names) > MAX_EXCLUDED:
+        raise InvalidInput(f"{path} takes {MAX_EXCLUDED:,} items at most; got {len(names):,}", field=path)
+    return [item_in(gallery, name, f"{path}[{i}]", resolve=resolve) for i, name in enumerate(names)]
+
+
+def index_settings(message: gallery_pb2.IndexSettings, path: str) -> IndexSettings:
+    """How to index a gallery; unset fields mean their defaults."""
+    if not 0 <= message.min_recall <= 1:
+        raise InvalidInput(
+            f"{path}.min_recall must lie in (0, 1], or be 0 for the default; got {message.min_recall:g}",
+            field=f"{path}.min_recall",
+        )
+    if message.structure and message.structure not in STRUCTURES:
+        raise InvalidInput(
+            f"{path}.structure is one of {', '.join(STRUCTURES)}; got {message.structure[:40]!a}",
+            field=f"{path}.structure",
+        )
+    if message.memory_bytes < 0:
+        raise InvalidInput(f"{path}.memory_bytes must not be negative", field=f"{path}.memory_bytes")
+    default = IndexSettings()
+    return IndexSettings(
+        min_recall=message.min_recall or default.min_recall,
+        structure=cast("Structure", message.structure or default.structure),
+        memory_bytes=message.memory_bytes or None,
+    )
+
+
+def index_mask(message: field_mask_pb2.FieldMask, path: str) -> frozenset[str]:
+    """Which index settings a mask names: `index` is all of them."""
+    every = {f"index.{name}" for name in INDEX_FIELDS}
+    named = mask(message, {"index", *every}, path)
+    return frozenset(part.removeprefix("index.") for part in (every if "index" in named else named))
+
+
+def mask(message: field_mask_pb2.FieldMask, accepted: Collection[str], path: str) -> frozenset[str]:
+    """The paths of a field mask; all of `accepted` when it is unset or `*`."""
+    if not message.paths or list(message.paths) == ["*"]:
+        return frozenset(accepted)
+    unknown = sorted(set(message.paths) - set(accepted))
+    if unknown:
+        raise InvalidInput(
+            f"{path} takes {', '.join(sorted(accepted))}, or * alone; got {unknown[0][:80]!a}", field=path
+        )
+    return frozenset(message.paths)
+
+
+def purge_filter(text: str, path: str = "filter") -> ItemFilter:
+    """Which items to purge; said in words, so that nothing is purged by an oversight."""
+    parsed = parse_filter("name:*" if text.strip() == "*" else text, field=path)
+    if parsed is None:
+        raise InvalidInput(f"{path} is required; * alone means all items", field=path)
+    return parsed
+
+
 def gallery_name(name: str, path: str) -> str:
     """The id in `galleries/{gallery}`."""
     return _matched(_GALLERY, name, path, "galleries/{gallery}, 1 to 63 lower-case letters, digits and inner hyphens")[
@@ -69,10 +181,30 @@ def item_name(name: str, path: str) -> tuple[str, str]:
     return gallery, item
 
 
-def item_in(gallery: str, name: str, path: str) -> str:
-    """The item's id in `galleries/{gallery}/items/{item}`, which must be of this gallery."""
+def alias_name(name: str, path: str) -> str:
+    """The id in `aliases/{alias}`."""
+    return _matched(_ALIAS, name, path, "aliases/{alias}, 1 to 63 lower-case letters, digits and inner hyphens")[0]
+
+
+def snapshot_name(name: str, path: str) -> tuple[str, str]:
+    """The ids in `galleries/{gallery}/snapshots/{snapshot}`."""
+    gallery, snapshot = _matched(_SNAPSHOT, name, path, "galleries/{gallery}/snapshots/{snapshot}")
+    return gallery, snapshot
+
+
+def operation_name(name: str, path: str) -> str:
+    """The id in `operations/{operation}`."""
+    return _matched(_OPERATION, name, path, "operations/{operation}")[0]
+
+
+def _same(gallery: str) -> str:
+    return gallery
+
+
+def item_in(gallery: str, name: str, path: str, *, resolve: Callable[[str], str] = _same) -> str:
+    """The item's id in `galleries/{gallery}/items/{item}`, which must be of this gallery once aliases are resolved."""
     of, item = item_name(name, path)
-    if of != gallery:
+    if resolve(of) != resolve(gallery):
         raise InvalidInput(f"{path} is an item of gallery {of!r}; the parent is {gallery!r}: send it there", field=path)
     return item
 
@@ -99,16 +231,28 @@ def check_batch(elements: Sequence[object], *, most: int, path: str) -> None:
         raise InvalidInput(f"{path} takes 1 to {most} elements a call; got {len(elements)}", field=path)
 
 
-def draft(request: gallery_pb2.UpdateItemRequest, gallery: str, path: str) -> Draft | Unusable:
-    """The item to store; `Unusable` when its name or metadata cannot be read."""
+def draft(
+    request: gallery_pb2.UpdateItemRequest,
+    gallery: str,
+    path: str,
+    *,
+    resolve: Callable[[str], str] = _same,
+    allow_missing: bool | None = None,
+) -> Draft | Unusable:
+    """The item to store; `Unusable` when its name, mask or metadata cannot be read. An empty `path` is the request."""
+    prefix = f"{path}." if path else ""
     try:
+        parts = mask(request.update_mask, PARTS, f"{prefix}update_mask")
+        needs_image = "image" in parts or request.image.WhichOneof("source") is not None
         return Draft(
-            name=item_in(gallery, request.item.name, f"{path}.item.name"),
-            image=image(request.image, f"{path}.image"),
+            name=item_in(gallery, request.item.name, f"{prefix}item.name", resolve=resolve),
+            image=image(request.image, f"{prefix}image") if needs_image else None,
             identity=request.item.identity or None,
-            metadata=metadata(request.item.metadata, f"{path}.item.metadata"),
+            metadata=metadata(request.item.metadata, f"{prefix}item.metadata"),
             etag=request.item.etag,
-            path=f"{path}.item",
+            parts=parts,
+            allow_missing=allow_missing,
+            path=f"{prefix}item",
         )
     except InvalidInput as error:
         return Unusable(error=error)

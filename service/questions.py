@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
 from embedding.decision import Decision, Judge, OperatingPoint, Vectors, distance
 from embedding.errors import InvalidInput, LookalikeError
-from index import Gallery, Neighbor
+from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine
+from index.engine import Effort
 from service.engine import Engine
 from service.sources import Embedded, Source, StoredItem, value_of
-
-Neighbors: TypeAlias = list[Neighbor]
 
 MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
@@ -76,24 +74,81 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scope:
+    """Where a search looks and how hard; shared by all its queries."""
+
+    gallery: str
+    """The id of a gallery, or an alias."""
+    point: OperatingPoint | None = None
+    allowed: Filter | None = None
+    """Which items may be found."""
+    effort: Effort | None = None
+    deadline: Deadline | None = None
+    """Ends the search; made for this question alone."""
+
+    def begin(self, engine: Engine) -> tuple[Judge, GalleryEngine]:
+        return engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     """The k items of a gallery nearest to an image, by rising (distance, name); the image itself is left out."""
 
-    gallery: str
+    scope: Scope
     query: Source
     k: int = 10
-    point: OperatingPoint | None = None
+    exclude: Sequence[str] = ()
+    """Names of items to leave out too."""
 
     @property
     def sources(self) -> Sequence[Source]:
         return (self.query,)
 
-    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Neighbors]:
-        judge, gallery = engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
+    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Found]:
+        judge, gallery = self.scope.begin(engine)
+        exclude = (*self.exclude, *_itself(self.query, gallery, engine))
 
-        def answer(embedded: Sequence[Embedded]) -> Neighbors:
-            query_D = value_of(embedded[0])
-            return gallery.search(query_D, k=self.k, judge=judge, exclude=_itself(self.query, gallery))
+        def answer(embedded: Sequence[Embedded]) -> Found:
+            return gallery.search(
+                value_of(embedded[0]),
+                k=self.k,
+                judge=judge,
+                effort=self.scope.effort,
+                allowed=self.scope.allowed,
+                exclude=exclude,
+                deadline=self.scope.deadline,
+            )
+
+        return answer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchMatches:
+    """All items of a gallery within the threshold, by rising (distance, name); the image itself is left out."""
+
+    scope: Scope
+    query: Source
+    limit: int = MAX_MATCHES
+    exclude: Sequence[str] = ()
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return (self.query,)
+
+    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Found]:
+        judge, gallery = self.scope.begin(engine)
+        exclude = (*self.exclude, *_itself(self.query, gallery, engine))
+
+        def answer(embedded: Sequence[Embedded]) -> Found:
+            return gallery.matches(
+                value_of(embedded[0]),
+                judge=judge,
+                limit=self.limit,
+                effort=self.scope.effort,
+                allowed=self.scope.allowed,
+                exclude=exclude,
+                deadline=self.scope.deadline,
+            )
 
         return answer
 
@@ -102,17 +157,16 @@ class Search:
 class SearchBatch:
     """`Search` for many images in one gallery; a bad image has an error of its own."""
 
-    gallery: str
+    scope: Scope
     queries: Sequence[Source]
     k: int = 10
-    point: OperatingPoint | None = None
 
     @property
     def sources(self) -> Sequence[Source]:
         return self.queries
 
-    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Neighbors | LookalikeError]]:
-        judge, gallery = engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
+    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Found | LookalikeError]]:
+        judge, gallery = self.scope.begin(engine)
         results = len(self.queries) * min(self.k, gallery.size)
         if results > MAX_RESULTS:
             raise InvalidInput(
@@ -121,19 +175,22 @@ class SearchBatch:
                 field="k",
             )
 
-        def answer(embedded: Sequence[Embedded]) -> list[Neighbors | LookalikeError]:
-            outcomes: dict[int, Neighbors | LookalikeError] = {}
-            together: dict[int, Vectors] = {}
-            for row, (query, found) in enumerate(zip(self.queries, embedded, strict=True)):
-                if isinstance(found, LookalikeError):
-                    outcomes[row] = found
-                elif itself := _itself(query, gallery):
-                    outcomes[row] = gallery.search(found, k=self.k, judge=judge, exclude=itself)
-                else:
-                    together[row] = found
-            if together:
-                queries_QD = np.stack(list(together.values()))
-                outcomes.update(zip(together, gallery.search_batch(queries_QD, k=self.k, judge=judge), strict=True))
+        def answer(embedded: Sequence[Embedded]) -> list[Found | LookalikeError]:
+            outcomes: dict[int, Found | LookalikeError] = {
+                row: found for row, found in enumerate(embedded) if isinstance(found, LookalikeError)
+            }
+            good = [row for row in range(len(embedded)) if row not in outcomes]
+            if good:
+                found = gallery.search_batch(
+                    np.stack([value_of(embedded[row]) for row in good]),
+                    k=self.k,
+                    judge=judge,
+                    effort=self.scope.effort,
+                    allowed=self.scope.allowed,
+                    exclude=[_itself(self.queries[row], gallery, engine) for row in good],
+                    deadline=self.scope.deadline,
+                )
+                outcomes.update(zip(good, found, strict=True))
             return [outcomes[row] for row in range(len(self.queries))]
 
         return answer
@@ -150,5 +207,6 @@ def _outcome(a: Embedded, b: Embedded, judge: Judge) -> Decision | LookalikeErro
         return error
 
 
-def _itself(query: Source, gallery: Gallery) -> tuple[str, ...]:
-    return (query.item,) if isinstance(query, StoredItem) and query.gallery == gallery.id else ()
+def _itself(query: Source, gallery: GalleryEngine, engine: Engine) -> tuple[str, ...]:
+    same = isinstance(query, StoredItem) and engine.aliases.resolve(query.gallery) == gallery.id
+    return (query.item,) if isinstance(query, StoredItem) and same else ()

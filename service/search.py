@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
-from embedding.errors import LookalikeError
-from index import MAX_K
+from embedding.errors import InvalidInput, LookalikeError
+from index import MAX_K, MAX_MATCHES, Deadline, Found, Neighbor
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
 from service import errors, parse, questions, wire
 from service.errors import translated_errors
-from service.serving import Serving
+from service.serving import AsyncEngine, Serving
+from service.sources import Source, Unusable
+from service.streams import Elements
 
 MAX_QUERIES = 1024
 """Most images of one BatchSearch."""
 
 DEFAULT_K = 10
+
+MAX_STREAM_K = 1000
+"""Most neighbours of one image of a StreamSearch."""
+
+STREAM_WINDOW = 64
+"""Images of one StreamSearch that are searched at once."""
+
+MATCHES_AT_ONCE = 500
+"""Matches that are formed together, and the most of one message."""
+
+MATCHES_BYTES = 128 * 1024
+"""A message of matches is cut where it would grow beyond this; metadata may be large."""
+
+MAX_ID = 256
+"""Longest id of an element of a stream, in characters."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,38 +48,132 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         async with translated_errors(context):
+            scope = parse.scope(request, deadline=_deadline(context))
+            serving = await self._serving.of(scope.gallery)
+            resolve = serving.engine.aliases.resolve
             question = questions.Search(
-                gallery=parse.gallery_name(request.gallery, "gallery"),
+                scope=scope,
                 query=parse.image(request.query, "query"),
                 k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
-                point=parse.operating_point(request.operating_point),
+                exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
-            return await self._serving.current.ask(
-                question, lambda found: pb.SearchResponse(neighbors=wire.neighbors(found, question.gallery))
+            return await serving.ask(
+                question, lambda found: wire.search_response(found, resolve(scope.gallery)), deadline=scope.deadline
             )
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
+            scope = parse.scope(request, deadline=_deadline(context))
+            serving = await self._serving.of(scope.gallery)
+            gallery_id = serving.engine.aliases.resolve(scope.gallery)
             question = questions.SearchBatch(
-                gallery=parse.gallery_name(request.gallery, "gallery"),
+                scope=scope,
                 queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
                 k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
-                point=parse.operating_point(request.operating_point),
             )
-            return await self._serving.current.ask(
-                question, lambda outcomes: _batch_response(outcomes, question.gallery)
+            return await serving.ask(
+                question, lambda outcomes: _batch_response(outcomes, gallery_id), deadline=scope.deadline
             )
 
+    async def SearchMatches(
+        self, request: pb.SearchMatchesRequest, context: Context
+    ) -> AsyncIterator[pb.SearchMatchesResponse]:
+        async with translated_errors(context):
+            scope = parse.scope(request, deadline=_deadline(context))
+            serving = await self._serving.of(scope.gallery)
+            resolve = serving.engine.aliases.resolve
+            question = questions.SearchMatches(
+                scope=scope,
+                query=parse.image(request.query, "query"),
+                limit=parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"),
+                exclude=parse.excluded(request.exclude, scope.gallery, resolve),
+            )
+            found = await serving.ask(question, lambda found: found, deadline=scope.deadline)
+            for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
+                some = found.neighbors[start : start + MATCHES_AT_ONCE]
+                # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
+                for response in await serving.run(_match_messages, some, resolve(scope.gallery)):
+                    yield response
+            yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
-def _batch_response(
-    outcomes: Sequence[questions.Neighbors | LookalikeError], gallery_id: str
-) -> pb.BatchSearchResponse:
+    async def StreamSearch(
+        self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
+    ) -> AsyncIterator[pb.StreamSearchResponse]:
+        async with translated_errors(context), Elements(request_iterator, window=STREAM_WINDOW) as elements:
+            first = await elements.first()
+            if first is None or first.WhichOneof("element") != "config":
+                raise InvalidInput("the first element of the stream must be its config", field="config")
+            scope = parse.scope(first.config, path="config.")
+            k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
+            serving = await self._serving.of(scope.gallery)
+            await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
+            async for some in elements.batches():
+                for response in await _answered(serving, scope, k, some):
+                    yield response
+
+
+async def _answered(
+    serving: AsyncEngine, scope: questions.Scope, k: int, requests: Sequence[pb.StreamSearchRequest]
+) -> list[pb.StreamSearchResponse]:
+    gallery_id = serving.engine.aliases.resolve(scope.gallery)
+    deadline = Deadline()
+    question = questions.SearchBatch(
+        scope=questions.Scope(
+            gallery=scope.gallery,
+            point=scope.point,
+            allowed=scope.allowed,
+            effort=scope.effort,
+            deadline=deadline,
+        ),
+        queries=[_query(request) for request in requests],
+        k=k,
+    )
+
+    def form(outcomes: Sequence[Found | LookalikeError]) -> list[pb.StreamSearchResponse]:
+        return [
+            pb.StreamSearchResponse(id=request.id[:MAX_ID], error=errors.status(outcome))
+            if isinstance(outcome, LookalikeError)
+            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id))
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
+
+    return await serving.ask(question, form, deadline=deadline)
+
+
+def _match_messages(some: Sequence[Neighbor], gallery_id: str) -> list[pb.SearchMatchesResponse]:
+    responses: list[pb.SearchMatchesResponse] = []
+    size = MATCHES_BYTES
+    for neighbor in wire.neighbors(some, gallery_id):
+        added = neighbor.ByteSize()
+        if size + added > MATCHES_BYTES:
+            responses.append(pb.SearchMatchesResponse())
+            size = 0
+        responses[-1].neighbors.append(neighbor)
+        size += added
+    return responses
+
+
+def _query(request: pb.StreamSearchRequest) -> Source:
+    if len(request.id) > MAX_ID:
+        return Unusable(error=InvalidInput(f"id has at most {MAX_ID} characters; got {len(request.id):,}", field="id"))
+    if request.WhichOneof("element") == "config":
+        return Unusable(
+            error=InvalidInput("only the first element is a config; open another stream for another", field="config")
+        )
+    return parse.image(request.query, "query")
+
+
+def _deadline(context: Context) -> Deadline:
+    return Deadline(context.time_remaining())
+
+
+def _batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str) -> pb.BatchSearchResponse:
     return pb.BatchSearchResponse(
         results=[
             pb.SearchResult(error=errors.status(outcome))
             if isinstance(outcome, LookalikeError)
-            else pb.SearchResult(neighbors=pb.Neighbors(neighbors=wire.neighbors(outcome, gallery_id)))
+            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id))
             for outcome in outcomes
         ]
     )

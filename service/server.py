@@ -11,15 +11,22 @@ import errno
 import signal
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import structlog
+from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from embedding.bundle import Bundle
+from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput
 from embedding.runtime import tune_malloc
 from lookalike.v1 import (
+    alias_pb2,
+    alias_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
     match_pb2,
@@ -28,13 +35,18 @@ from lookalike.v1 import (
     model_pb2_grpc,
     search_pb2,
     search_pb2_grpc,
+    upkeep_pb2,
+    upkeep_pb2_grpc,
 )
 from service import logs
+from service.alias import AliasService
 from service.calls import Calls
 from service.engine import Engine
 from service.galleries import GalleryService
+from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
 from service.models import ModelService
+from service.operations import Operations
 from service.search import SearchService
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
@@ -42,13 +54,17 @@ from service.settings import Settings
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
+        (alias_pb2, "AliasService"),
         (gallery_pb2, "GalleryService"),
         (match_pb2, "MatchService"),
         (model_pb2, "ModelService"),
         (search_pb2, "SearchService"),
+        (upkeep_pb2, "UpkeepService"),
     )
 )
 """Full names of our services, as health checks and reflection know them."""
+
+OPERATIONS = operations_pb2.DESCRIPTOR.services_by_name["Operations"].full_name
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
@@ -76,7 +92,8 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._serving = Serving()
-        self._engine: AsyncEngine | None = None
+        self._engines: list[AsyncEngine] = []
+        self._operations = Operations()
         self._calls = Calls()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -127,10 +144,15 @@ class Server:
             device=self._settings.device,
             batch_size=self._settings.batch_size,
             max_pixels=self._settings.max_pixels,
+            thumbnails=self._settings.thumbnails,
         )
-        self._engine = AsyncEngine(engine, self._settings)
-        await self._engine.warm_up()
-        self._serving.replace(self._engine)
+        self._engines.append(AsyncEngine(engine, self._settings))
+        for path in self._settings.other_bundles:
+            other = await asyncio.to_thread(self._loaded, path)
+            self._engines.append(AsyncEngine(replace(engine, encoder=other), self._settings))
+        for each in self._engines:
+            await each.warm_up()
+        self._serving.replace(self._engines[0], self._engines[1:])
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
@@ -144,10 +166,12 @@ class Server:
         finishing.cancel()
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
-        if self._engine is not None:
-            engine, self._engine = self._engine, None
-            await asyncio.to_thread(engine.close)
-            await asyncio.to_thread(engine.engine.close)
+        await asyncio.to_thread(self._operations.close)
+        if self._engines:
+            engines, self._engines = self._engines, []
+            for engine in engines:
+                await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(engines[0].engine.close)  # they share their galleries
             _log.info("stopped", address=self.address)
 
     def _register(self) -> None:
@@ -155,8 +179,22 @@ class Server:
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._serving), self._server)
+        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving), self._server)
+        upkeep = UpkeepService(self._serving, self._operations)
+        upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
+        operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    def _loaded(self, path: Path) -> Encoder:
+        settings = self._settings
+        return Encoder(
+            Bundle.load(path),
+            device=settings.device,
+            batch_size=settings.batch_size,
+            max_pixels=settings.max_pixels,
+        )
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port

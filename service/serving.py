@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from embedding.errors import NotReady
+from embedding.errors import LookalikeError, NotFound, NotReady
+from index import Deadline
 from service.batching import Batcher
 from service.engine import Answer, Engine, Question
 from service.settings import Settings
@@ -31,17 +32,24 @@ class AsyncEngine:
         )
         self._pool = ThreadPoolExecutor(settings.gallery_threads, thread_name_prefix="gallery")
 
-    async def ask(self, question: Question[Answer], form: Callable[[Answer], R]) -> R:
+    async def ask(
+        self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
+    ) -> R:
         """The answer as `form` makes it, in the pool too: formatting thousands of neighbours takes time.
 
-        Raises LookalikeError.
+        `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError.
         """
-        images = distinct_images(question.sources)
-        if not images:
-            return await self.run(lambda: form(self.engine.ask(question)))
-        answer = await self.run(question.begin, self.engine)
-        outcomes = await self._batcher.embed_all(images)
-        return await self.run(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
+        try:
+            images = distinct_images(question.sources)
+            if not images:
+                return await self.run(lambda: form(self.engine.ask(question)))
+            answer = await self.run(question.begin, self.engine)
+            outcomes = await self._batcher.embed_all(images)
+            return await self.run(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
+        except asyncio.CancelledError:
+            if deadline is not None:
+                deadline.cancel()  # the thread that searches stops within 50 ms
+            raise
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool."""
@@ -62,6 +70,7 @@ class Serving:
 
     def __init__(self) -> None:
         self._engine: AsyncEngine | None = None
+        self._others: Mapping[str, AsyncEngine] = {}
 
     @property
     def current(self) -> AsyncEngine:
@@ -70,5 +79,36 @@ class Serving:
             raise NotReady("the model is still loading; try again when the health service says SERVING")
         return self._engine
 
-    def replace(self, engine: AsyncEngine | None) -> None:
+    @property
+    def all(self) -> list[AsyncEngine]:
+        """Every engine, the one of the active model first."""
+        return [self.current, *self._others.values()]
+
+    def replace(self, engine: AsyncEngine | None, others: Iterable[AsyncEngine] = ()) -> None:
+        """Let `engine` answer, and `others` where a gallery holds embeddings of their model."""
         self._engine = engine
+        self._others = {other.engine.model.fingerprint: other for other in others}
+
+    def named(self, model: str) -> AsyncEngine:
+        """The engine of a loaded model by name; the current one for "" and "active". Raises NotFound."""
+        if model in {"", "active"}:
+            return self.current
+        for each in self.all:
+            if each.engine.bundle.name == model:
+                return each
+        names = ", ".join(repr(each.engine.bundle.name) for each in self.all)
+        raise NotFound(f"no model {model!r} is loaded; loaded are {names}", field="model")
+
+    async def of(self, name: str) -> AsyncEngine:
+        """The engine of the model of this gallery or alias; the current one where none fits, which then says why."""
+        current = self.current
+        if not self._others:
+            return current
+
+        def fingerprint() -> str:
+            try:
+                return current.engine.gallery(name, any_model=True).model.fingerprint
+            except LookalikeError:
+                return ""
+
+        return self._others.get(await current.run(fingerprint), current)

@@ -22,6 +22,8 @@ class Settings(BaseModel):
 
     bundle: Path
     """Directory of the bundle whose model answers."""
+    other_bundles: tuple[Path, ...] = ()
+    """Bundles of further models, which answer where a gallery holds embeddings of theirs."""
     galleries: Path
     """Folder of the galleries; made when it is missing. One process writes to it."""
     host: str = "127.0.0.1"
@@ -42,6 +44,8 @@ class Settings(BaseModel):
     """Threads of one forward pass on the CPU."""
     gallery_threads: Annotated[int, Field(ge=1, le=256)] = 2 * _CORES
     """Searches, reads and writes of galleries made at the same time; each uses one thread."""
+    thumbnails: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls in flight may take to finish once the server is told to stop."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -62,9 +63,10 @@ def located(error: _Error, path: str | None) -> _Error:
 
     A copy, because one error can stand for several fields: identical images share one.
     """
-    copy = type(error)(str(error), field=path or error.field)
-    copy.__cause__ = error.__cause__
-    return copy
+    copied = copy(error)
+    copied.field = path or error.field
+    copied.__cause__ = error.__cause__
+    return copied
 
 
 @contextmanager

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 
+from google.longrunning import operations_pb2
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
+from google.protobuf.message import Message
+from google.rpc import status_pb2
 
 from embedding import calibration as measured
 from embedding.bundle import Bundle
 from embedding.decision import Decision, Vectors, Verdict
-from index import JSON, Catalog, Gallery, Item, Neighbor
-from lookalike.v1 import common_pb2, gallery_pb2, model_pb2, search_pb2
+from embedding.errors import NotFound
+from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor
+from index.engine import Stats
+from index.shelf import Copy
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import operations_pb2 as pb
+from service import operations
+from service.operations import Operation
+from service.writes import settings_etag
 
 _VERDICTS = {
     Verdict.MATCH: common_pb2.VERDICT_MATCH,
@@ -40,6 +51,34 @@ def embedding(emb_D: Vectors) -> bytes:
     return emb_D.astype("<f4", copy=False).tobytes()
 
 
+def search_response(found: Found, gallery_id: str) -> search_pb2.SearchResponse:
+    return search_pb2.SearchResponse(
+        neighbors=neighbors(found.neighbors, gallery_id),
+        expected_recall=found.expected_recall,
+        generation=found.generation,
+        partial=found.partial,
+    )
+
+
+def found_neighbors(found: Found, gallery_id: str) -> search_pb2.Neighbors:
+    return search_pb2.Neighbors(
+        neighbors=neighbors(found.neighbors, gallery_id),
+        expected_recall=found.expected_recall,
+        generation=found.generation,
+        partial=found.partial,
+    )
+
+
+def matches_summary(found: Found) -> search_pb2.MatchesSummary:
+    return search_pb2.MatchesSummary(
+        match_count=len(found.neighbors),
+        truncated=found.truncated,
+        expected_recall=found.expected_recall,
+        generation=found.generation,
+        partial=found.partial,
+    )
+
+
 def neighbors(found: Sequence[Neighbor], gallery_id: str) -> list[search_pb2.Neighbor]:
     return [
         search_pb2.Neighbor(
@@ -64,14 +103,93 @@ def item(stored: Item, gallery_id: str, *, with_embedding: bool = False) -> gall
     )
 
 
-def gallery(described: Gallery) -> gallery_pb2.Gallery:
+def gallery(described: GalleryEngine, *, with_stats: bool = False) -> gallery_pb2.Gallery:
+    known = described.stats()
     return gallery_pb2.Gallery(
         name=gallery_name(described.id),
         model=model_name(described.model.name),
         item_count=described.size,
         generation=described.generation,
         create_time=timestamp(described.created),
+        index=index_settings(known.settings),
+        etag=settings_etag(described, known.settings),
+        stats=stats(known) if with_stats else None,
     )
+
+
+def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
+    return gallery_pb2.IndexSettings(
+        min_recall=settings.min_recall, structure=settings.structure, memory_bytes=settings.memory_bytes or 0
+    )
+
+
+def stats(known: Stats) -> gallery_pb2.GalleryStats:
+    return gallery_pb2.GalleryStats(
+        fresh_items=known.fresh,
+        dead_rows=known.dead,
+        disk_bytes=known.disk_bytes,
+        memory_bytes=known.memory_bytes,
+        segments=[
+            gallery_pb2.Segment(
+                rows=segment.rows,
+                dead_rows=segment.dead,
+                structure=segment.structure,
+                curve=[
+                    gallery_pb2.CurvePoint(
+                        k=point.k,
+                        recall=point.recall,
+                        match_recall=point.match_recall,
+                        microseconds=point.microseconds,
+                        nprobe=point.effort.nprobe or 0,
+                        ef_search=point.effort.ef_search or 0,
+                        rescore=point.effort.rescore or 0,
+                    )
+                    for point in segment.curve
+                ],
+            )
+            for segment in known.segments
+        ],
+        busy=known.busy,
+        last_failure=known.last_failure,
+    )
+
+
+def alias(name: str, gallery_id: str) -> alias_pb2.Alias:
+    return alias_pb2.Alias(name=f"aliases/{name}", gallery=gallery_name(gallery_id))
+
+
+def snapshot(copy: Copy) -> upkeep_pb2.Snapshot:
+    return upkeep_pb2.Snapshot(
+        name=f"galleries/{copy.gallery}/snapshots/{copy.id}",
+        generation=copy.generation,
+        create_time=timestamp(copy.created),
+        size_bytes=copy.size_bytes,
+    )
+
+
+def operation(
+    known: Operation[Message], status: Callable[[BaseException], status_pb2.Status]
+) -> operations_pb2.Operation:
+    """The operation as it stands; `status` says what an error is on the wire."""
+    message = operations_pb2.Operation(name=f"operations/{known.id}", done=known.done)  # before what it settles
+    progress, ended = known.progress, known.ended
+    message.metadata.Pack(
+        pb.OperationMetadata(
+            verb=known.verb,
+            target=gallery_name(known.target),
+            stage=progress.stage,
+            done=progress.done,
+            total=progress.total,
+            create_time=timestamp(known.created),
+            end_time=timestamp(ended) if ended else None,
+        )
+    )
+    if message.done:
+        if known.error is not None:
+            message.error.CopyFrom(status(known.error))
+        else:
+            message.response.Pack(operations.value(known))
+    return message
 
 
 def damaged_gallery(gallery_id: str, error: Exception) -> gallery_pb2.Gallery:
@@ -79,10 +197,13 @@ def damaged_gallery(gallery_id: str, error: Exception) -> gallery_pb2.Gallery:
     return gallery_pb2.Gallery(name=gallery_name(gallery_id), damage=str(error))
 
 
-def galleries(catalog: Catalog) -> list[gallery_pb2.Gallery]:
+def galleries(catalog: GalleryCatalog) -> list[gallery_pb2.Gallery]:
     """Every gallery by name, damaged ones included."""
     healthy, damaged = catalog.survey()
-    described = {found.id: gallery(found) for found in healthy}
+    described = {}
+    for found in healthy:
+        with suppress(NotFound):  # deleted since the survey
+            described[found.id] = gallery(found)
     described |= {gallery_id: damaged_gallery(gallery_id, error) for gallery_id, error in damaged.items()}
     return [described[gallery_id] for gallery_id in sorted(described)]
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from embedding.decision import Vectors
 from embedding.errors import InvalidInput, LookalikeError, NotFound, StaleEtag
-from index import JSON, Gallery, Item
+from embedding.thumbnails import thumbnail
+from index import JSON, Filter, GalleryEngine, IndexSettings, Item
 from index.items import check_identity, check_item_name, metadata_json
 from service.engine import Engine
-from service.sources import Embedded, Source, Unusable, located, value_of
+from service.sources import Embedded, EncodedImage, Source, Unusable, located, value_of
 
 Stored: TypeAlias = Item | LookalikeError
 """An item as stored, or why it was not."""
+
+SAMPLE = 100
+"""Items that a purge without force names."""
+
+_CONFIGURING = threading.Lock()
+"""Held from reading settings to writing them: one process alone writes to a folder of galleries."""
+
+PARTS = frozenset({"identity", "metadata", "image"})
+"""What of an item can be written by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +34,16 @@ class Draft:
     """An item to store, before its image is embedded."""
 
     name: str
-    image: Source
+    image: Source | None
+    """None when the stored image is kept."""
     identity: str | None = None
     metadata: Mapping[str, JSON] = field(default_factory=dict)
     etag: str = ""
     """When given, the stored item must still carry it."""
+    parts: frozenset[str] = PARTS
+    """What to write; the rest is kept as it is stored, except that a new item takes everything."""
+    allow_missing: bool | None = None
+    """Whether it may be new; None leaves that to the batch."""
     path: str | None = None
     """The request field of the item, for errors to name."""
 
@@ -48,20 +65,23 @@ class UpdateItems:
 
     @property
     def sources(self) -> Sequence[Source]:
-        return [draft.image if isinstance(draft, Draft) else draft for draft in self.drafts]
+        return [source for draft in self.drafts if (source := _source(draft)) is not None]
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Stored]]:
         gallery = engine.gallery(self.gallery, path="parent")
         self._check_distinct()
 
         def answer(embedded: Sequence[Embedded]) -> list[Stored]:
+            found = iter(embedded)
             outcomes: dict[int, Stored] = {}
-            good: dict[int, tuple[Draft, Item]] = {}
-            for row, (draft, found) in enumerate(zip(self.drafts, embedded, strict=True)):
+            good: dict[int, tuple[Draft, Item | None]] = {}
+            for row, draft in enumerate(self.drafts):
                 try:
                     if isinstance(draft, Unusable):
+                        next(found)
                         raise draft.error
-                    good[row] = (draft, _item(draft, value_of(found)))
+                    emb_D = value_of(next(found)) if draft.image is not None else None
+                    good[row] = (draft, _item(draft, emb_D, engine))
                 except LookalikeError as error:
                     outcomes[row] = error
             outcomes |= self._store(gallery, good)
@@ -79,7 +99,7 @@ class UpdateItems:
                     )
                 seen.add(draft.name)
 
-    def _store(self, gallery: Gallery, items: Mapping[int, tuple[Draft, Item]]) -> dict[int, Stored]:
+    def _store(self, gallery: GalleryEngine, items: Mapping[int, tuple[Draft, Item | None]]) -> dict[int, Stored]:
         """Store what the gallery accepts.
 
         The gallery refuses a batch as a whole, so those it refuses are looked for and the rest is tried again.
@@ -87,36 +107,145 @@ class UpdateItems:
         outcomes: dict[int, Stored] = {}
         left = dict(items)
         while left:
+            ready: dict[int, Item] = {}
+            for row, (draft, item) in left.items():
+                try:
+                    ready[row] = self._completed(gallery, draft, item)
+                except LookalikeError as refusal:
+                    outcomes[row] = refusal
+            left = {row: pair for row, pair in left.items() if row not in outcomes}
             try:
-                stored = gallery.upsert([item for _, item in left.values()], allow_missing=self.allow_missing)
-                return outcomes | dict(zip(left, stored, strict=True))
-            except (NotFound, StaleEtag):
-                refused = {row: error for row, (draft, _) in left.items() if (error := self._refusal(gallery, draft))}
-                if not refused:
-                    raise
+                # Whether an item may be new has been looked at; one that vanishes meanwhile is told by its etag.
+                stored = gallery.upsert(list(ready.values()))
+                return outcomes | dict(zip(ready, stored, strict=True))
+            except StaleEtag:
+                refused = {row: error for row, (draft, _) in left.items() if (error := _refusal(gallery, draft))}
                 outcomes |= refused
                 left = {row: pair for row, pair in left.items() if row not in refused}
         return outcomes
 
-    def _refusal(self, gallery: Gallery, draft: Draft) -> LookalikeError | None:
-        """Why the gallery does not accept this item as it stands now, if so."""
+    def _completed(self, gallery: GalleryEngine, draft: Draft, item: Item | None) -> Item:
+        """The whole item to store. Raises NotFound, or InvalidInput for a new item without an image."""
+        may_be_new = self.allow_missing if draft.allow_missing is None else draft.allow_missing
+        if item is not None and draft.parts == PARTS and may_be_new:
+            return item
         try:
-            etag = gallery.get(draft.name).etag
+            present = gallery.get(draft.name)
         except NotFound as error:
-            if not self.allow_missing:
-                return located(error, draft.at("name"))
-            etag = ""
-        if draft.etag and draft.etag != etag:
-            return StaleEtag(
-                f"item {draft.name!r} is not what it was at etag {draft.etag!r}; read it again, then write",
-                field=draft.at("etag"),
-            )
+            if not may_be_new:
+                raise located(error, draft.at("name")) from error
+            if item is None:
+                raise InvalidInput(
+                    f"item {draft.name!r} is new and needs an image; send one", field=draft.at("image") or "image"
+                ) from error
+            return item
+        # The etag, where none was given, is that of the version completed here: a write in between makes this one start
+        # anew instead of undoing it.
+        merged = replace(present, etag=draft.etag or present.etag)
+        if "identity" in draft.parts:
+            merged = replace(merged, identity=draft.identity)
+        if "metadata" in draft.parts:
+            merged = replace(merged, metadata=draft.metadata)
+        if "image" in draft.parts and item is not None:
+            return replace(merged, embedding=item.embedding, thumbnail=item.thumbnail)
+        return replace(merged, thumbnail=gallery.thumbnail(draft.name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateGallery:
+    """Change how a gallery, of whatever model, is indexed, from its next sealing on."""
+
+    gallery: str
+    settings: IndexSettings
+    parts: Collection[str]
+    """Names of the settings to take over; the others stay."""
+    etag: str = ""
+    """When given, the stored settings must still carry it."""
+
+    def write(self, engine: Engine) -> GalleryEngine:
+        """Raises NotFound and StaleEtag."""
+        gallery = engine.gallery(self.gallery, path="gallery.name", any_model=True)
+        with _CONFIGURING:
+            stored = gallery.stats().settings
+            if self.etag and self.etag != settings_etag(gallery, stored):
+                raise StaleEtag(
+                    f"gallery {gallery.id!r} is not what it was at etag {self.etag!r}; read it again, then write",
+                    field="gallery.etag",
+                )
+            gallery.configure(replace(stored, **{part: getattr(self.settings, part) for part in self.parts}))
+        return gallery
+
+
+def settings_etag(gallery: GalleryEngine, settings: IndexSettings) -> str:
+    """Of how a gallery is indexed; another gallery of the same name has another one."""
+    told = (gallery.created.isoformat(), settings.min_recall, settings.structure, settings.memory_bytes)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Purged:
+    """What was, or would be, deleted."""
+
+    gallery: str
+    count: int
+    sample: Sequence[str]
+    """Names of the first, where nothing was deleted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PurgeItems:
+    """Delete every item that a filter accepts, of a gallery of whatever model; without `force`, only look."""
+
+    gallery: str
+    allowed: Filter
+    force: bool = False
+
+    def write(self, engine: Engine) -> Purged:
+        gallery = engine.gallery(self.gallery, path="parent", any_model=True)
+        if self.force:
+            return Purged(gallery=gallery.id, count=gallery.purge(self.allowed), sample=())
+        items, _ = gallery.list(page_size=SAMPLE, allowed=self.allowed)
+        return Purged(gallery=gallery.id, count=gallery.count(self.allowed), sample=[item.name for item in items])
+
+
+def _source(draft: Draft | Unusable) -> Source | None:
+    return draft.image if isinstance(draft, Draft) else draft
+
+
+def _refusal(gallery: GalleryEngine, draft: Draft) -> LookalikeError | None:
+    """Why the gallery does not accept this item as it stands now, if so."""
+    if not draft.etag:
         return None
+    try:
+        etag = gallery.get(draft.name).etag
+    except NotFound:
+        etag = ""
+    if draft.etag != etag:
+        return StaleEtag(
+            f"item {draft.name!r} is not what it was at etag {draft.etag!r}; read it again, then write",
+            field=draft.at("etag"),
+        )
+    return None
 
 
-def _item(draft: Draft, embedding: Vectors) -> Item:
-    """The item to store. Raises InvalidInput."""
+def _item(draft: Draft, embedding: Vectors | None, engine: Engine) -> Item | None:
+    """The item to store, as far as the request has it; None when its image is the stored one. Raises InvalidInput."""
     check_item_name(draft.name, field=draft.at("name") or "name")
     check_identity(draft.identity, field=draft.at("identity") or "identity")
     metadata_json(draft.metadata, field=draft.at("metadata") or "metadata")
-    return Item(name=draft.name, embedding=embedding, identity=draft.identity, metadata=draft.metadata, etag=draft.etag)
+    if embedding is None:
+        return None
+    return Item(
+        name=draft.name,
+        embedding=embedding,
+        identity=draft.identity,
+        metadata=draft.metadata,
+        etag=draft.etag,
+        thumbnail=_thumbnail(draft.image, engine),
+    )
+
+
+def _thumbnail(image: Source | None, engine: Engine) -> bytes | None:
+    if not engine.thumbnails or not isinstance(image, EncodedImage):
+        return None
+    return thumbnail(image.data, side=engine.thumbnails, max_pixels=engine.max_pixels)

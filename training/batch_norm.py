@@ -41,15 +41,16 @@ class BatchNormOverRanks(nn.BatchNorm2d):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x_BCHW)
-        values_BCHW = x_BCHW.float()
-        total_C = _sum_over_ranks(values_BCHW.sum((0, 2, 3)))
-        count = _sum_over_ranks(values_BCHW.new_tensor([float(values_BCHW.numel() // values_BCHW.shape[1])]))
+        # Sums in float64, as the kernel of one process has them.
+        values_BCHW, axes = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32)), (0, 2, 3)
+        total_C = _sum_over_ranks(values_BCHW.sum(axes, dtype=torch.float64))
+        count = _sum_over_ranks(total_C.new_tensor([values_BCHW.numel() // values_BCHW.shape[1]]))
         mean_C = total_C / count
-        centred_BCHW = values_BCHW - mean_C[:, None, None]
-        variance_C = _sum_over_ranks(centred_BCHW.square().sum((0, 2, 3))) / count
+        centred_BCHW = values_BCHW - mean_C.to(values_BCHW.dtype)[:, None, None]
+        variance_C = _sum_over_ranks(centred_BCHW.square().sum(axes, dtype=torch.float64)) / count
         if self.track_running_stats:
             self._track(mean_C.detach(), (variance_C * count / (count - 1)).detach())
-        scale_C = self.weight / (variance_C + self.eps).sqrt()
+        scale_C = self.weight * (variance_C + self.eps).rsqrt().to(values_BCHW.dtype)
         return torch.addcmul(self.bias[:, None, None], centred_BCHW, scale_C[:, None, None]).to(x_BCHW.dtype)
 
     @torch.no_grad()
@@ -59,8 +60,8 @@ class BatchNormOverRanks(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean_C, share)
-        self.running_var.lerp_(variance_C, share)
+        self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance_C.to(self.running_var.dtype), share)
 
 
 def _sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from embedding.errors import InvalidRecipe, NotFound
+from embedding.errors import NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
 from training.losses_config import LossConfig
 from training.searches import EvaluationConfig
-from training.sections import Section, error_at, invalid_recipe, refuse_unknown_keys
+from training.sections import Section, error_at, parse_toml, read_toml, refuse_unknown_keys, validated
 
 DATA_VARIABLE = "LOOKALIKE_DATA"
 """Environment variable naming the folder that data paths are relative to."""
@@ -405,6 +404,8 @@ class Recipe(Section):
             )
         if self.sampling.by == "super":
             raise error_at("sampling.by", 'self-supervised training uses no labels; use by = "identity"')
+        if self.training.whitening is not None:
+            raise error_at("training.whitening", "learns from labels, which self-supervised training leaves unused")
 
     @property
     def architecture(self) -> Architecture:
@@ -418,7 +419,8 @@ def _names(union: Any, field: str) -> set[str]:
     return {name for model in models for name in get_args(model.model_fields[field].annotation)}
 
 
-_DISCRIMINATORS = frozenset(_names(DataConfig, "source") | _names(LossConfig, "name"))
+DISCRIMINATORS = frozenset(_names(DataConfig, "source") | _names(LossConfig, "name"))
+"""What pydantic puts into the path of an error though no file spells it."""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -426,30 +428,11 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises NotFound when there is no such file, and InvalidRecipe, one line naming the key, when it is not valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NotFound(f"no recipe {path}; give the path of a .toml file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRecipe(f"{path} cannot be read as a recipe ({error}); give the path of a .toml file") from error
-    return parse_recipe(text, where=str(path))
+    return parse_recipe(read_toml(path, kind="recipe"), where=str(path))
 
 
 def parse_recipe(text: str, *, where: str = "recipe") -> Recipe:
     """A recipe from its TOML text; `where` begins the message of an error. Raises InvalidRecipe."""
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidRecipe(f"{where} is not valid TOML: {error}") from error
+    table = parse_toml(text, where=where)
     one_part = isinstance(table.get("data"), dict)
-    try:
-        return Recipe.model_validate(_tuples(table))
-    except ValidationError as error:
-        raise invalid_recipe(error, where=where, not_keys=_DISCRIMINATORS | ({0} if one_part else set())) from error
-
-
-def _tuples(value: Any) -> Any:
-    """TOML's arrays as the tuples that strict validation asks for."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    return validated(Recipe, table, where=where, not_keys=DISCRIMINATORS | ({0} if one_part else set()))

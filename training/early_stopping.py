@@ -19,11 +19,8 @@ def best_step(evaluations: Evaluations, config: EarlyStoppingConfig) -> int | No
 
     A figure that is not a number is worse than any. Raises InvalidRecipe when the evaluations lack the metric.
     """
-    best: int | None = None
-    for step in evaluations:
-        if best is None or _merit(evaluations[step], config) > _merit(evaluations[best], config):
-            best = step
-    return best
+    merits = {step: _merit(metrics, config) for step, metrics in evaluations.items()}
+    return max(merits, key=lambda step: merits[step], default=None)  # of equals the first
 
 
 def is_over(evaluations: Evaluations, config: EarlyStoppingConfig) -> bool:

@@ -33,7 +33,7 @@ _DET_TICKS = {
     **{10.0**power: f"$10^{{{power}}}$" for power in (-7, -6, -5, -4)},
     **{rate: f"{rate:g}" for rate in (1e-3, 1e-2, 0.05, 0.2, 0.5)},
 }
-_DOTS_PER_INCH = 130
+DOTS_PER_INCH = 130
 
 ImageOf = Callable[[int], NDArray[np.uint8]]
 """The pixels [C, H, W] of an item, one channel or three."""
@@ -41,7 +41,7 @@ ImageOf = Callable[[int], NDArray[np.uint8]]
 
 def distance_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
     """Both distance histograms above the error rates at each threshold, the learned margin drawn through both."""
-    figure, (shares, rates) = _figure(8, 6.4, rows=2, sharex=True, height_ratios=(3, 2))
+    figure, (shares, rates) = new_figure(8, 6.4, rows=2, sharex=True, height_ratios=(3, 2))
     bins = int(np.clip(2 * np.sqrt(min(curve.matching_pairs, curve.impostor_pairs)), 20, 80))
     edges = np.linspace(max(curve.thresholds[1] - 0.02, 0), min(curve.thresholds[-1] + 0.02, 2), bins + 1)
     centres, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
@@ -75,12 +75,12 @@ def distance_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
     rates.set(yscale="log", ylim=(floor, 1.5), xlim=(edges[0], edges[-1]), ylabel="error rate")
     rates.set_xlabel("Euclidean distance between unit embeddings (threshold, for the rates)")
     _legend(rates, columns=2)
-    return _png(figure)
+    return as_png(figure)
 
 
 def error_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
     """ROC, its false-accept rate on a logarithmic axis, and DET on normal-deviate axes; test beside calibration."""
-    figure, (roc, det) = _figure(10, 4.8, columns=2)
+    figure, (roc, det) = new_figure(10, 4.8, columns=2)
     least_far, least_frr = 0.5 / curve.impostor_pairs, 0.5 / curve.matching_pairs  # where a rate of zero is drawn
     drawn = _thinned(curve)
     for label, colour, style, far, frr in (
@@ -108,12 +108,12 @@ def error_plot(curve: VerificationCurve, calibration: Calibration) -> bytes:
     det.set(xlim=(ndtri(least_far), ndtri(0.6)), ylim=(ndtri(least_frr), ndtri(0.6)))
     det.set(xlabel="false-accept rate", ylabel="false-reject rate")
     det.set_title(f"DET, equal error {curve.equal_error_rate:.4f}")
-    return _png(figure)
+    return as_png(figure)
 
 
 def reliability_plot(measured: Reliability) -> bytes:
     """Predicted against observed share of matches, above the share of pairs in each bin."""
-    figure, (shares, counts) = _figure(5.6, 5.8, rows=2, sharex=True, height_ratios=(4, 1))
+    figure, (shares, counts) = new_figure(5.6, 5.8, rows=2, sharex=True, height_ratios=(4, 1))
     shares.plot([0, 1], [0, 1], color=NEUTRAL, linewidth=1, label="perfectly reliable")
     shares.plot(measured.predicted, measured.observed, "o-", color=MATCH, label="test")
     shares.set(ylabel="observed share of matches", ylim=(-0.02, 1.02))
@@ -122,12 +122,12 @@ def reliability_plot(measured: Reliability) -> bytes:
     counts.set(xlabel="predicted probability of a match, at equal priors", xlim=(-0.02, 1.02), ylabel="share of pairs")
     counts.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _legend(shares)
-    return _png(figure)
+    return as_png(figure)
 
 
 def projection_plot(emb_ND: Floats, identity_N: Ints, name_of: Callable[[int], str], *, named: int = 12) -> bytes:
     """All embeddings on their first two principal components; the `named` largest identities coloured and labelled."""
-    figure, (axes,) = _figure(8, 6.4)
+    figure, (axes,) = new_figure(8, 6.4)
     centred_ND = emb_ND - emb_ND.mean(axis=0)
     _, singular, component_DD = np.linalg.svd(centred_ND, full_matrices=False)
     position_N2 = centred_ND @ component_DD[:2].T
@@ -154,7 +154,7 @@ def projection_plot(emb_ND: Floats, identity_N: Ints, name_of: Callable[[int], s
     _place_labels(axes, labels, span=float(np.ptp(position_N2, axis=0).max()))
     if len(others_N2):
         _legend(axes)
-    return _png(figure)
+    return as_png(figure)
 
 
 def pair_plot(
@@ -163,9 +163,7 @@ def pair_plot(
     """Rows of image pairs, each row under a heading; a pair is two items and what is said of them."""
     columns = max(len(pairs) for _, pairs in rows)
     _, height, width = image_of(rows[0][1][0][0]).shape
-    figure = Figure(
-        figsize=(2 * columns, len(rows) * (height / width + 0.85)), dpi=_DOTS_PER_INCH, layout="constrained"
-    )
+    figure = Figure(figsize=(2 * columns, len(rows) * (height / width + 0.85)), dpi=DOTS_PER_INCH, layout="constrained")
     bands = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for band, (heading, pairs) in zip(bands, rows, strict=True):
         band.suptitle(heading, fontsize=11, x=0.01, ha="left")
@@ -179,7 +177,7 @@ def pair_plot(
             names = [_drawable(name, 24) for name in dict.fromkeys((name_of(first), name_of(second)))]
             between = " | " if sum(map(len, names)) < 24 else "\n"
             axes.set_xlabel(f"{measured}\n{between.join(names)}", fontsize=9, parse_math=False)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _place_labels(axes: Axes, labels: Sequence[tuple[NDArray[np.float32], str, str]], *, span: float) -> None:
@@ -227,11 +225,11 @@ def _side_by_side(a_CHW: NDArray[np.uint8], b_CHW: NDArray[np.uint8]) -> NDArray
     return np.concatenate([a, gap, b], axis=1)
 
 
-def _figure(
+def new_figure(
     width: float, height: float, *, rows: int = 1, columns: int = 1, sharex: bool = False,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=sharex, squeeze=False, height_ratios=height_ratios)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
@@ -252,7 +250,7 @@ def _drawable(name: str, length: int) -> str:
     return "".join(character if ord(character) in glyphs else f"U+{ord(character):04X}" for character in name)
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)  # draws without a display and without pyplot's global state
     figure.savefig(buffer, format="png", metadata={"Software": None})

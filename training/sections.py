@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from embedding.errors import InvalidRecipe
+from embedding.errors import InvalidRecipe, NotFound
 
 
 class Section(BaseModel):
@@ -22,6 +24,44 @@ class Section(BaseModel):
     def _known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
         refuse_unknown_keys(cls, value)
         return handler(value)
+
+
+Sections = TypeVar("Sections", bound=Section)
+
+
+def read_toml(path: Path, *, kind: str) -> str:
+    """The text of a recipe, study or other `kind` of file. Raises NotFound or InvalidRecipe."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotFound(f"no {kind} {path}; give the path of a .toml file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRecipe(f"{path} cannot be read as a {kind} ({error}); give the path of a .toml file") from error
+
+
+def parse_toml(text: str, *, where: str) -> dict[str, Any]:
+    """The table that TOML text is; `where` begins the message of an error. Raises InvalidRecipe."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRecipe(f"{where} is not valid TOML: {error}") from error
+
+
+def validated(
+    model: type[Sections], table: Mapping[str, Any], *, where: str, not_keys: Collection[str | int]
+) -> Sections:
+    """The sections that a table holds. Raises InvalidRecipe as `invalid_recipe` words it."""
+    try:
+        return model.model_validate(tuples(table))
+    except ValidationError as error:
+        raise invalid_recipe(error, where=where, not_keys=not_keys) from error
+
+
+def tuples(value: Any) -> Any:
+    """The arrays of TOML or JSON as the tuples that strict validation asks for."""
+    if isinstance(value, Mapping):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def refuse_unknown_keys(model: type[BaseModel], table: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, demo, gallery, model, one_shot, serve, train
+from lookalike.cli import ask, batch, compare, demo, gallery, model, one_shot, serve, train, upkeep
 
 app = typer.Typer(
     name="lookalike",
@@ -19,7 +19,9 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(train.evaluate)
+app.command()(compare.compare)
 app.add_typer(one_shot.app, name="one-shot")
+upkeep.add_commands(gallery.app)
 app.add_typer(gallery.app, name="gallery")
 app.command()(serve.serve)
 app.command()(ask.verify)

@@ -47,6 +47,11 @@ def search(
     image: Annotated[str, typer.Argument(help="An image file, or galleries/GALLERY/items/ITEM.")],
     gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")],
     k: options.Neighbors = 10,
+    within: Annotated[
+        bool, typer.Option("--within", help="Find all items within the threshold, however many, instead of k.")
+    ] = False,
+    filter: options.Filter = "",
+    effort: options.EffortWanted = None,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -61,11 +66,18 @@ def search(
     wanted = options.operating_point(target_far, threshold, point, uncertain_within)
     query = image_argument(image)
     with open_backend(target, bundle, data, device=device) as backend, _naming(query=image):
-        neighbors = backend.search(gallery, query, k=k, operating_point=wanted)
+        if within:
+            neighbors = backend.search_matches(
+                gallery, query, operating_point=wanted, filter=filter, effort=options.effort(effort)
+            )
+        else:
+            neighbors = backend.search(
+                gallery, query, k=k, operating_point=wanted, filter=filter, effort=options.effort(effort)
+            )
     if json:
         print(show.as_json(neighbors))
     else:
-        show.neighbors(neighbors, show.console())
+        show.neighbors(neighbors, show.console(), within=within)
 
 
 @contextmanager

@@ -11,14 +11,20 @@ from typing import Protocol
 from embedding.errors import InvalidInput
 from lookalike.client import Client
 from lookalike.types import (
+    Alias,
     Decision,
+    Effort,
     Gallery,
     ImageLike,
+    IndexSettings,
     Item,
     ItemName,
-    Neighbor,
+    Neighbors,
     NewItem,
     OperatingPoint,
+    Operation,
+    Purged,
+    Snapshot,
 )
 
 
@@ -28,30 +34,81 @@ class Backend(Protocol):
     def verify(self, a: ImageLike, b: ImageLike, *, operating_point: OperatingPoint | None = None) -> Decision: ...
 
     def search(
-        self, gallery: str, query: ImageLike, *, k: int = 10, operating_point: OperatingPoint | None = None
-    ) -> list[Neighbor]: ...
+        self,
+        gallery: str,
+        query: ImageLike,
+        *,
+        k: int = 10,
+        operating_point: OperatingPoint | None = None,
+        filter: str = "",
+        effort: Effort | None = None,
+    ) -> Neighbors: ...
+
+    def search_matches(
+        self,
+        gallery: str,
+        query: ImageLike,
+        *,
+        operating_point: OperatingPoint | None = None,
+        limit: int = 100_000,
+        filter: str = "",
+        effort: Effort | None = None,
+    ) -> Neighbors: ...
 
     def search_batch(
-        self, gallery: str, queries: Iterable[ImageLike], *, k: int = 10, operating_point: OperatingPoint | None = None
-    ) -> Sequence[list[Neighbor] | Exception]: ...
+        self,
+        gallery: str,
+        queries: Iterable[ImageLike],
+        *,
+        k: int = 10,
+        operating_point: OperatingPoint | None = None,
+        filter: str = "",
+        effort: Effort | None = None,
+    ) -> Sequence[Neighbors | Exception]: ...
 
-    def create_gallery(self, gallery: str) -> Gallery: ...
+    def create_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Gallery: ...
 
     def get_gallery(self, gallery: str) -> Gallery: ...
 
     def list_galleries(self) -> Iterator[Gallery]: ...
 
+    def update_gallery(self, gallery: str, index: IndexSettings, *, etag: str = "") -> Gallery: ...
+
     def delete_gallery(self, gallery: str, *, force: bool = False) -> None: ...
 
     def get_item(self, name: ItemName) -> Item: ...
 
-    def list_items(self, gallery: str) -> Iterator[Item]: ...
+    def list_items(self, gallery: str, *, filter: str = "") -> Iterator[Item]: ...
 
     def update_items(
         self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True
     ) -> Sequence[Item | Exception]: ...
 
     def delete_items(self, gallery: str, ids: Iterable[str], *, allow_missing: bool = False) -> int: ...
+
+    def purge_items(self, gallery: str, filter: str, *, force: bool = False) -> Purged: ...
+
+    def put_alias(self, alias: str, gallery: str, *, allow_missing: bool = True) -> Alias: ...
+
+    def list_aliases(self) -> Iterator[Alias]: ...
+
+    def delete_alias(self, alias: str) -> None: ...
+
+    def reindex_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Operation: ...
+
+    def migrate_gallery(self, gallery: str, to: str, *, model: str = "", alias: str = "") -> Operation: ...
+
+    def create_snapshot(self, gallery: str, snapshot: str) -> Operation: ...
+
+    def list_snapshots(self, gallery: str) -> Iterator[Snapshot]: ...
+
+    def delete_snapshot(self, gallery: str, snapshot: str) -> None: ...
+
+    def restore_gallery(self, gallery: str, snapshot: str, to: str) -> Operation: ...
+
+    def wait_operation(self, operation: str, *, seconds: float = 10.0) -> Operation: ...
+
+    def cancel_operation(self, operation: str) -> None: ...
 
 
 @contextmanager
@@ -62,6 +119,7 @@ def open_backend(
     *,
     read_only: bool = True,
     device: str = "auto",
+    thumbnails: int = 0,
 ) -> Iterator[Backend]:
     """The server at `target`, or the engine over `bundle` and `galleries`; options go before the environment.
 
@@ -83,7 +141,7 @@ def open_backend(
     elif bundle:
         from lookalike.cli.local import LocalBackend
 
-        with LocalBackend.open(bundle, galleries, read_only=read_only, device=device) as local:
+        with LocalBackend.open(bundle, galleries, read_only=read_only, device=device, thumbnails=thumbnails) as local:
             yield local
 
 

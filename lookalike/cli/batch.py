@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.progress import track
 from embedding.errors import InvalidDataset, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
-from lookalike.types import Neighbor, OperatingPoint
+from lookalike.types import Effort, Neighbor, OperatingPoint
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,6 +31,8 @@ def batch_search(
     gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")],
     out: Annotated[Path, typer.Option("--out", help="The Parquet file to write: one row a query and neighbour.")],
     k: options.Neighbors = 10,
+    filter: options.Filter = "",
+    effort: options.EffortWanted = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
@@ -45,6 +48,7 @@ def batch_search(
     from lookalike.cli.tables import ParquetTable
 
     wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    ask = Asked(gallery, k, wanted, filter, options.effort(effort))
     queries = list_images(images)
     console = show.console(stderr=True)
     searched = 0
@@ -61,7 +65,7 @@ def batch_search(
         )
         for batch in batches:
             rows: list[dict[str, Any]] = []
-            for query, outcome in _searched(backend, gallery, batch, k, wanted):
+            for query, outcome in _searched(backend, ask, batch):
                 if isinstance(outcome, Exception):
                     console.print(f"skipped {query.name}: {outcome}", markup=False)
                 else:
@@ -74,8 +78,19 @@ def batch_search(
     print(f"wrote the neighbours of {searched:,} images to {out}" + (f" ({skipped:,} skipped)" if skipped else ""))
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked for every image."""
+
+    gallery: str
+    k: int
+    point: OperatingPoint
+    filter: str
+    effort: Effort | None
+
+
 def _searched(
-    backend: Backend, gallery: str, batch: Sequence[ImageFile], k: int, point: OperatingPoint
+    backend: Backend, ask: Asked, batch: Sequence[ImageFile]
 ) -> Iterator[tuple[ImageFile, list[Neighbor] | Exception]]:
     """Each image of the batch with its neighbours, or why it has none."""
     readable: list[tuple[ImageFile, bytes]] = []
@@ -84,7 +99,14 @@ def _searched(
             readable.append((image, image.read()))
         except (OSError, LookalikeError) as error:
             yield image, error
-    outcomes = backend.search_batch(gallery, [data for _, data in readable], k=k, operating_point=point)
+    outcomes = backend.search_batch(
+        ask.gallery,
+        [data for _, data in readable],
+        k=ask.k,
+        operating_point=ask.point,
+        filter=ask.filter,
+        effort=ask.effort,
+    )
     for (image, _), outcome in zip(readable, outcomes, strict=True):
         yield image, outcome
 

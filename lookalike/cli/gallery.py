@@ -37,10 +37,14 @@ def create(
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
+    min_recall: options.MinRecall = None,
+    structure: options.Structure = None,
+    memory_bytes: options.MemoryBytes = None,
 ) -> None:
     """Create an empty gallery for the model that answers."""
+    settings = options.index_settings(None, min_recall, structure, memory_bytes)
     with open_backend(target, bundle, data, read_only=False) as backend:
-        made = backend.create_gallery(gallery)
+        made = backend.create_gallery(gallery, index=settings)
     print(f"created gallery {made.id} for model {made.model}")
 
 
@@ -52,17 +56,19 @@ def add(
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
     device: options.Device = "auto",
+    thumbnails: options.Thumbnails = 0,
 ) -> None:
     """Store every image of a folder or of a CSV or Parquet manifest; bad images are listed and skipped.
 
-    An item of the same id is overwritten, so that the command can be repeated.
+    An item of the same id is overwritten, so that the command can be repeated. With --target the server's own setting
+    decides about thumbnails.
     """
     from lookalike.cli.images import in_batches, list_images
 
     found = list_images(images)
     console = show.console(stderr=True)
     stored = 0
-    with open_backend(target, bundle, data, read_only=False, device=device) as backend:
+    with open_backend(target, bundle, data, read_only=False, device=device, thumbnails=thumbnails) as backend:
         batches = list(in_batches(found, BATCH_IMAGES))
         for batch in track(batches, "add", console=console, transient=True, disable=not console.is_terminal):
             for image, outcome in _stored(backend, gallery, batch):
@@ -100,6 +106,7 @@ def list_(
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
+    filter: options.Filter = "",
     json: options.Json = False,
 ) -> None:
     """List the galleries, or the items of one; as JSON, one line each."""
@@ -113,7 +120,7 @@ def list_(
                     print(show.as_json(found))
         else:
             table = show.table(["item", "identity", "metadata"])
-            for item in backend.list_items(gallery):
+            for item in backend.list_items(gallery, filter=filter):
                 table.add_row(item.name.id, item.identity or "", jsonlib.dumps(item.metadata, ensure_ascii=False))
                 if json:
                     print(show.as_json(item))

@@ -7,22 +7,44 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from google.protobuf.message import Message
 
 from embedding import decision as engine_decision
 from embedding.bundle import Bundle, learned_by_loss
-from embedding.errors import DamagedData, LookalikeError
+from embedding.errors import DamagedData, InvalidInput, LookalikeError
+from index import MAX_MATCHES
+from index import engine as engine_interface
+from index.engine import OnProgress
+from index.filters import parse_filter
 from lookalike import _messages as messages
-from lookalike.types import Decision, Gallery, ImageLike, Item, ItemName, Model, Neighbor, NewItem, OperatingPoint
-from service import wire
+from lookalike.types import (
+    Alias,
+    Decision,
+    Effort,
+    Gallery,
+    ImageLike,
+    IndexSettings,
+    Item,
+    ItemName,
+    Model,
+    Neighbors,
+    NewItem,
+    OperatingPoint,
+    Operation,
+    Purged,
+    Snapshot,
+)
+from service import errors, operations, parse, upkeep, wire
 from service.engine import Engine
-from service.questions import Search, SearchBatch, Verify
+from service.questions import Scope, Search, SearchBatch, SearchMatches, Verify
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem
-from service.writes import Draft, UpdateItems
+from service.writes import Draft, PurgeItems, UpdateGallery, UpdateItems
 
 
 class LocalBackend:
@@ -30,46 +52,84 @@ class LocalBackend:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._operations = operations.Operations()
 
     @classmethod
     @contextmanager
-    def open(cls, bundle: Path, galleries: Path, *, read_only: bool, device: str) -> Iterator[LocalBackend]:
+    def open(
+        cls, bundle: Path, galleries: Path, *, read_only: bool, device: str, thumbnails: int = 0
+    ) -> Iterator[LocalBackend]:
         """Load a bundle and open its galleries; to read, the folder of galleries need not exist."""
         with tempfile.TemporaryDirectory() as empty:
             folder = Path(empty) if read_only and not galleries.exists() else galleries
-            with Engine.open(bundle, folder, read_only=read_only, device=device) as engine:
-                yield cls(engine)
+            with Engine.open(bundle, folder, read_only=read_only, device=device, thumbnails=thumbnails) as engine:
+                backend = cls(engine)
+                try:
+                    yield backend
+                finally:
+                    backend._operations.close()
 
     def verify(self, a: ImageLike, b: ImageLike, *, operating_point: OperatingPoint | None = None) -> Decision:
         decided = self._engine.ask(Verify(a=_source(a, "a"), b=_source(b, "b"), point=_point(operating_point)))
         return messages.decision(wire.decision(decided))
 
     def search(
-        self, gallery: str, query: ImageLike, *, k: int = 10, operating_point: OperatingPoint | None = None
-    ) -> list[Neighbor]:
-        found = self._engine.ask(
-            Search(gallery=gallery, query=_source(query, "query"), k=k, point=_point(operating_point))
-        )
-        return [messages.neighbor(neighbor) for neighbor in wire.neighbors(found, gallery)]
+        self,
+        gallery: str,
+        query: ImageLike,
+        *,
+        k: int = 10,
+        operating_point: OperatingPoint | None = None,
+        filter: str = "",
+        effort: Effort | None = None,
+    ) -> Neighbors:
+        scope = _scope(gallery, operating_point, filter, effort)
+        found = self._engine.ask(Search(scope=scope, query=_source(query, "query"), k=k))
+        return messages.neighbors(wire.search_response(found, self._id(gallery)))
+
+    def search_matches(
+        self,
+        gallery: str,
+        query: ImageLike,
+        *,
+        operating_point: OperatingPoint | None = None,
+        limit: int = MAX_MATCHES,
+        filter: str = "",
+        effort: Effort | None = None,
+    ) -> Neighbors:
+        scope = _scope(gallery, operating_point, filter, effort)
+        found = self._engine.ask(SearchMatches(scope=scope, query=_source(query, "query"), limit=limit))
+        neighbors = messages.neighbors(wire.search_response(found, self._id(gallery)))
+        neighbors.truncated = found.truncated
+        return neighbors
 
     def search_batch(
-        self, gallery: str, queries: Iterable[ImageLike], *, k: int = 10, operating_point: OperatingPoint | None = None
-    ) -> Sequence[list[Neighbor] | LookalikeError]:
+        self,
+        gallery: str,
+        queries: Iterable[ImageLike],
+        *,
+        k: int = 10,
+        operating_point: OperatingPoint | None = None,
+        filter: str = "",
+        effort: Effort | None = None,
+    ) -> Sequence[Neighbors | LookalikeError]:
         sources = [_source(query) for query in queries]
-        outcomes = self._engine.ask(SearchBatch(gallery=gallery, queries=sources, k=k, point=_point(operating_point)))
+        scope = _scope(gallery, operating_point, filter, effort)
+        outcomes = self._engine.ask(SearchBatch(scope=scope, queries=sources, k=k))
         return [
             outcome
             if isinstance(outcome, LookalikeError)
-            else [messages.neighbor(neighbor) for neighbor in wire.neighbors(outcome, gallery)]
+            else messages.neighbors(wire.found_neighbors(outcome, self._id(gallery)))
             for outcome in outcomes
         ]
 
-    def create_gallery(self, gallery: str) -> Gallery:
-        return messages.gallery(wire.gallery(self._engine.catalog.create(gallery, self._engine.model)))
+    def create_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Gallery:
+        return messages.gallery(wire.gallery(self._engine.create_gallery(gallery, _settings(index))))
 
     def get_gallery(self, gallery: str) -> Gallery:
         try:
-            return messages.gallery(wire.gallery(self._engine.catalog.get(gallery)))
+            found = self._engine.gallery(gallery, any_model=True)
+            return messages.gallery(wire.gallery(found, with_stats=True))
         except DamagedData as error:
             return messages.gallery(wire.damaged_gallery(gallery, error))
 
@@ -77,17 +137,27 @@ class LocalBackend:
         """Every gallery, by name, damaged ones included."""
         return map(messages.gallery, wire.galleries(self._engine.catalog))
 
+    def update_gallery(self, gallery: str, index: IndexSettings, *, etag: str = "") -> Gallery:
+        change = UpdateGallery(
+            gallery=gallery,
+            settings=parse.index_settings(messages.index_settings(index), "index"),
+            parts=parse.INDEX_FIELDS,
+            etag=etag,
+        )
+        return messages.gallery(wire.gallery(change.write(self._engine), with_stats=True))
+
     def delete_gallery(self, gallery: str, *, force: bool = False) -> None:
         self._engine.delete_gallery(gallery, force=force)
 
     def get_item(self, name: ItemName) -> Item:
-        stored = self._engine.catalog.get(name.gallery).get(name.id)
-        return messages.item(wire.item(stored, name.gallery, with_embedding=True))
+        found = self._engine.gallery(name.gallery, any_model=True)
+        return messages.item(wire.item(found.get(name.id), found.id, with_embedding=True))
 
-    def list_items(self, gallery: str) -> Iterator[Item]:
-        """Every item of a gallery, by name, here with its embedding."""
-        for item in self._engine.catalog.get(gallery).iterate():
-            yield messages.item(wire.item(item, gallery, with_embedding=True))
+    def list_items(self, gallery: str, *, filter: str = "") -> Iterator[Item]:
+        """The accepted items of a gallery, by name, here with their embeddings."""
+        found = self._engine.gallery(gallery, any_model=True)
+        for item in found.iterate(allowed=parse_filter(filter)):
+            yield messages.item(wire.item(item, found.id, with_embedding=True))
 
     def update_items(
         self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True
@@ -95,7 +165,7 @@ class LocalBackend:
         drafts = [
             Draft(
                 name=item.id,
-                image=_source(item.image),
+                image=None if item.image is None else _source(item.image),
                 identity=item.identity,
                 metadata=item.metadata,
                 etag=item.etag,
@@ -104,12 +174,94 @@ class LocalBackend:
         ]
         outcomes = self._engine.ask(UpdateItems(gallery=gallery, drafts=drafts, allow_missing=allow_missing))
         return [
-            outcome if isinstance(outcome, LookalikeError) else messages.item(wire.item(outcome, gallery))
+            outcome if isinstance(outcome, LookalikeError) else messages.item(wire.item(outcome, self._id(gallery)))
             for outcome in outcomes
         ]
 
     def delete_items(self, gallery: str, ids: Iterable[str], *, allow_missing: bool = False) -> int:
-        return self._engine.catalog.get(gallery).delete(list(ids), allow_missing=allow_missing)
+        return self._engine.gallery(gallery, any_model=True).delete(list(ids), allow_missing=allow_missing)
+
+    def purge_items(self, gallery: str, filter: str, *, force: bool = False) -> Purged:
+        purge = PurgeItems(gallery=gallery, allowed=parse.purge_filter(filter), force=force)
+        purged = purge.write(self._engine)
+        sample = tuple(ItemName(purged.gallery, name) for name in purged.sample)
+        return Purged(count=purged.count, sample=sample)
+
+    def put_alias(self, alias: str, gallery: str, *, allow_missing: bool = True) -> Alias:
+        self._engine.put_alias(alias, gallery, allow_missing=allow_missing)
+        return Alias(id=alias, gallery=gallery)
+
+    def list_aliases(self) -> Iterator[Alias]:
+        return (Alias(id=alias, gallery=gallery) for alias, gallery in self._engine.aliases.all().items())
+
+    def delete_alias(self, alias: str) -> None:
+        self._engine.aliases.delete(alias)
+
+    def reindex_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Operation:
+        settings = _settings(index)
+        found = self._engine.gallery(gallery, any_model=True)
+        return self._begun(
+            "reindex",
+            found.id,
+            lambda tell: wire.gallery(upkeep.reindex(self._engine, found.id, settings, tell), with_stats=True),
+        )
+
+    def migrate_gallery(self, gallery: str, to: str, *, model: str = "", alias: str = "") -> Operation:
+        if model not in {"", self._engine.bundle.name}:
+            raise InvalidInput(f"the bundle given is of model {self._engine.bundle.name!r}, not {model!r}")
+        migration = upkeep.Migration(self._engine, gallery, to, alias=alias)
+        return self._begun("migrate", migration.source_id, lambda tell: wire.gallery(migration.run(tell)))
+
+    def create_snapshot(self, gallery: str, snapshot: str) -> Operation:
+        found = self._engine.gallery(gallery, any_model=True)
+        self._engine.shelf.check_free(found.id, snapshot)
+        return self._begun(
+            "snapshot", found.id, lambda tell: wire.snapshot(upkeep.snapshot(self._engine, found.id, snapshot, tell))
+        )
+
+    def list_snapshots(self, gallery: str) -> Iterator[Snapshot]:
+        return (messages.snapshot(wire.snapshot(copy)) for copy in self._engine.shelf.list(self._id(gallery)))
+
+    def delete_snapshot(self, gallery: str, snapshot: str) -> None:
+        self._engine.shelf.delete(self._id(gallery), snapshot)
+
+    def restore_gallery(self, gallery: str, snapshot: str, to: str) -> Operation:
+        source = (self._id(gallery), snapshot)
+        self._engine.check_restorable(to, source)
+        return self._begun("restore", to, lambda tell: wire.gallery(upkeep.restore(self._engine, source, to, tell)))
+
+    def wait_operation(self, operation: str, *, seconds: float = 10.0) -> Operation:
+        running = self._operations.get(operation)
+        running.wait(seconds)
+        return _told(running)
+
+    def cancel_operation(self, operation: str) -> None:
+        self._operations.get(operation).cancel()
+
+    def _begun(self, verb: str, target: str, work: Callable[[OnProgress], Message]) -> Operation:
+        return _told(self._operations.start(verb, target, work))
+
+    def _id(self, gallery: str) -> str:
+        """The gallery that an alias stands for."""
+        return self._engine.aliases.resolve(gallery)
+
+
+def _told(operation: operations.Operation[Any]) -> Operation:
+    return messages.operation(wire.operation(operation, errors.status))
+
+
+def _scope(gallery: str, point: OperatingPoint | None, filter: str, effort: Effort | None) -> Scope:
+    wanted = messages.effort(effort)
+    return Scope(
+        gallery=gallery,
+        point=_point(point),
+        allowed=parse_filter(filter),
+        effort=parse.effort(wanted, "effort") if wanted is not None else None,
+    )
+
+
+def _settings(index: IndexSettings | None) -> engine_interface.IndexSettings | None:
+    return parse.index_settings(messages.index_settings(index), "index") if index is not None else None
 
 
 def describe_bundle(path: Path) -> Model:

@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from lookalike.types import OperatingPoint
+from lookalike.types import Effort, IndexSettings, OperatingPoint
 
 Target: TypeAlias = Annotated[
     str | None, typer.Option("--target", metavar="HOST:PORT", help="Ask this server. [env: LOOKALIKE_TARGET]")
@@ -37,7 +37,67 @@ UncertainWithin: TypeAlias = Annotated[
     float, typer.Option("--uncertain-within", min=0, max=2, help="Answer `uncertain` this close to the threshold.")
 ]
 
+Filter: TypeAlias = Annotated[
+    str, typer.Option("--filter", help="""Items that count, such as 'metadata.brand = "acme"'; see docs/filters.md.""")
+]
+EffortWanted: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--effort", help="exact, a recall such as 0.95, or parameters such as nprobe=8,rescore=4."),
+]
+MinRecall: TypeAlias = Annotated[
+    float | None, typer.Option("--min-recall", min=0, max=1, help="Recall that searches reach by default.")
+]
+Structure: TypeAlias = Annotated[
+    str | None, typer.Option("--structure", help="auto, exact, hnsw, ivf-flat, ivf-sq8 or ivf-pq.")
+]
+MemoryBytes: TypeAlias = Annotated[
+    int | None, typer.Option("--memory-bytes", min=0, help="Most that the index may take in memory; 0 for no bound.")
+]
+Thumbnails: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--thumbnails",
+        min=0,
+        max=1024,
+        help="Store small images of this side, in pixels, so that another model can embed them; 0 for none.",
+    ),
+]
+
 DEFAULT_GALLERIES = Path("galleries")
+
+
+def effort(text: str | None) -> Effort | None:
+    """The effort that the option spells."""
+    if text is None:
+        return None
+    if text == "exact":
+        return Effort(exact=True)
+    try:
+        if "=" not in text:
+            return Effort(recall=float(text))
+        pairs = [part.split("=", 1) for part in text.split(",")]
+        raw = {name.strip().replace("-", "_"): int(value) for name, value in pairs}
+        if raw.keys() <= {"nprobe", "ef_search", "rescore"}:
+            return Effort(nprobe=raw.get("nprobe"), ef_search=raw.get("ef_search"), rescore=raw.get("rescore"))
+    except ValueError:
+        pass
+    raise typer.BadParameter(
+        f"--effort is exact, a recall such as 0.95, or parameters such as nprobe=8,rescore=4; got {text!r}."
+    )
+
+
+def index_settings(
+    present: IndexSettings | None, min_recall: float | None, structure: str | None, memory_bytes: int | None
+) -> IndexSettings | None:
+    """The present settings, or the defaults, with what the options change; None when they change nothing."""
+    if min_recall is None and structure is None and memory_bytes is None:
+        return None
+    base = present or IndexSettings()
+    return IndexSettings(
+        min_recall=base.min_recall if min_recall is None else min_recall,
+        structure=base.structure if structure is None else structure,
+        memory_bytes=base.memory_bytes if memory_bytes is None else memory_bytes or None,
+    )
 
 
 def operating_point(

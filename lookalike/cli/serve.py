@@ -33,6 +33,11 @@ def serve(
         int, typer.Option("--port", envvar="LOOKALIKE_PORT", help="Port to listen on; 0 for any free one.")
     ] = 50051,
     device: options.Device = "auto",
+    other_bundle: Annotated[
+        list[Path] | None,
+        typer.Option("--other-bundle", metavar="DIR", help="A further bundle, for galleries of its model; may repeat."),
+    ] = None,
+    thumbnails: options.Thumbnails = 0,
 ) -> None:
     """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first."""
     # The kernel delivers to process 1 of a container no signal that it does not handle, and the imports take seconds.
@@ -40,7 +45,15 @@ def serve(
     from service.server import run
     from service.settings import Settings
 
-    settings = Settings.checked(bundle=bundle, galleries=data, host=host, port=port, device=device)
+    settings = Settings.checked(
+        bundle=bundle,
+        galleries=data,
+        host=host,
+        port=port,
+        device=device,
+        other_bundles=tuple(other_bundle or ()),
+        thumbnails=thumbnails,
+    )
     run(settings, on_ready=lambda address: print(f"{READY_LINE}{address}", flush=True))
 
 

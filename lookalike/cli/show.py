@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lookalike.types import Decision, ItemName, Neighbor, Verdict
+from lookalike.types import Decision, ItemName, Neighbors, Verdict
 
 _STYLES = {Verdict.MATCH: "bold green", Verdict.NON_MATCH: "bold red", Verdict.UNCERTAIN: "bold yellow"}
 _WIDTH_OF_A_FILE = 160
@@ -44,10 +44,10 @@ def rates(found: Decision) -> str:
     )
 
 
-def neighbors(found: Sequence[Neighbor], out: Console) -> None:
+def neighbors(found: Neighbors, out: Console, *, within: bool = False) -> None:
     """A table of neighbours, and under it the threshold that they share."""
     if not found:
-        out.print("the gallery holds nothing else")
+        out.print("nothing in the gallery matches" if within else "the gallery holds nothing else")
         return
     shown = table(["rank", "item", "identity", "verdict", "distance", "probability"])
     for rank, neighbor in enumerate(found, start=1):
@@ -61,6 +61,10 @@ def neighbors(found: Sequence[Neighbor], out: Console) -> None:
             f"{judged.match_probability:.1%}",
         )
     out.print(shown)
+    if found.truncated:
+        out.print("there are more matches than are shown")
+    if found.expected_recall < 1:
+        out.print(f"such searches find {found.expected_recall:.1%} of what an exact one finds")
     out.print(f"threshold {found[0].decision.threshold:.4f}; {rates(found[0].decision)}")
 
 
@@ -80,6 +84,8 @@ def _plain(value: Any) -> Any:
             rest = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)[1:]}
             return {**fields, **rest, "signed_margin": value.signed_margin}
         case ItemName():
+            return str(value)
+        case Exception():
             return str(value)
         case list() | tuple():
             return [_plain(element) for element in value]

@@ -22,59 +22,90 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from lookalike.v1 import common_pb2 as lookalike_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alookalike/v1/gallery.proto\x12\x0clookalike.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"\x8f\x01\n\x07Gallery\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x61mage\x18\x06 \x01(\t\"\xb7\x01\n\x04Item\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tembedding\x18\x07 \x01(\x0c\"R\n\x14\x43reateGalleryRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12&\n\x07gallery\x18\x02 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"?\n\x15\x43reateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"!\n\x11GetGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"=\n\x14ListGalleriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x15ListGalleriesResponse\x12(\n\tgalleries\x18\x01 \x03(\x0b\x32\x15.lookalike.v1.Gallery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"3\n\x14\x44\x65leteGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x17\n\x15\x44\x65leteGalleryResponse\"\x1e\n\x0eGetItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"I\n\x10ListItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"O\n\x11ListItemsResponse\x12!\n\x05items\x18\x01 \x03(\x0b\x32\x12.lookalike.v1.Item\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"^\n\x11UpdateItemRequest\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\"s\n\x17\x42\x61tchUpdateItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x31\n\x08requests\x18\x02 \x03(\x0b\x32\x1f.lookalike.v1.UpdateItemRequest\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"e\n\x10UpdateItemResult\x12\"\n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.ItemH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"K\n\x18\x42\x61tchUpdateItemsResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.lookalike.v1.UpdateItemResult\"O\n\x17\x42\x61tchDeleteItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"1\n\x18\x42\x61tchDeleteItemsResponse\x12\x15\n\rdeleted_count\x18\x01 \x01(\x05\x32\xcb\x05\n\x0eGalleryService\x12X\n\rCreateGallery\x12\".lookalike.v1.CreateGalleryRequest\x1a#.lookalike.v1.CreateGalleryResponse\x12O\n\nGetGallery\x12\x1f.lookalike.v1.GetGalleryRequest\x1a .lookalike.v1.GetGalleryResponse\x12X\n\rListGalleries\x12\".lookalike.v1.ListGalleriesRequest\x1a#.lookalike.v1.ListGalleriesResponse\x12X\n\rDeleteGallery\x12\".lookalike.v1.DeleteGalleryRequest\x1a#.lookalike.v1.DeleteGalleryResponse\x12\x46\n\x07GetItem\x12\x1c.lookalike.v1.GetItemRequest\x1a\x1d.lookalike.v1.GetItemResponse\x12L\n\tListItems\x12\x1e.lookalike.v1.ListItemsRequest\x1a\x1f.lookalike.v1.ListItemsResponse\x12\x61\n\x10\x42\x61tchUpdateItems\x12%.lookalike.v1.BatchUpdateItemsRequest\x1a&.lookalike.v1.BatchUpdateItemsResponse\x12\x61\n\x10\x42\x61tchDeleteItems\x12%.lookalike.v1.BatchDeleteItemsRequest\x1a&.lookalike.v1.BatchDeleteItemsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alookalike/v1/gallery.proto\x12\x0clookalike.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"\xf4\x01\n\x07Gallery\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x61mage\x18\x06 \x01(\t\x12*\n\x05index\x18\x07 \x01(\x0b\x32\x1b.lookalike.v1.IndexSettings\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12)\n\x05stats\x18\t \x01(\x0b\x32\x1a.lookalike.v1.GalleryStats\"L\n\rIndexSettings\x12\x12\n\nmin_recall\x18\x01 \x01(\x01\x12\x11\n\tstructure\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\xad\x01\n\x0cGalleryStats\x12\x13\n\x0b\x66resh_items\x18\x01 \x01(\x03\x12\x11\n\tdead_rows\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.lookalike.v1.Segment\x12\x0c\n\x04\x62usy\x18\x06 \x01(\t\x12\x14\n\x0clast_failure\x18\x07 \x01(\t\"f\n\x07Segment\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x11\n\tdead_rows\x18\x02 \x01(\x03\x12\x11\n\tstructure\x18\x03 \x01(\t\x12\'\n\x05\x63urve\x18\x04 \x03(\x0b\x32\x18.lookalike.v1.CurvePoint\"\x87\x01\n\nCurvePoint\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x0e\n\x06recall\x18\x02 \x01(\x01\x12\x14\n\x0cmatch_recall\x18\x03 \x01(\x01\x12\x14\n\x0cmicroseconds\x18\x04 \x01(\x01\x12\x0e\n\x06nprobe\x18\x05 \x01(\x05\x12\x11\n\tef_search\x18\x06 \x01(\x05\x12\x0f\n\x07rescore\x18\x07 \x01(\x05\"\xb7\x01\n\x04Item\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tembedding\x18\x07 \x01(\x0c\"R\n\x14\x43reateGalleryRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12&\n\x07gallery\x18\x02 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"?\n\x15\x43reateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"!\n\x11GetGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"=\n\x14ListGalleriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x15ListGalleriesResponse\x12(\n\tgalleries\x18\x01 \x03(\x0b\x32\x15.lookalike.v1.Gallery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"3\n\x14\x44\x65leteGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"\x17\n\x15\x44\x65leteGalleryResponse\"\x1e\n\x0eGetItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"Y\n\x10ListItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"O\n\x11ListItemsResponse\x12!\n\x05items\x18\x01 \x03(\x0b\x32\x12.lookalike.v1.Item\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa6\x01\n\x11UpdateItemRequest\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rallow_missing\x18\x04 \x01(\x08\"6\n\x12UpdateItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"s\n\x17\x42\x61tchUpdateItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x31\n\x08requests\x18\x02 \x03(\x0b\x32\x1f.lookalike.v1.UpdateItemRequest\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"e\n\x10UpdateItemResult\x12\"\n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.ItemH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"K\n\x18\x42\x61tchUpdateItemsResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.lookalike.v1.UpdateItemResult\"O\n\x17\x42\x61tchDeleteItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"1\n\x18\x42\x61tchDeleteItemsResponse\x12\x15\n\rdeleted_count\x18\x01 \x01(\x05\"o\n\x14UpdateGalleryRequest\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"?\n\x15UpdateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"F\n\x11\x44\x65leteItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x14\n\x12\x44\x65leteItemResponse\"B\n\x11PurgeItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"?\n\x12PurgeItemsResponse\x12\x13\n\x0bpurge_count\x18\x01 \x01(\x03\x12\x14\n\x0cpurge_sample\x18\x02 \x03(\t\"\x83\x01\n\x12ImportItemsRequest\x12\x31\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1f.lookalike.v1.ImportItemsConfigH\x00\x12/\n\x04item\x18\x02 \x01(\x0b\x32\x1f.lookalike.v1.UpdateItemRequestH\x00\x42\t\n\x07\x65lement\":\n\x11ImportItemsConfig\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x15\n\rexisting_only\x18\x02 \x01(\x08\"v\n\x13ImportItemsResponse\x12\x1a\n\x12\x61\x63knowledged_count\x18\x01 \x01(\x03\x12\x14\n\x0cstored_count\x18\x02 \x01(\x03\x12-\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1b.lookalike.v1.ImportFailure\"O\n\rImportFailure\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status2\xf0\x08\n\x0eGalleryService\x12X\n\rCreateGallery\x12\".lookalike.v1.CreateGalleryRequest\x1a#.lookalike.v1.CreateGalleryResponse\x12O\n\nGetGallery\x12\x1f.lookalike.v1.GetGalleryRequest\x1a .lookalike.v1.GetGalleryResponse\x12X\n\rListGalleries\x12\".lookalike.v1.ListGalleriesRequest\x1a#.lookalike.v1.ListGalleriesResponse\x12X\n\rDeleteGallery\x12\".lookalike.v1.DeleteGalleryRequest\x1a#.lookalike.v1.DeleteGalleryResponse\x12\x46\n\x07GetItem\x12\x1c.lookalike.v1.GetItemRequest\x1a\x1d.lookalike.v1.GetItemResponse\x12L\n\tListItems\x12\x1e.lookalike.v1.ListItemsRequest\x1a\x1f.lookalike.v1.ListItemsResponse\x12\x61\n\x10\x42\x61tchUpdateItems\x12%.lookalike.v1.BatchUpdateItemsRequest\x1a&.lookalike.v1.BatchUpdateItemsResponse\x12\x61\n\x10\x42\x61tchDeleteItems\x12%.lookalike.v1.BatchDeleteItemsRequest\x1a&.lookalike.v1.BatchDeleteItemsResponse\x12X\n\rUpdateGallery\x12\".lookalike.v1.UpdateGalleryRequest\x1a#.lookalike.v1.UpdateGalleryResponse\x12O\n\nUpdateItem\x12\x1f.lookalike.v1.UpdateItemRequest\x1a .lookalike.v1.UpdateItemResponse\x12O\n\nDeleteItem\x12\x1f.lookalike.v1.DeleteItemRequest\x1a .lookalike.v1.DeleteItemResponse\x12O\n\nPurgeItems\x12\x1f.lookalike.v1.PurgeItemsRequest\x1a .lookalike.v1.PurgeItemsResponse\x12V\n\x0bImportItems\x12 .lookalike.v1.ImportItemsRequest\x1a!.lookalike.v1.ImportItemsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lookalike.v1.gallery_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GALLERY']._serialized_start=160
-  _globals['_GALLERY']._serialized_end=303
-  _globals['_ITEM']._serialized_start=306
-  _globals['_ITEM']._serialized_end=489
-  _globals['_CREATEGALLERYREQUEST']._serialized_start=491
-  _globals['_CREATEGALLERYREQUEST']._serialized_end=573
-  _globals['_CREATEGALLERYRESPONSE']._serialized_start=575
-  _globals['_CREATEGALLERYRESPONSE']._serialized_end=638
-  _globals['_GETGALLERYREQUEST']._serialized_start=640
-  _globals['_GETGALLERYREQUEST']._serialized_end=673
-  _globals['_GETGALLERYRESPONSE']._serialized_start=675
-  _globals['_GETGALLERYRESPONSE']._serialized_end=735
-  _globals['_LISTGALLERIESREQUEST']._serialized_start=737
-  _globals['_LISTGALLERIESREQUEST']._serialized_end=798
-  _globals['_LISTGALLERIESRESPONSE']._serialized_start=800
-  _globals['_LISTGALLERIESRESPONSE']._serialized_end=890
-  _globals['_DELETEGALLERYREQUEST']._serialized_start=892
-  _globals['_DELETEGALLERYREQUEST']._serialized_end=943
-  _globals['_DELETEGALLERYRESPONSE']._serialized_start=945
-  _globals['_DELETEGALLERYRESPONSE']._serialized_end=968
-  _globals['_GETITEMREQUEST']._serialized_start=970
-  _globals['_GETITEMREQUEST']._serialized_end=1000
-  _globals['_GETITEMRESPONSE']._serialized_start=1002
-  _globals['_GETITEMRESPONSE']._serialized_end=1053
-  _globals['_LISTITEMSREQUEST']._serialized_start=1055
-  _globals['_LISTITEMSREQUEST']._serialized_end=1128
-  _globals['_LISTITEMSRESPONSE']._serialized_start=1130
-  _globals['_LISTITEMSRESPONSE']._serialized_end=1209
-  _globals['_UPDATEITEMREQUEST']._serialized_start=1211
-  _globals['_UPDATEITEMREQUEST']._serialized_end=1305
-  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_start=1307
-  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_end=1422
-  _globals['_UPDATEITEMRESULT']._serialized_start=1424
-  _globals['_UPDATEITEMRESULT']._serialized_end=1525
-  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_start=1527
-  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_end=1602
-  _globals['_BATCHDELETEITEMSREQUEST']._serialized_start=1604
-  _globals['_BATCHDELETEITEMSREQUEST']._serialized_end=1683
-  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_start=1685
-  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_end=1734
-  _globals['_GALLERYSERVICE']._serialized_start=1737
-  _globals['_GALLERYSERVICE']._serialized_end=2452
+  _globals['_GALLERY']._serialized_start=194
+  _globals['_GALLERY']._serialized_end=438
+  _globals['_INDEXSETTINGS']._serialized_start=440
+  _globals['_INDEXSETTINGS']._serialized_end=516
+  _globals['_GALLERYSTATS']._serialized_start=519
+  _globals['_GALLERYSTATS']._serialized_end=692
+  _globals['_SEGMENT']._serialized_start=694
+  _globals['_SEGMENT']._serialized_end=796
+  _globals['_CURVEPOINT']._serialized_start=799
+  _globals['_CURVEPOINT']._serialized_end=934
+  _globals['_ITEM']._serialized_start=937
+  _globals['_ITEM']._serialized_end=1120
+  _globals['_CREATEGALLERYREQUEST']._serialized_start=1122
+  _globals['_CREATEGALLERYREQUEST']._serialized_end=1204
+  _globals['_CREATEGALLERYRESPONSE']._serialized_start=1206
+  _globals['_CREATEGALLERYRESPONSE']._serialized_end=1269
+  _globals['_GETGALLERYREQUEST']._serialized_start=1271
+  _globals['_GETGALLERYREQUEST']._serialized_end=1304
+  _globals['_GETGALLERYRESPONSE']._serialized_start=1306
+  _globals['_GETGALLERYRESPONSE']._serialized_end=1366
+  _globals['_LISTGALLERIESREQUEST']._serialized_start=1368
+  _globals['_LISTGALLERIESREQUEST']._serialized_end=1429
+  _globals['_LISTGALLERIESRESPONSE']._serialized_start=1431
+  _globals['_LISTGALLERIESRESPONSE']._serialized_end=1521
+  _globals['_DELETEGALLERYREQUEST']._serialized_start=1523
+  _globals['_DELETEGALLERYREQUEST']._serialized_end=1574
+  _globals['_DELETEGALLERYRESPONSE']._serialized_start=1576
+  _globals['_DELETEGALLERYRESPONSE']._serialized_end=1599
+  _globals['_GETITEMREQUEST']._serialized_start=1601
+  _globals['_GETITEMREQUEST']._serialized_end=1631
+  _globals['_GETITEMRESPONSE']._serialized_start=1633
+  _globals['_GETITEMRESPONSE']._serialized_end=1684
+  _globals['_LISTITEMSREQUEST']._serialized_start=1686
+  _globals['_LISTITEMSREQUEST']._serialized_end=1775
+  _globals['_LISTITEMSRESPONSE']._serialized_start=1777
+  _globals['_LISTITEMSRESPONSE']._serialized_end=1856
+  _globals['_UPDATEITEMREQUEST']._serialized_start=1859
+  _globals['_UPDATEITEMREQUEST']._serialized_end=2025
+  _globals['_UPDATEITEMRESPONSE']._serialized_start=2027
+  _globals['_UPDATEITEMRESPONSE']._serialized_end=2081
+  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_start=2083
+  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_end=2198
+  _globals['_UPDATEITEMRESULT']._serialized_start=2200
+  _globals['_UPDATEITEMRESULT']._serialized_end=2301
+  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_start=2303
+  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_end=2378
+  _globals['_BATCHDELETEITEMSREQUEST']._serialized_start=2380
+  _globals['_BATCHDELETEITEMSREQUEST']._serialized_end=2459
+  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_start=2461
+  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_end=2510
+  _globals['_UPDATEGALLERYREQUEST']._serialized_start=2512
+  _globals['_UPDATEGALLERYREQUEST']._serialized_end=2623
+  _globals['_UPDATEGALLERYRESPONSE']._serialized_start=2625
+  _globals['_UPDATEGALLERYRESPONSE']._serialized_end=2688
+  _globals['_DELETEITEMREQUEST']._serialized_start=2690
+  _globals['_DELETEITEMREQUEST']._serialized_end=2760
+  _globals['_DELETEITEMRESPONSE']._serialized_start=2762
+  _globals['_DELETEITEMRESPONSE']._serialized_end=2782
+  _globals['_PURGEITEMSREQUEST']._serialized_start=2784
+  _globals['_PURGEITEMSREQUEST']._serialized_end=2850
+  _globals['_PURGEITEMSRESPONSE']._serialized_start=2852
+  _globals['_PURGEITEMSRESPONSE']._serialized_end=2915
+  _globals['_IMPORTITEMSREQUEST']._serialized_start=2918
+  _globals['_IMPORTITEMSREQUEST']._serialized_end=3049
+  _globals['_IMPORTITEMSCONFIG']._serialized_start=3051
+  _globals['_IMPORTITEMSCONFIG']._serialized_end=3109
+  _globals['_IMPORTITEMSRESPONSE']._serialized_start=3111
+  _globals['_IMPORTITEMSRESPONSE']._serialized_end=3229
+  _globals['_IMPORTFAILURE']._serialized_start=3231
+  _globals['_IMPORTFAILURE']._serialized_end=3310
+  _globals['_GALLERYSERVICE']._serialized_start=3313
+  _globals['_GALLERYSERVICE']._serialized_end=4449
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ Named collections of items embedded by one model."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -34,6 +35,9 @@ class Gallery(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DAMAGE_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    STATS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}`; the id has 1 to 63 lower-case letters, digits and inner hyphens."""
     model: _builtins.str
@@ -44,9 +48,19 @@ class Gallery(_message.Message):
     """Number of committed writes so far; rises with each. Output only."""
     damage: _builtins.str
     """Why its items cannot be served, in one line; empty when all is well. Output only."""
+    etag: _builtins.str
+    """Changes whenever `index` does. When sent with an update, the update fails with ABORTED unless it is current."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created. Output only."""
+
+    @_builtins.property
+    def index(self) -> Global___IndexSettings:
+        """How it is indexed."""
+
+    @_builtins.property
+    def stats(self) -> Global___GalleryStats:
+        """What it takes and how well it is searched. Output only; unset in ListGalleries."""
 
     def __init__(
         self,
@@ -57,14 +71,181 @@ class Gallery(_message.Message):
         generation: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         damage: _builtins.str = ...,
+        index: Global___IndexSettings | None = ...,
+        etag: _builtins.str = ...,
+        stats: Global___GalleryStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "index", b"index", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "damage", b"damage", "generation", b"generation", "item_count", b"item_count", "model", b"model", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "damage", b"damage", "etag", b"etag", "generation", b"generation", "index", b"index", "item_count", b"item_count", "model", b"model", "name", b"name", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Gallery: _TypeAlias = Gallery  # noqa: Y015
+
+@_typing.final
+class IndexSettings(_message.Message):
+    """How a gallery is to be indexed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_RECALL_FIELD_NUMBER: _builtins.int
+    STRUCTURE_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    min_recall: _builtins.float
+    """What searches reach unless they ask otherwise, of the 10 nearest and of the matches at the margin, in (0, 1]; unset
+    (0) means 0.99.
+    """
+    structure: _builtins.str
+    """`auto` (which unset means) chooses by number, width and memory; others are `exact`, `hnsw`, `ivf-flat`, `ivf-sq8` and
+    `ivf-pq`.
+    """
+    memory_bytes: _builtins.int
+    """Most that index structures may take in memory, besides mapped vectors; unset (0) means no bound."""
+    def __init__(
+        self,
+        *,
+        min_recall: _builtins.float = ...,
+        structure: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "min_recall", b"min_recall", "structure", b"structure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IndexSettings: _TypeAlias = IndexSettings  # noqa: Y015
+
+@_typing.final
+class GalleryStats(_message.Message):
+    """A gallery in numbers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRESH_ITEMS_FIELD_NUMBER: _builtins.int
+    DEAD_ROWS_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    fresh_items: _builtins.int
+    """Items that are not sealed into a segment yet; they are searched exactly."""
+    dead_rows: _builtins.int
+    """Rows whose item has since been deleted or overwritten."""
+    disk_bytes: _builtins.int
+    """What it takes on the disk."""
+    memory_bytes: _builtins.int
+    """What its index takes in memory."""
+    busy: _builtins.str
+    """What happens in the background, for a person; empty for nothing."""
+    last_failure: _builtins.str
+    """Why background work last failed; empty when it did not."""
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Segment]:
+        """Its sealed parts."""
+
+    def __init__(
+        self,
+        *,
+        fresh_items: _builtins.int = ...,
+        dead_rows: _builtins.int = ...,
+        disk_bytes: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        segments: _abc.Iterable[Global___Segment] | None = ...,
+        busy: _builtins.str = ...,
+        last_failure: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "dead_rows", b"dead_rows", "disk_bytes", b"disk_bytes", "fresh_items", b"fresh_items", "last_failure", b"last_failure", "memory_bytes", b"memory_bytes", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GalleryStats: _TypeAlias = GalleryStats  # noqa: Y015
+
+@_typing.final
+class Segment(_message.Message):
+    """One sealed part of a gallery."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    DEAD_ROWS_FIELD_NUMBER: _builtins.int
+    STRUCTURE_FIELD_NUMBER: _builtins.int
+    CURVE_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows in it."""
+    dead_rows: _builtins.int
+    """Those whose item has since been deleted or overwritten."""
+    structure: _builtins.str
+    """`exact`, `hnsw`, `ivf-flat`, `ivf-sq8` or `ivf-pq`."""
+    @_builtins.property
+    def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___CurvePoint]:
+        """What was measured of it on its own items."""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        dead_rows: _builtins.int = ...,
+        structure: _builtins.str = ...,
+        curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "dead_rows", b"dead_rows", "rows", b"rows", "structure", b"structure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Segment: _TypeAlias = Segment  # noqa: Y015
+
+@_typing.final
+class CurvePoint(_message.Message):
+    """One measured setting of an index structure."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    K_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    MATCH_RECALL_FIELD_NUMBER: _builtins.int
+    MICROSECONDS_FIELD_NUMBER: _builtins.int
+    NPROBE_FIELD_NUMBER: _builtins.int
+    EF_SEARCH_FIELD_NUMBER: _builtins.int
+    RESCORE_FIELD_NUMBER: _builtins.int
+    k: _builtins.int
+    """How many nearest `recall` is of."""
+    recall: _builtins.float
+    """Share of them that was found."""
+    match_recall: _builtins.float
+    """Share of all items within the margin that was found."""
+    microseconds: _builtins.float
+    """Median of one query in one thread."""
+    nprobe: _builtins.int
+    """IVF: lists visited; 0 when it has none."""
+    ef_search: _builtins.int
+    """HNSW: width of the candidate list; 0 when it has none."""
+    rescore: _builtins.int
+    """Candidates measured again for each result wanted; 0 for none."""
+    def __init__(
+        self,
+        *,
+        k: _builtins.int = ...,
+        recall: _builtins.float = ...,
+        match_recall: _builtins.float = ...,
+        microseconds: _builtins.float = ...,
+        nprobe: _builtins.int = ...,
+        ef_search: _builtins.int = ...,
+        rescore: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ef_search", b"ef_search", "k", b"k", "match_recall", b"match_recall", "microseconds", b"microseconds", "nprobe", b"nprobe", "recall", b"recall", "rescore", b"rescore"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CurvePoint: _TypeAlias = CurvePoint  # noqa: Y015
 
 @_typing.final
 class Item(_message.Message):
@@ -128,7 +309,7 @@ class CreateGalleryRequest(_message.Message):
     """The id to create it under: 1 to 63 lower-case letters, digits and inner hyphens. Required."""
     @_builtins.property
     def gallery(self) -> Global___Gallery:
-        """Its settings; every field of a new gallery is output only today."""
+        """How to index it, in `index`; every other field of a new gallery is output only."""
 
     def __init__(
         self,
@@ -366,22 +547,26 @@ class ListItemsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The gallery, `galleries/{gallery}`. Required."""
     page_size: _builtins.int
     """Most items to return, 1 to 1,000; unset (0) means 50."""
     page_token: _builtins.str
     """`next_page_token` of the previous page; empty for the first."""
+    filter: _builtins.str
+    """Which items to list, as in SearchRequest; empty means all."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -423,27 +608,66 @@ class UpdateItemRequest(_message.Message):
 
     ITEM_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    allow_missing: _builtins.bool
+    """Store it also when it is not there yet; without it an unknown item fails with NOT_FOUND. In a batch, the batch's own
+    `allow_missing` holds for all.
+    """
     @_builtins.property
     def item(self) -> Global___Item:
         """The item: its name, and optionally identity, metadata and etag. Required."""
 
     @_builtins.property
     def image(self) -> _common_pb2.ImageInput:
-        """Its image, as encoded bytes or as an embedding of the gallery's model. Required."""
+        """Its image, as encoded bytes or as an embedding of the gallery's model. Required, unless `update_mask` leaves it out."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """What to change: any of `identity`, `metadata` and `image`; or `*`, which unset means, for all of them. With a mask
+        that leaves something out, that is kept as it is stored. An item that is not there yet takes everything, whatever the
+        mask, and needs an image.
+        """
 
     def __init__(
         self,
         *,
         item: Global___Item | None = ...,
         image: _common_pb2.ImageInput | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        allow_missing: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "item", b"item"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "item", b"item", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "item", b"item"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "image", b"image", "item", b"item", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateItemRequest: _TypeAlias = UpdateItemRequest  # noqa: Y015
+
+@_typing.final
+class UpdateItemResponse(_message.Message):
+    """The item as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def item(self) -> Global___Item:
+        """As stored, without its embedding."""
+
+    def __init__(
+        self,
+        *,
+        item: Global___Item | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateItemResponse: _TypeAlias = UpdateItemResponse  # noqa: Y015
 
 @_typing.final
 class BatchUpdateItemsRequest(_message.Message):
@@ -586,3 +810,286 @@ class BatchDeleteItemsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchDeleteItemsResponse: _TypeAlias = BatchDeleteItemsResponse  # noqa: Y015
+
+@_typing.final
+class UpdateGalleryRequest(_message.Message):
+    """A gallery to change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GALLERY_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gallery(self) -> Global___Gallery:
+        """Its name, and in `index` how it is to be indexed; optionally its etag. Required."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """What to change: `index`, or any of `index.min_recall`, `index.structure` and `index.memory_bytes`; or `*`, which unset
+        means, for all of them.
+        """
+
+    def __init__(
+        self,
+        *,
+        gallery: Global___Gallery | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateGalleryRequest: _TypeAlias = UpdateGalleryRequest  # noqa: Y015
+
+@_typing.final
+class UpdateGalleryResponse(_message.Message):
+    """The gallery as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GALLERY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gallery(self) -> Global___Gallery:
+        """As it stands."""
+
+    def __init__(
+        self,
+        *,
+        gallery: Global___Gallery | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateGalleryResponse: _TypeAlias = UpdateGalleryResponse  # noqa: Y015
+
+@_typing.final
+class DeleteItemRequest(_message.Message):
+    """An item to delete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name, `galleries/{gallery}/items/{item}`. Required."""
+    etag: _builtins.str
+    """When given, the item is deleted only while it carries it; else the call fails with ABORTED."""
+    allow_missing: _builtins.bool
+    """Succeed also when there is no such item; without it that fails with NOT_FOUND."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteItemRequest: _TypeAlias = DeleteItemRequest  # noqa: Y015
+
+@_typing.final
+class DeleteItemResponse(_message.Message):
+    """The item is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteItemResponse: _TypeAlias = DeleteItemResponse  # noqa: Y015
+
+@_typing.final
+class PurgeItemsRequest(_message.Message):
+    """Items to delete by what they are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """The gallery, `galleries/{gallery}`. Required."""
+    filter: _builtins.str
+    """Which items, as in SearchRequest; `*` alone means all. Required."""
+    force: _builtins.bool
+    """Delete them. Without it nothing is deleted, and the answer says what would be."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "force", b"force", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeItemsRequest: _TypeAlias = PurgeItemsRequest  # noqa: Y015
+
+@_typing.final
+class PurgeItemsResponse(_message.Message):
+    """How much was, or would be, deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PURGE_COUNT_FIELD_NUMBER: _builtins.int
+    PURGE_SAMPLE_FIELD_NUMBER: _builtins.int
+    purge_count: _builtins.int
+    """How many items the filter accepts; with `force`, how many are gone."""
+    @_builtins.property
+    def purge_sample(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Without `force`, the names of the first 100 of them."""
+
+    def __init__(
+        self,
+        *,
+        purge_count: _builtins.int = ...,
+        purge_sample: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["purge_count", b"purge_count", "purge_sample", b"purge_sample"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurgeItemsResponse: _TypeAlias = PurgeItemsResponse  # noqa: Y015
+
+@_typing.final
+class ImportItemsRequest(_message.Message):
+    """One element of an import: the first says where to, each other is an item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def config(self) -> Global___ImportItemsConfig:
+        """Where the items go. The first element, and no other."""
+
+    @_builtins.property
+    def item(self) -> Global___UpdateItemRequest:
+        """An item to store, as in BatchUpdateItems."""
+
+    def __init__(
+        self,
+        *,
+        config: Global___ImportItemsConfig | None = ...,
+        item: Global___UpdateItemRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "item", b"item"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_element: _TypeAlias = _typing.Literal["config", "item"]  # noqa: Y015
+    _WhichOneofArgType_element: _TypeAlias = _typing.Literal["element", b"element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_element) -> _WhichOneofReturnType_element | None: ...
+
+Global___ImportItemsRequest: _TypeAlias = ImportItemsRequest  # noqa: Y015
+
+@_typing.final
+class ImportItemsConfig(_message.Message):
+    """Where the items of an import go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    EXISTING_ONLY_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """The gallery, `galleries/{gallery}`. Required."""
+    existing_only: _builtins.bool
+    """Refuse items that are not there yet, with NOT_FOUND; else they are created."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        existing_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing_only", b"existing_only", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportItemsConfig: _TypeAlias = ImportItemsConfig  # noqa: Y015
+
+@_typing.final
+class ImportItemsResponse(_message.Message):
+    """An acknowledgement: of the first `acknowledged_count` items, every one is durable or among the failures told so far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACKNOWLEDGED_COUNT_FIELD_NUMBER: _builtins.int
+    STORED_COUNT_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    acknowledged_count: _builtins.int
+    """Items dealt with since the stream began."""
+    stored_count: _builtins.int
+    """Those of them that were stored."""
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportFailure]:
+        """Those that were not, since the last acknowledgement."""
+
+    def __init__(
+        self,
+        *,
+        acknowledged_count: _builtins.int = ...,
+        stored_count: _builtins.int = ...,
+        failures: _abc.Iterable[Global___ImportFailure] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_count", b"acknowledged_count", "failures", b"failures", "stored_count", b"stored_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportItemsResponse: _TypeAlias = ImportItemsResponse  # noqa: Y015
+
+@_typing.final
+class ImportFailure(_message.Message):
+    """An item that was not stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which item of the stream, from 0."""
+    name: _builtins.str
+    """Its name, as sent."""
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why; the same status that UpdateItem would have ended with."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        name: _builtins.str = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "index", b"index", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportFailure: _TypeAlias = ImportFailure  # noqa: Y015

@@ -75,6 +75,31 @@ class GalleryServiceStub(object):
                 request_serializer=lookalike_dot_v1_dot_gallery__pb2.BatchDeleteItemsRequest.SerializeToString,
                 response_deserializer=lookalike_dot_v1_dot_gallery__pb2.BatchDeleteItemsResponse.FromString,
                 _registered_method=True)
+        self.UpdateGallery = channel.unary_unary(
+                '/lookalike.v1.GalleryService/UpdateGallery',
+                request_serializer=lookalike_dot_v1_dot_gallery__pb2.UpdateGalleryRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_gallery__pb2.UpdateGalleryResponse.FromString,
+                _registered_method=True)
+        self.UpdateItem = channel.unary_unary(
+                '/lookalike.v1.GalleryService/UpdateItem',
+                request_serializer=lookalike_dot_v1_dot_gallery__pb2.UpdateItemRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_gallery__pb2.UpdateItemResponse.FromString,
+                _registered_method=True)
+        self.DeleteItem = channel.unary_unary(
+                '/lookalike.v1.GalleryService/DeleteItem',
+                request_serializer=lookalike_dot_v1_dot_gallery__pb2.DeleteItemRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_gallery__pb2.DeleteItemResponse.FromString,
+                _registered_method=True)
+        self.PurgeItems = channel.unary_unary(
+                '/lookalike.v1.GalleryService/PurgeItems',
+                request_serializer=lookalike_dot_v1_dot_gallery__pb2.PurgeItemsRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_gallery__pb2.PurgeItemsResponse.FromString,
+                _registered_method=True)
+        self.ImportItems = channel.stream_stream(
+                '/lookalike.v1.GalleryService/ImportItems',
+                request_serializer=lookalike_dot_v1_dot_gallery__pb2.ImportItemsRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_gallery__pb2.ImportItemsResponse.FromString,
+                _registered_method=True)
 
 
 class GalleryServiceServicer(object):
@@ -137,6 +162,42 @@ class GalleryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateGallery(self, request, context):
+        """Changes how a gallery is indexed, from its next sealing on; ReindexGallery does it at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateItem(self, request, context):
+        """Stores an item, or some of its fields.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteItem(self, request, context):
+        """Deletes an item.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PurgeItems(self, request, context):
+        """Deletes every item that a filter accepts, in one step, or only counts them. AIP-165.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportItems(self, request_iterator, context):
+        """Stores any number of items and acknowledges them in windows: what is acknowledged is durable. A bad item is reported,
+        and the stream goes on. The caller may send ahead without waiting; the server holds it back when it falls behind.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GalleryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -179,6 +240,31 @@ def add_GalleryServiceServicer_to_server(servicer, server):
                     servicer.BatchDeleteItems,
                     request_deserializer=lookalike_dot_v1_dot_gallery__pb2.BatchDeleteItemsRequest.FromString,
                     response_serializer=lookalike_dot_v1_dot_gallery__pb2.BatchDeleteItemsResponse.SerializeToString,
+            ),
+            'UpdateGallery': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateGallery,
+                    request_deserializer=lookalike_dot_v1_dot_gallery__pb2.UpdateGalleryRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_gallery__pb2.UpdateGalleryResponse.SerializeToString,
+            ),
+            'UpdateItem': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateItem,
+                    request_deserializer=lookalike_dot_v1_dot_gallery__pb2.UpdateItemRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_gallery__pb2.UpdateItemResponse.SerializeToString,
+            ),
+            'DeleteItem': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteItem,
+                    request_deserializer=lookalike_dot_v1_dot_gallery__pb2.DeleteItemRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_gallery__pb2.DeleteItemResponse.SerializeToString,
+            ),
+            'PurgeItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.PurgeItems,
+                    request_deserializer=lookalike_dot_v1_dot_gallery__pb2.PurgeItemsRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_gallery__pb2.PurgeItemsResponse.SerializeToString,
+            ),
+            'ImportItems': grpc.stream_stream_rpc_method_handler(
+                    servicer.ImportItems,
+                    request_deserializer=lookalike_dot_v1_dot_gallery__pb2.ImportItemsRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_gallery__pb2.ImportItemsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -398,6 +484,141 @@ class GalleryService(object):
             '/lookalike.v1.GalleryService/BatchDeleteItems',
             lookalike_dot_v1_dot_gallery__pb2.BatchDeleteItemsRequest.SerializeToString,
             lookalike_dot_v1_dot_gallery__pb2.BatchDeleteItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateGallery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.GalleryService/UpdateGallery',
+            lookalike_dot_v1_dot_gallery__pb2.UpdateGalleryRequest.SerializeToString,
+            lookalike_dot_v1_dot_gallery__pb2.UpdateGalleryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateItem(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.GalleryService/UpdateItem',
+            lookalike_dot_v1_dot_gallery__pb2.UpdateItemRequest.SerializeToString,
+            lookalike_dot_v1_dot_gallery__pb2.UpdateItemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteItem(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.GalleryService/DeleteItem',
+            lookalike_dot_v1_dot_gallery__pb2.DeleteItemRequest.SerializeToString,
+            lookalike_dot_v1_dot_gallery__pb2.DeleteItemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PurgeItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.GalleryService/PurgeItems',
+            lookalike_dot_v1_dot_gallery__pb2.PurgeItemsRequest.SerializeToString,
+            lookalike_dot_v1_dot_gallery__pb2.PurgeItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportItems(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lookalike.v1.GalleryService/ImportItems',
+            lookalike_dot_v1_dot_gallery__pb2.ImportItemsRequest.SerializeToString,
+            lookalike_dot_v1_dot_gallery__pb2.ImportItemsResponse.FromString,
             options,
             channel_credentials,
             insecure,

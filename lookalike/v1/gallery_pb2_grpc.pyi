@@ -49,6 +49,18 @@ class GalleryServiceStub:
     """Stores items, in one durable step for all that are good; a bad item fails alone, with its own status."""
     BatchDeleteItems: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.BatchDeleteItemsRequest, _gallery_pb2.BatchDeleteItemsResponse]
     """Deletes items, all or none."""
+    UpdateGallery: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.UpdateGalleryRequest, _gallery_pb2.UpdateGalleryResponse]
+    """Changes how a gallery is indexed, from its next sealing on; ReindexGallery does it at once."""
+    UpdateItem: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.UpdateItemRequest, _gallery_pb2.UpdateItemResponse]
+    """Stores an item, or some of its fields."""
+    DeleteItem: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.DeleteItemRequest, _gallery_pb2.DeleteItemResponse]
+    """Deletes an item."""
+    PurgeItems: _grpc.UnaryUnaryMultiCallable[_gallery_pb2.PurgeItemsRequest, _gallery_pb2.PurgeItemsResponse]
+    """Deletes every item that a filter accepts, in one step, or only counts them. AIP-165."""
+    ImportItems: _grpc.StreamStreamMultiCallable[_gallery_pb2.ImportItemsRequest, _gallery_pb2.ImportItemsResponse]
+    """Stores any number of items and acknowledges them in windows: what is acknowledged is durable. A bad item is reported,
+    and the stream goes on. The caller may send ahead without waiting; the server holds it back when it falls behind.
+    """
 
 @_typing.type_check_only
 class GalleryServiceAsyncStub(GalleryServiceStub):
@@ -71,6 +83,18 @@ class GalleryServiceAsyncStub(GalleryServiceStub):
     """Stores items, in one durable step for all that are good; a bad item fails alone, with its own status."""
     BatchDeleteItems: _aio.UnaryUnaryMultiCallable[_gallery_pb2.BatchDeleteItemsRequest, _gallery_pb2.BatchDeleteItemsResponse]  # type: ignore[assignment]
     """Deletes items, all or none."""
+    UpdateGallery: _aio.UnaryUnaryMultiCallable[_gallery_pb2.UpdateGalleryRequest, _gallery_pb2.UpdateGalleryResponse]  # type: ignore[assignment]
+    """Changes how a gallery is indexed, from its next sealing on; ReindexGallery does it at once."""
+    UpdateItem: _aio.UnaryUnaryMultiCallable[_gallery_pb2.UpdateItemRequest, _gallery_pb2.UpdateItemResponse]  # type: ignore[assignment]
+    """Stores an item, or some of its fields."""
+    DeleteItem: _aio.UnaryUnaryMultiCallable[_gallery_pb2.DeleteItemRequest, _gallery_pb2.DeleteItemResponse]  # type: ignore[assignment]
+    """Deletes an item."""
+    PurgeItems: _aio.UnaryUnaryMultiCallable[_gallery_pb2.PurgeItemsRequest, _gallery_pb2.PurgeItemsResponse]  # type: ignore[assignment]
+    """Deletes every item that a filter accepts, in one step, or only counts them. AIP-165."""
+    ImportItems: _aio.StreamStreamMultiCallable[_gallery_pb2.ImportItemsRequest, _gallery_pb2.ImportItemsResponse]  # type: ignore[assignment]
+    """Stores any number of items and acknowledges them in windows: what is acknowledged is durable. A bad item is reported,
+    and the stream goes on. The caller may send ahead without waiting; the server holds it back when it falls behind.
+    """
 
 class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps galleries and their items. A write is acknowledged only after it is durable on disk."""
@@ -138,5 +162,47 @@ class GalleryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_gallery_pb2.BatchDeleteItemsResponse, _abc.Awaitable[_gallery_pb2.BatchDeleteItemsResponse]]:
         """Deletes items, all or none."""
+
+    @_abc_1.abstractmethod
+    def UpdateGallery(
+        self,
+        request: _gallery_pb2.UpdateGalleryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.UpdateGalleryResponse, _abc.Awaitable[_gallery_pb2.UpdateGalleryResponse]]:
+        """Changes how a gallery is indexed, from its next sealing on; ReindexGallery does it at once."""
+
+    @_abc_1.abstractmethod
+    def UpdateItem(
+        self,
+        request: _gallery_pb2.UpdateItemRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.UpdateItemResponse, _abc.Awaitable[_gallery_pb2.UpdateItemResponse]]:
+        """Stores an item, or some of its fields."""
+
+    @_abc_1.abstractmethod
+    def DeleteItem(
+        self,
+        request: _gallery_pb2.DeleteItemRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.DeleteItemResponse, _abc.Awaitable[_gallery_pb2.DeleteItemResponse]]:
+        """Deletes an item."""
+
+    @_abc_1.abstractmethod
+    def PurgeItems(
+        self,
+        request: _gallery_pb2.PurgeItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_gallery_pb2.PurgeItemsResponse, _abc.Awaitable[_gallery_pb2.PurgeItemsResponse]]:
+        """Deletes every item that a filter accepts, in one step, or only counts them. AIP-165."""
+
+    @_abc_1.abstractmethod
+    def ImportItems(
+        self,
+        request_iterator: _MaybeAsyncIterator[_gallery_pb2.ImportItemsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_gallery_pb2.ImportItemsResponse], _abc.AsyncIterator[_gallery_pb2.ImportItemsResponse]]:
+        """Stores any number of items and acknowledges them in windows: what is acknowledged is durable. A bad item is reported,
+        and the stream goes on. The caller may send ahead without waiting; the server holds it back when it falls behind.
+        """
 
 def add_GalleryServiceServicer_to_server(servicer: GalleryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,6 +22,91 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class Effort(_message.Message):
+    """How much of the true answer a search must find. Distances and decisions are exact at every effort."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXACT_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    RAW_FIELD_NUMBER: _builtins.int
+    recall: _builtins.float
+    """As fast as the gallery's measured curve allows at this share of the true answer or more, in (0, 1]. Exact where the
+    curve does not reach it.
+    """
+    @_builtins.property
+    def exact(self) -> Global___ExactEffort:
+        """Measure every item: nothing is missed."""
+
+    @_builtins.property
+    def raw(self) -> Global___RawEffort:
+        """Parameters of the index structures themselves."""
+
+    def __init__(
+        self,
+        *,
+        exact: Global___ExactEffort | None = ...,
+        recall: _builtins.float = ...,
+        raw: Global___RawEffort | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exact", b"exact", "raw", b"raw", "recall", b"recall"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exact", b"exact", "raw", b"raw", "recall", b"recall"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_effort: _TypeAlias = _typing.Literal["exact", "recall", "raw"]  # noqa: Y015
+    _WhichOneofArgType_effort: _TypeAlias = _typing.Literal["effort", b"effort"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_effort) -> _WhichOneofReturnType_effort | None: ...
+
+Global___Effort: _TypeAlias = Effort  # noqa: Y015
+
+@_typing.final
+class ExactEffort(_message.Message):
+    """Nothing is missed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExactEffort: _TypeAlias = ExactEffort  # noqa: Y015
+
+@_typing.final
+class RawEffort(_message.Message):
+    """Parameters of index structures, each 0 for what the gallery was tuned to; a structure ignores those it does not have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NPROBE_FIELD_NUMBER: _builtins.int
+    EF_SEARCH_FIELD_NUMBER: _builtins.int
+    RESCORE_FIELD_NUMBER: _builtins.int
+    nprobe: _builtins.int
+    """IVF: lists visited."""
+    ef_search: _builtins.int
+    """HNSW: width of the candidate list."""
+    rescore: _builtins.int
+    """Candidates measured again for each result wanted."""
+    def __init__(
+        self,
+        *,
+        nprobe: _builtins.int = ...,
+        ef_search: _builtins.int = ...,
+        rescore: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ef_search", b"ef_search", "nprobe", b"nprobe", "rescore", b"rescore"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RawEffort: _TypeAlias = RawEffort  # noqa: Y015
+
+@_typing.final
 class SearchRequest(_message.Message):
     """An image, and the gallery to search."""
 
@@ -31,10 +116,17 @@ class SearchRequest(_message.Message):
     QUERY_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     OPERATING_POINT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
     """How many nearest items to return, 1 to 10,000; unset (0) means 10. A smaller gallery returns all it has."""
+    filter: _builtins.str
+    """Which items may be found, for example `metadata.brand = "acme" AND NOT identity:*`; empty means all. See
+    docs/filters.md for the language, a subset of AIP-160. At most 4,096 characters.
+    """
     @_builtins.property
     def query(self) -> _common_pb2.ImageInput:
         """The image to find. Required. An item of the searched gallery is left out of its own results."""
@@ -43,6 +135,14 @@ class SearchRequest(_message.Message):
     def operating_point(self) -> _common_pb2.OperatingPoint:
         """Where the threshold lies; unset means the learned margin."""
 
+    @_builtins.property
+    def effort(self) -> Global___Effort:
+        """How much must be found; unset means the recall that the gallery was tuned to."""
+
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items to leave out, `galleries/{gallery}/items/{item}` of the searched gallery; at most 1,000."""
+
     def __init__(
         self,
         *,
@@ -50,10 +150,13 @@ class SearchRequest(_message.Message):
         query: _common_pb2.ImageInput | None = ...,
         k: _builtins.int = ...,
         operating_point: _common_pb2.OperatingPoint | None = ...,
+        filter: _builtins.str = ...,
+        effort: Global___Effort | None = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exclude", b"exclude", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -104,6 +207,17 @@ class SearchResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NEIGHBORS_FIELD_NUMBER: _builtins.int
+    EXPECTED_RECALL_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    expected_recall: _builtins.float
+    """Share of the true answer that searches of this effort found when they were measured on this gallery; 1 when the
+    answer is exact, 0 when nothing like it was measured.
+    """
+    generation: _builtins.int
+    """The gallery's generation that all of the answer is of."""
+    partial: _builtins.bool
+    """Whether a part of the gallery could not be asked."""
     @_builtins.property
     def neighbors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbor]:
         """Nearest first; equal distances by name."""
@@ -112,10 +226,13 @@ class SearchResponse(_message.Message):
         self,
         *,
         neighbors: _abc.Iterable[Global___Neighbor] | None = ...,
+        expected_recall: _builtins.float = ...,
+        generation: _builtins.int = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_recall", b"expected_recall", "generation", b"generation", "neighbors", b"neighbors", "partial", b"partial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,12 +248,16 @@ class BatchSearchRequest(_message.Message):
     QUERIES_FIELD_NUMBER: _builtins.int
     K_FIELD_NUMBER: _builtins.int
     OPERATING_POINT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
     """How many nearest items to return for each, 1 to 10,000; unset (0) means 10. All queries together return at most
     200,000 neighbours; a batch that could return more is refused with INVALID_ARGUMENT.
     """
+    filter: _builtins.str
+    """Which items may be found, as in SearchRequest."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ImageInput]:
         """At least 1 and at most 1,024 images."""
@@ -145,6 +266,10 @@ class BatchSearchRequest(_message.Message):
     def operating_point(self) -> _common_pb2.OperatingPoint:
         """Where the threshold lies for every query; unset means the learned margin."""
 
+    @_builtins.property
+    def effort(self) -> Global___Effort:
+        """How much must be found; unset means the recall that the gallery was tuned to."""
+
     def __init__(
         self,
         *,
@@ -152,10 +277,12 @@ class BatchSearchRequest(_message.Message):
         queries: _abc.Iterable[_common_pb2.ImageInput] | None = ...,
         k: _builtins.int = ...,
         operating_point: _common_pb2.OperatingPoint | None = ...,
+        filter: _builtins.str = ...,
+        effort: Global___Effort | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operating_point", b"operating_point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "queries", b"queries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "queries", b"queries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,6 +295,15 @@ class Neighbors(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NEIGHBORS_FIELD_NUMBER: _builtins.int
+    EXPECTED_RECALL_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    expected_recall: _builtins.float
+    """As in SearchResponse."""
+    generation: _builtins.int
+    """The gallery's generation that the answer is of."""
+    partial: _builtins.bool
+    """Whether a part of the gallery could not be asked."""
     @_builtins.property
     def neighbors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbor]:
         """Nearest first; equal distances by name."""
@@ -176,10 +312,13 @@ class Neighbors(_message.Message):
         self,
         *,
         neighbors: _abc.Iterable[Global___Neighbor] | None = ...,
+        expected_recall: _builtins.float = ...,
+        generation: _builtins.int = ...,
+        partial: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_recall", b"expected_recall", "generation", b"generation", "neighbors", b"neighbors", "partial", b"partial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,3 +379,241 @@ class BatchSearchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchSearchResponse: _TypeAlias = BatchSearchResponse  # noqa: Y015
+
+@_typing.final
+class SearchMatchesRequest(_message.Message):
+    """An image, and the gallery to find all its matches in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GALLERY_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    OPERATING_POINT_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    EXCLUDE_FIELD_NUMBER: _builtins.int
+    gallery: _builtins.str
+    """The gallery to search, `galleries/{gallery}`. Required."""
+    limit: _builtins.int
+    """Most matches to return, 1 to 100,000; unset (0) means 100,000. When there are more, the nearest are returned and the
+    summary says `truncated`.
+    """
+    filter: _builtins.str
+    """Which items may be found, as in SearchRequest."""
+    @_builtins.property
+    def query(self) -> _common_pb2.ImageInput:
+        """The image to find. Required. An item of the searched gallery is left out of its own results."""
+
+    @_builtins.property
+    def operating_point(self) -> _common_pb2.OperatingPoint:
+        """Where the threshold lies; unset means the learned margin."""
+
+    @_builtins.property
+    def effort(self) -> Global___Effort:
+        """How much must be found; unset means all of it."""
+
+    @_builtins.property
+    def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Items to leave out, `galleries/{gallery}/items/{item}` of the searched gallery; at most 1,000."""
+
+    def __init__(
+        self,
+        *,
+        gallery: _builtins.str = ...,
+        query: _common_pb2.ImageInput | None = ...,
+        operating_point: _common_pb2.OperatingPoint | None = ...,
+        limit: _builtins.int = ...,
+        filter: _builtins.str = ...,
+        effort: Global___Effort | None = ...,
+        exclude: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exclude", b"exclude", "filter", b"filter", "gallery", b"gallery", "limit", b"limit", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchMatchesRequest: _TypeAlias = SearchMatchesRequest  # noqa: Y015
+
+@_typing.final
+class SearchMatchesResponse(_message.Message):
+    """Some of the matches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEIGHBORS_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def neighbors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbor]:
+        """The next matches, nearest first through the whole stream; equal distances by name."""
+
+    @_builtins.property
+    def summary(self) -> Global___MatchesSummary:
+        """Set in the last message alone."""
+
+    def __init__(
+        self,
+        *,
+        neighbors: _abc.Iterable[Global___Neighbor] | None = ...,
+        summary: Global___MatchesSummary | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["neighbors", b"neighbors", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchMatchesResponse: _TypeAlias = SearchMatchesResponse  # noqa: Y015
+
+@_typing.final
+class MatchesSummary(_message.Message):
+    """What is to be known of all matches together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATCH_COUNT_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    EXPECTED_RECALL_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    match_count: _builtins.int
+    """How many were sent."""
+    truncated: _builtins.bool
+    """Whether there are more than `limit`; never for any other reason."""
+    expected_recall: _builtins.float
+    """As in SearchResponse; 1 unless an effort was asked for."""
+    generation: _builtins.int
+    """The gallery's generation that all of the answer is of."""
+    partial: _builtins.bool
+    """Whether a part of the gallery could not be asked."""
+    def __init__(
+        self,
+        *,
+        match_count: _builtins.int = ...,
+        truncated: _builtins.bool = ...,
+        expected_recall: _builtins.float = ...,
+        generation: _builtins.int = ...,
+        partial: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_recall", b"expected_recall", "generation", b"generation", "match_count", b"match_count", "partial", b"partial", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatchesSummary: _TypeAlias = MatchesSummary  # noqa: Y015
+
+@_typing.final
+class StreamSearchRequest(_message.Message):
+    """One element of a stream of queries: the first says how to search, each other is an image to find."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Comes back with the answer; any text of at most 256 characters."""
+    @_builtins.property
+    def config(self) -> Global___StreamSearchConfig:
+        """How all images of the stream are searched. The first element, and no other."""
+
+    @_builtins.property
+    def query(self) -> _common_pb2.ImageInput:
+        """An image to find. An item of the searched gallery is left out of its own results."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        config: Global___StreamSearchConfig | None = ...,
+        query: _common_pb2.ImageInput | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "query", b"query"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "id", b"id", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_element: _TypeAlias = _typing.Literal["config", "query"]  # noqa: Y015
+    _WhichOneofArgType_element: _TypeAlias = _typing.Literal["element", b"element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_element) -> _WhichOneofReturnType_element | None: ...
+
+Global___StreamSearchRequest: _TypeAlias = StreamSearchRequest  # noqa: Y015
+
+@_typing.final
+class StreamSearchConfig(_message.Message):
+    """How the images of a stream are searched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GALLERY_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    OPERATING_POINT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    gallery: _builtins.str
+    """The gallery to search, `galleries/{gallery}`. Required."""
+    k: _builtins.int
+    """How many nearest items to return for each, 1 to 1,000; unset (0) means 10."""
+    filter: _builtins.str
+    """Which items may be found, as in SearchRequest."""
+    @_builtins.property
+    def operating_point(self) -> _common_pb2.OperatingPoint:
+        """Where the threshold lies for every query; unset means the learned margin."""
+
+    @_builtins.property
+    def effort(self) -> Global___Effort:
+        """How much must be found; unset means the recall that the gallery was tuned to."""
+
+    def __init__(
+        self,
+        *,
+        gallery: _builtins.str = ...,
+        k: _builtins.int = ...,
+        operating_point: _common_pb2.OperatingPoint | None = ...,
+        filter: _builtins.str = ...,
+        effort: Global___Effort | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSearchConfig: _TypeAlias = StreamSearchConfig  # noqa: Y015
+
+@_typing.final
+class StreamSearchResponse(_message.Message):
+    """The answer to one image of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NEIGHBORS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The element's."""
+    @_builtins.property
+    def neighbors(self) -> Global___Neighbors:
+        """The nearest items."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why this image could not be searched; the same status that Search would have ended with."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        neighbors: Global___Neighbors | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "neighbors", b"neighbors", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "neighbors", b"neighbors", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["neighbors", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___StreamSearchResponse: _TypeAlias = StreamSearchResponse  # noqa: Y015

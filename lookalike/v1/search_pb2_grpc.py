@@ -45,6 +45,16 @@ class SearchServiceStub(object):
                 request_serializer=lookalike_dot_v1_dot_search__pb2.BatchSearchRequest.SerializeToString,
                 response_deserializer=lookalike_dot_v1_dot_search__pb2.BatchSearchResponse.FromString,
                 _registered_method=True)
+        self.SearchMatches = channel.unary_stream(
+                '/lookalike.v1.SearchService/SearchMatches',
+                request_serializer=lookalike_dot_v1_dot_search__pb2.SearchMatchesRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_search__pb2.SearchMatchesResponse.FromString,
+                _registered_method=True)
+        self.StreamSearch = channel.stream_stream(
+                '/lookalike.v1.SearchService/StreamSearch',
+                request_serializer=lookalike_dot_v1_dot_search__pb2.StreamSearchRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_search__pb2.StreamSearchResponse.FromString,
+                _registered_method=True)
 
 
 class SearchServiceServicer(object):
@@ -65,6 +75,22 @@ class SearchServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SearchMatches(self, request, context):
+        """All items within the threshold, nearest first. The answer is complete: its last message has a summary, and a stream
+        that ends without one has failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamSearch(self, request_iterator, context):
+        """Any number of images against one gallery, answered in the order in which they were sent. A bad element is answered
+        with its own status, and the stream goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SearchServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +103,16 @@ def add_SearchServiceServicer_to_server(servicer, server):
                     servicer.BatchSearch,
                     request_deserializer=lookalike_dot_v1_dot_search__pb2.BatchSearchRequest.FromString,
                     response_serializer=lookalike_dot_v1_dot_search__pb2.BatchSearchResponse.SerializeToString,
+            ),
+            'SearchMatches': grpc.unary_stream_rpc_method_handler(
+                    servicer.SearchMatches,
+                    request_deserializer=lookalike_dot_v1_dot_search__pb2.SearchMatchesRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_search__pb2.SearchMatchesResponse.SerializeToString,
+            ),
+            'StreamSearch': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamSearch,
+                    request_deserializer=lookalike_dot_v1_dot_search__pb2.StreamSearchRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_search__pb2.StreamSearchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +170,60 @@ class SearchService(object):
             '/lookalike.v1.SearchService/BatchSearch',
             lookalike_dot_v1_dot_search__pb2.BatchSearchRequest.SerializeToString,
             lookalike_dot_v1_dot_search__pb2.BatchSearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchMatches(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lookalike.v1.SearchService/SearchMatches',
+            lookalike_dot_v1_dot_search__pb2.SearchMatchesRequest.SerializeToString,
+            lookalike_dot_v1_dot_search__pb2.SearchMatchesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamSearch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lookalike.v1.SearchService/StreamSearch',
+            lookalike_dot_v1_dot_search__pb2.StreamSearchRequest.SerializeToString,
+            lookalike_dot_v1_dot_search__pb2.StreamSearchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,14 @@ class SearchServiceStub:
     """The k nearest items, each with its decision."""
     BatchSearch: _grpc.UnaryUnaryMultiCallable[_search_pb2.BatchSearchRequest, _search_pb2.BatchSearchResponse]
     """Many images against one gallery in one call; a bad image fails alone, with its own status."""
+    SearchMatches: _grpc.UnaryStreamMultiCallable[_search_pb2.SearchMatchesRequest, _search_pb2.SearchMatchesResponse]
+    """All items within the threshold, nearest first. The answer is complete: its last message has a summary, and a stream
+    that ends without one has failed.
+    """
+    StreamSearch: _grpc.StreamStreamMultiCallable[_search_pb2.StreamSearchRequest, _search_pb2.StreamSearchResponse]
+    """Any number of images against one gallery, answered in the order in which they were sent. A bad element is answered
+    with its own status, and the stream goes on.
+    """
 
 @_typing.type_check_only
 class SearchServiceAsyncStub(SearchServiceStub):
@@ -47,6 +55,14 @@ class SearchServiceAsyncStub(SearchServiceStub):
     """The k nearest items, each with its decision."""
     BatchSearch: _aio.UnaryUnaryMultiCallable[_search_pb2.BatchSearchRequest, _search_pb2.BatchSearchResponse]  # type: ignore[assignment]
     """Many images against one gallery in one call; a bad image fails alone, with its own status."""
+    SearchMatches: _aio.UnaryStreamMultiCallable[_search_pb2.SearchMatchesRequest, _search_pb2.SearchMatchesResponse]  # type: ignore[assignment]
+    """All items within the threshold, nearest first. The answer is complete: its last message has a summary, and a stream
+    that ends without one has failed.
+    """
+    StreamSearch: _aio.StreamStreamMultiCallable[_search_pb2.StreamSearchRequest, _search_pb2.StreamSearchResponse]  # type: ignore[assignment]
+    """Any number of images against one gallery, answered in the order in which they were sent. A bad element is answered
+    with its own status, and the stream goes on.
+    """
 
 class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
     """Finds the items of a gallery that are nearest to an image."""
@@ -66,5 +82,25 @@ class SearchServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_search_pb2.BatchSearchResponse, _abc.Awaitable[_search_pb2.BatchSearchResponse]]:
         """Many images against one gallery in one call; a bad image fails alone, with its own status."""
+
+    @_abc_1.abstractmethod
+    def SearchMatches(
+        self,
+        request: _search_pb2.SearchMatchesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_pb2.SearchMatchesResponse], _abc.AsyncIterator[_search_pb2.SearchMatchesResponse]]:
+        """All items within the threshold, nearest first. The answer is complete: its last message has a summary, and a stream
+        that ends without one has failed.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamSearch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_search_pb2.StreamSearchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_pb2.StreamSearchResponse], _abc.AsyncIterator[_search_pb2.StreamSearchResponse]]:
+        """Any number of images against one gallery, answered in the order in which they were sent. A bad element is answered
+        with its own status, and the stream goes on.
+        """
 
 def add_SearchServiceServicer_to_server(servicer: SearchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -32,7 +32,19 @@ def test_help_is_printed_without_importing_anything_heavy() -> None:
     out = python(program)
     assert out.splitlines()[-1] == "[]"
     for command in (
-        *("train", "evaluate", "one-shot", "gallery", "serve", "verify", "search", "batch-search", "model", "demo"),
+        *(
+            "train",
+            "evaluate",
+            "compare",
+            "one-shot",
+            "gallery",
+            "serve",
+            "verify",
+            "search",
+            "batch-search",
+            "model",
+            "demo",
+        ),
     ):
         assert f"  {command} " in out
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import grpc
 import pytest
+from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
@@ -20,6 +21,7 @@ from lookalike import (
     Client,
     Conflict,
     FailedPrecondition,
+    IndexSettings,
     ItemName,
     NewItem,
     ServerError,
@@ -28,7 +30,7 @@ from lookalike import (
     _methods,
 )
 from lookalike.errors import from_status
-from lookalike.v1 import gallery_pb2, match_pb2, model_pb2, search_pb2
+from lookalike.v1 import alias_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 
 class Flaky(grpc.GenericRpcHandler):
@@ -108,10 +110,18 @@ def test_a_short_answer_to_a_batch_is_refused() -> None:
 def test_every_method_of_the_contract_is_called_by_its_name() -> None:
     contract = {
         f"/{service.full_name}/{method.name}"
-        for module in (gallery_pb2, match_pb2, model_pb2, search_pb2)
+        for module in (
+            alias_pb2,
+            gallery_pb2,
+            match_pb2,
+            model_pb2,
+            operations_pb2,
+            search_pb2,
+            upkeep_pb2,
+        )
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
-    }
+    } - {"/google.longrunning.Operations/DeleteOperation"}
     with serving(handler := Flaky(grpc.StatusCode.ABORTED, failures=1)) as client:
         for ask in (
             lambda: client.verify(b"", b""),
@@ -127,6 +137,27 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
             lambda: list(client.list_items("g")),
             lambda: client.update_items("g", [NewItem(id="a", image=b"")]),
             lambda: client.delete_items("g", ["a"]),
+            lambda: client.search_matches("g", b""),
+            lambda: list(client.search_stream("g", [b""])),
+            lambda: client.update_gallery("g", IndexSettings()),
+            lambda: client.update_item("g", NewItem(id="a", image=b"")),
+            lambda: list(client.import_items("g", [NewItem(id="a", image=b"")])),
+            lambda: client.delete_item(ItemName("g", "a")),
+            lambda: client.purge_items("g", "*"),
+            lambda: client.put_alias("a", "g"),
+            lambda: client.get_alias("a"),
+            lambda: list(client.list_aliases()),
+            lambda: client.delete_alias("a"),
+            lambda: client.reindex_gallery("g"),
+            lambda: client.migrate_gallery("g", "h"),
+            lambda: client.create_snapshot("g", "s"),
+            lambda: list(client.list_snapshots("g")),
+            lambda: client.delete_snapshot("g", "s"),
+            lambda: client.restore_gallery("g", "s", "h"),
+            lambda: client.get_operation("0"),
+            lambda: client.wait_operation("0"),
+            lambda: client.cancel_operation("0"),
+            lambda: list(client.list_operations()),
             client.get_model,
             lambda: list(client.list_models()),
         ):
@@ -180,6 +211,6 @@ def test_importing_the_client_brings_in_nothing_heavy() -> None:
 
 def test_methods_show_their_parameters() -> None:
     with Client("127.0.0.1:1") as client:
-        assert list(inspect.signature(client.list_items).parameters) == ["gallery"]
+        assert list(inspect.signature(client.list_items).parameters) == ["gallery", "filter"]
         assert client.verify.__doc__ == _calls.verify.__doc__
     assert isinstance(Client.verify, _methods.Unary)

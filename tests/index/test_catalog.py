@@ -146,7 +146,7 @@ def test_one_bad_gallery_is_reported_and_the_others_answer(
         assert caplog.text.count("gallery 'bad' cannot be opened") == 1
         with pytest.raises(DamagedData, match=r"bad/store\.sqlite .*restore it from a copy"):
             catalog.get("bad")
-        assert len(catalog.get("good").search(pool[0], k=1, judge=judge)) == 1
+        assert len(catalog.get("good").search(pool[0], k=1, judge=judge).neighbors) == 1
     with Catalog(tmp_path) as catalog:
         catalog.delete("bad")
         assert catalog.survey() == (catalog.list(), {})
@@ -156,11 +156,11 @@ def test_a_store_of_a_later_schema_is_refused(tmp_path: Path, model: ModelRef) -
     with Catalog(tmp_path) as catalog:
         catalog.create("a", model)
     connection = sqlite3.connect(tmp_path / "a" / "store.sqlite")
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
     with (
         Catalog(tmp_path) as catalog,
-        pytest.raises(DamagedData, match=r"has schema 2; this version .* reads schema 1"),
+        pytest.raises(DamagedData, match=r"has schema 3; this version .* reads schema 2"),
     ):
         catalog.get("a")
 

@@ -120,7 +120,7 @@ def test_kill_9_loses_no_acknowledged_write(
             truth = truth_after(done)
             for query in pool[::7]:
                 expected = sorted((float(distance(query, pool[row])), name) for name, row in truth.items())
-                found = gallery.search(query, k=100, judge=judge)
+                found = gallery.search(query, k=100, judge=judge).neighbors
                 assert [(neighbor.decision.distance, neighbor.item.name) for neighbor in found] == expected
 
 

@@ -29,7 +29,7 @@ from index import MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, Catalog, Gallery, Item
 
 def test_distances_and_verdicts_are_those_of_a_pair(filled: Gallery, pool: Vectors, judge: Judge) -> None:
     for query in pool:
-        for neighbor in filled.search(query, k=len(pool), judge=judge):
+        for neighbor in filled.search(query, k=len(pool), judge=judge).neighbors:
             assert neighbor.decision == judge.judge(float(distance(neighbor.item.embedding, query)))
 
 
@@ -38,35 +38,36 @@ def test_ties_go_by_name_wherever_their_vectors_lie(gallery: Gallery, pool: Vect
     gallery.seal()
     gallery.upsert([Item(name=name, embedding=pool[0]) for name in ("c", "a", "B")])
     for k in (4, 5):
-        found = gallery.search(pool[0], k=k, judge=judge)
+        found = gallery.search(pool[0], k=k, judge=judge).neighbors
         assert [neighbor.item.name for neighbor in found] == ["B", "a", "b", "c", "d"][:k]
-    found, truncated = gallery.matches(pool[0], judge=judge, limit=2)
-    assert ([neighbor.item.name for neighbor in found], truncated) == (["B", "a"], True)
+    matches = gallery.matches(pool[0], judge=judge, limit=2)
+    assert ([neighbor.item.name for neighbor in matches.neighbors], matches.truncated) == (["B", "a"], True)
 
 
 def test_opposite_vectors_beyond_distance_two_tie(gallery: Gallery, judge: Judge) -> None:
     query = np.array([1, 0, 0, 0, 0, 0], np.float32)
     far = {"b": -1.0009, "a": -1.0, "c": -1.0005}
     gallery.upsert([Item(name=name, embedding=query * np.float32(scale)) for name, scale in far.items()])
-    found = gallery.search(query * np.float32(1.0009), k=2, judge=judge)
+    found = gallery.search(query * np.float32(1.0009), k=2, judge=judge).neighbors
     assert [(neighbor.item.name, neighbor.decision.distance) for neighbor in found] == [("a", 2.0), ("b", 2.0)]
 
 
 def test_excluded_items_make_room_for_others(filled: Gallery, pool: Vectors, judge: Judge) -> None:
-    every = [neighbor.item.name for neighbor in filled.search(pool[3], k=20, judge=judge)]
-    without = filled.search(pool[3], k=10, judge=judge, exclude=[*every[:4], "not there"])
+    every = [neighbor.item.name for neighbor in filled.search(pool[3], k=20, judge=judge).neighbors]
+    without = filled.search(pool[3], k=10, judge=judge, exclude=[*every[:4], "not there"]).neighbors
     assert [neighbor.item.name for neighbor in without] == every[4:14]
 
 
 def test_k_beyond_the_gallery_gives_all_and_none_from_an_empty_one(
     catalog: Catalog, filled: Gallery, model: ModelRef, pool: Vectors, judge: Judge
 ) -> None:
-    assert len(filled.search(pool[0], k=MAX_K, judge=judge)) == len(pool)
+    assert len(filled.search(pool[0], k=MAX_K, judge=judge).neighbors) == len(pool)
     empty = catalog.create("empty", model)
     empty.seal()
-    assert empty.search(pool[0], k=5, judge=judge) == []
-    assert empty.search_batch(pool[:2], k=5, judge=judge) == [[], []]
-    assert empty.matches(pool[0], judge=judge) == ([], False)
+    assert empty.search(pool[0], k=5, judge=judge).neighbors == []
+    assert [found.neighbors for found in empty.search_batch(pool[:2], k=5, judge=judge)] == [[], []]
+    matches = empty.matches(pool[0], judge=judge)
+    assert (matches.neighbors, matches.truncated, matches.expected_recall) == ([], False, 1)
     assert (empty.size, empty.list(), list(empty.iterate())) == (0, ([], ""), [])
 
 
@@ -193,7 +194,7 @@ def test_a_batch_that_fails_midway_leaves_nothing(
     assert [item.etag for item in filled.iterate()] == before
     assert (filled.size, filled.generation) == (len(pool), 2)
     filled.upsert([Item(name="yes", embedding=pool[0])])
-    assert len(filled.search(pool[0], k=100, judge=judge)) == len(pool) + 1
+    assert len(filled.search(pool[0], k=100, judge=judge).neighbors) == len(pool) + 1
 
 
 def test_overwritten_versions_are_purged(catalog: Catalog, gallery: Gallery, pool: Vectors) -> None:
@@ -226,7 +227,7 @@ def test_many_writes_seal_themselves(tmp_path: Path, model: ModelRef, pool: Vect
         while not list((tmp_path / "many" / "segments").glob("*/manifest.json")):
             assert time.monotonic() < deadline, "no segment was written"
             threading.Event().wait(0.01)
-        assert len(gallery.search(pool[0], k=1000, judge=judge)) == 400
+        assert len(gallery.search(pool[0], k=1000, judge=judge).neighbors) == 400
     with Catalog(tmp_path, read_only=True) as catalog:
         assert catalog.get("many").size == 400
 
@@ -275,7 +276,7 @@ def test_a_read_only_gallery_keeps_showing_the_moment_it_was_opened(
             filled.upsert([Item(name=f"item-{i:02}", embedding=pool[0]) for i in range(10)])
             filled.delete([f"item-{i:02}" for i in range(5)])
             filled.seal()
-        found = gallery.search(pool[0], k=100, judge=judge)
+        found = gallery.search(pool[0], k=100, judge=judge).neighbors
         assert sorted(neighbor.item.etag for neighbor in found) == sorted(before)
         assert [item.etag for item in gallery.iterate()] == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from embedding.decision import Judge, Vectors, distance
 from embedding.errors import NotFound
 from index import Catalog, Item, ModelRef, Neighbor
+from tests.index.contract import MetadataIs
 
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # nothing here is about durability: spare the disk
 NAMES = st.sampled_from([f"n{i}" for i in range(12)] + ["ä", "Z"])
 
 
@@ -25,8 +28,9 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.folder = tempfile.TemporaryDirectory()
-            self.catalog = Catalog(Path(self.folder.name), seal_after=7)
+            self.folder = tempfile.TemporaryDirectory(dir=MEMORY)
+            self.root = Path(self.folder.name) / "galleries"
+            self.catalog = Catalog(self.root, seal_after=7)
             self.gallery = self.catalog.create("g", model)
             self.truth: dict[str, tuple[int, int]] = {}  # name → (row of the pool, serial number of the write)
             self.serial = 0
@@ -41,7 +45,7 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
             written = {name: (row, self.serial) for name, row in batch.items()}
             self.gallery.upsert(
                 [
-                    Item(name=name, embedding=pool[row], metadata={"serial": serial})
+                    Item(name=name, embedding=pool[row], metadata={"serial": serial, "class": serial % 4})
                     for name, (row, serial) in written.items()
                 ]
             )
@@ -73,10 +77,51 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
             self.gallery.seal()
 
         @rule()
+        def compact(self) -> None:
+            self.gallery.compact()
+            assert self.gallery.stats().dead == 0
+
+        @rule()
+        def verify(self) -> None:
+            assert not self.gallery.verify().problems
+
+        @rule()
+        def snapshot_and_restore(self) -> None:
+            """The gallery becomes its own restored snapshot."""
+            copy = Path(self.folder.name) / "copy"
+            assert self.gallery.snapshot(copy) == self.gallery.generation
+            self.gallery.upsert([Item(name="n0", embedding=pool[0])])  # which the snapshot does not have
+            self.catalog.delete("g")
+            self.gallery = self.catalog.restore("g", copy)
+            shutil.rmtree(copy)
+
+        @rule(residue=st.integers(0, 3))
+        def purge(self, residue: int) -> None:
+            gone = {name for name, (_, serial) in self.truth.items() if serial and serial % 4 == residue}
+            assert self.gallery.purge(MetadataIs("class", residue)) == len(gone)
+            self.truth = {name: value for name, value in self.truth.items() if name not in gone}
+
+        @rule(query=vectors, k=st.integers(1, 16), residue=st.integers(0, 3))
+        def search_filtered(self, query: int, k: int, residue: int) -> None:
+            judge = judge_at(0.5)
+            accepted = {name for name, (_, serial) in self.truth.items() if serial and serial % 4 == residue}
+            expected = [pair for pair in self.ranked(query) if pair[1] in accepted]
+            allowed = MetadataIs("class", residue)
+            self.check(
+                self.gallery.search(pool[query], k=k, judge=judge, allowed=allowed).neighbors, expected[:k], judge
+            )
+            self.check(
+                self.gallery.matches(pool[query], judge=judge, allowed=allowed).neighbors,
+                [pair for pair in expected if pair[0] <= judge.threshold],
+                judge,
+            )
+            assert self.gallery.count(allowed) == len(accepted)
+
+        @rule()
         def reopen(self) -> None:
             generation = self.gallery.generation
             self.catalog.close()
-            self.catalog = Catalog(Path(self.folder.name), seal_after=7)
+            self.catalog = Catalog(self.root, seal_after=7)
             self.gallery = self.catalog.get("g", model=model)
             assert self.gallery.generation == generation
 
@@ -84,23 +129,23 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
         def search(self, query: int, k: int, exclude: set[str]) -> None:
             judge = judge_at(0.5)
             expected = [pair for pair in self.ranked(query) if pair[1] not in exclude][:k]
-            self.check(self.gallery.search(pool[query], k=k, judge=judge, exclude=exclude), expected, judge)
+            self.check(self.gallery.search(pool[query], k=k, judge=judge, exclude=exclude).neighbors, expected, judge)
 
         @rule(queries=st.lists(vectors, max_size=4), k=st.integers(1, 16))
         def search_batch(self, queries: list[int], k: int) -> None:
             judge = judge_at(0.5)
             found = self.gallery.search_batch(pool[queries], k=k, judge=judge)
-            for query, neighbors in zip(queries, found, strict=True):
-                self.check(neighbors, self.ranked(query)[:k], judge)
+            for query, answer in zip(queries, found, strict=True):
+                self.check(answer.neighbors, self.ranked(query)[:k], judge)
 
         @rule(query=vectors, other=vectors, limit=st.integers(1, 16))
         def matches(self, query: int, other: int, limit: int) -> None:
             judge = judge_at(float(distance(pool[query], pool[other])))
             expected = [pair for pair in self.ranked(query) if pair[0] <= judge.threshold]
-            neighbors, truncated = self.gallery.matches(pool[query], judge=judge, limit=limit)
-            self.check(neighbors, expected[:limit], judge)
-            assert truncated == (len(expected) > limit)
-            assert all(neighbor.decision.is_match for neighbor in neighbors)
+            found = self.gallery.matches(pool[query], judge=judge, limit=limit)
+            self.check(found.neighbors, expected[:limit], judge)
+            assert found.truncated == (len(expected) > limit)
+            assert all(neighbor.decision.is_match for neighbor in found.neighbors)
 
         @rule(page_size=st.integers(1, 5))
         def list_and_iterate(self, page_size: int) -> None:
@@ -143,6 +188,6 @@ def test_gallery_equals_brute_force_over_a_dict(machine: type[RuleBasedStateMach
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )

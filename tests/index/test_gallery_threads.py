@@ -16,7 +16,7 @@ WRITES = 150
 
 def answer_of(gallery: Gallery, query: Vectors, judge: Judge) -> Answer:
     """Distance, name and version of each neighbour."""
-    found = gallery.search(query, k=5, judge=judge)
+    found = gallery.search(query, k=5, judge=judge).neighbors
     return [(neighbor.decision.distance, neighbor.item.name, neighbor.item.generation) for neighbor in found]
 
 

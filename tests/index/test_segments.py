@@ -12,19 +12,21 @@ import pytest
 from embedding.decision import Judge, Vectors
 from embedding.errors import DamagedData, StorageFailed
 from index import Catalog, Gallery, Item, ModelRef, Neighbor
-from index.exact import Block, Snapshot, squared_lengths
+from index.exact import squared_lengths
 from index.segments import open_segment, segment_path, write_segment
+from index.structures import Plan
 
 
 @pytest.fixture
 def segment(tmp_path: Path, pool: Vectors) -> tuple[Path, str]:
     """A folder with one segment of four rows, and its digest."""
-    rows = Block(keys_N=np.arange(1, 6), vectors_ND=pool[:5], norms_N=squared_lengths(pool[:5]))
-    snapshot = Snapshot(generation=3, sealed=rows, fresh=Block.empty(pool.shape[1]), dead_R=np.array([2]))
-    return tmp_path, write_segment(tmp_path, snapshot, gallery="g", model_fingerprint="f")
+    rows = [(np.array([1, 2]), pool[:2]), (np.array([4, 5]), pool[3:5])]
+    return tmp_path, write_segment(
+        tmp_path, rows, gallery="g", model_fingerprint="f", generation=3, planned=lambda vectors_ND, path: Plan()
+    )
 
 
-def test_a_segment_holds_the_living_rows(segment: tuple[Path, str], pool: Vectors) -> None:
+def test_a_segment_holds_its_rows(segment: tuple[Path, str], pool: Vectors) -> None:
     block = open_segment(*segment)
     assert block.keys_N.tolist() == [1, 2, 4, 5]
     assert block.vectors_ND.tobytes() == pool[[0, 1, 3, 4]].tobytes()
@@ -32,7 +34,7 @@ def test_a_segment_holds_the_living_rows(segment: tuple[Path, str], pool: Vector
     assert [path.name for path in segment[0].iterdir()] == [segment[1][:16]]
 
 
-@pytest.mark.parametrize("name", ["vectors.f32", "keys.i64", "manifest.json"])
+@pytest.mark.parametrize("name", ["vectors.f32", "norms.f32", "keys.i64", "manifest.json"])
 def test_every_flipped_byte_and_every_truncation_is_noticed(segment: tuple[Path, str], name: str) -> None:
     file = segment_path(*segment) / name
     whole = file.read_bytes()
@@ -77,7 +79,7 @@ def answers(gallery: Gallery, pool: Vectors, judge: Judge) -> list[tuple[str, fl
     def pair(neighbor: Neighbor) -> tuple[str, float]:
         return neighbor.item.name, neighbor.decision.distance
 
-    return [pair(neighbor) for found in gallery.search_batch(pool, k=60, judge=judge) for neighbor in found]
+    return [pair(neighbor) for found in gallery.search_batch(pool, k=60, judge=judge) for neighbor in found.neighbors]
 
 
 @pytest.mark.parametrize("damage", [flip, cut, remove, swap])

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -27,7 +28,16 @@ from embedding.bundle import Bundle, Lineage, write_bundle
 from embedding.calibration import Calibration, ErrorRates, MatchProbability
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
-from lookalike.v1 import common_pb2, gallery_pb2, gallery_pb2_grpc, match_pb2_grpc, model_pb2_grpc, search_pb2_grpc
+from lookalike.v1 import (
+    alias_pb2_grpc,
+    common_pb2,
+    gallery_pb2,
+    gallery_pb2_grpc,
+    match_pb2_grpc,
+    model_pb2_grpc,
+    search_pb2_grpc,
+    upkeep_pb2_grpc,
+)
 from service.server import Server
 from service.settings import Settings
 
@@ -100,12 +110,18 @@ class Stubs:
     search: search_pb2_grpc.SearchServiceStub = field(init=False)
     galleries: gallery_pb2_grpc.GalleryServiceStub = field(init=False)
     models: model_pb2_grpc.ModelServiceStub = field(init=False)
+    aliases: alias_pb2_grpc.AliasServiceStub = field(init=False)
+    upkeep: upkeep_pb2_grpc.UpkeepServiceStub = field(init=False)
+    operations: operations_pb2_grpc.OperationsStub = field(init=False)
 
     def __post_init__(self) -> None:
         self.match = match_pb2_grpc.MatchServiceStub(self.channel)
         self.search = search_pb2_grpc.SearchServiceStub(self.channel)
         self.galleries = gallery_pb2_grpc.GalleryServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.aliases = alias_pb2_grpc.AliasServiceStub(self.channel)
+        self.upkeep = upkeep_pb2_grpc.UpkeepServiceStub(self.channel)
+        self.operations = operations_pb2_grpc.OperationsStub(self.channel)
 
     def fill(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         """Create a gallery that holds these images, each with its name as identity."""
@@ -166,11 +182,23 @@ def served(loop: Loop, settings: Settings) -> Iterator[Server]:
         loop.run(server.stop())
 
 
+def finished(stubs: Stubs, operation: operations_pb2.Operation) -> operations_pb2.Operation:
+    """The operation once it is done."""
+    done = stubs.operations.WaitOperation(operations_pb2.WaitOperationRequest(name=operation.name))
+    assert done.done, done
+    return done
+
+
 def refused(call: Callable[[Any], Any], request: Message) -> grpc.RpcError:
     """The error that a call ends with."""
     with pytest.raises(grpc.RpcError) as caught:
-        call(request)
+        _read(call(request))
     return caught.value
+
+
+def _read(response: Any) -> None:
+    if isinstance(response, grpc.Call):
+        list(response)  # a stream fails when it is read
 
 
 def rich(error: grpc.RpcError) -> status_pb2.Status:

@@ -24,7 +24,7 @@ from embedding.errors import (
 )
 from index import Item
 from service.engine import Engine
-from service.questions import Embed, Search, SearchBatch, Verify, VerifyBatch
+from service.questions import Embed, Scope, Search, SearchBatch, Verify, VerifyBatch
 from service.sources import EncodedImage, GivenEmbedding, StoredItem
 from service.writes import Draft, UpdateItems
 from tests.service.harness import DIM, png
@@ -55,17 +55,17 @@ def test_verify_is_the_decision_on_the_two_embeddings(engine: Engine, bundle: Bu
 
 
 def test_search_leaves_the_item_itself_out(engine: Engine) -> None:
-    whole = engine.ask(Search(gallery="g", query=image(3)))
+    whole = engine.ask(Search(scope=Scope(gallery="g"), query=image(3))).neighbors
     assert (whole[0].item.name, whole[0].decision.verdict) == ("item-3", Verdict.MATCH)
-    others = engine.ask(Search(gallery="g", query=StoredItem(gallery="g", item="item-3")))
+    others = engine.ask(Search(scope=Scope(gallery="g"), query=StoredItem(gallery="g", item="item-3"))).neighbors
     assert [(n.item.name, n.decision) for n in others] == [(n.item.name, n.decision) for n in whole[1:]]
 
 
 def test_batches_hold_an_outcome_for_each(engine: Engine) -> None:
     bad = EncodedImage(data=b"no image", path="somewhere")
-    found, error = engine.ask(SearchBatch(gallery="g", queries=[image(1), bad], k=1))
+    found, error = engine.ask(SearchBatch(scope=Scope(gallery="g"), queries=[image(1), bad], k=1))
     assert not isinstance(found, LookalikeError)
-    assert found[0].item.name == "item-1"
+    assert found.neighbors[0].item.name == "item-1"
     assert isinstance(error, InvalidImage)
     assert error.field == "somewhere"
     decision, error = engine.ask(VerifyBatch(pairs=[(image(1), image(1)), (image(1), bad)]))
@@ -88,9 +88,9 @@ def test_errors_are_raised(engine: Engine) -> None:
     with pytest.raises(NotFound, match="nobody"):
         engine.ask(Embed(image=StoredItem(gallery="g", item="nobody")))
     with pytest.raises(NotFound, match="nowhere"):
-        engine.ask(Search(gallery="nowhere", query=image(1)))
+        engine.ask(Search(scope=Scope(gallery="nowhere"), query=image(1)))
     with pytest.raises(InvalidInput, match="k must"):
-        engine.ask(Search(gallery="g", query=image(1), k=0))
+        engine.ask(Search(scope=Scope(gallery="g"), query=image(1), k=0))
 
 
 def test_conditional_writes(engine: Engine) -> None:
@@ -121,6 +121,6 @@ def test_one_engine_writes_and_others_read(engine: Engine, bundle: Bundle) -> No
     with pytest.raises(Busy):
         Engine.open(bundle.path, root, device="cpu")
     with Engine.open(bundle.path, root, read_only=True, device="cpu") as reader:
-        assert reader.ask(Search(gallery="g", query=image(3), k=1))[0].item.name == "item-3"
+        assert reader.ask(Search(scope=Scope(gallery="g"), query=image(3), k=1)).neighbors[0].item.name == "item-3"
         with pytest.raises(StorageFailed, match="read-only"):
             reader.ask(UpdateItems(gallery="g", drafts=[Draft(name="x", image=image(1))]))

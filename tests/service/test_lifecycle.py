@@ -82,13 +82,13 @@ def test_health_turns_serving_only_when_the_model_is_warm(
         with connected(server.address) as stubs:
             watch = health_pb2_grpc.HealthStub(stubs.channel).Watch(health_pb2.HealthCheckRequest())
             assert next(watch).status == NOT_SERVING
-            assert [health(stubs, service) for service in SERVICES] == [NOT_SERVING] * 4
+            assert [health(stubs, service) for service in SERVICES] == [NOT_SERVING] * len(SERVICES)
             error = refused(stubs.match.Verify, VERIFY)
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert info(rich(error)).reason == "NOT_READY"
             held.let_go.set()
             assert next(watch).status == SERVING
-            assert [health(stubs, service) for service in SERVICES] == [SERVING] * 4
+            assert [health(stubs, service) for service in SERVICES] == [SERVING] * len(SERVICES)
             stubs.match.Verify(VERIFY)
             watch.cancel()
     finally:
@@ -199,9 +199,9 @@ def test_reflection_lists_the_services(stubs: Stubs) -> None:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     (response,) = reflection_pb2_grpc.ServerReflectionStub(stubs.channel).ServerReflectionInfo(iter([request]))
     listed = {service.name for service in response.list_services_response.service}
-    assert set(SERVICES) | {"grpc.health.v1.Health"} <= listed
+    assert set(SERVICES) | {"grpc.health.v1.Health", "google.longrunning.Operations"} <= listed
     assert set(SERVICES) == {
-        f"lookalike.v1.{name}" for name in ("GalleryService", "MatchService", "ModelService", "SearchService")
+        f"lookalike.v1.{name}Service" for name in ("Alias", "Gallery", "Match", "Model", "Search", "Upkeep")
     }
 
 

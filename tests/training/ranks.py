@@ -11,40 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedding.networks import EmbeddingNetwork
 from lookalike.__main__ import main
 from tests.training.tiny import STEPS, first_gradients, load_images, network, recipe
+from training.batch_norm import normalise_over_ranks
 from training.config import Recipe
-from training.distributed import joined
+from training.distributed import Ranks, joined
+from training.losses_softmax import SupervisedContrastiveLoss
 from training.trainer import Trainer
 
 STRONG = {"rotation": 20.0, "elastic": 0.02, "noise": 0.05, "erase": 0.5, "fill": 0.0}
 ODD = {"identities_per_batch": 3, "images_per_identity": 3}
-PLAIN: dict[str, Any] = {"network": {"dropout": 0.0}, "augmentation": STRONG}
+PLAIN: dict[str, Any] = {
+    "network": {"dropout": 0.0},
+    "augmentation": STRONG,
+    "loss": {"name": "supervised-contrastive", "temperature": 0.5},  # mild, so that rounding stays under 1e-6
+}
 
 CASES: dict[str, Recipe] = {
     "even": recipe(**PLAIN),
     "odd": recipe(**PLAIN, sampling=ODD),
     "contiguous": recipe(**PLAIN, sampling=ODD, training={"channels_last": False}),
-    "arcface": recipe(**PLAIN, sampling=ODD, loss={"name": "arcface", "scale": 16.0}),
-    "joint": recipe(**PLAIN, sampling=ODD, loss={"name": "joint", "pair": {"name": "contrastive"}}),
-    "drawn negatives": recipe(**PLAIN, sampling=ODD, loss={"name": "margin-based", "boundaries": "per-identity"}),
+    "arcface": recipe(**{**PLAIN, "loss": {"name": "arcface", "scale": 2.0}}, sampling=ODD),
+    "joint": recipe(**{**PLAIN, "loss": {"name": "joint", "pair": {"name": "contrastive"}}}, sampling=ODD),
+    "drawn negatives": recipe(
+        **{**PLAIN, "loss": {"name": "margin-based", "boundaries": "per-identity"}}, sampling=ODD
+    ),
     "memory": recipe(
-        **PLAIN,
-        sampling=ODD,
-        loss={"name": "cross-batch-memory", "pair": {"name": "supervised-contrastive"}, "size": 20, "start": 1},
+        **{**PLAIN, "loss": {"name": "cross-batch-memory", "pair": PLAIN["loss"], "size": 20, "start": 1}}, sampling=ODD
     ),
     "views": recipe(
-        **PLAIN,
+        **{**PLAIN, "loss": {"name": "nt-xent", "temperature": 0.5}},
         sampling={"identities_per_batch": 5, "images_per_identity": 2},
-        loss={"name": "nt-xent"},
         training={"mode": "self-supervised"},
     ),
 }
 """Recipes whose gradients do not depend on the number of processes."""
+
+EXACT = (1, 2, 7, 8)
+"""Batch sizes: of one image, the first process has none."""
 
 MICRO = recipe(**PLAIN, sampling=ODD, training={"micro_batch": 3})
 WHOLE_RUN = recipe(
@@ -53,6 +62,18 @@ WHOLE_RUN = recipe(
     training={"ema_decay": 0.9, "micro_batch": 3, "evaluate_every": 1, "early_stopping": {"patience": 5}},
     optimizer={"gradient_clip": 1.0},
 )
+
+
+def exact_gradients(ranks: Ranks, total: int) -> dict[str, Tensor]:
+    """Gradients in float64 of a network with batch normalisation, the whole batch being `total` images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).double()
+    normalise_over_ranks(model, ranks, torch.device("cpu"))
+    images_BCHW = torch.randn(total, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    emb_BD = ranks.gather(nn.functional.normalize(model(images_BCHW[ranks.share(total)])), total)
+    SupervisedContrastiveLoss()(emb_BD, torch.arange(total) // 2).loss.backward()
+    ranks.add_gradients(model.parameters())
+    return {name: parameter.grad for name, parameter in model.named_parameters()} | dict(model.named_buffers())
 
 
 def rising_until(step: int) -> Any:
@@ -79,6 +100,8 @@ def take_gradients(data: Path, out: Path) -> None:
         images = load_images(data)
         for name, each in {**CASES, "micro": MICRO}.items():
             write(first_gradients(each, images, ranks), out / f"{name}.{ranks.rank}")
+        for total in EXACT:
+            write(exact_gradients(ranks, total), out / f"exact {total}.{ranks.rank}")
         evaluate = rising_until(3) if ranks.is_first else lambda _: {}  # the first alone is asked
         run = Trainer(WHOLE_RUN, network(WHOLE_RUN), images, device="cpu", evaluate=evaluate, ranks=ranks)
         result = run.fit()

@@ -50,9 +50,9 @@ def test_every_recipe_that_ships_is_valid_and_bears_its_files_name(path: Path) -
     assert recipe.description.endswith((".", "?"))
 
 
-def test_the_seven_recipes_ship() -> None:
+def test_the_eight_recipes_ship() -> None:
     names = {path.stem for path in RECIPES.glob("*.toml")}
-    assert names == {"digits", "emoji", "faces", "fashion_mnist", "grocery", "mnist", "omniglot"}
+    assert names == {"digits", "emoji", "faces", "fashion_mnist", "grocery", "mnist", "omniglot", "omniglot_small"}
 
 
 def test_what_a_recipe_leaves_out_takes_defaults() -> None:
@@ -113,6 +113,15 @@ def test_several_parts_keep_their_order_and_roles() -> None:
         ("[loss]", "[augmentation]\ngrey = 0.5\n[loss]", "augmentation.grey", "grey images have no colour"),
         ("[loss]", "[augmentation]\nshear = 60\n[loss]", "augmentation.shear", "less than or equal to 30"),
         ("[loss]", "[sampling]\nimages_per_identity = 1\n[loss]", "sampling.images_per_identity", "equal to 2; got 1"),
+        ("[loss]", "[classifier]\nepochs = 5\n[loss]", "classifier", 'split.protocol = "closed-set"'),
+        ("steps = 200", 'steps = 200\nmode = "unsupervised"', "training.mode", "did you mean 'supervised'?"),
+        ("steps = 200", 'steps = 200\nmode = "self-supervised"', "augmentation", "give some"),
+        ("steps = 200", "steps = 200\nearly_stopping = {patience = 3}", "training.evaluate_every", "between two"),
+        ("steps = 200", "steps = 200\nearly_stopping = {patience = 0}", "training.early_stopping.patience", "got 0"),
+        ("steps = 200", 'steps = 200\nearly_stopping = {metric = "F1"}', "training.early_stopping.metric", "recall@1"),
+        ("steps = 200", "steps = 200\nmicro_batch = 1", "training.micro_batch", "greater than or equal to 2"),
+        ("steps = 200", 'steps = 200\ncompile = "gcc"', "training.compile", "accepted: inductor, aot_eager, eager"),
+        ("[loss]", "[optimizer]\nlayer_decay = 1.5\n[loss]", "optimizer.layer_decay", "equal to 1; got 1.5"),
         ('"small_cnn"', '"resnet18"', "network", "image_size must be at least 32; got 16"),
         ('"small_cnn"', '"resnet19"', "network.name", "did you mean 'resnet18'?"),
         ('name = "tiny"', 'name = "Tiny!"', "name", "got 'Tiny!'"),
@@ -124,6 +133,23 @@ def test_a_wrong_key_is_named_with_what_is_accepted(old: str, new: str, field: s
     assert f"recipe: {field}: " in str(error)
     assert said in str(error)
     assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "training", "field"),
+    [
+        ("", "", "sampling.images_per_identity"),
+        ('[sampling]\nimages_per_identity = 2\nby = "super"\n', "", "sampling.by"),
+        ("[sampling]\nimages_per_identity = 2\n", "whitening = 0.1\n", "training.whitening"),
+    ],
+)
+def test_self_supervised_training_says_what_it_needs_and_leaves_unused(
+    sampling: str, training: str, field: str
+) -> None:
+    text = MINIMAL.replace("[loss]", f"{sampling}[augmentation]\nrotation = 5\n[loss]")
+    with pytest.raises(InvalidRecipe) as caught:
+        parse_recipe(text + training + 'mode = "self-supervised"\n')
+    assert caught.value.field == field
 
 
 def test_one_error_is_shown_and_the_others_counted() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedding.bundle import Bundle
 from embedding.errors import InvalidInput
-from tests.training.ranks import CASES, MICRO
+from tests.training.ranks import CASES, EXACT, MICRO, exact_gradients
 from tests.training.tiny import draw_images, first_gradients, load_images
 from training.datasets import ImageSet
 from training.distributed import ALONE, Ranks, joined
@@ -76,9 +76,15 @@ def test_gradients_of_two_processes_are_those_of_one(written: Path, images: Imag
         found = of_rank(written, name, rank)
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
-            largest = max(1.0, tensor.abs().max().item())
-            assert (found[key] - tensor).abs().max() <= 1e-6 * largest, key
+            assert (found[key] - tensor).abs().max() <= 1e-6, key
     assert any(key.startswith("loss.") for key in expected) == (name in {"arcface", "joint", "drawn negatives"})
+
+
+@pytest.mark.parametrize("total", EXACT)
+def test_in_float64_they_are_the_same_to_the_last_digits(written: Path, total: int) -> None:
+    expected = exact_gradients(ALONE, total)
+    for rank in (0, 1):
+        torch.testing.assert_close(of_rank(written, f"exact {total}", rank), expected, atol=1e-12, rtol=1e-10)
 
 
 def test_cached_gradients_are_alike_on_both_processes(written: Path, images: ImageSet) -> None:

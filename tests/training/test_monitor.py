@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from embedding.errors import TrainingDiverged
 from training.losses import LossOutput, MetricLoss
+from training.losses_combined import JointLoss
 from training.losses_pairs import ContrastiveLoss, MarginLoss
 from training.losses_softmax import SupervisedContrastiveLoss
 from training.losses_triplets import TripletLoss
@@ -76,6 +78,10 @@ def test_divergence_names_the_step_and_what_to_try(value: float) -> None:
         (TripletLoss(margin=0.3, mining="all"), 0.3),
         (SupervisedContrastiveLoss(), math.log(7)),
         (ContrastiveLoss(margin=0.5), 0.5 * 0.25 * 24 / 28),
+        (
+            JointLoss(SupervisedContrastiveLoss(), alpha=0.25, identities=20, width=8),
+            0.25 * math.log(20) + 0.75 * math.log(7),
+        ),
     ],
 )
 def test_the_loss_of_a_collapsed_embedding(loss: MetricLoss, value: float) -> None:
@@ -84,6 +90,18 @@ def test_the_loss_of_a_collapsed_embedding(loss: MetricLoss, value: float) -> No
 
 def test_a_loss_that_learns_has_no_level_of_collapse() -> None:
     assert math.isnan(loss_of_collapse(MarginLoss(), LABELS_B))
+    assert math.isnan(loss_of_collapse(JointLoss(MarginLoss(), alpha=0.5, identities=4, width=8), LABELS_B))
+
+
+def test_time_in_a_pause_is_nobodys() -> None:
+    meter, emb_BD = Meter(), torch.eye(2)
+    meter.add(output(1.0), emb_BD)
+    with meter.paused():
+        began = time.process_time()
+        while time.process_time() - began < 0.05:  # work, of which the report is to know nothing
+            pass
+    report = meter.report(1, learning_rate=0.1)
+    assert 0 < report.cpu_seconds < 0.05
 
 
 def test_spread_is_zero_at_a_point_and_one_around_the_origin() -> None:

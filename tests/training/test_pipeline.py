@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from sklearn.linear_model import LogisticRegression
 from embedding.bundle import Bundle
 from embedding.decision import distance
 from embedding.encoder import Encoder
-from embedding.errors import AlreadyExists, InvalidDataset, LookalikeError
+from embedding.errors import AlreadyExists, DamagedData, InvalidDataset, LookalikeError, NotFound
+from training.classifier import LinearClassifier
 from training.config import Recipe, parse_recipe
 from training.datasets import load
 from training.pipeline import evaluate, train
+from training.second_stage import FILE as CLASSIFIER
+from training.second_stage import SecondStage, read_second_stage
 from training.splits import split
 
 RECIPE = """
@@ -125,7 +129,7 @@ def test_a_closed_set_is_probed_from_its_training_side_and_says_so(tmp_path: Pat
     draw_shapes(tmp_path / "shapes", identities=6, images=9)
     draw_shapes(tmp_path / "shapes/a-few", identities=1, images=3)  # too few for three sides: they train only
     text = RECIPE.replace("identity-disjoint", "closed-set").replace("steps = 40", "steps = 5")
-    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
+    recipe = parse_recipe(text.split("[[evaluation.search]]")[0] + "classifier = {epochs = 40, learning_rate = 0.05}")
     bundle = train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
     images = load(recipe.data, data_root=tmp_path, preprocessing=recipe.preprocessing)
     sides = split(images, recipe.split)
@@ -145,6 +149,50 @@ def test_a_closed_set_is_probed_from_its_training_side_and_says_so(tmp_path: Pat
     assert metrics["linear probe accuracy"] == pytest.approx(probe.score(asked[0] * np.sqrt(8), asked[1]))
     report = evaluate(bundle, tmp_path / "shapes", device="cpu", console=Console(quiet=True))
     assert "closed set" in dict(report.rows())["promised for"]
+
+    second = read_second_stage(bundle.path)
+    assert second.identities == tuple(images.identities)
+    weight_ID, bias_I = (second.classifier.tensors()[name].numpy() for name in ("weight_ID", "bias_I"))
+    named = (asked[0] @ weight_ID.T + bias_I).argmax(1)
+    assert metrics["second-stage accuracy"] == pytest.approx((named == asked[1]).mean())
+    assert metrics["second-stage accuracy"] > 0.6  # chance is 0.17
+    card = (bundle.path / "README.md").read_text()
+    assert f"| second-stage accuracy | {metrics['second-stage accuracy']:.4f} |" in card
+    assert "| second stage | a linear classifier on the frozen embeddings" in card
+    (bundle.path / CLASSIFIER).write_bytes(b"\0" + (bundle.path / CLASSIFIER).read_bytes()[1:])
+    with pytest.raises(DamagedData, match=r"classifier\.safetensors was truncated or edited"):
+        Bundle.load(bundle.path)
+    with pytest.raises(DamagedData, match="restore the bundle or train again"):
+        read_second_stage(bundle.path)
+    (bundle.path / CLASSIFIER).unlink()
+    with pytest.raises(DamagedData, match=r"lacks classifier\.safetensors"):
+        Bundle.load(bundle.path)
+    with pytest.raises(NotFound, match=r"train with a \[classifier\] section"):
+        read_second_stage(bundle.path)
+
+
+def test_what_a_classifier_does_not_know_counts_as_wrong() -> None:
+    classifier = LinearClassifier(torch.eye(2), torch.zeros(2)).requires_grad_(False)
+    second = SecondStage(classifier=classifier, identities=("a", "b"))
+    emb_ND = np.eye(2, dtype=np.float32)[[0, 1, 1, 0]]
+    assert second.accuracy(emb_ND, ["a", "b", "a", "unknown"]) == 0.5
+    assert second.accuracy(emb_ND, ["unknown"] * 4) == 0
+
+
+def test_unlabelled_training_that_stops_early_is_told_on_the_card(data: Path, tmp_path: Path) -> None:
+    text = RECIPE.replace("images_per_identity = 4", "images_per_identity = 2").replace(
+        "steps = 40, checkpoint_every = 20",
+        'steps = 6, mode = "self-supervised", evaluate_every = 2, early_stopping = {patience = 2}',
+    )
+    recipe, said = parse_recipe(text + "[augmentation]\nrotation = 20\n"), io.StringIO()
+    bundle = train(recipe, out=tmp_path / "b", data_root=data, device="cpu", console=Console(file=said))
+    card = (bundle.path / "README.md").read_text()
+    assert "| mode | self-supervised: training used no labels; calibration and test did |" in card
+    assert "whose recall@1 on the calibration side" in card
+    summary = bundle.lineage.environment["training"]
+    assert f"| training | {summary} |" in card
+    assert f"trained: {summary}" in said.getvalue()
+    assert re.search(r"6 steps in \d+ s \(\d+ s of processor time on \d+ cores\), .*the network busy \d+%", summary)
 
 
 def test_a_split_by_super_class_has_bounds_that_resample_super_classes(tmp_path: Path) -> None:

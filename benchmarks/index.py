@@ -1,0 +1,330 @@
+"""The gallery engine beside FAISS, hnswlib, usearch and bare SQLite, on one machine, in one run.
+
+    python -m benchmarks.index [--quick] [--huge] [--embeddings FILE] [--folder DIR] [--json FILE]
+
+Searches are measured where libraries answer too: one thread, vectors in, identifiers and exact distances out. The whole
+call, with items from the store and decisions, has rows of its own. Approximate peers are tuned to the recall that
+ours promises, on the queries that all are measured with, which favours them: ours is tuned on its own rows. Data are
+clustered; `--embeddings` takes real ones, an array [N, D] repeated with noise up to the size. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+BLAS_DEFAULT = faiss.cvar.distance_compute_blas_threshold  # before our own import changes it
+
+from benchmarks import index_peers as peers  # noqa: E402
+from benchmarks import index_writes as writes  # noqa: E402
+from benchmarks.index_memory import resident_of_ours, resident_of_raw  # noqa: E402
+from benchmarks.measure import alternating_medians, machine  # noqa: E402
+from embedding.calibration import Calibration, ErrorRates, MatchProbability  # noqa: E402
+from embedding.decision import Judge, Vectors  # noqa: E402
+from index import Catalog, Exact, Gallery, Item, ModelRef, Recall  # noqa: E402
+from index.rows import LiveRows  # noqa: E402
+from index.threads import limit_blas, one_thread  # noqa: E402
+
+WIDTH, K, RECALL = 128, 10, 0.99
+EXACT_ROWS, EXACT_BATCH = 100_000, 256
+QUERIES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure."""
+
+    what: str
+    engine: str
+    rows: int
+    value: float
+    unit: str
+    recall: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What was to be reached."""
+
+    name: str
+    value: float
+    reach: float
+    holds: bool
+
+
+@dataclass
+class Report:
+    """Collects figures and prints them as they come."""
+
+    rows: list[Row] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+    def row(self, what: str, engine: str, rows: int, value: float, unit: str, **more: Any) -> float:
+        row = Row(what=what, engine=engine, rows=rows, value=value, unit=unit, **more)
+        self.rows.append(row)
+        recall = "" if row.recall is None else f"{row.recall:.4f}"
+        print(f"| {what} | {rows:,} | {engine} | {value:,.4g} {unit} | {recall} | {row.note} |", flush=True)
+        return value
+
+    def at_least(self, name: str, value: float, reach: float) -> None:
+        self.bars.append(Bar(name=name, value=value, reach=reach, holds=value >= reach))
+
+    def at_most(self, name: str, value: float, reach: float) -> None:
+        self.bars.append(Bar(name=f"{name}, at most", value=value, reach=reach, holds=value <= reach))
+
+
+class Data:
+    """Rows and queries of one distribution, the same for every engine; made block by block."""
+
+    def __init__(self, embeddings: Vectors | None) -> None:
+        self._own = embeddings
+        self.width = WIDTH if embeddings is None else embeddings.shape[1]
+        self.name = "clustered" if embeddings is None else "embeddings repeated with noise"
+
+    def rows(self, count: int, *, seed: int = 0, of: int | None = None) -> Vectors:
+        """Unit vectors [N, D], of the distribution that `of` rows have."""
+        rng = np.random.default_rng([seed, count])
+        if self._own is None:
+            clusters = max(100, (of or count) // 100)
+            centres = np.random.default_rng(clusters).normal(size=(clusters, self.width)).astype(np.float32)
+            vectors = centres[rng.integers(clusters, size=count)]
+            vectors += np.float32(0.6) * rng.standard_normal((count, self.width), np.float32)
+        else:
+            vectors = self._own[rng.integers(len(self._own), size=count)].astype(np.float32)
+            vectors += np.float32(0.3 / self.width**0.5) * rng.standard_normal((count, self.width), np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors
+
+
+def exact_search(report: Report, data: Data, *, seconds: float) -> None:
+    """A batch against all rows of one part."""
+    vectors_ND, queries_QD = data.rows(EXACT_ROWS), data.rows(EXACT_BATCH, seed=1, of=EXACT_ROWS)
+    rows = LiveRows([], data.width)
+    rows.append(np.arange(EXACT_ROWS), vectors_ND)
+    search = rows.snapshot(0).search(Exact(), K)
+    flat = faiss.IndexFlatL2(data.width)
+    flat.add(vectors_ND)
+
+    def theirs(threshold: int) -> Any:
+        before = faiss.cvar.distance_compute_blas_threshold
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        try:
+            with one_thread():
+                return flat.search(queries_QD, K)
+        finally:
+            faiss.cvar.distance_compute_blas_threshold = before
+
+    found = [set(keys[np.argsort(dists, kind="stable")[:K]].tolist()) for keys, dists in search.nearest(queries_QD, K)]
+    same = np.mean([len(mine & set(other)) / K for mine, other in zip(found, theirs(1)[1].tolist(), strict=True)])
+    steps = [lambda: list(search.nearest(queries_QD, K)), lambda: theirs(1), lambda: theirs(BLAS_DEFAULT)]
+    times = [EXACT_BATCH / (taken or np.inf) for taken in alternating_medians(steps, seconds=seconds, least=5)]
+    names = ("lookalike", "FAISS flat, BLAS threshold lowered", "FAISS flat")
+    what = f"exact search, batch {EXACT_BATCH}"
+    ours, lowered, default = [
+        report.row(what, name, EXACT_ROWS, rate, "queries/s", recall=float(same) if name == "lookalike" else 1.0)
+        for name, rate in zip(names, times, strict=True)
+    ]
+    report.at_least(f"{what}: x FAISS flat with its BLAS threshold lowered", ours / lowered, 0.95)
+    report.at_least(f"{what}: x FAISS flat as it comes", ours / default, 3.0)
+
+
+def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, seconds: float) -> None:
+    """One query at a time at the promised recall, the index built by each as it does."""
+    queries_QD = data.rows(QUERIES, seed=1, of=rows)
+    vectors_ND = data.rows(rows)
+    flat = faiss.IndexFlatL2(data.width)
+    flat.add(vectors_ND)
+    truth_QK = flat.search(queries_QD, K)[1]
+    del flat
+    what = f"one query, recall@10 >= {RECALL}"
+    with Catalog(folder, seal_after=10**9) as catalog:
+        gallery, judge = filled(catalog, vectors_ND)
+        begun = time.perf_counter()
+        stats = gallery.reindex()
+        built = time.perf_counter() - begun
+        engines: dict[str, Callable[[Vectors], object]] = {}
+        search = gallery._live.snapshot.search(Recall(RECALL), K)
+        engines["lookalike"] = lambda query_1D: next(search.nearest(query_1D, K))
+        recalls = {"lookalike": recall_of_keys(search, queries_QD, truth_QK)}
+        builds = {"lookalike": built}
+        made = peers.build_all(vectors_ND, queries_QD, truth_QK, recall=RECALL)
+        for peer in made:
+            engines[peer.name], recalls[peer.name], builds[peer.name] = peer.ask, peer.recall, peer.build_seconds
+        engines["lookalike, whole call"] = lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
+        recalls["lookalike, whole call"] = recalls["lookalike"]
+        medians = one_by_one(engines, queries_QD, seconds=seconds)
+        for name, microseconds in medians.items():
+            note = f"built in {builds[name]:.1f} s" if name in builds else "items and decisions included"
+            if name == "lookalike":
+                note += f" as {stats.segments[0].structure}"
+            report.row(what, name, rows, microseconds, "us", recall=recalls[name], note=note)
+        reached = {name: medians[name] for name in builds if name != "lookalike" and recalls[name] >= RECALL}
+        report.at_least(f"recall of ours at {rows:,}", recalls["lookalike"], RECALL)
+        if reached:
+            report.at_least(
+                f"{what} at {rows:,}: x the fastest peer", min(reached.values()) / medians["lookalike"], 0.8
+            )
+        report.at_most(f"seconds to build at {rows:,}", built, 60.0)
+        compressed(report, gallery, rows, data.width, recalls["lookalike"])
+    ours, raw = resident_of_ours(folder, queries_QD), resident_of_raw(vectors_ND, queries_QD)
+    report.row("memory while searching", "lookalike", rows, ours / 1e6, "MB", note="mapped pages included")
+    report.row("memory while searching", "FAISS IVF-PQ with refine", rows, raw / 1e6, "MB")
+    report.at_most(f"memory at {rows:,}, MB", ours / 1e6, 1.15 * raw / 1e6 + 64)
+
+
+def compressed(report: Report, gallery: Gallery, rows: int, width: int, recall: float) -> None:
+    """What a plan keeps in memory besides mapped vectors, as a share of these."""
+    (segment, *_) = gallery.stats().segments
+    share = segment.memory_bytes / (4 * width * rows)
+    report.row("memory of the structure", f"lookalike, {segment.structure}", rows, share, "x float32", recall=recall)
+    if segment.structure != "exact":
+        report.at_most(f"compressed plan at {rows:,}, x float32", share, 0.2)
+
+
+def filled(catalog: Catalog, vectors_ND: Vectors) -> tuple[Gallery, Judge]:
+    """A gallery of these rows, named by row, and a judge of its model."""
+    width = vectors_ND.shape[1]
+    gallery = catalog.create("bench", ModelRef(name="bench", fingerprint="0" * 64, embedding_dim=width))
+    for start in range(0, len(vectors_ND), 2000):
+        gallery.upsert(
+            [Item(name=str(start + i), embedding=vector) for i, vector in enumerate(vectors_ND[start : start + 2000])]
+        )
+    worst = ErrorRates(threshold=2, far=1, far_upper95=1, frr=0, frr_upper95=1)
+    calibration = Calibration(
+        protocol="identity-disjoint",
+        identities=2,
+        matching_pairs=1,
+        impostor_pairs=1,
+        learned_margin=0.6,
+        probability=MatchProbability(midpoint=0.6, slope=8),
+        curve=(worst.model_copy(update={"threshold": 0.1, "far": 0.5, "frr": 0.5}), worst),
+    )
+    return gallery, Judge(calibration, model="bench")
+
+
+def recall_of_keys(search: Any, queries_QD: Vectors, truth_QK: np.ndarray) -> float:
+    """Keys of a gallery filled in order count from 1."""
+    hits = 0
+    for (keys_R, dist_R), true_K in zip(search.nearest(queries_QD, K), truth_QK, strict=True):
+        first_R = keys_R[np.argsort(dist_R, kind="stable")[:K]] - 1
+        hits += len(np.intersect1d(first_R, true_K))
+    return hits / truth_QK.size
+
+
+def one_by_one(
+    engines: dict[str, Callable[[Vectors], object]], queries_QD: Vectors, *, seconds: float
+) -> dict[str, float]:
+    """Median microseconds of a query; engines take turns of a hundred queries each."""
+    some = [queries_QD[at : at + 1] for at in range(100)]
+
+    def turn(ask: Callable[[Vectors], object]) -> Callable[[], object]:
+        return lambda: [ask(query_1D) for query_1D in some]
+
+    steps = [turn(ask) for ask in engines.values()]
+    medians = alternating_medians(steps, seconds=seconds, least=7)
+    return {name: 1e6 * (median or np.inf) / len(some) for name, median in zip(engines, medians, strict=True)}
+
+
+def growth(report: Report, data: Data, rows: int, folder: Path) -> None:
+    """Build and search at one size without peers, rows made as they are written."""
+    with Catalog(folder) as catalog:
+        gallery = catalog.create("bench", ModelRef(name="bench", fingerprint="0" * 64, embedding_dim=data.width))
+        begun = time.perf_counter()
+        for start in range(0, rows, 20_000):
+            block_ND = data.rows(min(20_000, rows - start), seed=1000 + start, of=rows)
+            gallery.upsert([Item(name=str(start + i), embedding=vector) for i, vector in enumerate(block_ND)])
+        report.row("written", "lookalike", rows, rows / (time.perf_counter() - begun), "rows/s", note="sealing beside")
+        begun = time.perf_counter()
+        gallery.compact()
+        report.row("compacted into one segment", "lookalike", rows, time.perf_counter() - begun, "s")
+        queries_QD = data.rows(100, seed=1, of=rows)
+        exact, fast = (gallery._live.snapshot.search(effort, K) for effort in (Exact(), Recall(RECALL)))
+        hits = 0
+        for (true_R, true_dist_R), (keys_R, dist_R) in zip(
+            exact.nearest(queries_QD, K), fast.nearest(queries_QD, K), strict=True
+        ):
+            hits += len(np.intersect1d(true_R[np.argsort(true_dist_R)[:K]], keys_R[np.argsort(dist_R)[:K]]))
+        medians = one_by_one({"approximate": lambda q: next(fast.nearest(q, K))}, queries_QD, seconds=3.0)
+        structure = gallery.stats().segments[0].structure
+        report.row(
+            "one query", "lookalike", rows, medians["approximate"], "us", recall=hits / (K * 100), note=structure
+        )
+    begun = time.perf_counter()
+    with Catalog(folder) as catalog:
+        catalog.get("bench")
+        report.row("opened, sums remembered", "lookalike", rows, time.perf_counter() - begun, "s")
+
+
+def durable_writes(report: Report, data: Data, folder: Path, *, quick: bool) -> None:
+    """Rows that are on the disk when the call returns."""
+    rows = 20_000 if quick else 100_000
+    vectors_ND = data.rows(rows)
+    rounds = 3
+    in_batches = [
+        (writes.ours_in_batches(folder, vectors_ND), writes.bare_in_batches(folder, vectors_ND)) for _ in range(rounds)
+    ]
+    singles_ND = vectors_ND[: 800 if quick else 4000]
+    singly = [(writes.ours_singly(folder, singles_ND), writes.bare_singly(folder, singles_ND)) for _ in range(rounds)]
+    for what, pairs, reach in (("upserts of 1,000", in_batches, 0.35), ("single upserts, 16 threads", singly, 1.0)):
+        ours, bare = np.median(np.array(pairs), axis=0)
+        report.row(what, "lookalike", rows, float(ours), "rows/s")
+        report.row(
+            what, "bare sqlite3" + (", one thread" if reach == 1 else " executemany"), rows, float(bare), "rows/s"
+        )
+        ratio = float(np.median([mine / other for mine, other in pairs]))
+        report.at_least(f"{what}: x bare sqlite3", ratio, reach)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="30,000 rows instead of 100,000 and a million")
+    parser.add_argument("--huge", action="store_true", help="grow to ten million rows too: half an hour, 20 GB of disk")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="a .npy of real embeddings [N, D]")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write galleries; a temporary one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    limit_blas()
+    data = Data(None if options.embeddings is None else np.load(options.embeddings).astype(np.float32))
+    where = machine(*(f"{name} {version(name)}" for name in ("faiss-cpu", "hnswlib", "usearch", "numpy")))
+    where += f", one thread a search, {data.name} data of width {data.width}"
+    print(f"{where}\n\n| measured | rows | engine | figure | recall@10 | |\n| --- | ---: | --- | ---: | ---: | --- |")
+    report = Report()
+    seconds = 1.5 if options.quick else 10.0
+    exact_search(report, data, seconds=seconds)
+    for rows in (30_000,) if options.quick else (100_000, 1_000_000):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            approximate_search(report, data, rows, Path(folder), seconds=2 * seconds)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        durable_writes(report, data, Path(folder), quick=options.quick)
+    if not options.quick:
+        for rows in (100_000, 1_000_000, *([10_000_000] if options.huge else [])):
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                growth(report, data, rows, Path(folder))
+    missed = [bar for bar in report.bars if not bar.holds]
+    print(f"\n{len(report.bars) - len(missed)} of {len(report.bars)} bars hold.")
+    for bar in report.bars:
+        print(f"{'holds ' if bar.holds else 'missed'}: {bar.name}: {bar.value:.3g}, to reach {bar.reach:.3g}")
+    if options.json is not None:
+        figures = {
+            "machine": where,
+            "rows": [asdict(row) for row in report.rows],
+            "bars": [asdict(bar) for bar in report.bars],
+        }
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

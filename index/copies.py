@@ -1,0 +1,138 @@
+"""Snapshots: whole copies of one gallery at one generation, made beside searches and writes, and brought back.
+
+folder/
+    store.sqlite        copied with SQLite's backup API
+    segments/           the segments that this store names
+    copy.json           sizes and SHA-256 of all of it; written last, so that half a copy is none
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import uuid
+from contextlib import closing
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from embedding.errors import AlreadyExists, DamagedData, StorageFailed
+from index.connections import connect, translated
+from index.engine import OnProgress, Progress
+from index.live import SEGMENTS, STORE, Live
+from index.segments import segment_path, sync_folder
+from index.sums import FileSum
+
+CONTENTS = "copy.json"
+
+_PAGES_AT_ONCE = 2048
+
+
+class Contents(BaseModel):
+    """What a copy holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    generation: int
+    files: dict[str, FileSum]
+
+
+def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
+    """Copy a gallery into a new folder and return the generation copied.
+
+    Raises AlreadyExists, and StorageFailed with nothing left behind.
+    """
+    if folder.exists():
+        raise AlreadyExists(f"there is something at {folder} already; name a new folder")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    tell = on_progress or _nobody
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with live.still():  # so that the segments that the copied store names are still there
+            _copy_store(live.store.path, partial / STORE, tell)
+            generation, digests = _named(partial / STORE)
+            for at, digest in enumerate(digests):
+                tell(Progress(stage="copying segments", done=at, total=len(digests)))
+                source = segment_path(live.segments_folder, digest)
+                shutil.copytree(source, segment_path(partial / SEGMENTS, digest), copy_function=shutil.copyfile)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        contents = Contents(
+            generation=generation, files={str(path.relative_to(partial)): FileSum.of(_synced(path)) for path in files}
+        )
+        (partial / CONTENTS).write_text(contents.model_dump_json(indent=1))
+        _synced(partial / CONTENTS)
+        for below in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
+            sync_folder(below)
+        partial.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise StorageFailed(f"the disk refused the snapshot {folder}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return generation
+
+
+def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> None:
+    """Copy a snapshot, checked, into a folder that exists and is empty.
+
+    Raises DamagedData when the snapshot is not whole, OSError when the disk refuses.
+    """
+    tell = on_progress or _nobody
+    try:
+        contents = Contents.model_validate_json((folder / CONTENTS).read_text())
+    except (OSError, UnicodeError, ValidationError) as error:
+        raise DamagedData(
+            f"{folder} is no whole snapshot: {CONTENTS} cannot be read; make the snapshot again"
+        ) from error
+    for at, (name, wanted) in enumerate(contents.files.items()):
+        tell(Progress(stage="restoring", done=at, total=len(contents.files)))
+        source, copied = folder / name, target / name
+        if not source.resolve().is_relative_to(folder.resolve()) or not source.is_file():
+            raise DamagedData(f"{source} of the snapshot is missing; make the snapshot again")
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, copied)
+        if FileSum.of(copied) != wanted:  # what has been copied is checked, not what was there before
+            raise DamagedData(f"{source} does not agree with its checksum; make the snapshot again")
+    if STORE not in contents.files:
+        raise DamagedData(f"the snapshot {folder} holds no {STORE}; make the snapshot again")
+    for name in contents.files:
+        _synced(target / name)
+    for below in target.rglob("*"):
+        if below.is_dir():
+            sync_folder(below)
+    with translated(target / STORE), closing(sqlite3.connect(target / STORE)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        # From here on it is another gallery: an etag of what the copied one wrote since must not fit.
+        connection.execute("UPDATE gallery SET uid = ?", (uuid.uuid4().hex,))
+        connection.commit()
+
+
+def _copy_store(source: Path, target: Path, tell: OnProgress) -> None:
+    def progress(_: int, remaining: int, total: int) -> None:
+        tell(Progress(stage="copying the store", done=total - remaining, total=total))
+
+    with translated(source), closing(connect(source, read_only=True)) as reader:
+        reader.execute("BEGIN")  # one moment, however long it takes
+        reader.execute("SELECT generation FROM gallery").fetchone()
+        with translated(target), closing(sqlite3.connect(target)) as writer:
+            reader.backup(writer, pages=_PAGES_AT_ONCE, progress=progress)
+            writer.execute("PRAGMA journal_mode = DELETE")  # all in one file
+
+
+def _named(store: Path) -> tuple[int, list[str]]:
+    with translated(store), closing(sqlite3.connect(store)) as connection:
+        (generation,) = connection.execute("SELECT generation FROM gallery").fetchone()
+        return generation, [digest for (digest,) in connection.execute("SELECT digest FROM segments")]
+
+
+def _synced(path: Path) -> Path:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
+def _nobody(_: Progress) -> None:
+    return None

@@ -1,0 +1,443 @@
+"""A gallery that is written to: the store, what readers see of it, and the sealing that goes on behind.
+
+Readers take one reference to an immutable snapshot and never wait. Writers queue; the first that gets hold of the lock
+commits for all that wait, in one transaction, and publishes the next snapshot. Fresh rows live in memory; past a number
+of them a background thread seals them into a segment, merging it with those of like size, and publishes that.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import sqlite3
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from embedding.decision import Vectors
+from embedding.errors import Busy, DamagedData, LookalikeError, NotFound, StorageFailed
+from index.engine import IndexSettings, OnProgress, Progress
+from index.exact import Keys
+from index.planner import CROSSOVER, plan_segment
+from index.reading import SealedRange
+from index.rows import LiveRows
+from index.segments import ROWS_AT_ONCE, Segment, open_segment, remove_segments, write_segment
+from index.snapshot import Part, Snapshot
+from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
+from index.sums import Sums
+from index.threads import step_back
+
+SEAL_AFTER = 4096
+"""Fresh rows that are worth a new segment."""
+
+STORE = "store.sqlite"
+SEGMENTS = "segments"
+SUMS = "sums.json"
+
+_DEAD_SHARE = 0.25  # of a segment, from which it is written anew
+_LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merged with that
+_MOST_WRITES = 1024  # in one transaction
+_TELL_EVERY = 0.1  # seconds
+
+# How long the leader of a group waits for more: at most this long, and this share of what the last commit took.
+_GATHER_SECONDS, _GATHER_SHARE, _GATHER_STEP = 0.002, 0.2, 2e-5
+
+_Refusal = TypeVar("_Refusal", bound=LookalikeError | sqlite3.Error | MemoryError)
+
+_log = logging.getLogger(__name__)
+
+
+class Live:
+    """The state of one gallery in its folder; every method may be called from any thread."""
+
+    def __init__(self, gallery_id: str, folder: Path, *, read_only: bool, seal_after: int) -> None:
+        self.id = gallery_id
+        self.folder = folder
+        self.read_only = read_only
+        self.closed = False
+        self.busy = ""
+        self.last_failure = ""
+        self._failed_at = 0
+        self._last_group, self._last_seconds = 1, 0.0
+        self._seal_after = seal_after
+        self._writing = threading.Lock()
+        self._sealing = threading.RLock()  # taken before _writing
+        self._waiting: deque[_Ticket] = deque()
+        self._sealer: threading.Thread | None = None
+        self._shown: list[weakref.ref[Snapshot]] = []  # every snapshot that a reader may still use
+        self.store = Store(folder / STORE, read_only=read_only)
+        try:
+            self.settings = _settings(self.store)
+            self._load()
+        except BaseException:
+            self.store.close()
+            raise
+
+    @property
+    def segments_folder(self) -> Path:
+        return self.folder / SEGMENTS
+
+    # Writing
+
+    def write(self, write: Write) -> Written:
+        """Carry out a write, durably, together with those of other threads; readers see it when this returns.
+
+        Raises what refused it.
+        """
+        self._check_writable()
+        ticket = _Ticket(write)
+        self._waiting.append(ticket)
+        while ticket.outcome is None:
+            if self._writing.acquire(blocking=False):
+                try:
+                    if ticket.outcome is None:
+                        self._commit_waiting()
+                finally:
+                    self._writing.release()
+                    self._wake_next()
+            else:
+                ticket.woken.acquire()
+        if isinstance(ticket.outcome, Written):
+            return ticket.outcome
+        raise ticket.outcome
+
+    def note_margin(self, margin: float) -> None:
+        """Tune the recall of matches at this distance from the next segment on, unless one is set already."""
+        if self.settings.margin is None:
+            self.settings = replace(self.settings, margin=margin)
+
+    def change_settings(self, settings: IndexSettings) -> None:
+        with self.write_lock():
+            if settings.margin is None:
+                settings = replace(settings, margin=self.settings.margin)
+            self.store.record_settings(json.dumps(asdict(settings)))
+            self.settings = settings
+
+    @contextmanager
+    def write_lock(self) -> Iterator[None]:
+        """No write is committed within. Raises NotFound once closed."""
+        self._check_writable()
+        with self._locked():
+            self._check_open()
+            yield
+
+    @contextmanager
+    def pause(self) -> Iterator[Snapshot]:
+        """What readers see, while no write is committed."""
+        with self._locked():
+            self._check_open()
+            yield self.snapshot
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """No segment is written or removed within."""
+        with self._sealing:
+            yield
+
+    # Sealing
+
+    def seal(self, *, everything: bool = False, anew: bool = False, on_progress: OnProgress | None = None) -> None:
+        """Write fresh rows into a segment, merged with those of like size or with `everything`.
+
+        With `anew` even where there is nothing to merge. Writers wait for the last step alone.
+        """
+        self._check_writable()
+        with self._sealing:
+            step = _Telling(self, on_progress)
+            with self.write_lock():
+                since, sealed = self.snapshot, list(self._sealed)
+                last_key = self.store.header.next_key - 1
+            start = 0 if everything else self._merge_from(since)
+            nothing_new = not len(since.fresh.keys_N) and start == len(sealed)
+            whole = everything and len(sealed) == 1 and not since.unsealed
+            if (nothing_new or whole) and not (anew and sealed):
+                return
+            self.busy = "compacting" if start < len(sealed) else "sealing"
+            try:
+                segments = list(self._rows.segments[:start])
+                ranges = sealed[:start]
+                merged = since.parts[start:]
+                if sum(part.size for part in merged):
+                    segment = self._write_segment(merged, since.generation, step)
+                    first_key = ranges[-1].last_key + 1 if ranges else 0
+                    segments.append(segment)
+                    ranges.append(
+                        SealedRange(
+                            digest=segment.digest,
+                            first_key=first_key,
+                            last_key=last_key,
+                            generation=since.generation,
+                        )
+                    )
+                with self.write_lock():
+                    rows = self._rows.resealed(segments, since=since)
+                    self.store.record_segments(ranges)
+                    self._adopt(rows, ranges, self.snapshot.generation)
+            except OSError as error:
+                raise StorageFailed(f"gallery {self.id!r} cannot be sealed: {error}") from error
+            finally:
+                self.busy = ""
+            remove_segments(self.segments_folder, except_for=[one.digest for one in ranges])
+            self._sums.keep()
+            self.last_failure = ""
+
+    def rebuild(self, *, on_progress: OnProgress | None = None) -> None:
+        """Forget all segments and write them anew from the store; writers wait while it is read."""
+        with self._sealing:
+            with self.write_lock():
+                self.store.record_segments([])
+                self._adopt(self._loaded([], []), [], self.snapshot.generation)
+            self.seal(everything=True, on_progress=on_progress)
+            remove_segments(self.segments_folder, except_for=[one.digest for one in self._sealed])
+
+    def close(self) -> None:
+        """Refuse new writes, let running ones end, break off sealing, and close the files."""
+        with self._locked():
+            self.closed = True
+        with self._sealing, self._locked():
+            self.store.close()
+
+    # Within
+
+    def _load(self) -> None:
+        """Show what the store holds, taking vectors from segments where these are sound."""
+        self._sums = Sums(self.folder / SUMS)
+        sealed = self.store.segments()
+        segments: list[Segment] = []
+        try:
+            segments.extend(open_segment(self.segments_folder, one.digest, sums=self._sums) for one in sealed)
+        except DamagedData as error:
+            # Those that follow are smaller: they are written anew with it, which keeps keys in order.
+            _log.warning("gallery %r: %s; taking its vectors from the store instead", self.id, error)
+        rows = self._loaded(segments, sealed[: len(segments)])
+        if segments and rows.snapshot(0).size != self.store.header.size:
+            _log.warning("gallery %r: its segments lack items; taking all vectors from the store instead", self.id)
+            segments = []
+            rows = self._loaded([], [])
+        if rows.snapshot(0).size != self.store.header.size:
+            raise DamagedData(
+                f"{self.store.path} says that it holds {self.store.header.size} items and holds "
+                f"{rows.snapshot(0).size}; restore it from a copy"
+            )
+        self._adopt(rows, sealed[: len(segments)], self.store.header.generation)
+        if self.read_only:
+            return
+        if len(segments) == len(sealed):
+            remove_segments(self.segments_folder, except_for=[one.digest for one in sealed])
+        elif self.snapshot.fresh.size < CROSSOVER:
+            self._seal_or_warn()
+        self._sums.keep()
+        self._seal_behind()
+
+    def _loaded(self, segments: Sequence[Segment], sealed: Sequence[SealedRange]) -> LiveRows:
+        rows = LiveRows(segments, self.store.header.model.embedding_dim)
+        rows.kill(self.store.tombstones())
+        for keys_N, vectors_ND in self.store.vectors(sealed[-1].last_key + 1 if sealed else 0):
+            rows.append(keys_N, vectors_ND)
+        return rows
+
+    def _adopt(self, rows: LiveRows, sealed: Sequence[SealedRange], generation: int) -> None:
+        self._rows = rows
+        self._sealed = tuple(sealed)
+        self._show(rows.snapshot(generation))
+
+    def _show(self, snapshot: Snapshot) -> None:
+        self._shown.append(weakref.ref(snapshot))
+        self.snapshot = snapshot
+        """What readers see: one reference, replaced as a whole."""
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._writing:
+                yield
+        finally:
+            self._wake_next()
+
+    def _wake_next(self) -> None:
+        """Have a write that waits try to lead; called whenever the write lock has been released."""
+        with suppress(IndexError):
+            self._waiting[0].wake()
+
+    def _commit_waiting(self) -> None:
+        """Commit what waits, for all; the caller holds the write lock."""
+        self._gather()
+        batch: list[_Ticket] = []
+        while self._waiting and len(batch) < _MOST_WRITES:
+            batch.append(self._waiting.popleft())
+        begun = time.monotonic()
+        try:
+            self._check_open()
+            outcomes: Sequence[Outcome | MemoryError] = self._committed([ticket.write for ticket in batch])
+        except (LookalikeError, sqlite3.Error, MemoryError) as error:
+            outcomes = [_copied(error) for _ in batch]
+        except BaseException:
+            self._waiting.extendleft(reversed(batch))  # their own threads will try
+            raise
+        self._last_group, self._last_seconds = len(batch), time.monotonic() - begun
+        for ticket, outcome in zip(batch, outcomes, strict=True):
+            ticket.outcome = outcome
+            ticket.wake()
+
+    def _gather(self) -> None:
+        """Wait a little for the writers of the last group to come again: one sync of the disk serves them all."""
+        until = time.monotonic() + min(_GATHER_SECONDS, _GATHER_SHARE * self._last_seconds)
+        while len(self._waiting) < self._last_group and time.monotonic() < until:
+            time.sleep(_GATHER_STEP)
+
+    def _committed(self, writes: Sequence[Write]) -> list[Outcome]:
+        born = sum(len(write.items) for write in writes if isinstance(write, Upsert))
+        self._rows.reserve(born, deaths=sum(self._most_deaths(write) for write in writes))
+        outcomes = self.store.write(writes, oldest_read=self._oldest_read())
+        for write, outcome in zip(writes, outcomes, strict=True):
+            if isinstance(outcome, Written):
+                if isinstance(write, Upsert):
+                    self._rows.append(outcome.born_N, write.vectors_ND)
+                self._rows.kill(outcome.died_R)
+        self._show(self._rows.snapshot(self.store.header.generation))
+        self._seal_behind()
+        return outcomes
+
+    def _most_deaths(self, write: Write) -> int:
+        match write:
+            case Upsert():
+                return len(write.items)
+            case Delete():
+                return len(write.names)
+            case Purge():
+                return self.snapshot.size
+
+    def _seal_behind(self) -> None:
+        """Seal in the background where there is enough to seal; the caller holds the write lock, or is alone."""
+        snapshot = self.snapshot
+        enough = len(snapshot.fresh.keys_N) >= self._seal_at() or any(map(self._is_dying, snapshot.parts[:-1]))
+        if enough and (self._sealer is None or not self._sealer.is_alive()):
+            self._sealer = threading.Thread(target=self._seal_quietly, name=f"seal-{self.id}")
+            self._sealer.start()
+
+    def _seal_at(self) -> int:
+        return self._seal_after if not self.last_failure else self._failed_at + self._seal_after
+
+    def _is_dying(self, part: Part) -> bool:
+        return len(part.dead_R) > max(self._seal_after, _DEAD_SHARE * len(part.keys_N))
+
+    def _merge_from(self, snapshot: Snapshot) -> int:
+        """The first segment to be written anew with all that follow."""
+        parts = snapshot.parts[:-1]
+        start, following = len(parts), snapshot.fresh.size
+        while start and parts[start - 1].size < _LIKE_SIZE * following:
+            start -= 1
+            following += parts[start].size
+        dying = [at for at, part in enumerate(parts) if self._is_dying(part)]
+        return min([start, *dying])
+
+    def _seal_quietly(self) -> None:
+        step_back()
+        self._seal_or_warn()
+
+    def _seal_or_warn(self) -> None:
+        """Seal where nobody waits for the outcome: without a segment the gallery answers as well, from memory."""
+        try:
+            self.seal()
+        except NotFound:
+            pass  # closed meanwhile: the next opening finds all vectors in the store
+        except (DamagedData, StorageFailed, Busy) as error:
+            self._failed_at = len(self.snapshot.fresh.keys_N)
+            self.last_failure = str(error)
+            _log.warning("gallery %r stays unsealed for now: %s", self.id, error)
+
+    def _write_segment(self, parts: Sequence[Part], generation: int, step: _Telling) -> Segment:
+        settings = self.settings
+        digest = write_segment(
+            self.segments_folder,
+            _living_rows(parts, step),
+            gallery=self.store.header.uid,
+            model_fingerprint=self.store.header.model.fingerprint,
+            generation=generation,
+            planned=lambda vectors_ND, path: plan_segment(
+                vectors_ND, path, settings=settings, margin=settings.margin, step=step
+            ),
+        )
+        return open_segment(self.segments_folder, digest, sums=self._sums)
+
+    def _oldest_read(self) -> int:
+        """The oldest generation that a reader may still use; the caller holds the write lock."""
+        self._shown = [shown for shown in self._shown if shown() is not None]
+        return min(snapshot.generation for shown in self._shown if (snapshot := shown()) is not None)
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise StorageFailed(f"gallery {self.id!r} is open read-only; open its folder for writing")
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise NotFound(f"gallery {self.id!r} has been deleted or closed")
+
+
+class _Ticket:
+    """A write that waits, and what became of it."""
+
+    __slots__ = ("outcome", "woken", "write")
+
+    def __init__(self, write: Write) -> None:
+        self.write = write
+        self.outcome: Outcome | MemoryError | None = None
+        self.woken = threading.Lock()
+        """Held until the ticket's thread should look again; a lock is the cheapest event."""
+        self.woken.acquire()
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it is awake already
+            self.woken.release()
+
+
+class _Telling:
+    """Passes on how far sealing is, and ends it when the gallery is closed."""
+
+    def __init__(self, live: Live, on_progress: OnProgress | None) -> None:
+        self._live = live
+        self._on_progress = on_progress
+        self._told = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._live.closed:
+            raise NotFound(f"gallery {self._live.id!r} has been deleted or closed")
+        if self._on_progress and time.monotonic() - self._told >= _TELL_EVERY:
+            self._told = time.monotonic()
+            self._on_progress(Progress(stage=stage, done=done, total=total))
+
+
+def _copied(error: _Refusal) -> _Refusal:
+    """The same error for another thread: threads that raise one error write into one traceback."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    return copied
+
+
+def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Vectors]]:
+    total, done = sum(len(part.keys_N) for part in parts), 0
+    for part in parts:
+        living_N = np.ones(len(part.keys_N), np.bool_)
+        living_N[part.dead_R] = False
+        for start in range(0, len(living_N), ROWS_AT_ONCE):
+            step("copying", done, total)
+            here = slice(start, start + ROWS_AT_ONCE)
+            keep_n = living_N[here]
+            done += len(keep_n)
+            yield part.keys_N[here][keep_n], part.vectors_ND[here][keep_n]
+
+
+def _settings(store: Store) -> IndexSettings:
+    try:
+        return IndexSettings(**json.loads(store.header.settings))
+    except (ValueError, TypeError) as error:
+        raise DamagedData(f"{store.path} holds index settings that cannot be read; restore it from a copy") from error

@@ -1,0 +1,290 @@
+"""Which structure a segment gets, and how hard it must be searched to keep its promise.
+
+Nothing is assumed of the data: a structure is built, searched with rows of the segment itself that it was not trained
+on, and kept only where it reaches the wanted recall in less than half the time of exact search. What was measured
+stays with the segment, so that a search can ask for a recall and be told what to expect.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from embedding.decision import Vectors
+from index import approximate, exact
+from index.engine import Effort, Exact, IndexSettings, Raw, Recall
+from index.engine import Structure as Kind
+from index.exact import Rows, Span
+from index.structures import POINTS_PER_LIST, Plan, Point, Step, Structure, build_hnsw, build_ivf, load_structure, steps
+
+CROSSOVER = 20_000
+"""Rows below which a structure is not worth seconds of building: exact search takes under 0.3 ms at width 128.
+
+The times cross near 4,000 rows. See docs/performance.md.
+"""
+
+HNSW_MOST = 250_000
+"""Rows beyond which a graph takes minutes to build; asked for by name it is built all the same."""
+
+KS = (10, 100)
+"""Numbers of neighbours that recall is measured for; more are searched exactly."""
+
+_QUERIES = {10: 400, 100: 100}
+_HELD_OUT = max(_QUERIES.values())
+_MATCHED = 100  # queries whose matches are looked for
+_TIMED = 25
+_RESCORES = {10: (1, 2, 4, 8, 16, 32), 100: (1, 2, 4)}
+_WORTHWHILE = 0.5  # of the time of exact search
+_Z = 1.645  # one-sided 95 %
+_PERFECT = 0.9999
+
+
+def plan_segment(vectors_ND: Vectors, path: Path, *, settings: IndexSettings, margin: float | None, step: Step) -> Plan:
+    """Write the structure that pays for these rows to `path`, or nothing where exact search does better.
+
+    `margin` is the distance that the recall of matches is measured at; None measures the 10 nearest alone.
+    """
+    rows = len(vectors_ND)
+    kinds = _kinds(settings, rows, vectors_ND.shape[1])
+    if not kinds:
+        return Plan()
+    asked_for = settings.structure != "auto"
+    trial = _Trial(vectors_ND, margin, step, whole_curve=asked_for)
+    for kind in kinds:
+        plan = trial.of(kind, path)
+        point = cheapest(plan, settings.min_recall)
+        if asked_for or (point and point.microseconds <= _WORTHWHILE * plan.exact_microseconds):
+            return plan
+        path.unlink(missing_ok=True)
+    return Plan(exact_microseconds=trial.exact_microseconds, queries=len(trial.queries_R), margin=margin)
+
+
+def cheapest(plan: Plan, recall: float, *, k: int = KS[0]) -> Point | None:
+    """The fastest measured point that reaches a recall for certain, or None where only exact search does.
+
+    Recall falls as more neighbours are asked for, so that it was measured at several numbers of them.
+    """
+    measured = _measured(k)
+    if recall >= 1 or measured is None:
+        return None
+    points = (point for point in plan.curve if point.k == measured and point.least >= recall)
+    return min(points, key=lambda point: point.microseconds, default=None)
+
+
+def resolve(plan: Plan, effort: Effort, k: int | None) -> tuple[Raw, float] | None:
+    """How to ask a structure for k neighbours, or for all matches when k is None, and the recall to expect.
+
+    None for exact search. Between measured points the recall is that of the point below; 0 where none was measured.
+    """
+    match effort:
+        case Exact():
+            return None
+        case Recall():
+            point = cheapest(plan, effort.at_least, k=k or KS[0])
+            if point is None:
+                return None
+            return point.effort, point.match_recall if k is None else point.recall
+        case Raw():
+            most = plan.curve[-1].effort if plan.curve else Raw()
+            asked = Raw(
+                nprobe=effort.nprobe or most.nprobe,
+                ef_search=effort.ef_search or most.ef_search,
+                rescore=effort.rescore or most.rescore,
+            )
+            measured = _measured(k or KS[0])
+            below = [point for point in plan.curve if point.k == measured and _at_most(point, asked)]
+            return asked, max((point.match_recall if k is None else point.recall for point in below), default=0.0)
+
+
+def _measured(k: int) -> int | None:
+    """The least measured number of neighbours that k is within; the query itself may be one more."""
+    return next((measured for measured in KS if k <= measured + 1), None)
+
+
+def _at_most(point: Point, asked: Raw) -> bool:
+    return all(
+        mine is None or theirs is None or mine <= theirs
+        for mine, theirs in (
+            (point.nprobe, asked.nprobe),
+            (point.ef_search, asked.ef_search),
+            (point.rescore, asked.rescore),
+        )
+    )
+
+
+def _kinds(settings: IndexSettings, rows: int, width: int) -> list[Kind]:
+    """Structures to try, the most promising first."""
+    if settings.structure == "exact":
+        return []
+    pairs = width % 2 == 0 and width >= 16
+    if settings.structure != "auto":
+        if rows < 2 * _HELD_OUT:
+            return []
+        return ["ivf-sq8" if settings.structure == "ivf-pq" and not pairs else settings.structure]
+    if rows < CROSSOVER:
+        return []
+    wanted: list[Kind] = ["ivf-pq", "ivf-sq8"] if pairs else ["ivf-sq8"]
+    if rows <= HNSW_MOST:
+        wanted.append("hnsw")
+    return [
+        kind for kind in wanted if settings.memory_bytes is None or _bytes(kind, rows, width) <= settings.memory_bytes
+    ]
+
+
+def _bytes(kind: Kind, rows: int, width: int) -> int:
+    row = {"ivf-pq": width / 4, "ivf-sq8": width, "ivf-flat": 4 * width, "hnsw": 2 * width + 8 * 32}
+    return int(rows * (row.get(kind, 0) + 8))
+
+
+def lists_for(rows: int) -> int:
+    """A power of two near 2·√N: the time to choose lists and the time to read them then balance."""
+    return 1 << max(4, round(math.log2(2 * math.sqrt(rows))))
+
+
+class _Trial:
+    """Held-out queries of one segment, and their true answers."""
+
+    def __init__(self, vectors_ND: Vectors, margin: float | None, step: Step, *, whole_curve: bool) -> None:
+        self._vectors_ND = vectors_ND
+        self._margin = margin
+        self._step = step
+        rows = len(vectors_ND)
+        rng = np.random.default_rng(rows)
+        self._lists = lists_for(rows)
+        self._order = rng.permutation(rows)[: _HELD_OUT + POINTS_PER_LIST * self._lists]
+        self.queries_R = self._order[:_HELD_OUT]
+        self._queries_QD = np.ascontiguousarray(vectors_ND[self.queries_R])
+        self._measure_truth()
+        self._longest = math.inf if whole_curve else self.exact_microseconds
+
+    def of(self, kind: Kind, path: Path) -> Plan:
+        """Build a structure and measure it."""
+        sample_R = np.sort(self._order[_HELD_OUT:])
+        if kind == "hnsw":
+            build_hnsw(self._vectors_ND, path, self._step)
+        else:
+            sample_SD = np.ascontiguousarray(self._vectors_ND[sample_R])
+            build_ivf(kind, self._vectors_ND, sample_SD, self._lists, path, self._step)
+        plan = Plan(
+            structure=kind,
+            lists=0 if kind == "hnsw" else self._lists,
+            trained_on=0 if kind == "hnsw" else len(sample_R),
+            queries=len(self.queries_R),
+            margin=self._margin,
+            exact_microseconds=self.exact_microseconds,
+        )
+        structure = load_structure(path, plan)
+        return plan.model_copy(update={"curve": tuple(self._curve(structure))})
+
+    def _measure_truth(self) -> None:
+        self._step("measuring", 0, 1)
+        span = [Span(vectors_ND=self._vectors_ND, norms_N=exact.squared_lengths(self._vectors_ND))]
+        self._kth: dict[int, list[float]] = {k: [] for k in KS}
+        found = exact.nearest(span, self._queries_QD, max(KS) + 1)
+        for (rows_R, dist_R), own in zip(found, self.queries_R, strict=True):
+            others_R = np.sort(dist_R[rows_R != own])
+            for k in KS:
+                self._kth[k].append(float(others_R[:k][-1]))
+        self.exact_microseconds = _median_microseconds(
+            lambda query_D: next(exact.nearest(span, query_D[None], KS[0])), self._queries_QD[:5]
+        )
+        self._matches: list[Rows] = []
+        if self._margin is not None:
+            for query_D, own in zip(self._queries_QD[:_MATCHED], self.queries_R, strict=False):
+                self._step("measuring", len(self._matches), _MATCHED)
+                rows_R, _ = exact.within(span, query_D, self._margin)
+                self._matches.append(rows_R[rows_R != own])
+
+    def _curve(self, structure: Structure) -> list[Point]:
+        """The points that no other beats in both time and recall."""
+        curve: list[Point] = []
+        widths = list(steps(512 if structure.plan.structure == "hnsw" else min(structure.plan.lists, 512)))
+        for k in KS:
+            points: list[Point] = []
+            for width in widths:
+                self._step("measuring", width, 512)
+                if structure.plan.structure == "hnsw":
+                    points += self._points(structure, Raw(ef_search=width), k)
+                else:
+                    points += self._points(structure, Raw(nprobe=width), k)
+                if points[-1].least >= _PERFECT or points[-1].microseconds > self._longest:
+                    break
+            curve += _front(points)
+        return curve
+
+    def _points(self, structure: Structure, effort: Raw, k: int) -> list[Point]:
+        """Rising numbers of candidates, up to the first that finds all."""
+        points: list[Point] = []
+        matches = [self._match_recall(structure, row, effort) for row in range(len(self._matches))]
+        match_mean, match_least = _mean_and_least([recall for recall in matches if recall is not None])
+        for rescore in _RESCORES[k]:
+            asked = replace(effort, rescore=rescore)
+            queries_QD = self._queries_QD[: _QUERIES[k]]
+            found = approximate.nearest(structure, self._vectors_ND, queries_QD, k + 1, asked)
+            recalls = [self._recall(row, k, rows_R, dist_R) for row, (rows_R, dist_R) in enumerate(found)]
+            mean, least = _mean_and_least(recalls)
+            points.append(
+                Point(
+                    k=k,
+                    nprobe=effort.nprobe,
+                    ef_search=effort.ef_search,
+                    rescore=rescore,
+                    recall=mean,
+                    match_recall=match_mean,
+                    least=min(least, match_least),
+                    microseconds=self._microseconds(structure, asked, k),
+                )
+            )
+            if least >= _PERFECT:
+                break
+        return points
+
+    def _microseconds(self, structure: Structure, effort: Raw, k: int) -> float:
+        def ask(query_D: Vectors) -> object:
+            return next(approximate.nearest(structure, self._vectors_ND, query_D[None], k, effort))
+
+        return _median_microseconds(ask, self._queries_QD[:_TIMED])
+
+    def _recall(self, row: int, k: int, rows_R: Rows, dist_R: Vectors) -> float:
+        """Of the k nearest besides the query itself; among rows that tie with the k-th any will do."""
+        others_R = dist_R[rows_R != self.queries_R[row]]
+        return min(int((others_R <= self._kth[k][row]).sum()), k) / k
+
+    def _match_recall(self, structure: Structure, row: int, effort: Raw) -> float | None:
+        truth_R = self._matches[row]
+        if not len(truth_R) or self._margin is None:
+            return None
+        rows_R, _ = approximate.within(structure, self._vectors_ND, self._queries_QD[row], self._margin, effort)
+        return float(np.isin(truth_R, rows_R).mean())
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.microseconds, -p.least)):
+        if not front or point.least > front[-1].least:
+            front.append(point)
+    return front
+
+
+def _mean_and_least(recalls: Sequence[float]) -> tuple[float, float]:
+    """The mean, and what it lies above with 95 % certainty; 1 where nothing was to be found."""
+    if not recalls:
+        return 1.0, 1.0
+    mean = statistics.fmean(recalls)
+    error = statistics.stdev(recalls) / math.sqrt(len(recalls)) if len(recalls) > 1 else 0.0
+    return mean, max(0.0, mean - _Z * error)
+
+
+def _median_microseconds(ask: Callable[[Vectors], object], queries_QD: Vectors) -> float:
+    taken = []
+    for query_D in queries_QD:
+        start = time.perf_counter()
+        ask(query_D)
+        taken.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(taken)

@@ -1,0 +1,257 @@
+"""What the store answers: items, names, keys and vectors, in any thread, beside its one writer."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from embedding.decision import Vectors
+from embedding.errors import DamagedData, NotFound
+from index.connections import Readers, connect, translated
+from index.deadline import Deadline
+from index.engine import Filter
+from index.exact import Keys
+from index.items import Item, ModelRef
+from index.schema import as_datetime, check_tables
+
+LIVING = "died IS NULL"
+
+_ITEM = "key, name, identity, metadata, embedding, generation, updated_us"
+_ROWS_AT_ONCE = 4096
+_LOOK_EVERY = 20_000  # steps of SQLite's machine between two looks at the deadline: about a millisecond
+
+Row = tuple[int, str, str | None, str, bytes, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What the store knows of the gallery as a whole."""
+
+    uid: str
+    """Unique to this gallery, whatever its name."""
+    model: ModelRef
+    created: datetime
+    generation: int
+    next_key: int
+    size: int
+    settings: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SealedRange:
+    """A segment as the store knows it: it holds all items of these keys that were living in `generation`."""
+
+    digest: str
+    first_key: int
+    last_key: int
+    generation: int
+
+
+class Reading:
+    """The reading half of a store; it also opens and closes the file."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self._path = path
+        self._read_only = read_only
+        self._own = connect(path, read_only=read_only)  # the writer's, or the one that a read-only store pins
+        self._readers = Readers(path, pinned=self._own if read_only else None)
+        try:
+            with translated(path):
+                check_tables(self._own, path, read_only=read_only)
+                if read_only:
+                    self._own.execute("BEGIN")
+                self.header = self._header()
+        except BaseException:
+            self._own.close()
+            raise
+
+    def close(self) -> None:
+        """Close all connections; those in use by reading threads close as these finish."""
+        self._readers.close()
+        if not self._read_only:
+            self._own.close()
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def get(self, name: str) -> Item:
+        """Raises NotFound."""
+        with self._readers.lend() as connection:
+            row = connection.execute(f"SELECT {_ITEM} FROM items WHERE {LIVING} AND name = ?", (name,)).fetchone()
+        if row is None:
+            raise NotFound(f"no item {name!r} in this gallery", field="name")
+        return self._item(row)
+
+    def thumbnail(self, name: str) -> bytes | None:
+        """Raises NotFound."""
+        with self._readers.lend() as connection:
+            row = connection.execute(
+                f"SELECT data FROM items LEFT JOIN thumbnails USING (key) WHERE {LIVING} AND name = ?", (name,)
+            ).fetchone()
+        if row is None:
+            raise NotFound(f"no item {name!r} in this gallery", field="name")
+        data: bytes | None = row[0]
+        return data
+
+    def page(self, after: str, size: int, allowed: Filter | None = None) -> list[Item]:
+        """Up to `size` items by rising name, those after `after`."""
+        condition, parameters = allowed.sql() if allowed else ("1", ())
+        with self._readers.lend() as connection:
+            rows = connection.execute(
+                f"SELECT {_ITEM} FROM items WHERE {LIVING} AND name > ? AND ({condition}) ORDER BY name LIMIT ?",
+                (after, *parameters, size),
+            ).fetchall()
+        return [self._item(row) for row in rows]
+
+    def iterate(self, allowed: Filter | None = None) -> Iterator[Item]:
+        """Every item by rising name, all of one generation."""
+        condition, parameters = allowed.sql() if allowed else ("1", ())
+        with self._readers.lend() as connection:
+            for row in connection.execute(
+                f"SELECT {_ITEM} FROM items WHERE {LIVING} AND ({condition}) ORDER BY name", parameters
+            ):
+                yield self._item(row)
+
+    def count(self, allowed: Filter) -> int:
+        condition, parameters = allowed.sql()
+        with self._readers.lend() as connection:
+            row = connection.execute(f"SELECT count(*) FROM items WHERE {LIVING} AND ({condition})", parameters)
+            count: int = row.fetchone()[0]
+        return count
+
+    def items(self, keys_R: Keys) -> dict[int, Item]:
+        """The item versions of these keys, the dead ones included while a snapshot shows them."""
+        rows: list[Row] = []
+        with self._readers.lend() as connection:
+            if len(keys_R) <= 64:  # one prepared statement a size
+                marks = ",".join("?" * len(keys_R))
+                rows = connection.execute(
+                    f"SELECT {_ITEM} FROM items WHERE key IN ({marks})", keys_R.tolist()
+                ).fetchall()
+            else:
+                given = json.dumps(keys_R.tolist())
+                rows = connection.execute(
+                    f"SELECT {_ITEM} FROM items WHERE key IN (SELECT value FROM json_each(?))", (given,)
+                ).fetchall()
+        if len(rows) != len(keys_R):
+            raise DamagedData(f"{self._path} has lost {len(keys_R) - len(rows)} items; restore it from a copy")
+        return {row[0]: self._item(row) for row in rows}
+
+    def names(self, keys_R: Keys) -> dict[int, str]:
+        """The names of these item versions by key."""
+        with self._readers.lend() as connection:
+            given = json.dumps(keys_R.tolist())
+            return dict(
+                connection.execute(
+                    "SELECT key, name FROM items WHERE key IN (SELECT value FROM json_each(?))", (given,)
+                )
+            )
+
+    def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
+        """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
+        condition, parameters = allowed.sql()
+        with self._readers.lend() as connection, _interrupted_by(None if self._read_only else deadline, connection):
+            rows = connection.execute(
+                f"SELECT key FROM items WHERE generation <= ? AND (died IS NULL OR died > ?) AND ({condition})",
+                (generation, generation, *parameters),
+            )
+            keys_R = np.fromiter((key for (key,) in rows), np.int64)
+        keys_R.sort()
+        return keys_R
+
+    def segments(self) -> list[SealedRange]:
+        """The segments to open, by rising keys."""
+        with self._readers.lend() as connection:
+            rows = connection.execute("SELECT digest, first_key, last_key, generation FROM segments ORDER BY position")
+            return [SealedRange(digest=d, first_key=f, last_key=last, generation=g) for d, f, last, g in rows]
+
+    def tombstones(self) -> Keys:
+        """Keys of items that died since their segment was written."""
+        with self._readers.lend() as connection:
+            return np.fromiter((key for (key,) in connection.execute("SELECT key FROM tombstones")), np.int64)
+
+    def vectors(self, first_key: int, last_key: int | None = None) -> Iterator[tuple[Keys, Vectors]]:
+        """Keys and embeddings of the living items with a key in this range, rising, a block at a time."""
+        with self._readers.lend() as connection:
+            cursor = connection.execute(
+                f"SELECT key, embedding FROM items WHERE {LIVING} AND key BETWEEN ? AND ? ORDER BY key",
+                (first_key, 2**63 - 1 if last_key is None else last_key),
+            )
+            while rows := cursor.fetchmany(_ROWS_AT_ONCE):
+                keys, blobs = zip(*rows, strict=True)
+                if any(len(blob) != 4 * self.header.model.embedding_dim for blob in blobs):
+                    raise DamagedData(f"{self._path} holds embeddings of a wrong width; restore it from a copy")
+                vectors_ND = np.frombuffer(b"".join(blobs), "<f4").reshape(len(rows), -1)
+                yield np.array(keys, np.int64), vectors_ND.astype(np.float32, copy=False)
+
+    def etag(self, key: int | None) -> str:
+        """Of a version; "" for none. The store's identifier keeps it from fitting a later gallery of the same name."""
+        return "" if key is None else f"{self.header.uid[:8]}-{key:x}"
+
+    def _header(self) -> Header:
+        row = self._own.execute(
+            "SELECT uid, model_name, model_fingerprint, embedding_dim, created_us, generation, next_key, size, settings"
+            " FROM gallery"
+        ).fetchone()
+        if row is None:
+            raise DamagedData(f"{self._path} does not say which model its gallery is of; restore it from a copy")
+        uid, name, fingerprint, embedding_dim, created_us, generation, next_key, size, settings = row
+        return Header(
+            uid=uid,
+            model=ModelRef(name=name, fingerprint=fingerprint, embedding_dim=embedding_dim),
+            created=as_datetime(created_us),
+            generation=generation,
+            next_key=next_key,
+            size=size,
+            settings=settings,
+        )
+
+    def _item(self, row: Row) -> Item:
+        key, name, identity, metadata, embedding, generation, updated_us = row
+        try:
+            return Item(
+                name=name,
+                embedding=np.frombuffer(embedding, "<f4").astype(np.float32, copy=False),
+                identity=identity,
+                metadata={} if metadata == "{}" else json.loads(metadata),
+                etag=self.etag(key),
+                generation=generation,
+                update_time=as_datetime(updated_us),
+            )
+        except ValueError as error:
+            raise DamagedData(f"{self._path} holds item {name!r} damaged ({error}); restore it from a copy") from error
+
+
+@contextmanager
+def _interrupted_by(deadline: Deadline | None, connection: sqlite3.Connection) -> Iterator[None]:
+    """Statements end soon after the deadline has passed. Raises what the deadline raises.
+
+    Not for a connection that threads share: it would end the statements of all.
+    """
+    if deadline is None:
+        yield
+        return
+
+    def passed() -> bool:
+        try:
+            deadline.check()
+        except Exception:  # told to SQLite, and raised below
+            return True
+        return False
+
+    connection.set_progress_handler(passed, _LOOK_EVERY)
+    try:
+        yield
+    except sqlite3.OperationalError:
+        deadline.check()
+        raise
+    finally:
+        connection.set_progress_handler(None, 0)

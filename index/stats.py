@@ -1,0 +1,44 @@
+"""A gallery in numbers."""
+
+from __future__ import annotations
+
+from index.engine import SegmentStats, Stats
+from index.live import Live
+from index.snapshot import Part
+
+
+def stats_of(live: Live) -> Stats:
+    """What the gallery holds and takes at this moment."""
+    snapshot = live.snapshot
+    segments = [_segment(part) for part in snapshot.parts[:-1]]
+    fresh = snapshot.fresh
+    files = [live.store.path, live.store.path.with_name(live.store.path.name + "-wal")]
+    in_memory = fresh.keys_N.nbytes + fresh.vectors_ND.nbytes + fresh.norms_N.nbytes
+    return Stats(
+        size=snapshot.size,
+        generation=snapshot.generation,
+        fresh=fresh.size,
+        dead=snapshot.dead,
+        disk_bytes=sum(path.stat().st_size for path in files if path.exists()) + sum(s.disk_bytes for s in segments),
+        memory_bytes=in_memory + sum(s.memory_bytes for s in segments),
+        segments=segments,
+        settings=live.settings,
+        busy=live.busy,
+        last_failure=live.last_failure,
+    )
+
+
+def _segment(part: Part) -> SegmentStats:
+    segment = part.segment
+    if segment is None:
+        raise TypeError("a sealed part has a segment")
+    plan = segment.manifest.plan
+    return SegmentStats(
+        name=segment.name,
+        rows=len(part.keys_N),
+        dead=len(part.dead_R),
+        structure=plan.structure,
+        disk_bytes=segment.disk_bytes,
+        memory_bytes=part.keys_N.nbytes + (segment.structure.memory_bytes if segment.structure else 0),
+        curve=[point.public() for point in plan.curve],
+    )

@@ -1,0 +1,197 @@
+"""FAISS structures over the rows of one segment: built, loaded and asked for candidates. They never decide anything.
+
+A structure is immutable once built: nothing is ever added to an index that is searched, since FAISS allows no such
+thing. What it answers are rows worth measuring, nearest by its own estimate first.
+
+Shapes: Q queries, C candidates, N rows, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from embedding.decision import Vectors
+from embedding.errors import DamagedData
+from index.engine import CurvePoint, Raw
+from index.engine import Structure as Kind
+from index.exact import Rows
+from index.threads import one_thread
+
+Step = Callable[[str, int, int], None]
+"""Told the stage, how much is done, and of how much; what it raises ends the building."""
+
+POINTS_PER_LIST = 40
+_ROUNDS = 10  # of k-means
+_ADD_AT_ONCE = 2**15
+_HNSW_LINKS = 32
+_KNOWN = 64  # parameter objects kept, which take longer to make than to use
+
+# A damaged length in a file must not make FAISS ask for the whole memory; sums are checked before all the same.
+faiss.set_deserialization_loop_limit(2**40)
+faiss.set_deserialization_vector_byte_limit(2**40)
+
+
+class Point(BaseModel):
+    """One measured setting; see `index.engine.CurvePoint`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    k: int
+    """Of how many nearest the recall is."""
+    nprobe: int | None = None
+    ef_search: int | None = None
+    rescore: int
+    recall: float
+    match_recall: float
+    least: float
+    """Below which neither recall lies, by 1.64 standard errors of each."""
+    microseconds: float
+
+    @property
+    def effort(self) -> Raw:
+        return Raw(nprobe=self.nprobe, ef_search=self.ef_search, rescore=self.rescore)
+
+    def public(self) -> CurvePoint:
+        return CurvePoint(
+            k=self.k,
+            effort=self.effort,
+            recall=self.recall,
+            match_recall=self.match_recall,
+            microseconds=self.microseconds,
+        )
+
+
+class Plan(BaseModel):
+    """Which structure a segment has, and what was measured with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    structure: Kind = "exact"
+    lists: int = 0
+    trained_on: int = 0
+    """Rows of the training sample."""
+    queries: int = 0
+    """Held-out rows that the curve was measured with."""
+    margin: float | None = None
+    """Distance that `match_recall` is of."""
+    exact_microseconds: float = 0.0
+    """Median of one exact query in one thread."""
+    curve: tuple[Point, ...] = ()
+    """For each k, by rising time and rising recall."""
+
+
+class Structure:
+    """A loaded index and its plan; searched from any thread."""
+
+    def __init__(self, index: Any, plan: Plan, *, file_bytes: int) -> None:
+        self._index = index
+        self._rows: int = index.ntotal
+        self._known: dict[int, Any] = {}
+        self.plan = plan
+        self.memory_bytes = file_bytes
+        """What it takes when all of it is in use; the file is mapped, so that it may be less."""
+
+    def candidates(self, queries_QD: Vectors, count: int, effort: Raw, living: Living | None = None) -> Rows:
+        """Rows [Q, C] that may be near each query, most promising first, −1 where there are no more; C ≤ `count`."""
+        count = min(count, self._rows)
+        queries = len(queries_QD)
+        rows_QC: Rows = np.empty((queries, count), np.int64)
+        squared_QC = np.empty((queries, count), np.float32)
+        pointers = faiss.swig_ptr(squared_QC), faiss.swig_ptr(rows_QC), self._parameters(count, effort, living)
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        with one_thread():  # the call below FAISS's wrapper, which takes a sixth of a short search
+            self._index.search_c(queries, faiss.swig_ptr(queries_QD), count, *pointers)
+        return rows_QC
+
+    def _parameters(self, count: int, effort: Raw, living: Living | None) -> Any:
+        hnsw = self.plan.structure == "hnsw"
+        value = max(effort.ef_search or count, count) if hnsw else min(effort.nprobe or 1, self.plan.lists)
+        known = self._known.get(value) if living is None else None
+        if known is not None:
+            return known
+        selector = living.selector if living is not None else None
+        if hnsw:
+            parameters = faiss.SearchParametersHNSW(efSearch=value, sel=selector)
+        else:
+            parameters = faiss.SearchParametersIVF(nprobe=value, sel=selector)
+        if living is None and len(self._known) < _KNOWN:
+            self._known[value] = parameters
+        return parameters
+
+
+class Living:
+    """The rows that may be found, in the form that FAISS takes."""
+
+    def __init__(self, living_N: NDArray[np.bool_]) -> None:
+        self._bits = np.packbits(living_N, bitorder="little")  # FAISS keeps a pointer only
+        self.selector = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
+
+
+def build_hnsw(vectors_ND: Vectors, path: Path, step: Step) -> None:
+    """A graph over vectors rounded to float16: candidates are measured again from the segment's own."""
+    index = faiss.IndexHNSWSQ(vectors_ND.shape[1], faiss.ScalarQuantizer.QT_fp16, _HNSW_LINKS)
+    with one_thread():
+        index.train(np.ascontiguousarray(vectors_ND[:1]))
+        _add(index, vectors_ND, step)
+        faiss.write_index(index, str(path))
+
+
+def build_ivf(kind: Kind, vectors_ND: Vectors, sample_SD: Vectors, lists: int, path: Path, step: Step) -> None:
+    """Inverted lists; rows are stored whole, as 8 bits a value, or as 4 bits a pair of values (Jégou et al. 2011)."""
+    width = vectors_ND.shape[1]
+    with one_thread():
+        quantizer = faiss.IndexFlatL2(width)
+        quantizer.add(_centroids(sample_SD, lists, step))
+        if kind == "ivf-pq":
+            index = faiss.IndexIVFPQFastScan(quantizer, width, lists, width // 2, 4)
+        elif kind == "ivf-sq8":
+            index = faiss.IndexIVFScalarQuantizer(quantizer, width, lists, faiss.ScalarQuantizer.QT_8bit)
+        else:
+            index = faiss.IndexIVFFlat(quantizer, width, lists)
+        index.train(sample_SD)
+        _add(index, vectors_ND, step)
+        faiss.write_index(index, str(path))
+
+
+def load_structure(path: Path, plan: Plan) -> Structure:
+    """Map a structure whose file has been found whole. Raises DamagedData."""
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except (RuntimeError, MemoryError) as error:
+        raise DamagedData(f"{path} cannot be read by FAISS: {str(error).splitlines()[0]}") from error
+    return Structure(index, plan, file_bytes=path.stat().st_size)
+
+
+def _centroids(sample_SD: Vectors, lists: int, step: Step) -> Vectors:
+    """k-means, round by round, so that it can be interrupted."""
+    width = sample_SD.shape[1]
+    clustering = faiss.Clustering(width, lists)
+    clustering.niter, clustering.seed = 1, 1
+    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 2**30
+    for done in range(_ROUNDS):
+        step("training", done, _ROUNDS)
+        clustering.train(sample_SD, faiss.IndexFlatL2(width))  # begins at the centroids of the last round
+    centroids: Vectors = faiss.vector_to_array(clustering.centroids).reshape(lists, width).copy()
+    return centroids
+
+
+def _add(index: Any, vectors_ND: Vectors, step: Step) -> None:
+    for start in range(0, len(vectors_ND), _ADD_AT_ONCE):
+        step("adding", start, len(vectors_ND))
+        index.add(np.ascontiguousarray(vectors_ND[start : start + _ADD_AT_ONCE]))
+
+
+def steps(total: int) -> Iterator[int]:
+    """Powers of two up to `total`, which is the last."""
+    value = 1
+    while value < total:
+        yield value
+        value *= 2
+    yield total

@@ -1,0 +1,291 @@
+"""`lookalike gallery`, further commands: purge, index anew, copy and restore, move to another model, aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from embedding.errors import InvalidInput
+from lookalike.cli import options, show
+from lookalike.cli.backend import Backend, open_backend
+from lookalike.types import Operation
+
+_LOOK_SECONDS = 0.2
+
+GalleryName = Annotated[str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.")]
+SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="1 to 63 lower-case letters, digits, hyphens.")]
+NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make these commands of `lookalike gallery`."""
+    commands: dict[str, Callable[..., None]] = {
+        "show": describe,
+        "configure": configure,
+        "purge": purge,
+        "reindex": reindex,
+        "migrate": migrate,
+        "snapshot": snapshot,
+        "snapshots": snapshots,
+        "delete-snapshot": delete_snapshot,
+        "restore": restore,
+        "alias": alias,
+        "aliases": aliases,
+        "delete-alias": delete_alias,
+    }
+    for name, command in commands.items():
+        app.command(name=name)(command)
+
+
+def describe(
+    gallery: GalleryName,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    json: options.Json = False,
+) -> None:
+    """Describe a gallery: its size, how it is indexed, and how well that was measured to search."""
+    with open_backend(target, bundle, data) as backend:
+        found = backend.get_gallery(gallery)
+    if json:
+        print(show.as_json(found))
+        return
+    out = show.console()
+    out.print(f"gallery {found.id}: {found.item_count:,} items of model {found.model}, generation {found.generation}")
+    if found.damage:
+        out.print(f"damaged: {found.damage}", markup=False)
+    if found.index:
+        bound = f", at most {found.index.memory_bytes:,} bytes in memory" if found.index.memory_bytes else ""
+        out.print(f"index: {found.index.structure}, recall {found.index.min_recall:g} or more{bound}")
+    if found.stats:
+        stats = found.stats
+        out.print(
+            f"{stats.disk_bytes:,} bytes on disk, {stats.memory_bytes:,} in memory; {stats.fresh_items:,} items not "
+            f"sealed yet, {stats.dead_rows:,} dead rows" + (f"; {stats.busy}" if stats.busy else "")
+        )
+        if stats.last_failure:
+            out.print(f"background work last failed: {stats.last_failure}", markup=False)
+        table = show.table(["segment", "rows", "structure", "k", "recall", "of matches", "µs a query"])
+        for number, segment in enumerate(stats.segments, start=1):
+            if not segment.curve:
+                table.add_row(str(number), f"{segment.rows:,}", segment.structure)
+            for point in segment.curve:
+                table.add_row(
+                    str(number),
+                    f"{segment.rows:,}",
+                    segment.structure,
+                    str(point.k),
+                    f"{point.recall:.3f}",
+                    f"{point.match_recall:.3f}",
+                    f"{point.microseconds:,.0f}",
+                )
+        if stats.segments:
+            out.print(table)
+
+
+def configure(
+    gallery: GalleryName,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    min_recall: options.MinRecall = None,
+    structure: options.Structure = None,
+    memory_bytes: options.MemoryBytes = None,
+) -> None:
+    """Change how a gallery is indexed, from its next sealing on; `reindex` does it at once."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        found = backend.get_gallery(gallery)
+        settings = options.index_settings(found.index, min_recall, structure, memory_bytes)
+        if settings is None:
+            raise InvalidInput("nothing to change: give --min-recall, --structure or --memory-bytes")
+        changed = backend.update_gallery(gallery, settings, etag=found.etag)
+    print(f"gallery {changed.id} will be indexed as {settings.structure}, recall {settings.min_recall:g} or more")
+
+
+def purge(
+    gallery: GalleryName,
+    filter: Annotated[str, typer.Argument(metavar="FILTER", help="Which items; '*' for all. See docs/filters.md.")],
+    force: Annotated[bool, typer.Option("--force", help="Delete them; without it they are only counted.")] = False,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+) -> None:
+    """Delete every item that a filter accepts, in one step."""
+    with open_backend(target, bundle, data, read_only=not force) as backend:
+        purged = backend.purge_items(gallery, filter, force=force)
+    if force:
+        print(f"deleted {purged.count:,} items of gallery {gallery}")
+        return
+    for name in purged.sample:
+        print(name.id)
+    more = f", the first {len(purged.sample)} of them above" if purged.count > len(purged.sample) else ""
+    print(f"would delete {purged.count:,} items of gallery {gallery}{more}; --force deletes them")
+
+
+def reindex(
+    gallery: GalleryName,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    min_recall: options.MinRecall = None,
+    structure: options.Structure = None,
+    memory_bytes: options.MemoryBytes = None,
+) -> None:
+    """Merge a gallery into one segment and tune its index anew."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        settings = None
+        if not (min_recall is None and structure is None and memory_bytes is None):
+            present = backend.get_gallery(gallery).index
+            settings = options.index_settings(present, min_recall, structure, memory_bytes)
+        done = _finished(backend, backend.reindex_gallery(gallery, index=settings))
+    segments = done.gallery.stats.segments if done.gallery and done.gallery.stats else ()
+    print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
+
+
+def migrate(
+    gallery: GalleryName,
+    new: NewGallery,
+    alias: Annotated[str, typer.Option("--alias", help="Move this alias to the new gallery when it is whole.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", help="With --target: which of the server's models; else the active.")
+    ] = "",
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    device: options.Device = "auto",
+) -> None:
+    """Embed a gallery's stored thumbnails with another model into a new gallery; the old one answers until it is whole.
+
+    Items whose image is not stored must be in the new gallery before: create it and add their images.
+    """
+    with open_backend(target, bundle, data, read_only=False, device=device) as backend:
+        done = _finished(backend, backend.migrate_gallery(gallery, new, model=model, alias=alias))
+    items = f"{done.gallery.item_count:,} items" if done.gallery else "nothing"
+    print(f"gallery {new} holds {items}" + (f"; alias {alias} stands for it" if alias else ""))
+
+
+def snapshot(
+    gallery: GalleryName,
+    snapshot: SnapshotName,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+) -> None:
+    """Copy a gallery, at one generation, beside the galleries; searches and writes go on."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        copy = _finished(backend, backend.create_snapshot(gallery, snapshot)).snapshot
+    if copy:
+        print(f"copied gallery {copy.gallery} at generation {copy.generation} as {copy.id} ({copy.size_bytes:,} bytes)")
+
+
+def snapshots(
+    gallery: GalleryName,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    json: options.Json = False,
+) -> None:
+    """List the snapshots of a gallery; as JSON, one line each."""
+    table = show.table(["snapshot", "generation", "bytes", "made"])
+    with open_backend(target, bundle, data) as backend:
+        for copy in backend.list_snapshots(gallery):
+            table.add_row(copy.id, str(copy.generation), f"{copy.size_bytes:,}", f"{copy.create_time:%Y-%m-%d %H:%M}")
+            if json:
+                print(show.as_json(copy))
+    if not json:
+        show.console().print(table)
+
+
+def delete_snapshot(
+    gallery: GalleryName,
+    snapshot: SnapshotName,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+) -> None:
+    """Delete a snapshot of a gallery."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        backend.delete_snapshot(gallery, snapshot)
+    print(f"deleted snapshot {snapshot} of gallery {gallery}")
+
+
+def restore(
+    gallery: GalleryName,
+    snapshot: SnapshotName,
+    new: NewGallery,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+) -> None:
+    """Make a new gallery from a snapshot of a gallery."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        done = _finished(backend, backend.restore_gallery(gallery, snapshot, new))
+    print(f"gallery {new} holds {done.gallery.item_count:,} items" if done.gallery else f"restored gallery {new}")
+
+
+def alias(
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="A name that no gallery has.")],
+    gallery: Annotated[str, typer.Argument(metavar="GALLERY", help="The gallery that it is to stand for.")],
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+) -> None:
+    """Let a name stand for a gallery, or move it to another, in one step."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        put = backend.put_alias(alias, gallery)
+    print(f"alias {put.id} stands for gallery {put.gallery}")
+
+
+def aliases(
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    json: options.Json = False,
+) -> None:
+    """List the aliases; as JSON, one line each."""
+    table = show.table(["alias", "gallery"])
+    with open_backend(target, bundle, data) as backend:
+        for found in backend.list_aliases():
+            table.add_row(found.id, found.gallery)
+            if json:
+                print(show.as_json(found))
+    if not json:
+        show.console().print(table)
+
+
+def delete_alias(
+    alias: Annotated[str, typer.Argument(metavar="ALIAS")],
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+) -> None:
+    """Delete an alias; the gallery stays."""
+    with open_backend(target, bundle, data, read_only=False) as backend:
+        backend.delete_alias(alias)
+    print(f"deleted alias {alias}")
+
+
+def _finished(backend: Backend, operation: Operation) -> Operation:
+    """The operation once it is done, shown as it goes. Raises what it failed with; an interrupt cancels it."""
+    console = show.console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            shown = bar.add_task(operation.verb, total=1)
+            while not operation.done:
+                operation = backend.wait_operation(operation.id, seconds=_LOOK_SECONDS)
+                _draw(bar, shown, operation)
+    except KeyboardInterrupt:
+        backend.cancel_operation(operation.id)
+        raise
+    if operation.error is not None:
+        raise operation.error
+    return operation
+
+
+def _draw(bar: Progress, task: TaskID, operation: Operation) -> None:
+    total = max(operation.total, operation.progress, 1)
+    bar.update(task, description=f"{operation.verb}: {operation.stage}", completed=operation.progress, total=total)

@@ -1,0 +1,53 @@
+"""gRPC adapter of AliasService: parse, ask the engine, format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from index.items import name_of_page_token, page_token_after
+from lookalike.v1 import alias_pb2 as pb
+from lookalike.v1 import alias_pb2_grpc
+from service import parse, wire
+from service.errors import translated_errors
+from service.serving import Serving
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AliasService(alias_pb2_grpc.AliasServiceServicer):
+    """Names that stand for galleries."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def UpdateAlias(self, request: pb.UpdateAliasRequest, context: Context) -> pb.UpdateAliasResponse:
+        async with translated_errors(context):
+            alias = parse.alias_name(request.alias.name, "alias.name")
+            gallery_id = parse.gallery_name(request.alias.gallery, "alias.gallery")
+            serving = self._serving.current
+            await serving.run(serving.engine.put_alias, alias, gallery_id, allow_missing=request.allow_missing)
+            return pb.UpdateAliasResponse(alias=wire.alias(alias, gallery_id))
+
+    async def GetAlias(self, request: pb.GetAliasRequest, context: Context) -> pb.GetAliasResponse:
+        async with translated_errors(context):
+            alias = parse.alias_name(request.name, "name")
+            return pb.GetAliasResponse(alias=wire.alias(alias, self._serving.current.engine.aliases.get(alias)))
+
+    async def ListAliases(self, request: pb.ListAliasesRequest, context: Context) -> pb.ListAliasesResponse:
+        async with translated_errors(context):
+            size = parse.page_size(request.page_size)
+            after = name_of_page_token(request.page_token)
+            found = [pair for pair in self._serving.current.engine.aliases.all().items() if pair[0] > after]
+            return pb.ListAliasesResponse(
+                aliases=[wire.alias(*pair) for pair in found[:size]],
+                next_page_token=page_token_after(found[size - 1][0]) if len(found) > size else "",
+            )
+
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
+        async with translated_errors(context):
+            alias = parse.alias_name(request.name, "name")
+            serving = self._serving.current
+            await serving.run(serving.engine.aliases.delete, alias)
+            return pb.DeleteAliasResponse()

@@ -1,0 +1,175 @@
+"""gRPC adapters of UpkeepService, and of the standard Operations service that tells of its work."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf import empty_pb2
+
+from embedding.errors import InvalidInput
+from index import GalleryEngine
+from index.items import name_of_page_token, page_token_after
+from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
+from lookalike.v1 import upkeep_pb2 as pb
+from service import errors, parse, upkeep, wire
+from service.errors import translated_errors
+from service.operations import Operation, Operations
+from service.serving import Serving
+
+MAX_WAIT_SECONDS = 60.0
+"""Longest that one WaitOperation waits; the answer then says that it is not done."""
+
+_LOOK_SECONDS = 0.05
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
+    """Long work on whole galleries."""
+
+    def __init__(self, serving: Serving, operations: Operations) -> None:
+        self._serving = serving
+        self._operations = operations
+
+    async def ReindexGallery(self, request: pb.ReindexGalleryRequest, context: Context) -> pb.ReindexGalleryResponse:
+        async with translated_errors(context):
+            name = parse.gallery_name(request.name, "name")
+            settings = parse.index_settings(request.index, "index") if request.HasField("index") else None
+            engine = self._serving.current.engine
+            gallery_id = await self._existing(name, "name")
+            begun = self._operations.start(
+                "reindex", gallery_id, lambda tell: _gallery(upkeep.reindex(engine, gallery_id, settings, tell))
+            )
+            return pb.ReindexGalleryResponse(operation=_told(begun))
+
+    async def MigrateGallery(self, request: pb.MigrateGalleryRequest, context: Context) -> pb.MigrateGalleryResponse:
+        async with translated_errors(context):
+            source = parse.gallery_name(request.name, "name")
+            alias = parse.alias_name(request.alias, "alias") if request.alias else ""
+            serving = self._serving.named(parse.model_name(request.model, "model") if request.model else "")
+            migration = await serving.run(upkeep.Migration, serving.engine, source, request.gallery_id, alias=alias)
+            begun = self._operations.start("migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)))
+            return pb.MigrateGalleryResponse(operation=_told(begun))
+
+    async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> pb.CreateSnapshotResponse:
+        async with translated_errors(context):
+            engine = self._serving.current.engine
+            gallery_id = await self._existing(parse.gallery_name(request.parent, "parent"), "parent")
+            await self._serving.current.run(engine.shelf.check_free, gallery_id, request.snapshot_id)
+            begun = self._operations.start(
+                "snapshot",
+                gallery_id,
+                lambda tell: wire.snapshot(upkeep.snapshot(engine, gallery_id, request.snapshot_id, tell)),
+            )
+            return pb.CreateSnapshotResponse(operation=_told(begun))
+
+    async def ListSnapshots(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
+        async with translated_errors(context):
+            serving = self._serving.current
+            gallery_id = serving.engine.aliases.resolve(parse.gallery_name(request.parent, "parent"))
+            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token)
+            copies = await serving.run(serving.engine.shelf.list, gallery_id)
+            found = [copy for copy in copies if copy.id > after]
+            return pb.ListSnapshotsResponse(
+                snapshots=[wire.snapshot(copy) for copy in found[:size]],
+                next_page_token=page_token_after(found[size - 1].id) if len(found) > size else "",
+            )
+
+    async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: Context) -> pb.DeleteSnapshotResponse:
+        async with translated_errors(context):
+            serving = self._serving.current
+            gallery, snapshot = parse.snapshot_name(request.name, "name")
+            await serving.run(serving.engine.shelf.delete, serving.engine.aliases.resolve(gallery), snapshot)
+            return pb.DeleteSnapshotResponse()
+
+    async def RestoreGallery(self, request: pb.RestoreGalleryRequest, context: Context) -> pb.RestoreGalleryResponse:
+        async with translated_errors(context):
+            serving = self._serving.current
+            engine = serving.engine
+            gallery, snapshot = parse.snapshot_name(request.snapshot, "snapshot")
+            source = (engine.aliases.resolve(gallery), snapshot)
+            await serving.run(engine.check_restorable, request.gallery_id, source)
+            begun = self._operations.start(
+                "restore",
+                request.gallery_id,
+                lambda tell: _gallery(upkeep.restore(engine, source, request.gallery_id, tell)),
+            )
+            return pb.RestoreGalleryResponse(operation=_told(begun))
+
+    async def _existing(self, name: str, path: str) -> str:
+        """The id of the gallery that a name or an alias stands for. Raises NotFound."""
+        serving = self._serving.current
+        return (await serving.run(serving.engine.gallery, name, path=path, any_model=True)).id
+
+
+class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]
+    """google.longrunning.Operations: what the work of this server has come to."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    async def GetOperation(
+        self, request: operations_pb2.GetOperationRequest, context: Context
+    ) -> operations_pb2.Operation:
+        async with translated_errors(context):
+            return _told(self._named(request.name))
+
+    async def ListOperations(
+        self, request: operations_pb2.ListOperationsRequest, context: Context
+    ) -> operations_pb2.ListOperationsResponse:
+        async with translated_errors(context):
+            if request.name not in {"", "operations"}:
+                raise InvalidInput(f"name must be `operations`; got {request.name[:80]!a}", field="name")
+            wanted = {"": None, "done=true": True, "done=false": False}
+            spelling = request.filter.replace(" ", "")
+            if spelling not in wanted:
+                raise InvalidInput("filter is `done = true`, `done = false` or empty", field="filter")
+            done, size = wanted[spelling], parse.page_size(request.page_size)
+            after = name_of_page_token(request.page_token)
+            every = [each for each in self._operations.all() if done in {None, each.done}]
+            start = next((i + 1 for i, each in enumerate(every) if each.id == after), 0)
+            page = every[start : start + size]
+            return operations_pb2.ListOperationsResponse(
+                operations=[_told(each) for each in page],
+                next_page_token=page_token_after(page[-1].id) if start + size < len(every) else "",
+            )
+
+    async def DeleteOperation(
+        self, request: operations_pb2.DeleteOperationRequest, context: Context
+    ) -> empty_pb2.Empty:
+        async with translated_errors(context):
+            self._operations.delete(self._named(request.name).id)
+            return empty_pb2.Empty()
+
+    async def CancelOperation(
+        self, request: operations_pb2.CancelOperationRequest, context: Context
+    ) -> empty_pb2.Empty:
+        async with translated_errors(context):
+            self._named(request.name).cancel()
+            return empty_pb2.Empty()
+
+    async def WaitOperation(
+        self, request: operations_pb2.WaitOperationRequest, context: Context
+    ) -> operations_pb2.Operation:
+        async with translated_errors(context):
+            operation = self._named(request.name)
+            asked = request.timeout.ToTimedelta().total_seconds() if request.HasField("timeout") else MAX_WAIT_SECONDS
+            ends = asyncio.get_running_loop().time() + min(max(asked, 0.0), MAX_WAIT_SECONDS)
+            while not operation.done and asyncio.get_running_loop().time() < ends:
+                await asyncio.sleep(_LOOK_SECONDS)  # a thread that waits would be one less for searches
+            return _told(operation)
+
+    def _named(self, name: str) -> Operation[Any]:
+        return self._operations.get(parse.operation_name(name, "name"))
+
+
+def _gallery(made: GalleryEngine) -> gallery_pb2.Gallery:
+    """As the work left it: what becomes of it later is not the operation's."""
+    return wire.gallery(made, with_stats=True)
+
+
+def _told(operation: Operation[Any]) -> operations_pb2.Operation:
+    return wire.operation(operation, errors.status)

@@ -1,0 +1,85 @@
+"""The requests of a stream, read ahead into a bounded window, so that whatever is there is worked on together.
+
+A caller that sends faster than it is served is held back by gRPC's flow control once the window is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+from google.protobuf.message import Message
+
+T = TypeVar("T", bound=Message)
+
+WINDOW_BYTES = 32 * 2**20
+"""Most bytes of one stream's requests that are held at once, but for a single larger one."""
+
+
+class Elements(Generic[T]):
+    """Use it in an `async with` statement, which ends the reading."""
+
+    def __init__(self, requests: AsyncIterator[T], *, window: int, window_bytes: int = WINDOW_BYTES) -> None:
+        self._requests = requests
+        self._window = window
+        self._window_bytes = window_bytes
+        self._read: asyncio.Queue[T | None] = asyncio.Queue(maxsize=window)
+        self._held = 0  # bytes read and not done with
+        self._room = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._reader = asyncio.create_task(self._fill())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def first(self) -> T | None:
+        """The next element by itself; None when the stream has ended."""
+        element = await self._read.get()
+        if element is not None:
+            self._release(element.ByteSize())
+        return element
+
+    async def batches(self) -> AsyncIterator[list[T]]:
+        """All other elements in order, as many together as are there, at least one and at most a window."""
+        ended = False
+        while not ended:
+            batch: list[T] = []
+            element = await self._read.get()
+            while element is not None:
+                batch.append(element)
+                if len(batch) == self._window or self._read.empty():
+                    break
+                element = self._read.get_nowait()
+            ended = element is None
+            if batch:
+                yield batch
+                self._release(sum(element.ByteSize() for element in batch))
+        if self._reader is not None:
+            await self._reader  # raises what broke the reading
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+        self._room.set()
+
+    async def _fill(self) -> None:
+        try:
+            async for request in self._requests:
+                size = request.ByteSize()
+                while self._held and self._held + size > self._window_bytes:
+                    self._room.clear()
+                    await self._room.wait()
+                self._held += size
+                await self._read.put(request)
+        except Exception:
+            await self._read.put(None)
+            raise
+        await self._read.put(None)

@@ -1,0 +1,204 @@
+"""Keeping galleries: indexing them anew, copying them, moving them to another model; without grpc."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from embedding.errors import Busy, ImagesNeeded, InvalidImage, InvalidInput, ModelMismatch, NotFound
+from embedding.images import Pixels
+from index import Filter, GalleryEngine, IndexSettings, Item, Progress
+from index.engine import OnProgress
+from index.filters import parse_filter
+from index.shelf import Copy
+from service.engine import Engine
+
+BATCH = 256
+"""Items re-embedded and stored at once."""
+
+NAMED = 10
+"""Items that an error names."""
+
+_MAX_PASSES = 20
+
+
+def reindex(engine: Engine, gallery_id: str, settings: IndexSettings | None, tell: OnProgress) -> GalleryEngine:
+    """Index a gallery anew, of whatever model, as `settings` say when given."""
+    gallery = engine.gallery(gallery_id, path="name", any_model=True)
+    gallery.reindex(settings, on_progress=tell)
+    return gallery
+
+
+def snapshot(engine: Engine, gallery_id: str, snapshot_id: str, tell: OnProgress) -> Copy:
+    """Copy a gallery onto the shelf."""
+    gallery = engine.gallery(gallery_id, path="parent", any_model=True)
+    return engine.shelf.create(gallery, snapshot_id, on_progress=tell)
+
+
+def restore(engine: Engine, source: tuple[str, str], gallery_id: str, tell: OnProgress) -> GalleryEngine:
+    """Make a gallery from a snapshot, given as the ids of its gallery and its own."""
+    return engine.restore_gallery(gallery_id, source, on_progress=tell)
+
+
+class Migration:
+    """Re-embeds one gallery with the engine's model into another, then moves an alias.
+
+    Items that the new gallery holds when the migration begins are taken as they are: they were imported with their
+    images. Everything else needs a stored thumbnail. The old gallery may be written to meanwhile; passes are repeated
+    until one begins and ends at the same generation. Writes in the very moment in which the alias moves still go to the
+    old gallery. A migration that was broken off goes on where it ended.
+    """
+
+    def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
+        """Checks what can be checked at once.
+
+        Raises InvalidInput, NotFound, and ModelMismatch when the new gallery is of a third model.
+        """
+        self._engine = engine
+        self._alias = alias
+        self._source = engine.gallery(source, path="name", any_model=True)
+        if self._source.id == target:
+            raise InvalidInput("a gallery is migrated into another one; give another gallery_id", field="gallery_id")
+        try:
+            self._target: GalleryEngine | None = engine.catalog.get(target)
+        except NotFound:
+            self._target = None
+        self._target_id = target
+        if self._target is not None and self._target.model.fingerprint != engine.model.fingerprint:
+            raise ModelMismatch(
+                f"gallery {target!r} holds embeddings of {self._target.model.name}, not of {engine.model.name}; choose "
+                "another gallery_id"
+            )
+        if self._source.model.fingerprint == engine.model.fingerprint:
+            raise InvalidInput(
+                f"gallery {source!r} holds embeddings of {engine.model.name} already; load the model to move to, and "
+                "name it",
+                field="model",
+            )
+
+    @property
+    def source_id(self) -> str:
+        return self._source.id
+
+    def run(self, tell: OnProgress) -> GalleryEngine:
+        """The new gallery, complete.
+
+        Raises ImagesNeeded before anything is written, naming the items whose image is neither stored nor imported;
+        Cancelled, and what else stopped it: it can then be begun again.
+        """
+        source = self._source
+        self._check_images(tell)
+        settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
+        target = self._target or self._engine.create_gallery(self._target_id, settings)
+        seen: set[str] = set()
+        since = 0
+        for turn in itertools.count(1):
+            generation = source.generation
+            seen |= self._copy(target, since, f"embedding, pass {turn}", tell)
+            self._drop_deleted(target, seen)
+            if source.generation == generation:
+                break
+            if turn == _MAX_PASSES:
+                raise Busy(
+                    f"gallery {source.id!r} was written to during each of {turn} passes; pause the writes, then begin "
+                    "again: what was embedded is kept"
+                )
+            since = generation
+        if self._alias:
+            self._engine.put_alias(self._alias, target.id)
+        return target
+
+    def _check_images(self, tell: OnProgress) -> None:
+        needed: list[str] = []
+        done = 0
+        for page in _pages(self._source, None):
+            tell(Progress(stage="looking for images", done=done, total=self._source.size))
+            needed += [item.name for item in page if not self._has_image(item.name)]
+            done += len(page)
+        if needed:
+            shown = ", ".join(repr(name) for name in needed[:NAMED])
+            more = f" and {len(needed) - NAMED:,} more" if len(needed) > NAMED else ""
+            raise ImagesNeeded(
+                f"the images of {len(needed):,} items of gallery {self._source.id!r} are not stored ({shown}{more}); "
+                f"create gallery {self._target_id!r}, import their images into it, then migrate again",
+            )
+
+    def _has_image(self, name: str) -> bool:
+        try:
+            return _holds(self._target, name) or self._source.thumbnail(name) is not None
+        except NotFound:
+            return True  # deleted meanwhile, and not to be copied
+
+    def _copy(self, target: GalleryEngine, since: int, stage: str, tell: OnProgress) -> set[str]:
+        """Embed what the source has written after generation `since`, all it holds for 0, and return those names.
+
+        At the beginning the target's own items stand for the source's; what is written later overwrites them.
+        """
+        newer = parse_filter(f"generation > {since}") if since else None
+        total, done = self._source.size if newer is None else self._source.count(newer), 0
+        names: set[str] = set()
+        for page in _pages(self._source, newer):
+            tell(Progress(stage=stage, done=done, total=total))
+            wanted = page if since else [item for item in page if not _holds(target, item.name)]
+            target.upsert(self._embedded(wanted))
+            names.update(item.name for item in page)
+            done += len(page)
+        tell(Progress(stage=stage, done=done, total=total))
+        return names
+
+    def _embedded(self, items: Sequence[Item]) -> list[Item]:
+        prepared: list[tuple[Item, bytes, Pixels]] = []
+        for item in items:
+            try:
+                thumbnail = self._source.thumbnail(item.name)
+                if thumbnail is None:
+                    raise ImagesNeeded(
+                        f"item {item.name!r} was written without a stored image while its gallery was migrated; import "
+                        f"it into gallery {self._target_id!r}, then migrate again"
+                    )
+                prepared.append((item, thumbnail, self._engine.encoder.prepare(thumbnail)))
+            except NotFound:
+                continue  # deleted meanwhile
+            except InvalidImage as error:
+                raise ImagesNeeded(
+                    f"the stored thumbnail of item {item.name!r} cannot be read ({error}); import its image into "
+                    f"gallery {self._target_id!r}, then migrate again"
+                ) from error
+        if not prepared:
+            return []
+        emb_ND = self._engine.encoder.encode_pixels(np.stack([pixels for _, _, pixels in prepared]))
+        return [
+            replace(item, embedding=emb_D, thumbnail=thumbnail, etag="", generation=0, update_time=None)
+            for (item, thumbnail, _), emb_D in zip(prepared, emb_ND, strict=True)
+        ]
+
+    def _drop_deleted(self, target: GalleryEngine, seen: set[str]) -> None:
+        """Delete from the target what the source has lost since it was seen there. What the target has beyond the
+        source, because somebody imported it, stays."""
+        lost = seen - {item.name for page in _pages(self._source, None) for item in page}
+        seen -= lost
+        target.delete(sorted(lost), allow_missing=True)
+
+
+def _holds(gallery: GalleryEngine | None, name: str) -> bool:
+    if gallery is None:
+        return False
+    try:
+        gallery.get(name)
+    except NotFound:
+        return False
+    return True
+
+
+def _pages(gallery: GalleryEngine, allowed: Filter | None) -> Iterator[list[Item]]:
+    """All items by name, read as they stand page by page: nothing is kept from being cleared away meanwhile."""
+    token = ""
+    while True:
+        page, token = gallery.list(page_size=BATCH, page_token=token, allowed=allowed)
+        if page:
+            yield page
+        if not token:
+            return

@@ -1,0 +1,113 @@
+"""The further commands of `lookalike gallery`, and searches with filter, effort and threshold; here and on a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedding.bundle import Bundle
+from tests.cli.conftest import Run
+from tests.service.harness import make_bundle
+
+
+@pytest.fixture
+def filled(run: Run, where: list[str], name: str, pictures: Path) -> str:
+    run("gallery", "create", name, *where)
+    assert run("gallery", "add", name, pictures, *where).code == 0
+    return name
+
+
+def items(run: Run, where: list[str], gallery: str, *options: str) -> list[str]:
+    ran = run("gallery", "list", gallery, "--json", *options, *where)
+    assert ran.code == 0, ran.err
+    return [json.loads(line)["name"].rpartition("/")[2] for line in ran.out.splitlines()]
+
+
+def test_a_search_takes_a_filter_and_an_effort(run: Run, where: list[str], filled: str, pictures: Path) -> None:
+    query = pictures / "loose.png"
+    options = ["--gallery", filled, "--json", *where]
+    for effort in ("exact", "0.5", "nprobe=4,rescore=2"):
+        ran = run("search", query, "--filter", "identity = class-0", "--effort", effort, *options)
+        assert ran.code == 0, ran.err
+        assert {found["identity"] for found in json.loads(ran.out)} == {"class-0"}
+    run("search", query, "--filter", "identity = ", *options).failed_with("filter, character 12", "a value")
+    assert run("search", query, "--effort", "hard", *options).code == 2
+
+
+def test_a_search_within_the_threshold(run: Run, where: list[str], filled: str, pictures: Path) -> None:
+    query = pictures / "loose.png"
+    ran = run("search", query, "--gallery", filled, "--within", "--threshold", "2", "--json", *where)
+    assert len(json.loads(ran.out)) == 7
+    ran = run("search", query, "--gallery", filled, "--within", "--threshold", "0", "--json", *where)
+    assert [found["item"].rpartition("/")[2] for found in json.loads(ran.out)] == ["loose.png"]
+    none = run("search", query, "--gallery", filled, "--within", "--filter", "name = nobody", *where)
+    assert (none.code, none.out) == (0, "nothing in the gallery matches\n")
+
+
+def test_a_listing_takes_a_filter(run: Run, where: list[str], filled: str) -> None:
+    assert items(run, where, filled, "--filter", "NOT identity:*") == ["loose.png"]
+
+
+def test_a_purge_counts_then_deletes(run: Run, where: list[str], filled: str) -> None:
+    looked = run("gallery", "purge", filled, "identity = class-0", *where)
+    assert (looked.code, looked.out.splitlines()[:3]) == (0, ["class-0:0.png", "class-0:2.png", "class-0:4.png"])
+    assert "would delete 3 items" in looked.out
+    assert len(items(run, where, filled)) == 7
+    assert "deleted 3 items" in run("gallery", "purge", filled, "identity = class-0", "--force", *where).out
+    assert len(items(run, where, filled)) == 4
+    run("gallery", "purge", filled, "", "--force", *where).failed_with("filter is required")
+
+
+def test_a_gallery_is_configured_indexed_and_shown(run: Run, where: list[str], filled: str) -> None:
+    run("gallery", "configure", filled, *where).failed_with("nothing to change")
+    assert run("gallery", "configure", filled, "--min-recall", "0.9", *where).code == 0
+    ran = run("gallery", "reindex", filled, "--structure", "exact", *where)
+    assert (ran.code, ran.out) == (0, f"indexed gallery {filled}: exact\n"), ran.err
+    told = json.loads(run("gallery", "show", filled, "--json", *where).out)
+    assert told["index"] == {"min_recall": 0.9, "structure": "exact", "memory_bytes": None}
+    assert told["stats"]["fresh_items"] == 0
+    shown = run("gallery", "show", filled, *where).out
+    assert "7 items" in shown
+    assert "exact, recall 0.9 or more" in shown
+    run("gallery", "reindex", filled, "--structure", "tree", *where).failed_with("structure", "hnsw")
+
+
+def test_a_gallery_is_copied_and_restored(run: Run, where: list[str], filled: str) -> None:
+    assert "copied gallery" in run("gallery", "snapshot", filled, "before", *where).out
+    run("gallery", "snapshot", filled, "before", *where).failed_with("already")
+    (line,) = run("gallery", "snapshots", filled, "--json", *where).out.splitlines()
+    assert json.loads(line)["id"] == "before"
+    restored = run("gallery", "restore", filled, "before", f"{filled}-r", *where)
+    assert restored.out == f"gallery {filled}-r holds 7 items\n", restored.err
+    assert items(run, where, f"{filled}-r") == items(run, where, filled)
+    assert run("gallery", "delete-snapshot", filled, "before", *where).code == 0
+    run("gallery", "restore", filled, "before", f"{filled}-s", *where).failed_with("no snapshot")
+
+
+def test_a_gallery_is_named_by_an_alias(run: Run, where: list[str], filled: str) -> None:
+    alias = f"{filled}-now"
+    assert run("gallery", "alias", alias, filled, *where).out == f"alias {alias} stands for gallery {filled}\n"
+    assert items(run, where, alias) == items(run, where, filled)
+    assert alias in run("gallery", "aliases", *where).out
+    run("gallery", "delete", filled, "--force", *where).failed_with(alias)
+    assert run("gallery", "delete-alias", alias, *where).code == 0
+    run("gallery", "list", alias, *where).failed_with("no gallery")
+
+
+def test_a_gallery_moves_to_another_model(run: Run, bundle: Bundle, pictures: Path, tmp_path: Path) -> None:
+    newer = make_bundle(tmp_path / "newer", seed=1)
+    old = ["--bundle", str(bundle.path), "--data", str(tmp_path / "galleries")]
+    new = ["--bundle", str(newer.path), "--data", str(tmp_path / "galleries")]
+    run("gallery", "create", "old", *old)
+    run("gallery", "add", "old", pictures, *old)
+    run("gallery", "alias", "now", "old", *old)
+    run("gallery", "migrate", "now", "new", "--alias", "now", *new).failed_with("7 items", "loose.png", "import")
+    run("gallery", "add", "old", pictures, "--thumbnails", "64", *old)
+    ran = run("gallery", "migrate", "now", "new", "--alias", "now", *new)
+    assert (ran.code, ran.out) == (0, "gallery new holds 7 items; alias now stands for it\n"), ran.err
+    found = json.loads(run("search", pictures / "loose.png", "--gallery", "now", "-k", "1", "--json", *new).out)
+    assert found[0]["item"] == "galleries/new/items/loose.png"
+    assert found[0]["decision"]["distance"] == 0
+    assert run("search", pictures / "loose.png", "--gallery", "old", "-k", "1", "--json", *old).code == 0

@@ -1,0 +1,214 @@
+"""Streams, filters, efforts, aliases and long work through both clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from lookalike import (
+    AsyncClient,
+    CallFailed,
+    Client,
+    Conflict,
+    Effort,
+    Imported,
+    IndexSettings,
+    InvalidRequest,
+    ItemName,
+    Neighbors,
+    NewItem,
+    NotFound,
+    OperatingPoint,
+    Unavailable,
+)
+from lookalike.types import ImageLike
+from service.server import Server
+from tests.service.harness import MAX_MESSAGE_BYTES, png
+
+ALL = OperatingPoint(threshold=2)
+
+
+@pytest.fixture
+def filled(client: Client, gallery: str) -> str:
+    items = [NewItem(id=f"{n}", image=png(n), identity=f"p{n % 2}", metadata={"n": n}) for n in range(8)]
+    assert not any(isinstance(outcome, CallFailed) for outcome in client.update_items(gallery, items))
+    return gallery
+
+
+def ids(found: Neighbors | CallFailed) -> list[str]:
+    assert isinstance(found, Neighbors), found
+    return [neighbor.item.id for neighbor in found]
+
+
+def test_searches_take_filter_effort_and_exclusions(client: Client, filled: str) -> None:
+    found = client.search(filled, png(1), filter="metadata.n >= 6", effort=Effort(exact=True))
+    assert sorted(ids(found)) == ["6", "7"]
+    assert (found.expected_recall, found.truncated, found.partial) == (1, False, False)
+    assert found.generation == client.get_gallery(filled).generation
+    assert "1" not in ids(client.search(filled, png(1), exclude=[ItemName(filled, "1")]))
+    (batch,) = client.search_batch(filled, [png(1)], filter="identity = p0", effort=Effort(recall=0.5))
+    assert sorted(ids(batch)) == ["0", "2", "4", "6"]
+    with pytest.raises(InvalidRequest) as caught:
+        client.search(filled, png(1), filter="n = 1")
+    assert (caught.value.reason, list(caught.value.fields)) == ("INVALID_FILTER", ["filter"])
+    assert [item.name.id for item in client.list_items(filled, filter="metadata.n < 2")] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "effort",
+    [Effort(exact=True, recall=0.9), Effort(recall=0.9, nprobe=1), Effort(exact=True, rescore=2), Effort(nprobe=0)],
+)
+def test_an_effort_is_one_thing(client: Client, filled: str, effort: Effort) -> None:
+    with pytest.raises(ValueError, match=r"more than one|at least 1"):
+        client.search(filled, png(1), effort=effort)
+
+
+def test_all_matches(client: Client, filled: str) -> None:
+    found = client.search_matches(filled, png(1), operating_point=ALL)
+    assert (len(found), found.truncated, found.expected_recall) == (8, False, 1)
+    assert ids(found) == ids(client.search(filled, png(1)))
+    cut = client.search_matches(filled, png(1), operating_point=ALL, limit=3, filter="metadata.n > 0")
+    assert (ids(cut), cut.truncated) == ([each for each in ids(found) if each != "0"][:3], True)
+    with pytest.raises(ValueError, match="limit"):
+        client.search_matches(filled, png(1), limit=0)
+    with pytest.raises(NotFound):
+        client.search_matches("nowhere", png(1))
+
+
+def test_a_stream_of_searches(client: Client, filled: str) -> None:
+    queries: list[ImageLike] = [png(1), b"no image", ItemName(filled, "2"), *(png(n) for n in range(100))]
+    found = list(client.search_stream(filled, queries, k=2))
+    assert len(found) == len(queries)
+    assert isinstance(found[1], InvalidRequest)
+    assert ids(found[0]) == ids(client.search(filled, png(1), k=2))
+    assert ids(found[2]) == ids(client.search(filled, ItemName(filled, "2"), k=2))
+    with pytest.raises(NotFound):
+        list(client.search_stream("nowhere", [png(1)]))
+
+
+def test_an_image_that_cannot_be_read_ends_a_stream_with_its_error(client: Client, filled: str, tmp_path: Path) -> None:
+    answered: list[Neighbors | CallFailed] = []
+    with pytest.raises(FileNotFoundError):
+        answered.extend(client.search_stream(filled, [png(1), tmp_path / "missing.png", png(2)]))
+    assert len(answered) <= 1
+
+
+def test_a_stream_may_be_left_early(client: Client, filled: str) -> None:
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield png(1)
+
+    stream = client.search_stream(filled, endless(), k=1)
+    assert ids(next(stream)) == ["1"]
+    stream.close()  # type: ignore[attr-defined]
+    assert client.search(filled, png(1), k=1)
+
+
+def test_an_import(client: Client, gallery: str) -> None:
+    items = [NewItem(id=f"{n:03}", image=png(n) if n != 5 else b"no image") for n in range(40)]
+    told = list(client.import_items(gallery, items))
+    assert (told[-1].acknowledged, told[-1].stored) == (40, 39)
+    (failure,) = [failure for each in told for failure in each.failures]
+    assert failure.index == 5
+    assert isinstance(failure.error, InvalidRequest)
+    assert client.get_gallery(gallery).item_count == 39
+
+
+def test_items_are_written_by_parts_and_deleted_by_etag(client: Client, filled: str) -> None:
+    name = ItemName(filled, "1")
+    stored = client.update_item(filled, NewItem(id="1", identity="other"), fields=["identity"])
+    item = client.get_item(name)
+    assert (item.identity, item.metadata, item.etag) == ("other", {"n": 1}, stored.etag)
+    with pytest.raises(NotFound):
+        client.update_item(filled, NewItem(id="99", image=png(1)), allow_missing=False)
+    with pytest.raises(Conflict):
+        client.delete_item(name, etag="stale")
+    client.delete_item(name, etag=stored.etag)
+    with pytest.raises(NotFound):
+        client.get_item(name)
+    client.delete_item(name, allow_missing=True)
+
+
+def test_a_purge(client: Client, filled: str) -> None:
+    looked = client.purge_items(filled, "identity = p1")
+    assert (looked.count, looked.sample[0]) == (4, ItemName(filled, "1"))
+    assert client.purge_items(filled, "identity = p1", force=True).count == 4
+    assert [item.name.id for item in client.list_items(filled)] == ["0", "2", "4", "6"]
+
+
+def test_index_settings(client: Client, filled: str) -> None:
+    before = client.get_gallery(filled)
+    assert before.index == IndexSettings()
+    settings = IndexSettings(min_recall=0.9, structure="exact", memory_bytes=10**9)
+    after = client.update_gallery(filled, settings, etag=before.etag)
+    assert (after.index, client.get_gallery(filled).index) == (settings, settings)
+    with pytest.raises(Conflict):
+        client.update_gallery(filled, settings, etag=before.etag)
+
+
+def test_long_work(client: Client, filled: str) -> None:
+    begun = client.reindex_gallery(filled, index=IndexSettings(structure="exact"))
+    assert (begun.verb, begun.target) == ("reindex", filled)
+    done = client.wait_operation(begun.id)
+    assert done.done
+    assert done.error is None
+    assert done.gallery is not None
+    assert done.gallery.stats is not None
+    assert [segment.rows for segment in done.gallery.stats.segments] == [8]
+    assert client.get_operation(begun.id) == done
+    assert done in list(client.list_operations())
+    client.cancel_operation(begun.id)  # too late, and no error
+
+    copied = client.wait_operation(client.create_snapshot(filled, "one").id).snapshot
+    assert copied is not None
+    assert list(client.list_snapshots(filled)) == [copied]
+    other = f"{filled}-r"
+    restored = client.wait_operation(client.restore_gallery(filled, "one", other).id)
+    assert restored.gallery is not None
+    assert restored.gallery.item_count == 8
+    client.delete_gallery(other, force=True)
+    client.delete_snapshot(filled, "one")
+    with pytest.raises(InvalidRequest, match="already"):
+        client.migrate_gallery(filled, other)
+
+
+def test_aliases(client: Client, filled: str) -> None:
+    alias = client.put_alias(f"{filled}-now", filled)
+    assert client.get_alias(alias.id) == alias
+    assert alias in list(client.list_aliases())
+    assert ids(client.search(alias.id, png(1))) == ids(client.search(filled, png(1)))
+    client.delete_alias(alias.id)
+    with pytest.raises(NotFound):
+        client.get_alias(alias.id)
+
+
+def test_the_asynchronous_client_streams_as_well(client: Client, server: Server, filled: str, tmp_path: Path) -> None:
+    expected = client.search_matches(filled, png(1), operating_point=ALL)
+
+    async def imported(other: AsyncClient) -> list[Imported]:
+        return [told async for told in other.import_items(filled, [NewItem(id="0", image=png(0))])]
+
+    async def failed(stream: AsyncIterator[Neighbors | CallFailed]) -> None:
+        async for _ in stream:
+            pass
+
+    async def ask() -> None:
+        async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+            found = await other.search_matches(filled, png(1), operating_point=ALL)
+            assert (found, found.expected_recall) == (expected, 1)
+            assert [told.stored for told in await imported(other)] == [1]
+            answers = [each async for each in other.search_stream(filled, [png(n) for n in range(30)], k=1)]
+            assert [ids(each) for each in answers[:8]] == [[f"{n}"] for n in range(8)]
+            assert len(answers) == 30
+            with pytest.raises(FileNotFoundError):
+                await failed(other.search_stream(filled, [tmp_path / "missing.png"]))
+            with pytest.raises(NotFound):
+                await failed(other.search_stream("nowhere", [png(1)]))
+        async with AsyncClient("127.0.0.1:1") as nobody:
+            with pytest.raises(Unavailable):
+                await failed(nobody.search_stream(filled, [png(1)]))
+
+    asyncio.run(ask())

@@ -1,0 +1,105 @@
+"""A disk that refuses: the write fails with its reason, the gallery keeps answering, and no half state stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding.decision import Judge, Vectors
+from embedding.errors import LookalikeError, StorageFailed
+from index import Catalog, Gallery, Item
+from tests.index.contract import items_of, pairs, ranked
+
+OPERATIONS: dict[str, Callable[[Gallery, Path], object]] = {
+    "seal": lambda gallery, _: gallery.seal(),
+    "compact": lambda gallery, _: gallery.compact(),
+    "reindex": lambda gallery, _: gallery.reindex(),
+    "snapshot": lambda gallery, folder: gallery.snapshot(folder / "copy"),
+}
+CALLS = ["os.fsync", "os.fdatasync", "os.open", "pathlib.Path.mkdir", "pathlib.Path.rename", "pathlib.Path.open"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_each_call_that_a_disk_can_refuse(
+    catalog: Catalog,
+    filled: Gallery,
+    pool: Vectors,
+    judge: Judge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    code: int,
+) -> None:
+    """Each of the first calls of each kind fails in turn, once."""
+    filled.delete(["item-03"])
+    left = [item for item in items_of(pool) if item.name != "item-03"]
+    refusals: list[LookalikeError] = []
+    for name in CALLS:
+        for at in (0, 1, 3):
+            counted = 0
+            with monkeypatch.context() as patch:
+                owner, attribute = (
+                    (os, name.removeprefix("os.")) if name.startswith("os.") else (Path, name.split(".")[-1])
+                )
+                real = getattr(owner, attribute)
+
+                def failing(*args: object, _real: object = real, _at: int = at, **kwargs: object) -> object:
+                    nonlocal counted
+                    counted += 1
+                    if counted == _at + 1:
+                        raise OSError(code, os.strerror(code))
+                    return _real(*args, **kwargs)  # type: ignore[operator]
+
+                patch.setattr(owner, attribute, failing)
+                try:
+                    OPERATIONS[operation](filled, tmp_path / f"{name}-{at}")
+                except LookalikeError as error:
+                    refusals.append(error)
+            assert [path for path in (tmp_path / f"{name}-{at}").rglob("*") if path.name.startswith(".")] == []
+            found = pairs(filled.search(pool[0], k=100, judge=judge))
+            assert [pair[1] for pair in found if not pair[1].startswith("new")] == [
+                name for _, name in ranked(pool[0], left)
+            ]
+            filled.upsert([Item(name=f"new-{name}-{at}", embedding=pool[1])])  # so that there is work again
+    assert len(refusals) >= 4, "the faults were hardly met"
+    assert {type(error) for error in refusals} == {StorageFailed}
+    assert all(os.strerror(code) in str(error) for error in refusals)
+    OPERATIONS[operation](filled, tmp_path / "last")
+    assert filled.verify().problems == []
+    names = {item.name for item in filled.iterate()}
+    catalog.close()
+    with Catalog(catalog.root) as again:
+        assert {item.name for item in again.get("shapes").iterate()} == names
+        assert again.get("shapes").verify().problems == []
+
+
+def test_a_vector_file_that_cannot_grow_leaves_the_gallery_in_memory(
+    filled: Gallery, pool: Vectors, judge: Judge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Background sealing that fails is told in the statistics, and tried again once there is more to seal."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    live = filled._live
+    live._seal_after = 20
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", refuse)
+        filled.upsert([Item(name=f"a{i}", embedding=pool[i]) for i in range(24)])
+        if live._sealer is not None:
+            live._sealer.join()
+        assert "No space left" in filled.stats().last_failure
+        assert "stays unsealed for now" in caplog.text
+        assert len(filled.search(pool[0], k=100, judge=judge).neighbors) == len(pool) + 24
+    filled.upsert([Item(name=f"b{i}", embedding=pool[i]) for i in range(48)])
+    assert live._sealer is not None
+    live._sealer.join()
+    assert filled.stats().last_failure == ""
+    assert filled.stats().fresh == 0
+    assert np.isclose(filled.search(pool[0], k=1, judge=judge).neighbors[0].decision.distance, 0)

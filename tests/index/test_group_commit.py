@@ -1,0 +1,103 @@
+"""Writes of many threads share a commit; each is carried out or refused alone."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from embedding.decision import Vectors
+from embedding.errors import LookalikeError, NotFound, StaleEtag
+from index import Catalog, Gallery, Item
+
+
+@pytest.fixture
+def blocker(catalog: Catalog, gallery: Gallery) -> sqlite3.Connection:
+    """Holds the store, so that what is written meanwhile waits and then goes together."""
+    return sqlite3.connect(catalog.root / "shapes" / "store.sqlite", isolation_level=None)
+
+
+def test_a_group_is_one_transaction_and_each_write_stands_alone(
+    catalog: Catalog, gallery: Gallery, pool: Vectors, blocker: sqlite3.Connection
+) -> None:
+    (stored,) = gallery.upsert([Item(name="there", embedding=pool[0])])
+    groups: list[int] = []
+    committed = gallery._live.store.write
+
+    def counting(writes: list[object], *, oldest_read: int) -> object:
+        groups.append(len(writes))
+        return committed(writes, oldest_read=oldest_read)  # type: ignore[arg-type]
+
+    gallery._live.store.write = counting  # type: ignore[method-assign, assignment]
+    blocker.execute("BEGIN IMMEDIATE")
+    outcomes: dict[str, object] = {}
+
+    def attempt(name: str) -> None:
+        try:
+            if name == "stale":
+                outcomes[name] = gallery.upsert(
+                    [Item(name="new", embedding=pool[1]), Item(name="there", embedding=pool[1], etag="old")]
+                )
+            elif name == "missing":
+                outcomes[name] = gallery.delete(["there", "nobody"])
+            else:
+                outcomes[name] = gallery.upsert([Item(name=name, embedding=pool[2])])
+        except LookalikeError as error:
+            outcomes[name] = error
+
+    names = [*(f"n{i}" for i in range(12)), "stale", "missing"]
+    with ThreadPoolExecutor(len(names)) as threads:
+        waiting = [threads.submit(attempt, name) for name in names]
+        while len(gallery._live._waiting) < len(names) - 1:  # one leads, and waits for the store
+            threading.Event().wait(0.01)
+        blocker.execute("ROLLBACK")
+        for one in waiting:
+            one.result()
+    blocker.close()
+    assert groups == [1, len(names) - 1]
+    assert isinstance(outcomes["stale"], StaleEtag)
+    assert isinstance(outcomes["missing"], NotFound)
+    assert sorted(item.name for item in gallery.iterate()) == sorted(["there", *names[:12]])
+    assert gallery.get("there").etag == stored.etag
+    assert (gallery.size, gallery.generation) == (13, 13)
+    assert len({gallery.get(name).generation for name in names[:12]}) == 12
+
+
+def test_what_a_trigger_refuses_does_not_take_others_with_it(
+    catalog: Catalog, gallery: Gallery, pool: Vectors, blocker: sqlite3.Connection
+) -> None:
+    blocker.execute(
+        "CREATE TRIGGER no BEFORE INSERT ON items WHEN new.name = 'no' BEGIN SELECT RAISE(ABORT, 'no'); END"
+    )
+    blocker.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(4) as threads:
+        good = [threads.submit(gallery.upsert, [Item(name=f"yes-{i}", embedding=pool[i])]) for i in range(2)]
+        bad = [threads.submit(gallery.upsert, [Item(name=n, embedding=pool[3]) for n in ("half", "no")]) for _ in "ab"]
+        while len(gallery._live._waiting) < 3:
+            threading.Event().wait(0.01)
+        blocker.execute("ROLLBACK")
+        for one in bad:
+            with pytest.raises(sqlite3.IntegrityError):
+                one.result()
+        assert [one.result()[0].name for one in good] == ["yes-0", "yes-1"]
+    blocker.close()
+    assert sorted(item.name for item in gallery.iterate()) == ["yes-0", "yes-1"]
+    catalog.close()
+    with Catalog(catalog.root) as again:
+        assert (again.get("shapes").size, again.get("shapes").verify().problems) == (2, [])
+
+
+def test_closing_refuses_what_waits(gallery: Gallery, pool: Vectors, tmp_path: Path) -> None:
+    live = gallery._live
+    with ThreadPoolExecutor(8) as threads:
+        with live.write_lock():
+            waiting = [threads.submit(gallery.upsert, [Item(name=f"{i}", embedding=pool[i])]) for i in range(8)]
+            while len(live._waiting) < 8:
+                threading.Event().wait(0.01)
+            live.closed = True
+        for one in waiting:
+            with pytest.raises(NotFound, match="deleted or closed"):
+                one.result()

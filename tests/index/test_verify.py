@@ -1,0 +1,153 @@
+"""`verify` finds what does not agree, mends what is a view, and a snapshot that is not whole is refused."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding.decision import Judge, Vectors
+from embedding.errors import DamagedData
+from index import Catalog, Gallery, Item
+from tests.index.contract import items_of, pairs, ranked
+
+
+def flip_in_place(path: Path, at: int) -> None:
+    """Change one byte without the file system noticing, as a failing disk does: neither size, times nor inode move."""
+    stamp = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 0x40]))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+@pytest.fixture
+def sealed(gallery: Gallery, pool: Vectors) -> Gallery:
+    gallery.upsert(items_of(pool))
+    gallery.seal()
+    return gallery
+
+
+@pytest.mark.parametrize("name", ["vectors.f32", "norms.f32", "keys.i64", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "unlink"])
+def test_damage_beneath_an_open_gallery_is_found_and_mended(
+    catalog: Catalog, sealed: Gallery, pool: Vectors, judge: Judge, name: str, how: str
+) -> None:
+    (path,) = (catalog.root / "shapes" / "segments").glob(f"*/{name}")
+    if how == "flip":
+        flip_in_place(path, path.stat().st_size // 2)
+    elif how == "cut":
+        whole = path.read_bytes()
+        path.unlink()  # a mapped file that is cut takes the process down with it; a new one in its place does not
+        path.write_bytes(whole[:-1])
+    else:
+        path.unlink()
+    found = sealed.verify()
+    assert not found.sound
+    assert any(path.parent.name in problem.path for problem in found.problems)
+    mended = sealed.verify(repair=True)
+    assert mended.sound
+    assert mended.problems
+    assert sealed.verify().problems == []
+    for query in pool[::5]:
+        assert pairs(sealed.search(query, k=100, judge=judge)) == ranked(query, items_of(pool))
+
+
+def test_a_damaged_store_is_found_and_not_mended(catalog: Catalog, sealed: Gallery) -> None:
+    path = catalog.root / "shapes" / "store.sqlite"
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute("UPDATE sqlite_master SET sql = replace(sql, 'name', 'identity') WHERE name = 'living_names'")
+    connection.commit()
+    connection.close()
+    found = sealed.verify(repair=True)
+    assert not found.sound
+    assert "restore the gallery from a snapshot" in found.problems[0].what
+
+
+def test_vectors_that_differ_from_the_store_are_found(catalog: Catalog, sealed: Gallery, pool: Vectors) -> None:
+    """A change that every sum has missed."""
+    connection = sqlite3.connect(catalog.root / "shapes" / "store.sqlite")
+    connection.execute("UPDATE items SET embedding = ? WHERE name = 'item-07'", (pool[0].tobytes(),))
+    connection.commit()
+    connection.close()
+    assert "1 vectors differ" in sealed.verify().problems[0].what
+    assert sealed.verify(repair=True).sound
+    assert sealed.verify().problems == []
+
+
+def test_a_snapshot_that_is_not_whole_is_refused(catalog: Catalog, sealed: Gallery, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    sealed.snapshot(copy)
+    contents = copy / "copy.json"
+    whole = contents.read_bytes()
+    for at in range(0, len(whole), 5):
+        contents.write_bytes(whole[:at] + bytes([whole[at] ^ 0x01]) + whole[at + 1 :])
+        try:
+            catalog.restore("back", copy)
+        except DamagedData:
+            continue
+        assert catalog.get("back").size == sealed.size  # the generation's number alone may go unnoticed
+        assert catalog.get("back").verify().sound
+        catalog.delete("back")
+    contents.write_bytes(whole)
+    for path in sorted(copy.rglob("*")):
+        if path.is_file() and path != contents:
+            data = path.read_bytes()
+            for damaged in (data[:-1], data[: len(data) // 2] + b"\1" + data[len(data) // 2 + 1 :], None):
+                path.unlink(missing_ok=True)
+                if damaged is not None:
+                    path.write_bytes(damaged)
+                with pytest.raises(DamagedData, match="make the snapshot again"):
+                    catalog.restore("back", copy)
+            path.write_bytes(data)
+    assert catalog.restore("back", copy).size == sealed.size
+    assert [path.name for path in catalog.root.iterdir() if path.name.startswith(".making")] == []
+
+
+def test_a_store_of_the_first_schema_is_brought_forward(
+    catalog: Catalog, sealed: Gallery, pool: Vectors, judge: Judge
+) -> None:
+    """Its segment is of an older form: forgotten, and written anew."""
+    sealed.delete(["item-03"])
+    catalog.close()
+    path = catalog.root / "shapes" / "store.sqlite"
+    connection = sqlite3.connect(path, isolation_level=None)
+    for statement in (
+        "DROP TABLE segments",
+        "DROP TABLE tombstones",
+        "DROP TABLE thumbnails",
+        "ALTER TABLE gallery DROP COLUMN size",
+        "ALTER TABLE gallery DROP COLUMN settings",
+        "ALTER TABLE gallery ADD COLUMN segment TEXT",
+        "PRAGMA user_version = 1",
+    ):
+        connection.execute(statement)
+    connection.close()
+    with (
+        Catalog(catalog.root, read_only=True) as reader,
+        pytest.raises(DamagedData, match="open it once for writing"),
+    ):
+        reader.get("shapes")
+    left = [item for item in items_of(pool) if item.name != "item-03"]
+    for _ in range(2):
+        with Catalog(catalog.root) as writer:
+            gallery = writer.get("shapes")
+            assert gallery.size == len(left)
+            assert pairs(gallery.search(pool[0], k=100, judge=judge)) == ranked(pool[0], left)
+            gallery.upsert([Item(name="item-00", embedding=pool[0], thumbnail=b"t")])
+            gallery.seal()
+            assert gallery.verify().problems == []
+
+
+def test_norms_are_those_of_the_vectors(catalog: Catalog, sealed: Gallery) -> None:
+    (folder,) = (catalog.root / "shapes" / "segments").iterdir()
+    vectors_ND = np.fromfile(folder / "vectors.f32", "<f4").reshape(sealed.size, -1)
+    norms_N = np.fromfile(folder / "norms.f32", "<f4")
+    assert np.abs(norms_N - (vectors_ND.astype(np.float64) ** 2).sum(axis=1)).max() < 1e-6

@@ -1,0 +1,219 @@
+"""Long work without a server: operations, and migrations beside writers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding.bundle import Bundle
+from embedding.encoder import Encoder
+from embedding.errors import Busy, Cancelled, ImagesNeeded, NotFound
+from index import Progress
+from index.engine import OnProgress
+from service import operations, upkeep
+from service.engine import Engine
+from service.operations import Operations
+from service.sources import EncodedImage
+from service.writes import Draft, UpdateItems
+from tests.service.harness import make_bundle, png
+
+
+@pytest.fixture
+def running() -> Iterator[Operations]:
+    running = Operations()
+    yield running
+    running.close()
+
+
+def test_an_operation_tells_its_progress_and_its_result(running: Operations) -> None:
+    go_on, told = threading.Event(), threading.Event()
+
+    def work(tell: OnProgress) -> str:
+        tell(Progress(stage="counting", done=3, total=9))
+        told.set()
+        assert go_on.wait(timeout=20)
+        return "made"
+
+    operation = running.start("reindex", "g", work)
+    assert told.wait(timeout=20)
+    assert operation.progress == Progress(stage="counting", done=3, total=9)
+    assert not operation.wait(0)
+    with pytest.raises(Busy, match="still runs"):
+        running.delete(operation.id)
+    go_on.set()
+    assert operation.wait(20)
+    assert operations.value(operation) == "made"
+    running.delete(operation.id)
+    with pytest.raises(NotFound):
+        running.get(operation.id)
+
+
+def test_an_operation_is_cancelled_at_its_next_progress(running: Operations) -> None:
+    cancelled = threading.Event()
+    begun = threading.Event()
+
+    def work(tell: OnProgress) -> str:
+        begun.set()
+        assert cancelled.wait(timeout=20)
+        tell(Progress(stage="next", done=0, total=1))
+        raise AssertionError("it went on")
+
+    operation = running.start("reindex", "g", work)
+    assert begun.wait(timeout=20)
+    operation.cancel()
+    cancelled.set()
+    assert operation.wait(20)
+    with pytest.raises(Cancelled, match="reindex"):
+        operations.value(operation)
+
+
+def test_one_that_waits_can_be_cancelled_and_too_many_are_refused(
+    running: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "MAX_WAITING", 2)
+    go_on = threading.Event()
+    first = running.start("a", "g", lambda tell: go_on.wait(20))
+    waiting = running.start("b", "g", lambda tell: "never")
+    with pytest.raises(Busy):
+        running.start("c", "g", lambda tell: "never")
+    waiting.cancel()
+    go_on.set()
+    assert first.wait(20)
+    assert waiting.wait(20)
+    assert isinstance(waiting.error, Cancelled)
+
+
+def test_closing_cancels_what_runs() -> None:
+    running, begun = Operations(), threading.Event()
+
+    def work(tell: OnProgress) -> None:
+        while True:
+            tell(Progress(stage="for ever", done=0, total=0))
+            begun.set()
+
+    operation = running.start("a", "g", work)
+    assert begun.wait(timeout=20)
+    running.close()
+    assert isinstance(operation.error, Cancelled)
+
+
+# Migrations
+
+
+@pytest.fixture
+def old(bundle: Bundle, tmp_path: Path) -> Iterator[Engine]:
+    with Engine.open(bundle.path, tmp_path / "galleries", device="cpu", thumbnails=32) as engine:
+        engine.create_gallery("old")
+        write(engine, *range(6))
+        yield engine
+
+
+@pytest.fixture
+def new(old: Engine, tmp_path: Path) -> Engine:
+    """The same galleries with another model."""
+    return replace(old, encoder=Encoder(make_bundle(tmp_path / "newer", seed=1), device="cpu"))
+
+
+def write(engine: Engine, *seeds: int, image_of: int | None = None) -> None:
+    drafts = [
+        Draft(name=f"item-{seed}", image=EncodedImage(data=png(seed if image_of is None else image_of)))
+        for seed in seeds
+    ]
+    for outcome in engine.ask(UpdateItems(gallery="old", drafts=drafts)):
+        assert not isinstance(outcome, Exception)
+
+
+def held(engine: Engine, gallery: str) -> dict[str, bytes]:
+    found = engine.gallery(gallery, any_model=True)
+    return {item.name: item.embedding.tobytes() for item in found.iterate()}
+
+
+def expected(engine: Engine, seeds: dict[str, int]) -> dict[str, bytes]:
+    emb_ND = engine.encoder.encode([png(seed) for seed in seeds.values()])
+    return {name: np.asarray(emb_D).tobytes() for name, emb_D in zip(seeds, emb_ND, strict=True)}
+
+
+class During:
+    """Runs something once, when a migration first says that it embeds."""
+
+    def __init__(self, action: object) -> None:
+        self._action = action
+        self.passes = 0
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage.startswith("embedding") and progress.done == progress.total:
+            self.passes += 1
+            if self.passes == 1:
+                self._action()  # type: ignore[operator]
+
+
+def test_writes_during_a_migration_are_taken_over(old: Engine, new: Engine) -> None:
+    def writes() -> None:
+        write(old, 7)  # new
+        write(old, 1, image_of=8)  # changed
+        old.gallery("old").delete(["item-2"])
+
+    during = During(writes)
+    target = upkeep.Migration(new, "old", "new", alias="now").run(during)
+    assert during.passes == 2
+    seeds = {f"item-{seed}": seed for seed in (0, 3, 4, 5, 7)} | {"item-1": 8}
+    assert held(new, "new") == expected(new, seeds)
+    assert new.aliases.get("now") == target.id == "new"
+    assert old.gallery("old").size == 6
+
+
+def test_what_was_imported_into_the_new_gallery_alone_stays(old: Engine, new: Engine) -> None:
+    new.create_gallery("new")
+    drafts = [Draft(name="extra", image=EncodedImage(data=png(11)))]
+    new.ask(UpdateItems(gallery="new", drafts=drafts))
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    assert held(new, "new") == expected(new, {f"item-{seed}": seed for seed in range(6)} | {"extra": 11})
+
+
+def test_a_cancelled_migration_moves_no_alias_and_goes_on_later(
+    old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 2)
+    new.put_alias("now", "old")
+
+    def cancel(progress: Progress) -> None:
+        if progress.stage.startswith("embedding") and progress.done == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        upkeep.Migration(new, "old", "new", alias="now").run(cancel)
+    assert new.aliases.get("now") == "old"
+    assert len(held(new, "new")) == 2
+    upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+    assert new.aliases.get("now") == "new"
+    assert held(new, "new") == expected(new, {f"item-{seed}": seed for seed in range(6)})
+
+
+def test_an_image_lost_during_a_migration_stops_it(old: Engine, new: Engine) -> None:
+    def bare() -> None:
+        gallery = old.gallery("old")
+        gallery.upsert([replace(gallery.get("item-0"), etag="", thumbnail=None)])
+
+    new.put_alias("now", "old")
+    with pytest.raises(ImagesNeeded, match="item-0"):
+        upkeep.Migration(new, "old", "new", alias="now").run(During(bare))
+    assert new.aliases.get("now") == "old"
+
+
+def test_a_damaged_thumbnail_is_named(old: Engine, new: Engine) -> None:
+    gallery = old.gallery("old")
+    gallery.upsert([replace(gallery.get("item-3"), etag="", thumbnail=b"not an image")])
+    with pytest.raises(ImagesNeeded, match=r"item-3.*cannot be read"):
+        upkeep.Migration(new, "old", "new").run(lambda progress: None)
+
+
+def test_thumbnails_survive_an_update_of_other_fields(old: Engine) -> None:
+    draft = Draft(name="item-0", image=None, identity="ada", parts=frozenset({"identity"}))
+    (outcome,) = old.ask(UpdateItems(gallery="old", drafts=[draft]))
+    assert not isinstance(outcome, Exception)
+    assert old.gallery("old").thumbnail("item-0") == png(0)

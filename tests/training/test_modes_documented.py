@@ -1,0 +1,37 @@
+"""docs/training.md: each example is a recipe, and says what the text says."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config import Recipe
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+BASE, *CHANGES = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL))
+
+
+def changed(sections: dict[str, Any]) -> Recipe:
+    """The first example with sections of another in place of its own."""
+    return Recipe.model_validate({**BASE, **sections}, strict=False)
+
+
+def test_there_is_an_example_of_each_mode() -> None:
+    views, joint, stages, tuned, large = (changed(sections) for sections in CHANGES)
+    assert changed({}).training.mode == "supervised"
+    assert (views.training.mode, views.loss.name) == ("self-supervised", "nt-xent")
+    assert joint.loss.name == "joint"
+    assert stages.classifier is not None
+    assert (tuned.network.weights, tuned.optimizer.layer_decay) == ("pretrained", 0.75)
+    assert large.training.early_stopping is not None
+    assert large.training.micro_batch == 128
+    assert large.sampling.identities_per_batch * large.sampling.images_per_identity == 2048
+
+
+@pytest.mark.parametrize("key", ["mode", "micro_batch", "early_stopping", "tensorboard", "ema_decay", "layer_decay"])
+def test_the_keys_of_a_mode_are_told(key: str) -> None:
+    assert key in TEXT
