@@ -18,6 +18,11 @@ WINDOW_BYTES = 32 * 2**20
 """Most bytes of one stream's requests that are held at once, but for a single larger one."""
 
 
+LINGER_SECONDS = 0.2
+"""How long a stream that fails goes on reading what its caller still sends, unused. A caller whose write meets a call
+that has ended is told of the broken write by gRPC, and not why the call ended."""
+
+
 class Elements(Generic[T]):
     """Use it in an `async with` statement, which ends the reading."""
 
@@ -29,6 +34,7 @@ class Elements(Generic[T]):
         self._held = 0  # bytes read and not done with
         self._room = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
+        self._unused = False  # what is still read is thrown away
 
     async def __aenter__(self) -> Self:
         self._reader = asyncio.create_task(self._fill())
@@ -38,8 +44,17 @@ class Elements(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._reader is not None:
+            if isinstance(error, Exception):
+                await self._linger(self._reader)
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _linger(self, reader: asyncio.Task[None]) -> None:
+        self._unused = True
+        self._room.set()
+        while not self._read.empty():
+            self._read.get_nowait()
+        await asyncio.wait({reader}, timeout=LINGER_SECONDS)
 
     async def first(self) -> T | None:
         """The next element by itself; None when the stream has ended."""
@@ -74,9 +89,11 @@ class Elements(Generic[T]):
         try:
             async for request in self._requests:
                 size = request.ByteSize()
-                while self._held and self._held + size > self._window_bytes:
+                while not self._unused and self._held and self._held + size > self._window_bytes:
                     self._room.clear()
                     await self._room.wait()
+                if self._unused:
+                    continue
                 self._held += size
                 await self._read.put(request)
         except Exception:
