@@ -113,13 +113,16 @@ def test_leaving_ends_the_reading_even_when_the_window_is_full() -> None:
 
 @pytest.mark.parametrize(("window", "window_bytes"), [(4, 10**6), (100, 5 * BYTES)])
 def test_a_stream_that_fails_reads_on_so_that_its_caller_can_finish_sending(window: int, window_bytes: int) -> None:
+    async def fail(sent: Sent) -> None:
+        async with Elements(aiter(sent), window=window, window_bytes=window_bytes) as elements:
+            await elements.first()
+            await settled()
+            raise KeyError("no such gallery")
+
     async def go() -> int:
         sent = Sent(60)
         with pytest.raises(KeyError):
-            async with Elements(aiter(sent), window=window, window_bytes=window_bytes) as elements:
-                await elements.first()
-                await settled()
-                raise KeyError("no such gallery")
+            await fail(sent)
         return sent.taken
 
     assert asyncio.run(go()) == 60
@@ -130,10 +133,13 @@ def test_a_stream_that_fails_waits_for_a_silent_caller_no_longer_than_it_says() 
         yield common_pb2.ImageInput(encoded=b"first")
         await asyncio.Event().wait()
 
+    async def fail() -> None:
+        async with Elements(silent(), window=4) as elements:
+            await elements.first()
+            raise KeyError("no such gallery")
+
     async def go() -> None:
         with pytest.raises(KeyError):
-            async with Elements(silent(), window=4) as elements:
-                await elements.first()
-                raise KeyError("no such gallery")
+            await fail()
 
     asyncio.run(asyncio.wait_for(go(), timeout=30))
