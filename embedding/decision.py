@@ -30,14 +30,7 @@ def distances(query_D: Vectors, items_ND: Vectors) -> Vectors:
     alignment, or on which of the two is the query. Squares are summed by halving, so that every addition is an
     element-wise operation whose order is fixed by D; a BLAS product or a reduction would promise none of this.
     """
-    query_D = np.ascontiguousarray(query_D, dtype=np.float32)
-    out_N = np.empty(len(items_ND), dtype=np.float32)
-    for start in range(0, len(items_ND), _ROWS_AT_ONCE):
-        square_nD = np.asarray(items_ND[start : start + _ROWS_AT_ONCE], dtype=np.float32) - query_D
-        square_nD *= square_nD
-        out_N[start : start + _ROWS_AT_ONCE] = _sum_by_halving(square_nD)
-    np.sqrt(out_N, out=out_N)
-    return np.minimum(out_N, np.float32(MAX_DISTANCE), out=out_N)
+    return distances_of_pairs(np.broadcast_to(query_D, items_ND.shape), items_ND)
 
 
 def distances_of_pairs(a_PD: Vectors, b_PD: Vectors) -> Vectors:
