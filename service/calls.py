@@ -1,36 +1,51 @@
-"""Every call, as it passes: its request id, one log line with method, code and milliseconds, and a count in flight.
+"""Every call, as it passes: hooks that admit and observe it, one log line, and a count in flight.
 
-Neither images nor vectors nor any other content of a message is ever logged.
+One interceptor for all of them: each interceptor of a server costs every call a wrapper of its own. Neither images nor
+vectors nor any other content of a message is ever logged.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import Message
 
-_REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-_PREFIX = "/lookalike."
+from service.call import CURRENT, Call
+from service.errors import translated_errors
+
+_PREFIXES = ("/lookalike.", "/google.longrunning.")
 
 _log = structlog.get_logger(__name__)
 
 
-def request_id() -> str:
-    """The id of the call being served; empty outside of one."""
-    return _REQUEST_ID.get()
+class Hook:
+    """What is told of every call, on the event loop: it must not block. What it raises as LookalikeError ends the call.
+
+    Hooks are told in their order, and of the end in the opposite one. `ended` is called for whatever `begun` was.
+    """
+
+    def begun(self, call: Call) -> None:
+        """A call has come; nothing of it was read but its metadata."""
+
+    def received(self, call: Call, request: Message) -> None:
+        """A request message was read: the only one, or the next of a stream."""
+
+    def ended(self, call: Call, code: grpc.StatusCode) -> None:
+        """The call is over."""
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """Logs and counts the calls of our own services; health checks and reflection pass by."""
+    """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
 
-    def __init__(self) -> None:
+    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+        self._hooks = tuple(hooks)
+        self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -46,14 +61,17 @@ class Calls(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(_PREFIX):  # an unknown method has no handler
+        if handler is None or not method.startswith(_PREFIXES):  # an unknown method has no handler
             return handler
         # Typed for blocking servers only. All our methods answer with one message, or stream their answers.
         respond: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
         if handler.unary_unary is not None:
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with self._counted(method, context):
+                async with self._counted(method, context) as call:
+                    if self._receivers:
+                        async with translated_errors(context):
+                            self._received(call, request)
                     return await respond(request, context)
 
             return grpc.unary_unary_rpc_method_handler(
@@ -63,7 +81,12 @@ class Calls(grpc.aio.ServerInterceptor):
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._counted(method, context):
+            async with self._counted(method, context) as call:
+                if self._receivers and handler.request_streaming:
+                    request = self._each_received(call, request)
+                elif self._receivers:
+                    async with translated_errors(context):
+                        self._received(call, request)
                 async for response in respond(request, context):
                     yield response
 
@@ -75,15 +98,30 @@ class Calls(grpc.aio.ServerInterceptor):
         )
         return made
 
+    def _received(self, call: Call, request: Message) -> None:
+        for hook in self._receivers:
+            hook.received(call, request)
+
+    async def _each_received(self, call: Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The same requests; what a hook raises reaches the method, which ends the call with it."""
+        async for request in requests:
+            self._received(call, request)
+            yield request
+
     @asynccontextmanager
-    async def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-        _REQUEST_ID.set(uuid.uuid4().hex)
-        started = time.perf_counter()
+    async def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Call]:
+        call = Call(method, context)
+        CURRENT.set(call)
         self._in_flight += 1
         self._idle.clear()
-        code: grpc.StatusCode | None = grpc.StatusCode.CANCELLED  # what it is unless the call ends in one of two ways
+        begun: list[Hook] = []
+        code: Any = grpc.StatusCode.CANCELLED  # what it is unless the call ends in one of two ways
         try:
-            yield
+            async with translated_errors(context):
+                for hook in self._hooks:
+                    begun.append(hook)
+                    hook.begun(call)
+            yield call
             code = grpc.StatusCode.OK
         except grpc.aio.AbortError:
             code = context.code()
@@ -92,9 +130,12 @@ class Calls(grpc.aio.ServerInterceptor):
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-            milliseconds = round(1000 * (time.perf_counter() - started), 3)
-            _log.info("call", method=method, code=_name(code), ms=milliseconds, request_id=request_id())
+            code = code if isinstance(code, grpc.StatusCode) else _code_of(code)
+            for hook in reversed(begun):
+                hook.ended(call, code)
+            milliseconds = round(1000 * (time.perf_counter() - call.started), 3)
+            _log.info("call", method=method, code=code.name, ms=milliseconds, request_id=call.request_id)
 
 
-def _name(code: Any) -> str:
-    return code.name if isinstance(code, grpc.StatusCode) else str(code)
+def _code_of(number: Any) -> grpc.StatusCode:
+    return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)

@@ -20,7 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from embedding import errors as domain
-from service.calls import request_id
+from service.call import request_id
 
 DOMAIN = "lookalike"
 """The `domain` of every ErrorInfo."""
