@@ -38,6 +38,26 @@ def serve(
         typer.Option("--other-bundle", metavar="DIR", help="A further bundle, for galleries of its model; may repeat."),
     ] = None,
     thumbnails: options.Thumbnails = 0,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option("--tls-certificate", metavar="FILE", envvar="LOOKALIKE_TLS_CERTIFICATE", help="PEM; serves TLS."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="FILE", envvar="LOOKALIKE_TLS_KEY", help="Its key, PEM.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca",
+            metavar="FILE",
+            envvar="LOOKALIKE_TLS_CLIENT_CA",
+            help="PEM roots: clients must show a certificate that leads to one.",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", envvar="LOOKALIKE_INSECURE", help="Let other machines connect without TLS."),
+    ] = False,
 ) -> None:
     """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first."""
     # The kernel delivers to process 1 of a container no signal that it does not handle, and the imports take seconds.
@@ -53,6 +73,10 @@ def serve(
         device=device,
         other_bundles=tuple(other_bundle or ()),
         thumbnails=thumbnails,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure,
     )
     run(settings, on_ready=lambda address: print(f"{READY_LINE}{address}", flush=True))
 

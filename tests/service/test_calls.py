@@ -82,7 +82,7 @@ class Match(match_pb2_grpc.MatchServiceServicer):
     waits = threading.Event()
     served: int = 0
 
-    async def Embed(self, request: match_pb2.EmbedRequest, context: Any) -> match_pb2.EmbedResponse:
+    async def Embed(self, request: match_pb2.EmbedRequest, context: Any) -> match_pb2.EmbedResponse:  # noqa: N802
         async with translated_errors(context):
             self.served += 1
             if self.fails is not None:
@@ -94,12 +94,12 @@ class Match(match_pb2_grpc.MatchServiceServicer):
 
 
 class Search(search_pb2_grpc.SearchServiceServicer):
-    async def SearchMatches(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def SearchMatches(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         async with translated_errors(context):
             for _ in range(2):
                 yield search_pb2.SearchMatchesResponse()
 
-    async def StreamSearch(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def StreamSearch(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:  # noqa: N802
         async with translated_errors(context):
             async for request in requests:
                 yield search_pb2.StreamSearchResponse(id=request.id)
