@@ -106,6 +106,9 @@ class Calls(grpc.aio.ServerInterceptor):
         """The same requests; what a hook raises reaches the method, which ends the call with it."""
         async for request in requests:
             self._received(call, request)
+            if call.pause > 0:
+                await asyncio.sleep(call.pause)  # unread, what follows fills the window, and holds the caller back
+                call.pause = 0.0
             yield request
 
     @asynccontextmanager
@@ -134,7 +137,9 @@ class Calls(grpc.aio.ServerInterceptor):
             for hook in reversed(begun):
                 hook.ended(call, code)
             milliseconds = round(1000 * (time.perf_counter() - call.started), 3)
-            _log.info("call", method=method, code=code.name, ms=milliseconds, request_id=call.request_id)
+            _log.info(
+                "call", method=method, code=code.name, ms=milliseconds, request_id=call.request_id, caller=call.caller
+            )
 
 
 def _code_of(number: Any) -> grpc.StatusCode:

@@ -43,6 +43,9 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
     domain.Cancelled: grpc.StatusCode.CANCELLED,
     domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    domain.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    domain.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    domain.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 """A class stands for its subclasses too, unless they have a line of their own."""
 
@@ -56,7 +59,7 @@ async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asyn
         yield
     except Exception as error:  # the boundary: everything is answered, and what nobody foresaw is logged
         rich = rpc_status.to_status(status(error))
-        await context.abort(rich.code, rich.details, rich.trailing_metadata)
+        await context.abort(rich.code, rich.details, (*rich.trailing_metadata, *_challenge(error)))
 
 
 def status(error: BaseException) -> status_pb2.Status:
@@ -68,13 +71,32 @@ def status(error: BaseException) -> status_pb2.Status:
     metadata = {"field": error.field} if error.field else {}
     if isinstance(error, domain.InvalidFilter) and error.position is not None:
         metadata["position"] = str(error.position)
+    if isinstance(error, domain.PermissionDenied):
+        metadata |= error.needed
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if error.field and code is grpc.StatusCode.INVALID_ARGUMENT:
         violation = error_details_pb2.BadRequest.FieldViolation(
             field=error.field, description=message, reason=error.reason
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, domain.RateLimited):
+        details += _quota(error, message)
     return _status(code, message, details)
+
+
+def _quota(error: domain.RateLimited, message: str) -> list[Message]:
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=message)
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
+    return [error_details_pb2.QuotaFailure(violations=[violation]), retry]
+
+
+def _challenge(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """How to authenticate, as HTTP says it: RFC 6750, section 3."""
+    if not isinstance(error, domain.Unauthenticated):
+        return ()
+    invalid = ', error="invalid_token"' if isinstance(error, domain.CredentialsInvalid) else ""
+    return (("www-authenticate", f'Bearer realm="{DOMAIN}"{invalid}'),)
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:

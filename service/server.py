@@ -40,6 +40,7 @@ from lookalike.v1 import (
 )
 from service import logs
 from service.alias import AliasService
+from service.audit import Audit
 from service.calls import Calls
 from service.engine import Engine
 from service.galleries import GalleryService
@@ -48,9 +49,10 @@ from service.match import MatchService
 from service.models import ModelService
 from service.operations import Operations
 from service.search import SearchService
+from service.security import Security
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
-from service.tls import Certificates, certificates
+from service.tls import Certificates, certificates, is_loopback
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -96,7 +98,10 @@ class Server:
         self._engines: list[AsyncEngine] = []
         self._operations = Operations()
         self._certificates: Certificates | None = None
-        self._calls = Calls()
+        self._security = Security(settings, self._serving, self._operations)
+        self._audit = None if settings.audit_log is None else Audit(settings.audit_log)
+        # The audit log comes first: it is told of the end of calls that the next refuses.
+        self._calls = Calls([*([self._audit] if self._audit else []), self._security])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -157,6 +162,8 @@ class Server:
             await each.warm_up()
         self._serving.replace(self._engines[0], self._engines[1:])
         await self._say(health_pb2.HealthCheckResponse.SERVING)
+        if not self._security.asks and not is_loopback(self._settings.host):
+            _log.warning("anybody who reaches this address may read and write; ask for keys with --keys")
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
     async def stop(self) -> None:
@@ -170,6 +177,8 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.close)
         if self._engines:
             engines, self._engines = self._engines, []
             for engine in engines:
@@ -188,7 +197,9 @@ class Server:
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        described = self._settings.reflection
+        if is_loopback(self._settings.host) if described is None else described:
+            reflection.enable_server_reflection(names, self._server)
 
     def _loaded(self, path: Path) -> Encoder:
         settings = self._settings

@@ -54,7 +54,9 @@ class Certificates:
     def credentials(self) -> grpc.ServerCredentials:
         """What a port is opened with; asks for the files' state at every handshake."""
         return grpc.dynamic_ssl_server_credentials(
-            self._read, self._renewed, require_client_authentication=self._files.client_ca is not None
+            self._read,
+            self._renewed,  # type: ignore[arg-type]  # None is allowed, and means no change
+            require_client_authentication=self._files.client_ca is not None,
         )
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration | None:

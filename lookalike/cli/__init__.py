@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, compare, demo, gallery, model, one_shot, serve, train, upkeep
+from lookalike.cli import ask, batch, compare, demo, gallery, keys, model, one_shot, serve, train, upkeep
 
 app = typer.Typer(
     name="lookalike",
@@ -29,6 +29,7 @@ app.command()(ask.search)
 app.command(name="batch-search")(batch.batch_search)
 app.add_typer(model.app, name="model")
 app.command()(serve.health)
+app.add_typer(keys.app, name="keys")
 app.command()(demo.demo)
 
 # typer exports BadParameter alone of the errors it raises for a command line that does not parse; the others share

@@ -58,6 +58,47 @@ def serve(
         bool,
         typer.Option("--insecure", envvar="LOOKALIKE_INSECURE", help="Let other machines connect without TLS."),
     ] = False,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys",
+            metavar="FILE",
+            envvar="LOOKALIKE_KEYS",
+            help="Ask for API keys: those of `lookalike keys create`.",
+        ),
+    ] = None,
+    jwt_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--jwt-keys",
+            metavar="FILE",
+            envvar="LOOKALIKE_JWT_KEYS",
+            help="Take tokens signed by a key of this JWK set.",
+        ),
+    ] = None,
+    jwt_issuer: Annotated[
+        str, typer.Option("--jwt-issuer", envvar="LOOKALIKE_JWT_ISSUER", help="The `iss` of tokens that count.")
+    ] = "",
+    jwt_audience: Annotated[
+        str, typer.Option("--jwt-audience", envvar="LOOKALIKE_JWT_AUDIENCE", help="The `aud` of tokens that count.")
+    ] = "",
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-log",
+            metavar="FILE",
+            envvar="LOOKALIKE_AUDIT_LOG",
+            help="Append who wrote, administered, was refused.",
+        ),
+    ] = None,
+    reflection: Annotated[
+        bool | None,
+        typer.Option(
+            "--reflection/--no-reflection",
+            envvar="LOOKALIKE_REFLECTION",
+            help="Describe the methods to whoever asks; by default on loopback alone.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first."""
     # The kernel delivers to process 1 of a container no signal that it does not handle, and the imports take seconds.
@@ -77,6 +118,12 @@ def serve(
         tls_key=tls_key,
         tls_client_ca=tls_client_ca,
         insecure=insecure,
+        keys=keys,
+        jwt_keys=jwt_keys,
+        jwt_issuer=jwt_issuer,
+        jwt_audience=jwt_audience,
+        audit_log=audit_log,
+        reflection=reflection,
     )
     run(settings, on_ready=lambda address: print(f"{READY_LINE}{address}", flush=True))
 
