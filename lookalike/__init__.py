@@ -1,5 +1,6 @@
 """lookalike answers two questions: are these two images a match, and what in my gallery matches this image?"""
 
+from lookalike._secure import Tls
 from lookalike.client import AsyncClient, Client
 from lookalike.errors import (
     AccessDenied,
@@ -79,6 +80,7 @@ __all__ = [
     "Segment",
     "ServerError",
     "Snapshot",
+    "Tls",
     "Unavailable",
     "Verdict",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, compare, demo, gallery, keys, model, one_shot, serve, train, upkeep
+from lookalike.cli import ask, batch, compare, connection, demo, gallery, keys, model, one_shot, serve, train, upkeep
 
 app = typer.Typer(
     name="lookalike",
@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.callback()(connection.choose)
 app.command()(train.train)
 app.command()(train.evaluate)
 app.command()(compare.compare)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lookalike.cli import options, show
-from lookalike.client import Client
+from lookalike.cli.connection import connect
 from lookalike.types import Model
 
 app = typer.Typer(help="Describe a model.", no_args_is_help=True)
@@ -31,7 +31,7 @@ def show_(
         raise typer.BadParameter("Give a bundle, or --target HOST:PORT.")
     learned: Mapping[str, float] = {}
     if target is not None:
-        with Client(target) as client:
+        with connect(target) as client:
             described = client.get_model()
     else:
         from lookalike.cli.local import describe_bundle, learned_in

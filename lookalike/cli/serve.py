@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lookalike.cli import options
-from lookalike.client import Client
+from lookalike.cli.connection import connect
 from lookalike.errors import CallFailed
 
 NOT_SERVING = 1
@@ -135,7 +135,7 @@ def health(
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
     """Exit with 0 when the server is SERVING, else with 1."""
-    with Client(target, timeout=timeout) as client:
+    with connect(target, timeout=timeout) as client:
         try:
             is_serving = client.is_serving()
         except CallFailed as error:
