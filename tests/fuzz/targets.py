@@ -253,7 +253,7 @@ def filters() -> Sequence[bytes]:
         'metadata.brand = "acme" AND NOT (identity = p1 OR name:"shoe*")',
         "metadata.n >= -1.5e3 OR metadata.flag = true AND -metadata.x = 2",
         'update_time > "2026-01-02T03:04:05Z" AND generation <= 7 OR generation != 3',
-        "metadata.\"a b\".'c\\\\d' != 'x' AND metadata.d.e:1",
+        "metadata.\"a b\".'c d' != 'x' AND metadata.d.e:1",
     )
     return [text.encode() for text in texts]
 
