@@ -50,7 +50,8 @@ class Access:
         self.options: list[tuple[str, Any]] = []
         if chosen is not None and chosen.server_name is not None:
             self.options.append(("grpc.ssl_target_name_override", chosen.server_name))
-        if api_key is not None and (not api_key.isascii() or not api_key.isprintable() or not api_key.strip()):
+        api_key = None if api_key is None else api_key.strip()  # of a file, it ends with a line break
+        if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
             raise ValueError("the API key must be one line of printable ASCII; it has other characters, or none")
         if api_key is not None and chosen is None:
             if not is_loopback(target) and not allow_insecure_key:
@@ -62,7 +63,7 @@ class Access:
             self.options.append(("grpc.enable_http_proxy", 0))
         self.metadata: tuple[tuple[str, str], ...] = ()
         if api_key is not None:
-            self.metadata = (("authorization", f"Bearer {api_key.strip()}"),)
+            self.metadata = (("authorization", f"Bearer {api_key}"),)
 
 
 def is_loopback(target: str) -> bool:

@@ -96,8 +96,8 @@ class Keys:
 
     def of_key(self, key: str) -> Principal:
         """Who holds this key. Raises CredentialsInvalid, the same for an unknown, a wrong and a revoked one."""
-        self._look()
         match = _KEY.fullmatch(key)
+        self._look(at_once=match is not None and match[1] not in self._by_id)  # it may have been made just now
         record = self._by_id.get(match[1]) if match else None
         # Compared even when there is nothing to compare with: an id cannot be found out by measuring time.
         right = hmac.compare_digest(digest(key), record.digest if record and record.digest else _NOBODY)
@@ -117,9 +117,9 @@ class Keys:
         record = self._by_id.get(principal.key)
         return None if record is None else record.principal
 
-    def _look(self) -> None:
+    def _look(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._looked < LOOK_SECONDS and not at_once:
             return
         self._looked = now
         stamp = _stamp(self._path)

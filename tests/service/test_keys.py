@@ -173,6 +173,24 @@ def test_a_file_that_others_may_write_is_refused(ring: KeyRing, tmp_path: Path) 
         read(tmp_path / "none.json")
 
 
+def test_a_new_key_counts_at_once_and_a_revocation_within_a_second(
+    ring: KeyRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.keys.LOOK_SECONDS", 1.0)
+    now = [100.0]
+    monkeypatch.setattr("service.keys.time.monotonic", lambda: now[0])
+    first = made(ring)
+    keys = Keys(tmp_path / "keys.json")
+    second = made(ring, "second")
+    assert keys.of_key(second).name == "second"
+    ring.revoke("shop")
+    now[0] += 0.9
+    assert keys.of_key(first).name == "shop"
+    now[0] += 0.1
+    with pytest.raises(CredentialsInvalid):
+        keys.of_key(first)
+
+
 def test_a_damaged_file_under_a_running_server_locks_nobody_out(ring: KeyRing, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     key = made(ring)
