@@ -50,6 +50,7 @@ from service.operations import Operations
 from service.search import SearchService
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
+from service.settings_sources import Origins
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -72,13 +73,17 @@ _LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
 _log = structlog.get_logger(__name__)
 
 
-def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> None:
+def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, origins: Origins | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `on_ready` is called with `host:port` once the model is warm.
+
+    The settings are logged at start, secrets masked; `origins` tells where they came from.
 
     For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
     """
     tune_malloc()
     logs.configure()
+    told = origins or Origins(settings=settings, of={})
+    _log.info("settings", **told.shown(), origins=dict(told.of))
     asyncio.run(_serve(settings, on_ready))
 
 

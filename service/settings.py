@@ -1,12 +1,16 @@
-"""What a server is told at start."""
+"""What a server is told at start: every setting with its meaning, unit and range.
+
+Where the values come from, and how they are printed, stands in `settings_sources.py`.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 
 from embedding.errors import InvalidInput
 from embedding.images import MAX_PIXELS
@@ -18,13 +22,13 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 class Settings(BaseModel):
     """Settings of one server process; `Settings.checked` names the one that is wrong in one line."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bundle: Path
     """Directory of the bundle whose model answers."""
     other_bundles: tuple[Path, ...] = ()
     """Bundles of further models, which answer where a gallery holds embeddings of theirs."""
-    galleries: Path
+    galleries: Path = Path("galleries")
     """Folder of the galleries; made when it is missing. One process writes to it."""
     host: str = "127.0.0.1"
     """Name or address to listen on; the default is reachable from this machine alone."""
@@ -57,4 +61,19 @@ class Settings(BaseModel):
         except ValidationError as error:
             problem = error.errors()[0]
             name = ".".join(map(str, problem["loc"]))
-            raise InvalidInput(f"{name}: {problem['msg']}; got {problem['input']!r}", field=name) from error
+            raise InvalidInput(_told(name, problem), field=name or None) from error
+
+
+def is_secret(name: str) -> bool:
+    """Whether the setting must never be shown: its type is SecretStr."""
+    field = Settings.model_fields.get(name)
+    return field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
+
+
+def _told(name: str, problem: ErrorDetails) -> str:
+    if problem["type"] == "missing":
+        return f"{name} is not set, and has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not name:  # a rule about several settings: its input is all of them
+        return message
+    return f"{name}: {message}" if is_secret(name.partition(".")[0]) else f"{name}: {message}; got {problem['input']!r}"
