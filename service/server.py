@@ -45,8 +45,11 @@ from service.engine import Engine
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
+from service.metrics import Metrics
+from service.metrics_collected import Collected
 from service.models import ModelService
 from service.operations import Operations
+from service.probes import Probes
 from service.search import SearchService
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
@@ -66,6 +69,9 @@ SERVICES = tuple(
 """Full names of our services, as health checks and reflection know them."""
 
 OPERATIONS = operations_pb2.DESCRIPTOR.services_by_name["Operations"].full_name
+
+LIVENESS = "liveness"
+"""What the health service calls the process itself: SERVING from when the port is open until it ends."""
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
@@ -99,7 +105,11 @@ class Server:
         self._serving = Serving()
         self._engines: list[AsyncEngine] = []
         self._operations = Operations()
-        self._calls = Calls()
+        self._state = "loading"
+        self._metrics = None if settings.metrics_port is None else self._measured()
+        self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
+        self._loop_watch: asyncio.Task[None] | None = None
+        self._calls = Calls([] if self._metrics is None else [self._metrics])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -111,6 +121,8 @@ class Server:
         )
         self.port = settings.port
         """The port listened on; once started, never 0."""
+        self.metrics_port = settings.metrics_port
+        """Likewise for metrics and probes; None without."""
 
     @property
     def address(self) -> str:
@@ -140,8 +152,10 @@ class Server:
         """
         self._register()
         self.port = self._bind()
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
+        await self._observe()
         engine = await asyncio.to_thread(
             Engine.open,
             self._settings.bundle,
@@ -158,12 +172,15 @@ class Server:
         for each in self._engines:
             await each.warm_up()
         self._serving.replace(self._engines[0], self._engines[1:])
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        if self._state == "loading":
+            self._state = "serving"
+            await self._say(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, give those in flight `drain_seconds`, close the galleries."""
-        await self._health.enter_graceful_shutdown()
+        self._state = "draining"
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         draining = asyncio.create_task(self._server.stop(self._settings.drain_seconds))
         finishing = asyncio.create_task(self._calls.finished())
         # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
@@ -178,6 +195,10 @@ class Server:
                 await asyncio.to_thread(engine.close)
             await asyncio.to_thread(engines[0].engine.close)  # they share their galleries
             _log.info("stopped", address=self.address)
+        if self._loop_watch is not None:
+            self._loop_watch.cancel()
+        if self._probes is not None:
+            await self._probes.stop()
 
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
@@ -191,6 +212,22 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+
+    def _measured(self) -> Metrics:
+        metrics = Metrics()
+        metrics.registry.register(
+            Collected(
+                engines=lambda: list(self._engines),
+                is_ready=lambda: self._state == "serving",
+                galleries=self._settings.galleries,
+            )
+        )
+        return metrics
+
+    async def _observe(self) -> None:
+        if self._metrics is not None and self._probes is not None and self._settings.metrics_port is not None:
+            self.metrics_port = await self._probes.start(self._settings.metrics_host, self._settings.metrics_port)
+            self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
 
     def _loaded(self, path: Path) -> Encoder:
         settings = self._settings
@@ -210,7 +247,7 @@ class Server:
             raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error
 
     async def _say(self, status: int) -> None:
-        for service in ("", *SERVICES):
+        for service in ("", *SERVICES, OPERATIONS):
             await self._health.set(service, status)
 
 

@@ -38,6 +38,10 @@ class Settings(BaseModel):
     """The least severe records that are logged; each call is one of level info."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """One JSON object a line, text for a person, or the latter where stderr is a terminal."""
+    metrics_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """HTTP port of /metrics, /healthz and /readyz; 0 takes any free one, unset opens none."""
+    metrics_host: str = "127.0.0.1"
+    """Name or address that it listens on; what it tells is neither encrypted nor authenticated."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
     """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
