@@ -71,6 +71,7 @@ class Collected(Collector):
         yield from self._disk()
         yield from _models(engines)
         yield from _decisions(engines)
+        yield from _drift(engines)
         yield from self._shelves(engines)
 
     def _disk(self) -> Iterator[Metric]:
@@ -193,3 +194,31 @@ def _decisions(engines: Sequence[AsyncEngine]) -> Iterator[Metric]:
             for verdict, count in seen.verdicts.items():
                 verdicts.add_metric([name, kind, verdict], count)
     yield from (distances, verdicts)
+
+
+def _drift(engines: Sequence[AsyncEngine]) -> Iterator[Metric]:
+    references = GaugeMetricFamily(
+        "lookalike_drift_reference", "1 where the bundle has what drift is measured against, 0 else.", labels=["model"]
+    )
+    index = GaugeMetricFamily(
+        "lookalike_drift_psi",
+        'Index of population stability over the window, against the calibration: of distances of "verify" pairs, of '
+        'distances between "images" that came after each other, of "norms".',
+        labels=["model", "of"],
+    )
+    samples = GaugeMetricFamily(
+        "lookalike_drift_samples", "Live values in the window; the index is told from 200.", labels=["model", "of"]
+    )
+    shares = GaugeMetricFamily(
+        "lookalike_drift_match_share", "Estimated share of matching pairs among them.", labels=["model", "of"]
+    )
+    for engine in engines:
+        name, drift = engine.engine.bundle.name, engine.watch.drift
+        references.add_metric([name], float(drift is not None))
+        for source, reading in (drift.readings() if drift is not None else {}).items():
+            samples.add_metric([name, source], reading.samples)
+            if reading.psi is not None:
+                index.add_metric([name, source], reading.psi)
+            if reading.match_share is not None:
+                shares.add_metric([name, source], reading.match_share)
+    yield from (references, index, samples, shares)

@@ -26,7 +26,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
-        self.watch = ModelWatch()
+        self.watch = ModelWatch(engine.bundle.reference, window_seconds=settings.drift_window_seconds)
         """What this model has answered."""
         self._batcher = Batcher(
             engine.encoder,
@@ -73,6 +73,7 @@ class AsyncEngine:
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
         await self._batcher.warm_up()
+        self.watch.watch(self.engine.encoder)
 
     def close(self) -> None:
         """Let running work end and free the threads; the engine's galleries stay open."""

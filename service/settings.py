@@ -42,6 +42,8 @@ class Settings(BaseModel):
     """HTTP port of /metrics, /healthz and /readyz; 0 takes any free one, unset opens none."""
     metrics_host: str = "127.0.0.1"
     """Name or address that it listens on; what it tells is neither encrypted nor authenticated."""
+    drift_window_seconds: Annotated[float, Field(ge=60, le=30 * 86400)] = 3600.0
+    """How far back live distances and norms are compared with the calibration's, in seconds."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
     """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar
 
 from embedding.decision import Decision
+from embedding.encoder import Encoder
+from embedding.reference import Reference
 from index import Found
+from service.drift import Drift
 
 Kind: TypeAlias = Literal["verify", "nearest"]
 KINDS: tuple[Kind, ...] = ("verify", "nearest")
@@ -36,7 +39,9 @@ class Distances:
 class ModelWatch:
     """Watches the answers of one model; every method may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, reference: Reference | None, *, window_seconds: float) -> None:
+        """`reference` is None in bundles of earlier versions: drift is not told then."""
+        self.drift = None if reference is None else Drift(reference, window_seconds=window_seconds)
         self._lock = threading.Lock()
         self._distances: Mapping[Kind, Distances] = {kind: Distances() for kind in KINDS}
 
@@ -47,7 +52,15 @@ class ModelWatch:
             with self._lock:
                 for kind, decision in decisions:
                     self._note(kind, decision)
+        verified = [decision.distance for kind, decision in decisions if kind == "verify"]
+        if self.drift is not None and verified:
+            self.drift.verified(verified)
         return answer
+
+    def watch(self, encoder: Encoder) -> None:
+        """Take note of the images that this encoder embeds from now on."""
+        if self.drift is not None:
+            encoder.on_embedded = self.drift.embedded
 
     def distances(self) -> Mapping[Kind, Distances]:
         """A copy of what was seen."""
