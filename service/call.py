@@ -31,6 +31,8 @@ class Call:
     request_id: str = ""
     """What finds the call's log lines: what the caller sent as `x-request-id`, or else made here."""
     started: float = field(default_factory=time.perf_counter)
+    trace_id: str = ""
+    """Of the trace that the call belongs to, in hexadecimal; empty where none is made."""
     observers: list[Observer] = field(default_factory=list)
     """Who is told of the call's stages."""
 

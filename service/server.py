@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -54,6 +55,9 @@ from service.search import SearchService
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
 from service.settings_sources import Origins
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -109,7 +113,8 @@ class Server:
         self._metrics = None if settings.metrics_port is None else self._measured()
         self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
         self._loop_watch: asyncio.Task[None] | None = None
-        self._calls = Calls([] if self._metrics is None else [self._metrics])
+        self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
+        self._calls = Calls([hook for hook in (self._metrics, self._tracing) if hook is not None])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -199,6 +204,8 @@ class Server:
             self._loop_watch.cancel()
         if self._probes is not None:
             await self._probes.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
@@ -249,6 +256,18 @@ class Server:
     async def _say(self, status: int) -> None:
         for service in ("", *SERVICES, OPERATIONS):
             await self._health.set(service, status)
+
+
+def _traced(settings: Settings) -> Tracing:
+    """Raises InvalidInput where the extra is missing."""
+    try:
+        from service import tracing
+    except ModuleNotFoundError as error:
+        raise InvalidInput(
+            f"traces need {error.name}: run pip install 'lookalike[otel]', or leave otlp_endpoint unset",
+            field="otlp_endpoint",
+        ) from error
+    return tracing.Tracing(tracing.processor(settings), share=settings.trace_share)
 
 
 def _check_free(host: str, port: int) -> None:
