@@ -51,6 +51,7 @@ from service.search import SearchService
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
 from service.settings_sources import Origins
+from service.tls import Certificates, certificates
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -99,6 +100,7 @@ class Server:
         self._serving = Serving()
         self._engines: list[AsyncEngine] = []
         self._operations = Operations()
+        self._certificates: Certificates | None = None
         self._calls = Calls()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -138,6 +140,7 @@ class Server:
 
         Raises Busy when the port or the folder of galleries is taken, and whatever `Engine.open` raises.
         """
+        self._certificates = certificates(self._settings)
         self._register()
         self.port = self._bind()
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -205,6 +208,8 @@ class Server:
         host, port = self._settings.host, self._settings.port
         _check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
+            if self._certificates is not None:
+                return self._server.add_secure_port(_joined(host, port), self._certificates.credentials())
             return self._server.add_insecure_port(_joined(host, port))
         except RuntimeError as error:
             raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error

@@ -52,6 +52,14 @@ class Settings(BaseModel):
     """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls in flight may take to finish once the server is told to stop."""
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate and those between it and the root; read anew when it changes."""
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key, without a passphrase."""
+    tls_client_ca: Path | None = None
+    """PEM file of the roots that clients' certificates must lead to; with it, no client connects without one."""
+    insecure: bool = False
+    """Listen without TLS on an address that other machines reach."""
 
     @classmethod
     def checked(cls, **values: Any) -> Self:
