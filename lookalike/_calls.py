@@ -51,6 +51,7 @@ UPKEEP = "lookalike.v1.UpkeepService"
 OPERATIONS = "google.longrunning.Operations"
 
 MAX_PAIRS = 256
+MAX_IMAGES = 256
 MAX_QUERIES = 1024
 MAX_NEIGHBORS = 200_000
 """Of all queries of one BatchSearch."""
@@ -139,6 +140,26 @@ def verify_batch(
     )
 
 
+def verify_stream(
+    pairs: Iterable[tuple[ImageLike, ImageLike]], *, operating_point: OperatingPoint | None = None
+) -> Stream[Decision | CallFailed]:
+    """Decide any number of pairs over one call: for each, in order and as soon as it is there, the decision, or the
+    error that this pair alone met. Pairs are read ahead of the answers. It has no time limit."""
+    config = match_pb2.StreamVerifyConfig(operating_point=messages.operating_point(operating_point))
+
+    def requests() -> Iterator[bytes]:
+        yield match_pb2.StreamVerifyRequest(config=config).SerializeToString()
+        for a, b in pairs:
+            pair = match_pb2.ImagePair(a=messages.image_input(a), b=messages.image_input(b))
+            yield match_pb2.StreamVerifyRequest(pair=pair).SerializeToString()
+
+    def parse(data: bytes) -> Decision | CallFailed:
+        response = match_pb2.StreamVerifyResponse.FromString(data)
+        return _error(response.error) if response.HasField("error") else messages.decision(response.decision)
+
+    return Stream(f"{MATCH}/StreamVerify", requests(), parse)
+
+
 def embed(image: ImageLike) -> Call[Embedding]:
     """The unit embedding [D] of an image, float32."""
     return _call(
@@ -146,6 +167,23 @@ def embed(image: ImageLike) -> Call[Embedding]:
         match_pb2.EmbedRequest(image=messages.image_input(image)),
         match_pb2.EmbedResponse,
         lambda response: messages.embedding(response.embedding),
+    )
+
+
+def embed_batch(images: Iterable[ImageLike]) -> Batch[common_pb2.ImageInput, Embedding | CallFailed]:
+    """Embed many images: for each, in order, its unit embedding [D], or the error that this image alone met."""
+    return Batch(
+        (messages.image_input(image) for image in images),
+        MAX_IMAGES,
+        lambda chunk: _call(
+            f"{MATCH}/BatchEmbed",
+            match_pb2.BatchEmbedRequest(images=chunk),
+            match_pb2.BatchEmbedResponse,
+            lambda response: [
+                _error(result.error) if result.HasField("error") else messages.embedding(result.embedding)
+                for result in response.results
+            ],
+        ),
     )
 
 

@@ -135,7 +135,9 @@ class Methods:
 
     verify = Unary(_calls.verify)
     verify_batch = Batched(_calls.verify_batch)
+    verify_stream = Streamed(_calls.verify_stream)
     embed = Unary(_calls.embed)
+    embed_batch = Batched(_calls.embed_batch)
     search = Unary(_calls.search)
     search_batch = Batched(_calls.search_batch)
     search_matches = Collecting(_calls.search_matches)
