@@ -29,6 +29,7 @@ from lookalike.types import (
     Item,
     ItemName,
     Model,
+    ModelChange,
     Neighbors,
     NewItem,
     OperatingPoint,
@@ -481,23 +482,56 @@ def delete_items(gallery: str, ids: Iterable[str], *, allow_missing: bool = Fals
     )
 
 
-def get_model(model: str = messages.ACTIVE_MODEL) -> Call[Model]:
+def get_model(model: str = messages.ACTIVE_MODEL, *, calibration: int = 0) -> Call[Model]:
     """Describe a model, its whole calibration included; by default the one that answers."""
     return _call(
         f"{MODEL}/GetModel",
-        model_pb2.GetModelRequest(name=messages.model_name(model)),
+        model_pb2.GetModelRequest(name=messages.model_name(model), calibration=calibration),
         model_pb2.GetModelResponse,
         lambda response: messages.model(response.model),
     )
 
 
 def list_models(page_token: str) -> Call[Page[Model]]:
-    """Every model that the server has loaded, by name."""
+    """Every model that the server has loaded or could load, by name."""
     return _call(
         f"{MODEL}/ListModels",
         model_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=page_token),
         model_pb2.ListModelsResponse,
         lambda response: Page([messages.model(found) for found in response.models], response.next_page_token),
+    )
+
+
+def activate_model(
+    model: str, *, calibration: int = 0, keep_previous: bool = False, force: bool = False, validate_only: bool = False
+) -> Call[ModelChange]:
+    """Let a model answer from now on, under its newest calibration or the one given; no call fails meanwhile.
+
+    Raises FailedPrecondition, naming them, when galleries would be left without the model of their embeddings:
+    `keep_previous` keeps the model that is active now loaded for them, `force` leaves them. With `validate_only` all
+    is checked and nothing changed. Loading takes its time: give the client a long `timeout`.
+    """
+    return _call(
+        f"{MODEL}/ActivateModel",
+        model_pb2.ActivateModelRequest(
+            name=messages.model_name(model),
+            calibration=calibration,
+            keep_previous=keep_previous,
+            force=force,
+            validate_only=validate_only,
+        ),
+        model_pb2.ActivateModelResponse,
+        messages.model_change,
+    )
+
+
+def deactivate_model(model: str, *, force: bool = False, validate_only: bool = False) -> Call[ModelChange]:
+    """Unload a model that is not the active one; with `force` also one whose embeddings a gallery holds."""
+    return _call(
+        f"{MODEL}/DeactivateModel",
+        model_pb2.DeactivateModelRequest(name=messages.model_name(model), force=force, validate_only=validate_only),
+        model_pb2.DeactivateModelResponse,
+        messages.model_change,
     )
 
 

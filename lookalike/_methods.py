@@ -171,4 +171,6 @@ class Methods:
     list_operations = Paged(_calls.list_operations)
     get_model = Unary(_calls.get_model)
     list_models = Paged(_calls.list_models)
+    activate_model = Unary(_calls.activate_model)
+    deactivate_model = Unary(_calls.deactivate_model)
     is_serving = Unary(_calls.is_serving)

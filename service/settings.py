@@ -48,6 +48,9 @@ class Settings(BaseModel):
     """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls in flight may take to finish once the server is told to stop."""
+    models: Path | None = None
+    """Folder of further bundles, a directory each, that can be activated while the server runs; it is read again each
+    time it is asked about."""
 
     @classmethod
     def checked(cls, **values: Any) -> Self:

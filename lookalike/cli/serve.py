@@ -38,6 +38,10 @@ def serve(
         typer.Option("--other-bundle", metavar="DIR", help="A further bundle, for galleries of its model; may repeat."),
     ] = None,
     thumbnails: options.Thumbnails = 0,
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", metavar="DIR", help="A folder of bundles that can be activated while it runs."),
+    ] = None,
 ) -> None:
     """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first."""
     # The kernel delivers to process 1 of a container no signal that it does not handle, and the imports take seconds.
@@ -53,6 +57,7 @@ def serve(
         device=device,
         other_bundles=tuple(other_bundle or ()),
         thumbnails=thumbnails,
+        models=models,
     )
     run(settings, on_ready=lambda address: print(f"{READY_LINE}{address}", flush=True))
 

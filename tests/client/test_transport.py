@@ -162,6 +162,8 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
             lambda: list(client.list_operations()),
             client.get_model,
             lambda: list(client.list_models()),
+            lambda: client.activate_model("m"),
+            lambda: client.deactivate_model("m"),
         ):
             with pytest.raises(Conflict):
                 ask()
