@@ -20,6 +20,8 @@ class Call:
     context: grpc.aio.ServicerContext[Any, Any]
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=time.perf_counter)
+    engines: list[Any] = field(default_factory=list)
+    """The engines that it uses, which are not freed before it has ended."""
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("call", default=None)

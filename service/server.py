@@ -11,8 +11,6 @@ import errno
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import grpc
 import structlog
@@ -20,8 +18,6 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from embedding.bundle import Bundle
-from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput
 from embedding.runtime import tune_malloc
 from lookalike.v1 import (
@@ -41,14 +37,14 @@ from lookalike.v1 import (
 from service import logs
 from service.alias import AliasService
 from service.calls import Calls
-from service.engine import Engine
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
 from service.models import ModelService
 from service.operations import Operations
+from service.rollout import Rollout
 from service.search import SearchService
-from service.serving import AsyncEngine, Serving
+from service.serving import Serving
 from service.settings import Settings
 from service.settings_sources import Origins
 from service.tls import Certificates, certificates
@@ -98,10 +94,10 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._serving = Serving()
-        self._engines: list[AsyncEngine] = []
+        self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
         self._certificates: Certificates | None = None
-        self._calls = Calls()
+        self._calls = Calls([self._serving])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -145,22 +141,7 @@ class Server:
         self.port = self._bind()
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
-        engine = await asyncio.to_thread(
-            Engine.open,
-            self._settings.bundle,
-            self._settings.galleries,
-            device=self._settings.device,
-            batch_size=self._settings.batch_size,
-            max_pixels=self._settings.max_pixels,
-            thumbnails=self._settings.thumbnails,
-        )
-        self._engines.append(AsyncEngine(engine, self._settings))
-        for path in self._settings.other_bundles:
-            other = await asyncio.to_thread(self._loaded, path)
-            self._engines.append(AsyncEngine(replace(engine, encoder=other), self._settings))
-        for each in self._engines:
-            await each.warm_up()
-        self._serving.replace(self._engines[0], self._engines[1:])
+        engine = await self._rollout.start()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
@@ -175,18 +156,15 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
-        if self._engines:
-            engines, self._engines = self._engines, []
-            for engine in engines:
-                await asyncio.to_thread(engine.close)
-            await asyncio.to_thread(engines[0].engine.close)  # they share their galleries
+        if self._serving.every:
+            await self._rollout.stop()
             _log.info("stopped", address=self.address)
 
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving), self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._serving), self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._rollout), self._server)
         alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving), self._server)
         upkeep = UpkeepService(self._serving, self._operations)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
@@ -194,15 +172,6 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-
-    def _loaded(self, path: Path) -> Encoder:
-        settings = self._settings
-        return Encoder(
-            Bundle.load(path),
-            device=settings.device,
-            batch_size=settings.batch_size,
-            max_pixels=settings.max_pixels,
-        )
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port

@@ -60,6 +60,9 @@ class Settings(BaseModel):
     """PEM file of the roots that clients' certificates must lead to; with it, no client connects without one."""
     insecure: bool = False
     """Listen without TLS on an address that other machines reach."""
+    models: Path | None = None
+    """Folder of further bundles, a directory each, that can be activated while the server runs; it is read again each
+    time it is asked about."""
 
     @classmethod
     def checked(cls, **values: Any) -> Self:

@@ -51,6 +51,10 @@ def serve(
             help="Store small images of this side, in pixels, so that another model can embed them. [default: 0]",
         ),
     ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", metavar="DIR", help="A folder of bundles that can be activated while it runs."),
+    ] = None,
     tls_certificate: Annotated[
         Path | None,
         typer.Option("--tls-certificate", metavar="FILE", help="PEM; serves TLS. [env: LOOKALIKE_TLS_CERTIFICATE]"),
@@ -102,6 +106,7 @@ def serve(
             Flag("device", "--device", device),
             Flag("other_bundles", "--other-bundle", other_bundle or None),
             Flag("thumbnails", "--thumbnails", thumbnails),
+            Flag("models", "--models", models),
             Flag("tls_certificate", "--tls-certificate", tls_certificate),
             Flag("tls_key", "--tls-key", tls_key),
             Flag("tls_client_ca", "--tls-client-ca", tls_client_ca),
