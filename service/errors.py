@@ -33,6 +33,7 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.NotFound: grpc.StatusCode.NOT_FOUND,
     domain.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     domain.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     domain.Busy: grpc.StatusCode.UNAVAILABLE,
     domain.DamagedData: grpc.StatusCode.DATA_LOSS,
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
