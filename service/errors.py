@@ -39,6 +39,7 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.GalleriesIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ModelActive: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ModelAmbiguous: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     domain.Busy: grpc.StatusCode.UNAVAILABLE,
     domain.DamagedData: grpc.StatusCode.DATA_LOSS,
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
