@@ -78,7 +78,7 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
     For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
     """
     tune_malloc()
-    logs.configure()
+    logs.configure(level=settings.log_level, form=settings.log_format)
     told = origins or Origins(settings=settings, of={})
     _log.info("settings", **told.shown(), origins=dict(told.of))
     asyncio.run(_serve(settings, on_ready))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -34,6 +34,10 @@ class Settings(BaseModel):
     """Name or address to listen on; the default is reachable from this machine alone."""
     port: Annotated[int, Field(ge=0, le=65535)] = 50051
     """TCP port to listen on; 0 takes any free one."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe records that are logged; each call is one of level info."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """One JSON object a line, text for a person, or the latter where stderr is a terminal."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
     """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
