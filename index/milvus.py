@@ -50,7 +50,8 @@ class MilvusCatalog:
     def __init__(self, uri: str, *, token: str = "", database: str = "", prefix: str = "lookalike") -> None:
         if not _PREFIX.fullmatch(prefix):
             raise InvalidInput(
-                f"a prefix of collections is 1 to 32 letters, digits and underscores, the first a letter; got {prefix!a}",
+                "a prefix of collections is 1 to 32 letters, digits and underscores, the first a letter; got "
+                f"{prefix!a}",
                 field="milvus_prefix",
             )
         self._prefix = prefix
@@ -178,8 +179,8 @@ class MilvusCatalog:
         state = {} if row is None else row["state"]
         if state.get("token") != self._me:
             raise Busy(
-                f"process {state.get('process')} on {state.get('host')} has taken over writing to these galleries; send "
-                "the work to it, or stop it and start this one again"
+                f"process {state.get('process')} on {state.get('host')} has taken over writing to these galleries; "
+                "send the work to it, or stop it and start this one again"
             )
 
     def _drop_leftovers(self) -> None:
