@@ -12,6 +12,9 @@
     ├── NotFound                no such gallery, item, model or file
     ├── AlreadyExists           the name is taken
     ├── ModelMismatch           embeddings of another model
+    ├── GalleriesIncompatible   galleries would be left without the model of their embeddings
+    ├── ModelActive             the model that answers is not unloaded
+    ├── ModelAmbiguous          two bundles say that they are the same and are not
     ├── StaleEtag               the item has changed since it was read
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
     ├── GalleryAliased          a gallery that an alias stands for is not deleted
@@ -31,6 +34,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -91,6 +96,25 @@ class AlreadyExists(LookalikeError):
 
 class ModelMismatch(LookalikeError):
     reason = "MODEL_MISMATCH"
+
+
+class GalleriesIncompatible(LookalikeError):
+    reason = "GALLERIES_INCOMPATIBLE"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, galleries: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        super().__init__(message, field=field)
+        self.galleries = galleries
+        """Ids of the galleries, each with the model of its embeddings."""
+
+
+class ModelActive(LookalikeError):
+    reason = "MODEL_ACTIVE"
+
+
+class ModelAmbiguous(LookalikeError):
+    reason = "MODEL_AMBIGUOUS"
 
 
 class StaleEtag(LookalikeError):
