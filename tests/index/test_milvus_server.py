@@ -19,6 +19,7 @@ from index.milvus import MilvusCatalog
 from tests.index.milvus_contract import MilvusContract, closing_catalog
 
 COMMAND = os.environ.get("LOOKALIKE_MILVUS_SERVER", "")
+FASTER = "proxy.timeTickInterval=20"  # ms, a tenth of the default: each consistent read waits for a tick
 STARTS_WITHIN = 180  # seconds
 
 pytestmark = [
@@ -35,7 +36,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("milvus")
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
-            [COMMAND, "--data", str(folder / "data"), "--proxy-port", str(port)],
+            [COMMAND, "--data", str(folder / "data"), "--proxy-port", str(port), "--extra-config", FASTER],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
