@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from embedding.errors import AlreadyExists, Busy, DamagedData, InvalidInput, LookalikeError, NotFound, NotSupported
+from index.catalog import HeldFolder
 from index.engine import IndexSettings, OnProgress
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.milvus_filters import literal
@@ -47,10 +48,14 @@ class MilvusCatalog:
     Raises Busy when Milvus cannot be reached, InvalidInput for a wrong token.
     """
 
-    def __init__(self, uri: str, *, token: str = "", database: str = "", prefix: str = "lookalike") -> None:
+    def __init__(
+        self, uri: str, *, token: str = "", database: str = "", prefix: str = "lookalike", folder: Path | None = None
+    ) -> None:
+        """`folder` holds what else a server keeps; no other process writes to it while this is open."""
         if not _PREFIX.fullmatch(prefix):
             raise InvalidInput(
-                f"a prefix of collections is 1 to 32 letters, digits and underscores, the first a letter; got {prefix!a}",
+                "a prefix of collections is 1 to 32 letters, digits and underscores, the first a letter; got "
+                f"{prefix!a}",
                 field="milvus_prefix",
             )
         self._prefix = prefix
@@ -58,7 +63,12 @@ class MilvusCatalog:
         self._me = uuid.uuid4().hex
         self._open: dict[str, MilvusGallery] = {}
         self._changing = threading.Lock()
-        self._link = Link(uri, token=token, database=database)
+        self._folder = None if folder is None else HeldFolder(folder)
+        try:
+            self._link = Link(uri, token=token, database=database)
+        except BaseException:
+            self._let_go()
+            raise
         try:
             if self._records not in self._link.collections():
                 self._link.create(self._records, records_schema(self._link.client), vector="nothing")
@@ -67,6 +77,7 @@ class MilvusCatalog:
             self._drop_leftovers()
         except BaseException:
             self._link.close()
+            self._let_go()
             raise
 
     def create(self, gallery_id: str, model: ModelRef, *, settings: IndexSettings | None = None) -> MilvusGallery:
@@ -148,6 +159,7 @@ class MilvusCatalog:
                 gallery.close()
             self._open.clear()
             self._link.close()
+            self._let_go()
 
     def __enter__(self) -> Self:
         return self
@@ -156,6 +168,10 @@ class MilvusCatalog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _let_go(self) -> None:
+        if self._folder is not None:
+            self._folder.close()
 
     def _opened(self, record: Record) -> MilvusGallery:
         gallery = MilvusGallery(MilvusStore(self._link, self._records, record, self._check_owner))
@@ -178,8 +194,8 @@ class MilvusCatalog:
         state = {} if row is None else row["state"]
         if state.get("token") != self._me:
             raise Busy(
-                f"process {state.get('process')} on {state.get('host')} has taken over writing to these galleries; send "
-                "the work to it, or stop it and start this one again"
+                f"process {state.get('process')} on {state.get('host')} has taken over writing to these galleries; "
+                "send the work to it, or stop it and start this one again"
             )
 
     def _drop_leftovers(self) -> None:

@@ -107,7 +107,7 @@ def _column(node: Comparison, *, wanted: bool) -> Expression:
 
 
 def _compared(column: str, node: Comparison, *, wanted: bool) -> str | None:
-    operator = Operator.EQUAL if node.operator is Operator.HAS else node.operator
+    operator: Operator = Operator.EQUAL if node.operator is Operator.HAS else node.operator
     if isinstance(node.value, Anything):
         if column == "identity":
             return f'identity {"!=" if wanted else "=="} ""'
@@ -155,8 +155,8 @@ def _metadata(node: Comparison) -> Expression:
                     return EVERYTHING
                 choices.append(f"exists {place}[{value}]")
             return Expression(" or ".join(f"({choice})" for choice in choices), whole=False)
-        case operator:
-            return Expression(f"{place} {_SIGNS.get(operator, operator.value)} {value}", whole=False)
+        case _:
+            return Expression(f"{place} {_SIGNS.get(node.operator, node.operator.value)} {value}", whole=False)
 
 
 def _json_literal(value: object) -> str | None:

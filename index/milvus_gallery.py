@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
@@ -297,7 +297,7 @@ class MilvusGallery:
 
     # Within
 
-    def _items(self, after: str, allowed: Filter | None, size: int) -> Iterator[Item]:
+    def _items(self, after: str, allowed: Filter | None, size: int) -> Generator[Item]:
         asked = expression(allowed)
         with self._store.view() as record:
             for rows in self._store.by_name(record, after, asked, size):
@@ -343,8 +343,8 @@ def check_settings(settings: IndexSettings) -> None:
     """Raises NotSupported for a structure that this engine does not have, InvalidInput for a recall that none has."""
     if settings.structure not in {"auto", "exact"}:
         raise NotSupported(
-            f"galleries on Milvus are searched exactly; structure {settings.structure!r} is one of the embedded engine: "
-            "ask for auto or exact",
+            f"galleries on Milvus are searched exactly; structure {settings.structure!r} is one of the embedded "
+            "engine: ask for auto or exact",
             field="index.structure",
         )
     if not 0 < settings.min_recall <= 1:

@@ -33,6 +33,7 @@ _LOOK = 0.02  # seconds between two looks at the deadline
 _THREADS = 32
 _STRONG = {"consistency_level": "Strong"}
 _FULL = ("maxoutputsize", "resource_exhausted", "larger than max", "exceed the max")
+_PARTS_AWAY = ("fail connecting", "not available", "not connected", "offline", "not loaded")
 _AWAY = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
 
 
@@ -157,9 +158,10 @@ class Link:
         def make() -> None:
             index = self.client.prepare_index_params()
             index.add_index(vector, index_type="FLAT", metric_type="L2")
-            self.client.create_collection(
-                collection, schema=schema, index_params=index, consistency_level="Strong", timeout=_TIMEOUT
-            )
+            self.client.create_collection(collection, schema=schema, consistency_level="Strong", timeout=_TIMEOUT)
+            # Nothing is there yet: the client would look for the end of building it every half a second.
+            self.client.create_index(collection, index, sync=False, timeout=_TIMEOUT)
+            self.client.load_collection(collection, timeout=_TIMEOUT)
 
         self._told(make)
 
@@ -168,8 +170,8 @@ class Link:
         try:
             return call()
         except grpc.RpcError as error:
-            code = error.code() if isinstance(error, grpc.Call) else None
-            raise self._refusal(error, code) from error
+            code = getattr(error, "code", None)
+            raise self._refusal(error, code() if callable(code) else None) from error
         except MilvusException as error:
             code = error.code if isinstance(error.code, grpc.StatusCode) else None
             raise self._refusal(error, code) from error
@@ -182,9 +184,9 @@ class Link:
             return InvalidInput(
                 f"Milvus at {self.uri} refuses the token ({what}); set milvus_token", field="milvus_token"
             )
-        if code in _AWAY or any(sign in what for sign in ("not available", "not connected", "offline", "not loaded")):
+        if code in _AWAY or any(sign in what.lower() for sign in _PARTS_AWAY):
             return Busy(
-                f"Milvus at {self.uri} cannot be reached, or a part of it cannot ({what}); look after it, then try again"
+                f"Milvus at {self.uri} cannot be reached, or a part of it ({what}); look after it, then try again"
             )
         return StorageFailed(f"Milvus at {self.uri} refused: {what}")
 

@@ -73,8 +73,8 @@ class Record:
             return cls(model=ModelRef(**state.pop("model")), settings=settings, **state)
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedData(
-                f"Milvus holds a record of gallery {row.get('id')!r} that cannot be read ({error}); delete the gallery, "
-                "or open it with the version that wrote it"
+                f"Milvus holds a record of gallery {row.get('id')!r} that cannot be read ({error}); delete the "
+                "gallery, or open it with the version that wrote it"
             ) from error
 
     def etag(self, key: int) -> str:
@@ -95,7 +95,8 @@ class Record:
 
 def metadata_of(row: Row) -> Mapping[str, JSON]:
     held = row["metadata"]
-    return json.loads(held) if isinstance(held, str | bytes) else held
+    found: Mapping[str, JSON] = json.loads(held) if isinstance(held, str | bytes) else held
+    return found
 
 
 def living(generation: int) -> str:

@@ -1,8 +1,8 @@
 """Exact answers from Milvus: it proposes, `embedding.decision` measures, and a bound tells when that is enough.
 
 Milvus searches exactly (index FLAT), by squared distances that are rounded in its own way. Rows that it did not return
-lie at its farthest distance or beyond; by `index.exact.slack` less than that, in ours. Until enough rows lie nearer than
-this, more are asked for; beyond 16,384, the most that a server returns, the whole gallery is read.
+lie at its farthest distance or beyond; by `index.exact.slack` less than that, in ours. Until enough rows lie nearer
+than this, more are asked for; beyond 16,384, the most that a server returns, the whole gallery is read.
 
 Shapes: Q queries, D embedding width.
 """

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -102,8 +102,8 @@ class MilvusStore:
                 return cast("list[Row]", rows)
             pause(turn, deadline)
         raise Busy(
-            f"gallery {record.id!r} holds {record.size:,} items, of which Milvus can reach {counted:,}; a part of it is "
-            "away: bring it back, then try again; if all of it is there, verify the gallery"
+            f"gallery {record.id!r} holds {record.size:,} items, of which Milvus can reach {counted:,}; a part of it "
+            "is away: bring it back, then try again; if all of it is there, verify the gallery"
         )
 
     def named(self, record: Record, names: Sequence[str], fields: Sequence[str]) -> dict[str, Row]:
@@ -334,16 +334,12 @@ class MilvusStore:
         self._tidy_quietly()
 
     def _undo(self) -> None:
-        try:
+        with suppress(LookalikeError, TooMuch):  # the next write tries again, or the next opening
             self.settle()
-        except (LookalikeError, TooMuch):
-            pass  # the next write tries again, or the next opening
 
     def _tidy_quietly(self) -> None:
-        try:
+        with suppress(LookalikeError, TooMuch):  # nobody sees dead rows, and the next write tries again
             self.tidy()
-        except (LookalikeError, TooMuch):
-            pass  # dead rows are seen by nobody, and tried again
 
     def _replace(self, record: Record) -> None:
         self.link.upsert(self._records, [record.row()])

@@ -68,6 +68,17 @@ class Settings(BaseModel):
     """Folder of further bundles, a directory each, that can be activated while the server runs; it is read again each
     time it is asked about."""
 
+    engine: Literal["embedded", "milvus"] = "embedded"
+    """What holds the galleries: the folder itself, or a Milvus database (extra `milvus`)."""
+    milvus_uri: str | None = None
+    """With engine milvus, its address, "http://host:19530", or the path of a Milvus Lite file, which ends in ".db"."""
+    milvus_token: SecretStr | None = None
+    """What Milvus asks of clients: "user:password" or an API key."""
+    milvus_database: str | None = None
+    """The database of Milvus; its default one unless set."""
+    milvus_prefix: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")] = "lookalike"
+    """How the names of its collections begin."""
+
     @classmethod
     def checked(cls, **values: Any) -> Self:
         """Settings from untrusted values. Raises InvalidInput naming the first that is wrong."""

@@ -1,4 +1,4 @@
-"""The Milvus engine keeps the contract of gallery engines, on Milvus Lite; and what is its own."""
+"""The Milvus engine keeps the contract of gallery engines, on Milvus Lite."""
 
 from __future__ import annotations
 
@@ -7,22 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from embedding.errors import NotSupported
-from index import GalleryCatalog, GalleryEngine
+from embedding.errors import Busy, InvalidInput
+from index import GalleryCatalog
 from index.milvus import MilvusCatalog
-from tests.index.contract import GalleryContract
-
-
-class MilvusContract(GalleryContract):
-    """The contract, but snapshots."""
-
-    def test_a_snapshot_comes_back_as_it_was(  # type: ignore[override]
-        self, catalog: GalleryCatalog, engine: GalleryEngine, tmp_path: Path
-    ) -> None:
-        with pytest.raises(NotSupported, match="backup"):
-            engine.snapshot(tmp_path / "copy")
-        with pytest.raises(NotSupported, match="backup"):
-            catalog.restore("again", tmp_path / "copy")
+from tests.index.milvus_contract import MilvusContract
 
 
 class TestLite(MilvusContract):
@@ -31,9 +19,17 @@ class TestLite(MilvusContract):
         with MilvusCatalog(str(tmp_path / "galleries.db")) as catalog:
             yield catalog
 
-    def reopened(self, catalog: GalleryCatalog) -> GalleryCatalog:
-        assert isinstance(catalog, MilvusCatalog)
-        uri = catalog._link.uri
-        catalog.close()
-        catalog.__init__(uri)  # type: ignore[misc]  # the fixture closes the one that it made
-        return catalog
+    def beside(self, catalog: MilvusCatalog) -> MilvusCatalog:
+        """Through the server that Lite runs in this process: the file itself is locked."""
+        return MilvusCatalog(f"http://{catalog._link.client._config.address}")
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(Busy, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        MilvusCatalog("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("prefix", ["", "9", "a-b", "a" * 33])
+def test_a_prefix_that_names_no_collection_is_refused(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="prefix"):
+        MilvusCatalog(str(tmp_path / "galleries.db"), prefix=prefix)
