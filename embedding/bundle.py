@@ -17,10 +17,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypedDict
 
 import torch
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -95,13 +95,12 @@ class Manifest(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
-    """A bundle on disk whose checksums and schema have been verified. Weights are read by `network`."""
+class Described:
+    """A bundle on disk, known by its manifest and its calibration, whose checksums have been verified."""
 
     path: Path
     manifest: Manifest
     calibration: Calibration
-    _weights: bytes
 
     @property
     def name(self) -> str:
@@ -130,6 +129,19 @@ class Bundle:
         """Width D of an embedding, all views joined."""
         return self.preprocessing.embedding_dim(self.architecture.embedding_dim)
 
+
+def describe(path: Path | str) -> Described:
+    """Read what a bundle says of itself, without its weights. Raises NotFound or DamagedData."""
+    path = Path(path)
+    return Described(path=path, **_parsed(path, _read_verified(path, (MANIFEST, CALIBRATION))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle(Described):
+    """A bundle on disk whose checksums and schema have all been verified. Weights are read by `network`."""
+
+    _weights: bytes
+
     def network(self) -> EmbeddingNetwork:
         """The trained network, in evaluation mode, on the CPU."""
         with torch.random.fork_rng(devices=[]):  # building draws random weights that the trained ones replace
@@ -146,17 +158,12 @@ class Bundle:
     def load(cls, path: Path | str) -> Bundle:
         """Read and verify a bundle. Raises NotFound, or DamagedData when it was truncated or edited."""
         path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise NotFound(f"no bundle at {path}: {MANIFEST} is missing; make one with `lookalike train`")
         files = _read_verified(path)
-        try:
-            manifest = Manifest.model_validate_json(files[MANIFEST])
-            calibration = Calibration.model_validate_json(files[CALIBRATION])
-        except ValidationError as error:
-            raise DamagedData(f"{path} was written by another version of lookalike: {_first(error)}") from error
+        parsed = _parsed(path, files)
+        manifest = parsed["manifest"]
         if fingerprint(manifest.architecture, manifest.preprocessing, files[WEIGHTS]) != manifest.fingerprint:
             raise DamagedData(f"{path}: the fingerprint in {MANIFEST} is not that of its weights; restore the bundle")
-        return cls(path=path, manifest=manifest, calibration=calibration, _weights=files[WEIGHTS])
+        return cls(path=path, **parsed, _weights=files[WEIGHTS])
 
 
 def write_bundle(
@@ -214,12 +221,31 @@ def fingerprint(architecture: Architecture, preprocessing: Preprocessing, weight
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _read_verified(path: Path) -> dict[str, bytes]:
+class _Parsed(TypedDict):
+    manifest: Manifest
+    calibration: Calibration
+
+
+def _parsed(path: Path, files: Mapping[str, bytes]) -> _Parsed:
+    try:
+        return {
+            "manifest": Manifest.model_validate_json(files[MANIFEST]),
+            "calibration": Calibration.model_validate_json(files[CALIBRATION]),
+        }
+    except ValidationError as error:
+        raise DamagedData(f"{path} was written by another version of lookalike: {_first(error)}") from error
+
+
+def _read_verified(path: Path, only: Sequence[str] | None = None) -> dict[str, bytes]:
+    """The files that the checksums list, or `only` those named."""
+    if not (path / MANIFEST).is_file():
+        raise NotFound(f"no bundle at {path}: {MANIFEST} is missing; make one with `lookalike train`")
     try:
         listed = (path / SUMS).read_text("ascii").split("\n")
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in listed)}
         further = {name for name in sums if name.endswith(_WEIGHTS_SUFFIX) and name == Path(name).name}
-        files = {name: (path / name).read_bytes() for name in (*_SUMMED, *sorted(further - {*_SUMMED}))}
+        wanted = only or (*_SUMMED, *sorted(further - {*_SUMMED}))
+        files = {name: (path / name).read_bytes() for name in wanted}
     except FileNotFoundError as error:
         raise DamagedData(
             f"the bundle at {path} lacks {Path(error.filename).name}; restore it or train again"

@@ -29,6 +29,7 @@ from lookalike.types import (
     Item,
     ItemName,
     Model,
+    ModelChange,
     Neighbors,
     NewItem,
     OperatingPoint,
@@ -51,6 +52,7 @@ UPKEEP = "lookalike.v1.UpkeepService"
 OPERATIONS = "google.longrunning.Operations"
 
 MAX_PAIRS = 256
+MAX_IMAGES = 256
 MAX_QUERIES = 1024
 MAX_NEIGHBORS = 200_000
 """Of all queries of one BatchSearch."""
@@ -139,6 +141,26 @@ def verify_batch(
     )
 
 
+def verify_stream(
+    pairs: Iterable[tuple[ImageLike, ImageLike]], *, operating_point: OperatingPoint | None = None
+) -> Stream[Decision | CallFailed]:
+    """Decide any number of pairs over one call: for each, in order and as soon as it is there, the decision, or the
+    error that this pair alone met. Pairs are read ahead of the answers. It has no time limit."""
+    config = match_pb2.StreamVerifyConfig(operating_point=messages.operating_point(operating_point))
+
+    def requests() -> Iterator[bytes]:
+        yield match_pb2.StreamVerifyRequest(config=config).SerializeToString()
+        for a, b in pairs:
+            pair = match_pb2.ImagePair(a=messages.image_input(a), b=messages.image_input(b))
+            yield match_pb2.StreamVerifyRequest(pair=pair).SerializeToString()
+
+    def parse(data: bytes) -> Decision | CallFailed:
+        response = match_pb2.StreamVerifyResponse.FromString(data)
+        return _error(response.error) if response.HasField("error") else messages.decision(response.decision)
+
+    return Stream(f"{MATCH}/StreamVerify", requests(), parse)
+
+
 def embed(image: ImageLike) -> Call[Embedding]:
     """The unit embedding [D] of an image, float32."""
     return _call(
@@ -146,6 +168,23 @@ def embed(image: ImageLike) -> Call[Embedding]:
         match_pb2.EmbedRequest(image=messages.image_input(image)),
         match_pb2.EmbedResponse,
         lambda response: messages.embedding(response.embedding),
+    )
+
+
+def embed_batch(images: Iterable[ImageLike]) -> Batch[common_pb2.ImageInput, Embedding | CallFailed]:
+    """Embed many images: for each, in order, its unit embedding [D], or the error that this image alone met."""
+    return Batch(
+        (messages.image_input(image) for image in images),
+        MAX_IMAGES,
+        lambda chunk: _call(
+            f"{MATCH}/BatchEmbed",
+            match_pb2.BatchEmbedRequest(images=chunk),
+            match_pb2.BatchEmbedResponse,
+            lambda response: [
+                _error(result.error) if result.HasField("error") else messages.embedding(result.embedding)
+                for result in response.results
+            ],
+        ),
     )
 
 
@@ -443,23 +482,56 @@ def delete_items(gallery: str, ids: Iterable[str], *, allow_missing: bool = Fals
     )
 
 
-def get_model(model: str = messages.ACTIVE_MODEL) -> Call[Model]:
+def get_model(model: str = messages.ACTIVE_MODEL, *, calibration: int = 0) -> Call[Model]:
     """Describe a model, its whole calibration included; by default the one that answers."""
     return _call(
         f"{MODEL}/GetModel",
-        model_pb2.GetModelRequest(name=messages.model_name(model)),
+        model_pb2.GetModelRequest(name=messages.model_name(model), calibration=calibration),
         model_pb2.GetModelResponse,
         lambda response: messages.model(response.model),
     )
 
 
 def list_models(page_token: str) -> Call[Page[Model]]:
-    """Every model that the server has loaded, by name."""
+    """Every model that the server has loaded or could load, by name."""
     return _call(
         f"{MODEL}/ListModels",
         model_pb2.ListModelsRequest(page_size=PAGE_SIZE, page_token=page_token),
         model_pb2.ListModelsResponse,
         lambda response: Page([messages.model(found) for found in response.models], response.next_page_token),
+    )
+
+
+def activate_model(
+    model: str, *, calibration: int = 0, keep_previous: bool = False, force: bool = False, validate_only: bool = False
+) -> Call[ModelChange]:
+    """Let a model answer from now on, under its newest calibration or the one given; no call fails meanwhile.
+
+    Raises FailedPrecondition, naming them, when galleries would be left without the model of their embeddings:
+    `keep_previous` keeps the model that is active now loaded for them, `force` leaves them. With `validate_only` all
+    is checked and nothing changed. Loading takes its time: give the client a long `timeout`.
+    """
+    return _call(
+        f"{MODEL}/ActivateModel",
+        model_pb2.ActivateModelRequest(
+            name=messages.model_name(model),
+            calibration=calibration,
+            keep_previous=keep_previous,
+            force=force,
+            validate_only=validate_only,
+        ),
+        model_pb2.ActivateModelResponse,
+        messages.model_change,
+    )
+
+
+def deactivate_model(model: str, *, force: bool = False, validate_only: bool = False) -> Call[ModelChange]:
+    """Unload a model that is not the active one; with `force` also one whose embeddings a gallery holds."""
+    return _call(
+        f"{MODEL}/DeactivateModel",
+        model_pb2.DeactivateModelRequest(name=messages.model_name(model), force=force, validate_only=validate_only),
+        model_pb2.DeactivateModelResponse,
+        messages.model_change,
     )
 
 

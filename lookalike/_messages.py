@@ -32,6 +32,7 @@ from lookalike.types import (
     Item,
     ItemName,
     Model,
+    ModelChange,
     Neighbor,
     Neighbors,
     NewItem,
@@ -323,7 +324,13 @@ def model(message: model_pb2.Model) -> Model:
         create_time=_datetime(message.create_time),
         calibration=calibration(message.calibration),
         active=message.active,
+        loaded=message.state != model_pb2.MODEL_STATE_AVAILABLE,
+        calibrations=tuple(message.calibrations),
     )
+
+
+def model_change(message: model_pb2.ActivateModelResponse | model_pb2.DeactivateModelResponse) -> ModelChange:
+    return ModelChange(model=model(message.model), incompatible=tuple(map(_id, message.incompatible_galleries)))
 
 
 def calibration(message: model_pb2.Calibration) -> Calibration:

@@ -135,7 +135,9 @@ class Methods:
 
     verify = Unary(_calls.verify)
     verify_batch = Batched(_calls.verify_batch)
+    verify_stream = Streamed(_calls.verify_stream)
     embed = Unary(_calls.embed)
+    embed_batch = Batched(_calls.embed_batch)
     search = Unary(_calls.search)
     search_batch = Batched(_calls.search_batch)
     search_matches = Collecting(_calls.search_matches)
@@ -169,4 +171,6 @@ class Methods:
     list_operations = Paged(_calls.list_operations)
     get_model = Unary(_calls.get_model)
     list_models = Paged(_calls.list_models)
+    activate_model = Unary(_calls.activate_model)
+    deactivate_model = Unary(_calls.deactivate_model)
     is_serving = Unary(_calls.is_serving)

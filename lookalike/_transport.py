@@ -39,7 +39,7 @@ _POLL_SECONDS = 0.1
 _RETRIED = (
     {"service": _calls.MATCH},
     {"service": _calls.SEARCH},
-    {"service": _calls.MODEL},
+    *({"service": _calls.MODEL, "method": f"{read}"} for read in ("GetModel", "ListModels")),
     *(
         {"service": _calls.GALLERY, "method": f"{read}"}
         for read in ("GetGallery", "ListGalleries", "GetItem", "ListItems")

@@ -363,3 +363,16 @@ class Model:
     calibration: Calibration
     active: bool
     """Whether this model answers the server's calls."""
+    loaded: bool = True
+    """Whether it answers where a gallery holds its embeddings; else it can be activated."""
+    calibrations: tuple[int, ...] = ()
+    """Versions of its calibration that can be activated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChange:
+    """What answers now, or would."""
+
+    model: Model
+    incompatible: tuple[str, ...] = ()
+    """Galleries left without the model of their embeddings; never any unless forced."""

@@ -214,6 +214,13 @@ def model_name(name: str, path: str) -> str:
     return _matched(_MODEL, name, path, f"models/{{model}}, or models/{ACTIVE_MODEL} for the one that answers")[0]
 
 
+def calibration(value: int, path: str) -> int:
+    """The version of a calibration, 0 for unset."""
+    if value < 0:
+        raise InvalidInput(f"{path} is a version from 1 on, or 0 for the newest; got {value}", field=path)
+    return value
+
+
 def count(value: int, *, default: int, most: int, path: str) -> int:
     """A number in 1..most; 0, which is unset on the wire, means `default`."""
     if not 0 <= value <= most:

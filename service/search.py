@@ -14,8 +14,8 @@ from lookalike.v1 import search_pb2_grpc
 from service import errors, parse, questions, wire
 from service.errors import translated_errors
 from service.serving import AsyncEngine, Serving
-from service.sources import Source, Unusable
-from service.streams import Elements
+from service.sources import Source, Unusable, under
+from service.streams import Elements, answered_id, check_id
 
 MAX_QUERIES = 1024
 """Most images of one BatchSearch."""
@@ -33,9 +33,6 @@ MATCHES_AT_ONCE = 500
 
 MATCHES_BYTES = 128 * 1024
 """A message of matches is cut where it would grow beyond this; metadata may be large."""
-
-MAX_ID = 256
-"""Longest id of an element of a stream, in characters."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -107,7 +104,8 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             scope = parse.scope(first.config, path="config.")
             k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
             serving = await self._serving.of(scope.gallery)
-            await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
+            with under("config"):
+                await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
             async for some in elements.batches():
                 for response in await _answered(serving, scope, k, some):
                     yield response
@@ -132,7 +130,7 @@ async def _answered(
 
     def form(outcomes: Sequence[Found | LookalikeError]) -> list[pb.StreamSearchResponse]:
         return [
-            pb.StreamSearchResponse(id=request.id[:MAX_ID], error=errors.status(outcome))
+            pb.StreamSearchResponse(id=answered_id(request.id), error=errors.status(outcome))
             if isinstance(outcome, LookalikeError)
             else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id))
             for request, outcome in zip(requests, outcomes, strict=True)
@@ -155,8 +153,10 @@ def _match_messages(some: Sequence[Neighbor], gallery_id: str) -> list[pb.Search
 
 
 def _query(request: pb.StreamSearchRequest) -> Source:
-    if len(request.id) > MAX_ID:
-        return Unusable(error=InvalidInput(f"id has at most {MAX_ID} characters; got {len(request.id):,}", field="id"))
+    try:
+        check_id(request.id)
+    except InvalidInput as error:
+        return Unusable(error=error)
     if request.WhichOneof("element") == "config":
         return Unusable(
             error=InvalidInput("only the first element is a config; open another stream for another", field="config")

@@ -11,8 +11,6 @@ import errno
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import grpc
 import structlog
@@ -20,8 +18,6 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from embedding.bundle import Bundle
-from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput
 from embedding.runtime import tune_malloc
 from lookalike.v1 import (
@@ -41,15 +37,17 @@ from lookalike.v1 import (
 from service import logs
 from service.alias import AliasService
 from service.calls import Calls
-from service.engine import Engine
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
 from service.models import ModelService
 from service.operations import Operations
+from service.rollout import Rollout
 from service.search import SearchService
-from service.serving import AsyncEngine, Serving
+from service.serving import Serving
 from service.settings import Settings
+from service.settings_sources import Origins
+from service.tls import Certificates, certificates
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -72,13 +70,17 @@ _LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
 _log = structlog.get_logger(__name__)
 
 
-def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> None:
+def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, origins: Origins | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `on_ready` is called with `host:port` once the model is warm.
+
+    The settings are logged at start, secrets masked; `origins` tells where they came from.
 
     For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
     """
     tune_malloc()
-    logs.configure()
+    logs.configure(level=settings.log_level, form=settings.log_format)
+    told = origins or Origins(settings=settings, of={})
+    _log.info("settings", **told.shown(), origins=dict(told.of))
     asyncio.run(_serve(settings, on_ready))
 
 
@@ -92,9 +94,10 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._serving = Serving()
-        self._engines: list[AsyncEngine] = []
+        self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
-        self._calls = Calls()
+        self._certificates: Certificates | None = None
+        self._calls = Calls([self._serving])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -133,26 +136,12 @@ class Server:
 
         Raises Busy when the port or the folder of galleries is taken, and whatever `Engine.open` raises.
         """
+        self._certificates = certificates(self._settings)
         self._register()
         self.port = self._bind()
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
-        engine = await asyncio.to_thread(
-            Engine.open,
-            self._settings.bundle,
-            self._settings.galleries,
-            device=self._settings.device,
-            batch_size=self._settings.batch_size,
-            max_pixels=self._settings.max_pixels,
-            thumbnails=self._settings.thumbnails,
-        )
-        self._engines.append(AsyncEngine(engine, self._settings))
-        for path in self._settings.other_bundles:
-            other = await asyncio.to_thread(self._loaded, path)
-            self._engines.append(AsyncEngine(replace(engine, encoder=other), self._settings))
-        for each in self._engines:
-            await each.warm_up()
-        self._serving.replace(self._engines[0], self._engines[1:])
+        engine = await self._rollout.start()
         await self._say(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
@@ -167,18 +156,15 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
-        if self._engines:
-            engines, self._engines = self._engines, []
-            for engine in engines:
-                await asyncio.to_thread(engine.close)
-            await asyncio.to_thread(engines[0].engine.close)  # they share their galleries
+        if self._serving.every:
+            await self._rollout.stop()
             _log.info("stopped", address=self.address)
 
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving), self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._serving), self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._rollout), self._server)
         alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving), self._server)
         upkeep = UpkeepService(self._serving, self._operations)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
@@ -187,19 +173,12 @@ class Server:
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
-    def _loaded(self, path: Path) -> Encoder:
-        settings = self._settings
-        return Encoder(
-            Bundle.load(path),
-            device=settings.device,
-            batch_size=settings.batch_size,
-            max_pixels=settings.max_pixels,
-        )
-
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
         _check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
+            if self._certificates is not None:
+                return self._server.add_secure_port(_joined(host, port), self._certificates.credentials())
             return self._server.add_insecure_port(_joined(host, port))
         except RuntimeError as error:
             raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error

@@ -12,7 +12,6 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from embedding import calibration as measured
-from embedding.bundle import Bundle
 from embedding.decision import Decision, Vectors, Verdict
 from embedding.errors import NotFound
 from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor
@@ -22,6 +21,7 @@ from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_p
 from lookalike.v1 import operations_pb2 as pb
 from service import operations
 from service.operations import Operation
+from service.stock import Model
 from service.writes import settings_etag
 
 _VERDICTS = {
@@ -208,7 +208,8 @@ def galleries(catalog: GalleryCatalog) -> list[gallery_pb2.Gallery]:
     return [described[gallery_id] for gallery_id in sorted(described)]
 
 
-def model(bundle: Bundle, *, active: bool) -> model_pb2.Model:
+def model(known: Model) -> model_pb2.Model:
+    bundle = known.described
     return model_pb2.Model(
         name=model_name(bundle.name),
         fingerprint=bundle.fingerprint,
@@ -218,7 +219,13 @@ def model(bundle: Bundle, *, active: bool) -> model_pb2.Model:
         image_size=bundle.architecture.image_size,
         create_time=timestamp(bundle.lineage.created),
         calibration=calibration(bundle.calibration),
-        active=active,
+        active=known.active,
+        state=model_pb2.MODEL_STATE_ACTIVE
+        if known.active
+        else model_pb2.MODEL_STATE_LOADED
+        if known.loaded
+        else model_pb2.MODEL_STATE_AVAILABLE,
+        calibrations=known.calibrations,
     )
 
 

@@ -44,6 +44,7 @@ from service import errors, operations, parse, upkeep, wire
 from service.engine import Engine
 from service.questions import Scope, Search, SearchBatch, SearchMatches, Verify
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem
+from service.stock import Model as Available
 from service.writes import Draft, PurgeItems, UpdateGallery, UpdateItems
 
 
@@ -266,7 +267,9 @@ def _settings(index: IndexSettings | None) -> engine_interface.IndexSettings | N
 
 def describe_bundle(path: Path) -> Model:
     """A bundle as the server would describe it. Raises NotFound or DamagedData."""
-    return messages.model(wire.model(Bundle.load(path), active=False))
+    bundle = Bundle.load(path)
+    known = Available(described=bundle, calibrations=(bundle.calibration.version,), loaded=False, active=False)
+    return messages.model(wire.model(known))
 
 
 def learned_in(path: Path) -> Mapping[str, float]:

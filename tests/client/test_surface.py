@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lookalike import (
@@ -87,6 +88,27 @@ def test_a_stream_of_searches(client: Client, filled: str) -> None:
     assert ids(found[2]) == ids(client.search(filled, ItemName(filled, "2"), k=2))
     with pytest.raises(NotFound):
         list(client.search_stream("nowhere", [png(1)]))
+
+
+def test_a_stream_of_pairs_and_a_batch_of_embeddings(client: Client, server: Server, filled: str) -> None:
+    pairs: list[tuple[ImageLike, ImageLike]] = [(png(1), ItemName(filled, "1")), (png(1), b"no image")]
+    pairs += [(png(n % 5), png(2)) for n in range(100)]
+    decided = list(client.verify_stream(pairs, operating_point=ALL))
+    assert isinstance(decided[1], InvalidRequest)
+    assert [decided[0], *decided[2:]] == [client.verify(a, b, operating_point=ALL) for a, b in [pairs[0], *pairs[2:]]]
+    embedded = client.embed_batch([png(1), b"no image", *(png(n % 3) for n in range(300))])
+    assert isinstance(embedded[1], InvalidRequest)
+    assert len(embedded) == 302
+    assert np.array_equal(embedded[0], client.embed(png(1)))
+    assert np.array_equal(embedded[-1], client.embed(png(299 % 3)))
+
+    async def ask() -> None:
+        async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+            answers = [each async for each in other.verify_stream(pairs, operating_point=ALL)]
+            assert [answers[0], *answers[2:]] == [decided[0], *decided[2:]]
+            assert np.array_equal((await other.embed_batch([png(1)]))[0], embedded[0])
+
+    asyncio.run(ask())
 
 
 def test_an_image_that_cannot_be_read_ends_a_stream_with_its_error(client: Client, filled: str, tmp_path: Path) -> None:

@@ -126,7 +126,9 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
         for ask in (
             lambda: client.verify(b"", b""),
             lambda: client.verify_batch([(b"", b"")]),
+            lambda: list(client.verify_stream([(b"", b"")])),
             lambda: client.embed(b""),
+            lambda: client.embed_batch([b""]),
             lambda: client.search("g", b""),
             lambda: client.search_batch("g", [b""]),
             lambda: client.create_gallery("g"),
@@ -160,6 +162,8 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
             lambda: list(client.list_operations()),
             client.get_model,
             lambda: list(client.list_models()),
+            lambda: client.activate_model("m"),
+            lambda: client.deactivate_model("m"),
         ):
             with pytest.raises(Conflict):
                 ask()
