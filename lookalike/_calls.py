@@ -5,6 +5,7 @@ Nothing here sends anything: `_methods.py` turns these functions into methods of
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -320,7 +321,7 @@ def create_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call[
     settings = gallery_pb2.Gallery(index=messages.index_settings(index)) if index else None
     return _call(
         f"{GALLERY}/CreateGallery",
-        gallery_pb2.CreateGalleryRequest(gallery_id=gallery, gallery=settings),
+        gallery_pb2.CreateGalleryRequest(gallery_id=gallery, gallery=settings, request_id=_new_id()),
         gallery_pb2.CreateGalleryResponse,
         lambda response: messages.gallery(response.gallery),
     )
@@ -356,7 +357,8 @@ def update_gallery(gallery: str, index: IndexSettings, *, etag: str = "") -> Cal
         gallery_pb2.UpdateGalleryRequest(
             gallery=gallery_pb2.Gallery(
                 name=messages.gallery_name(gallery), index=messages.index_settings(index), etag=etag
-            )
+            ),
+            request_id=_new_id(),
         ),
         gallery_pb2.UpdateGalleryResponse,
         lambda response: messages.gallery(response.gallery),
@@ -367,7 +369,7 @@ def delete_gallery(gallery: str, *, force: bool = False) -> Call[None]:
     """Delete a gallery; with `force` also one that holds items."""
     return _call(
         f"{GALLERY}/DeleteGallery",
-        gallery_pb2.DeleteGalleryRequest(name=messages.gallery_name(gallery), force=force),
+        gallery_pb2.DeleteGalleryRequest(name=messages.gallery_name(gallery), force=force, request_id=_new_id()),
         gallery_pb2.DeleteGalleryResponse,
         lambda response: None,
     )
@@ -408,7 +410,10 @@ def update_items(
         lambda chunk: _call(
             f"{GALLERY}/BatchUpdateItems",
             gallery_pb2.BatchUpdateItemsRequest(
-                parent=messages.gallery_name(gallery), requests=chunk, allow_missing=allow_missing
+                parent=messages.gallery_name(gallery),
+                requests=chunk,
+                allow_missing=allow_missing,
+                request_id=_new_id(),
             ),
             gallery_pb2.BatchUpdateItemsResponse,
             lambda response: [
@@ -423,7 +428,7 @@ def update_item(gallery: str, item: NewItem, *, fields: Iterable[str] = (), allo
     """Store an item, durably, or with `fields` (`identity`, `metadata`, `image`) only these of it."""
     return _call(
         f"{GALLERY}/UpdateItem",
-        messages.update_request(gallery, item, fields=fields, allow_missing=allow_missing),
+        messages.update_request(gallery, item, fields=fields, allow_missing=allow_missing, request_id=_new_id()),
         gallery_pb2.UpdateItemResponse,
         lambda response: messages.item(response.item),
     )
@@ -452,7 +457,7 @@ def delete_item(name: ItemName, *, etag: str = "", allow_missing: bool = False) 
     """Delete an item; with an `etag` only while it still carries it."""
     return _call(
         f"{GALLERY}/DeleteItem",
-        gallery_pb2.DeleteItemRequest(name=str(name), etag=etag, allow_missing=allow_missing),
+        gallery_pb2.DeleteItemRequest(name=str(name), etag=etag, allow_missing=allow_missing, request_id=_new_id()),
         gallery_pb2.DeleteItemResponse,
         lambda response: None,
     )
@@ -462,7 +467,12 @@ def purge_items(gallery: str, filter: str, *, force: bool = False) -> Call[Purge
     """Count the items that a filter accepts, `*` for all; with `force` delete them, in one step."""
     return _call(
         f"{GALLERY}/PurgeItems",
-        gallery_pb2.PurgeItemsRequest(parent=messages.gallery_name(gallery), filter=filter, force=force),
+        gallery_pb2.PurgeItemsRequest(
+            parent=messages.gallery_name(gallery),
+            filter=filter,
+            force=force,
+            request_id=_new_id() if force else "",
+        ),
         gallery_pb2.PurgeItemsResponse,
         messages.purged,
     )
@@ -476,6 +486,7 @@ def delete_items(gallery: str, ids: Iterable[str], *, allow_missing: bool = Fals
             parent=messages.gallery_name(gallery),
             names=[str(ItemName(gallery, item)) for item in ids],
             allow_missing=allow_missing,
+            request_id=_new_id(),
         ),
         gallery_pb2.BatchDeleteItemsResponse,
         lambda response: response.deleted_count,
@@ -519,6 +530,7 @@ def activate_model(
             keep_previous=keep_previous,
             force=force,
             validate_only=validate_only,
+            request_id=_new_id(),
         ),
         model_pb2.ActivateModelResponse,
         messages.model_change,
@@ -529,7 +541,9 @@ def deactivate_model(model: str, *, force: bool = False, validate_only: bool = F
     """Unload a model that is not the active one; with `force` also one whose embeddings a gallery holds."""
     return _call(
         f"{MODEL}/DeactivateModel",
-        model_pb2.DeactivateModelRequest(name=messages.model_name(model), force=force, validate_only=validate_only),
+        model_pb2.DeactivateModelRequest(
+            name=messages.model_name(model), force=force, validate_only=validate_only, request_id=_new_id()
+        ),
         model_pb2.DeactivateModelResponse,
         messages.model_change,
     )
@@ -542,6 +556,7 @@ def put_alias(alias: str, gallery: str, *, allow_missing: bool = True) -> Call[A
         alias_pb2.UpdateAliasRequest(
             alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=messages.gallery_name(gallery)),
             allow_missing=allow_missing,
+            request_id=_new_id(),
         ),
         alias_pb2.UpdateAliasResponse,
         lambda response: messages.alias(response.alias),
@@ -572,7 +587,7 @@ def delete_alias(alias: str) -> Call[None]:
     """Delete an alias; the gallery stays."""
     return _call(
         f"{ALIAS}/DeleteAlias",
-        alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"),
+        alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}", request_id=_new_id()),
         alias_pb2.DeleteAliasResponse,
         lambda response: None,
     )
@@ -583,7 +598,9 @@ def reindex_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call
     return _call(
         f"{UPKEEP}/ReindexGallery",
         upkeep_pb2.ReindexGalleryRequest(
-            name=messages.gallery_name(gallery), index=messages.index_settings(index) if index else None
+            name=messages.gallery_name(gallery),
+            index=messages.index_settings(index) if index else None,
+            request_id=_new_id(),
         ),
         upkeep_pb2.ReindexGalleryResponse,
         lambda response: messages.operation(response.operation),
@@ -603,6 +620,7 @@ def migrate_gallery(gallery: str, to: str, *, model: str = "", alias: str = "") 
             gallery_id=to,
             model=messages.model_name(model) if model else "",
             alias=f"aliases/{alias}" if alias else "",
+            request_id=_new_id(),
         ),
         upkeep_pb2.MigrateGalleryResponse,
         lambda response: messages.operation(response.operation),
@@ -613,7 +631,9 @@ def create_snapshot(gallery: str, snapshot: str) -> Call[Operation]:
     """Begin to copy a gallery, at one generation, on the server's disk."""
     return _call(
         f"{UPKEEP}/CreateSnapshot",
-        upkeep_pb2.CreateSnapshotRequest(parent=messages.gallery_name(gallery), snapshot_id=snapshot),
+        upkeep_pb2.CreateSnapshotRequest(
+            parent=messages.gallery_name(gallery), snapshot_id=snapshot, request_id=_new_id()
+        ),
         upkeep_pb2.CreateSnapshotResponse,
         lambda response: messages.operation(response.operation),
     )
@@ -635,7 +655,7 @@ def delete_snapshot(gallery: str, snapshot: str) -> Call[None]:
     """Delete a snapshot of a gallery."""
     return _call(
         f"{UPKEEP}/DeleteSnapshot",
-        upkeep_pb2.DeleteSnapshotRequest(name=messages.snapshot_name(gallery, snapshot)),
+        upkeep_pb2.DeleteSnapshotRequest(name=messages.snapshot_name(gallery, snapshot), request_id=_new_id()),
         upkeep_pb2.DeleteSnapshotResponse,
         lambda response: None,
     )
@@ -645,7 +665,9 @@ def restore_gallery(gallery: str, snapshot: str, to: str) -> Call[Operation]:
     """Begin to make the new gallery `to` from a snapshot of a gallery."""
     return _call(
         f"{UPKEEP}/RestoreGallery",
-        upkeep_pb2.RestoreGalleryRequest(snapshot=messages.snapshot_name(gallery, snapshot), gallery_id=to),
+        upkeep_pb2.RestoreGalleryRequest(
+            snapshot=messages.snapshot_name(gallery, snapshot), gallery_id=to, request_id=_new_id()
+        ),
         upkeep_pb2.RestoreGalleryResponse,
         lambda response: messages.operation(response.operation),
     )
@@ -704,6 +726,11 @@ def _call(
         return parse(response)
 
     return Call(method, request.SerializeToString(), parse_bytes)
+
+
+def _new_id() -> str:
+    """Of a request that writes: made once, so that the server knows a repetition by it."""
+    return str(uuid.uuid4())
 
 
 def _error(status: status_pb2.Status) -> CallFailed:

@@ -114,7 +114,7 @@ def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
 
 
 def update_request(
-    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False
+    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False, request_id: str = ""
 ) -> gallery_pb2.UpdateItemRequest:
     return gallery_pb2.UpdateItemRequest(
         item=gallery_pb2.Item(
@@ -126,6 +126,7 @@ def update_request(
         image=None if item.image is None else image_input(item.image),
         update_mask=FieldMask(paths=fields),
         allow_missing=allow_missing,
+        request_id=request_id,
     )
 
 

@@ -22,6 +22,7 @@ from embedding.images import MAX_PIXELS
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
 from index.aliases import Aliases
 from index.engine import OnProgress
+from index.receipts import Token
 from index.shelf import Shelf
 from service.sources import (
     Embedded,
@@ -123,9 +124,13 @@ class Engine:
         with naming(path):
             return self.catalog.get(self.aliases.resolve(name), model=None if any_model else self.model)
 
-    def create_gallery(self, gallery_id: str, settings: IndexSettings | None = None) -> GalleryEngine:
-        """An empty gallery of this model. Raises AlreadyExists."""
+    def create_gallery(
+        self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
+    ) -> GalleryEngine:
+        """An empty gallery of this model, with a receipt of the request when it has a token. Raises AlreadyExists."""
         self._check_no_alias(gallery_id)
+        if isinstance(self.catalog, Catalog):
+            return self.catalog.create(gallery_id, self.model, settings=settings, token=token)
         return self.catalog.create(gallery_id, self.model, settings=settings)
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:

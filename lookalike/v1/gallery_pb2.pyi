@@ -305,8 +305,13 @@ class CreateGalleryRequest(_message.Message):
 
     GALLERY_ID_FIELD_NUMBER: _builtins.int
     GALLERY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     gallery_id: _builtins.str
     """The id to create it under: 1 to 63 lower-case letters, digits and inner hyphens. Required."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     @_builtins.property
     def gallery(self) -> Global___Gallery:
         """How to index it, in `index`; every other field of a new gallery is output only."""
@@ -316,10 +321,11 @@ class CreateGalleryRequest(_message.Message):
         *,
         gallery_id: _builtins.str = ...,
         gallery: Global___Gallery | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "gallery_id", b"gallery_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "gallery_id", b"gallery_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -457,19 +463,25 @@ class DeleteGalleryRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}`. Required."""
     force: _builtins.bool
     """Delete it even when it holds items; without it a gallery with items is refused with FAILED_PRECONDITION."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         force: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,9 +622,14 @@ class UpdateItemRequest(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     allow_missing: _builtins.bool
     """Store it also when it is not there yet; without it an unknown item fails with NOT_FOUND. In a batch, the batch's own
-    `allow_missing` holds for all.
+    `allow_missing` holds for all, and so does its `request_id`.
+    """
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
     """
     @_builtins.property
     def item(self) -> Global___Item:
@@ -636,10 +653,11 @@ class UpdateItemRequest(_message.Message):
         image: _common_pb2.ImageInput | None = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
         allow_missing: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "item", b"item", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "image", b"image", "item", b"item", "update_mask", b"update_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "image", b"image", "item", b"item", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -678,10 +696,15 @@ class BatchUpdateItemsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The gallery, `galleries/{gallery}`. Required."""
     allow_missing: _builtins.bool
     """Store items that are not there yet; without it an unknown item fails with NOT_FOUND."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___UpdateItemRequest]:
         """At least 1 and at most 1,024 items, no name twice."""
@@ -692,10 +715,11 @@ class BatchUpdateItemsRequest(_message.Message):
         parent: _builtins.str = ...,
         requests: _abc.Iterable[Global___UpdateItemRequest] | None = ...,
         allow_missing: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "parent", b"parent", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "parent", b"parent", "request_id", b"request_id", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -766,10 +790,15 @@ class BatchDeleteItemsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The gallery, `galleries/{gallery}`. Required."""
     allow_missing: _builtins.bool
     """Pass over unknown items; without it one unknown item fails the call and nothing is deleted."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     @_builtins.property
     def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Resource names, at least 1 and at most 1,024."""
@@ -780,10 +809,11 @@ class BatchDeleteItemsRequest(_message.Message):
         parent: _builtins.str = ...,
         names: _abc.Iterable[_builtins.str] | None = ...,
         allow_missing: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "names", b"names", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "names", b"names", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -819,6 +849,11 @@ class UpdateGalleryRequest(_message.Message):
 
     GALLERY_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     @_builtins.property
     def gallery(self) -> Global___Gallery:
         """Its name, and in `index` how it is to be indexed; optionally its etag. Required."""
@@ -834,10 +869,11 @@ class UpdateGalleryRequest(_message.Message):
         *,
         gallery: Global___Gallery | None = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "update_mask", b"update_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery", b"gallery", "request_id", b"request_id", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -876,22 +912,28 @@ class DeleteItemRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}/items/{item}`. Required."""
     etag: _builtins.str
     """When given, the item is deleted only while it carries it; else the call fails with ABORTED."""
     allow_missing: _builtins.bool
     """Succeed also when there is no such item; without it that fails with NOT_FOUND."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         etag: _builtins.str = ...,
         allow_missing: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -923,22 +965,28 @@ class PurgeItemsRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The gallery, `galleries/{gallery}`. Required."""
     filter: _builtins.str
     """Which items, as in SearchRequest; `*` alone means all. Required."""
     force: _builtins.bool
     """Delete them. Without it nothing is deleted, and the answer says what would be."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         filter: _builtins.str = ...,
         force: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "force", b"force", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "force", b"force", "parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
