@@ -198,12 +198,13 @@ def search(
     filter: str = "",
     effort: Effort | None = None,
     exclude: Iterable[ItemName] = (),
+    metadata: bool = True,
 ) -> Call[Neighbors]:
     """The k items of a gallery nearest to an image, nearest first, each with its decision.
 
     An item of the searched gallery is left out of its own results, as are those in `exclude`; a smaller gallery returns
     all it has. `filter` says which items may be found, such as `metadata.brand = "acme"`. Without an `effort` the
-    search reaches the recall that the gallery was tuned to.
+    search reaches the recall that the gallery was tuned to. Without `metadata` large answers are much faster.
     """
     return _call(
         f"{SEARCH}/Search",
@@ -215,6 +216,7 @@ def search(
             filter=filter,
             effort=messages.effort(effort),
             exclude=map(str, exclude),
+            read_mask=messages.neighbor_mask(metadata),
         ),
         search_pb2.SearchResponse,
         messages.neighbors,
@@ -229,6 +231,7 @@ def search_batch(
     operating_point: OperatingPoint | None = None,
     filter: str = "",
     effort: Effort | None = None,
+    metadata: bool = True,
 ) -> Batch[common_pb2.ImageInput, Neighbors | CallFailed]:
     """Search many images: for each, in order, its neighbours, or the error that this image alone met."""
     point, wanted = messages.operating_point(operating_point), messages.effort(effort)
@@ -239,7 +242,13 @@ def search_batch(
         lambda chunk: _call(
             f"{SEARCH}/BatchSearch",
             search_pb2.BatchSearchRequest(
-                gallery=name, queries=chunk, k=k, operating_point=point, filter=filter, effort=wanted
+                gallery=name,
+                queries=chunk,
+                k=k,
+                operating_point=point,
+                filter=filter,
+                effort=wanted,
+                read_mask=messages.neighbor_mask(metadata),
             ),
             search_pb2.BatchSearchResponse,
             lambda response: [
@@ -259,6 +268,7 @@ def search_matches(
     filter: str = "",
     effort: Effort | None = None,
     exclude: Iterable[ItemName] = (),
+    metadata: bool = True,
 ) -> Collected[Neighbors]:
     """All items of a gallery within the threshold, nearest first; `truncated` when there are more than `limit`.
 
@@ -274,6 +284,7 @@ def search_matches(
         filter=filter,
         effort=messages.effort(effort),
         exclude=map(str, exclude),
+        read_mask=messages.neighbor_mask(metadata),
     )
 
     def parse(parts: Sequence[bytes]) -> Neighbors:
@@ -293,6 +304,7 @@ def search_stream(
     operating_point: OperatingPoint | None = None,
     filter: str = "",
     effort: Effort | None = None,
+    metadata: bool = True,
 ) -> Stream[Neighbors | CallFailed]:
     """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
     error that this image alone met. Images are read ahead of the answers. It has no time limit."""
@@ -302,6 +314,7 @@ def search_stream(
         operating_point=messages.operating_point(operating_point),
         filter=filter,
         effort=messages.effort(effort),
+        read_mask=messages.neighbor_mask(metadata),
     )
 
     def requests() -> Iterator[bytes]:
@@ -365,32 +378,40 @@ def update_gallery(gallery: str, index: IndexSettings, *, etag: str = "") -> Cal
     )
 
 
-def delete_gallery(gallery: str, *, force: bool = False) -> Call[None]:
-    """Delete a gallery; with `force` also one that holds items."""
+def delete_gallery(gallery: str, *, force: bool = False, validate_only: bool = False) -> Call[None]:
+    """Delete a gallery; with `force` also one that holds items, with `validate_only` look whether it could be."""
     return _call(
         f"{GALLERY}/DeleteGallery",
-        gallery_pb2.DeleteGalleryRequest(name=messages.gallery_name(gallery), force=force, request_id=_new_id()),
+        gallery_pb2.DeleteGalleryRequest(
+            name=messages.gallery_name(gallery), force=force, request_id=_new_id(), validate_only=validate_only
+        ),
         gallery_pb2.DeleteGalleryResponse,
         lambda response: None,
     )
 
 
-def get_item(name: ItemName) -> Call[Item]:
-    """Describe an item, its embedding included."""
+def get_item(name: ItemName, *, metadata: bool = True, embedding: bool = True) -> Call[Item]:
+    """Describe an item; what is not wanted is not sent."""
     return _call(
         f"{GALLERY}/GetItem",
-        gallery_pb2.GetItemRequest(name=str(name)),
+        gallery_pb2.GetItemRequest(name=str(name), read_mask=messages.item_mask(metadata, embedding)),
         gallery_pb2.GetItemResponse,
         lambda response: messages.item(response.item),
     )
 
 
-def list_items(page_token: str, gallery: str, *, filter: str = "") -> Call[Page[Item]]:
-    """The items of a gallery that a filter accepts, by name and without embeddings; pages are fetched as needed."""
+def list_items(
+    page_token: str, gallery: str, *, filter: str = "", metadata: bool = True, embedding: bool = False
+) -> Call[Page[Item]]:
+    """The items of a gallery that a filter accepts, by name; pages are fetched as needed."""
     return _call(
         f"{GALLERY}/ListItems",
         gallery_pb2.ListItemsRequest(
-            parent=messages.gallery_name(gallery), page_size=PAGE_SIZE, page_token=page_token, filter=filter
+            parent=messages.gallery_name(gallery),
+            page_size=PAGE_SIZE,
+            page_token=page_token,
+            filter=filter,
+            read_mask=messages.item_mask(metadata, embedding),
         ),
         gallery_pb2.ListItemsResponse,
         lambda response: Page([messages.item(found) for found in response.items], response.next_page_token),

@@ -49,6 +49,7 @@ from lookalike.v1 import operations_pb2 as pb
 
 ACTIVE_MODEL = "active"
 
+_ITEM_FIELDS = tuple(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
 _RAW = ("nprobe", "ef_search", "rescore")
 
 _VERDICTS = {
@@ -128,6 +129,15 @@ def update_request(
         allow_missing=allow_missing,
         request_id=request_id,
     )
+
+
+def item_mask(metadata: bool, embedding: bool) -> FieldMask:
+    optional = {"metadata": metadata, "embedding": embedding}
+    return FieldMask(paths=[name for name in _ITEM_FIELDS if optional.get(name, True)])
+
+
+def neighbor_mask(metadata: bool) -> FieldMask | None:
+    return None if metadata else FieldMask(paths=["item", "identity", "decision"])
 
 
 def gallery_name(gallery: str) -> str:

@@ -7,6 +7,7 @@ the same questions without blocking an event loop. Swapping a model is replacing
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -166,8 +167,8 @@ class Engine:
             pass
         raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias", field="alias.name")
 
-    def delete_gallery(self, gallery_id: str, *, force: bool = False) -> None:
-        """Delete a gallery of any model.
+    def delete_gallery(self, gallery_id: str, *, force: bool = False, validate_only: bool = False) -> None:
+        """Delete a gallery of any model, or with `validate_only` look whether it could be.
 
         Raises NotFound, GalleryAliased, and GalleryNotEmpty unless it is empty or `force` is set.
         """
@@ -183,7 +184,11 @@ class Engine:
                 )
             if not force:
                 self._check_empty(gallery_id)
-            self.catalog.delete(gallery_id)
+            if not validate_only:
+                self.catalog.delete(gallery_id)
+                return
+            with suppress(DamagedData):  # such a one can be deleted
+                self.catalog.get(gallery_id)
 
     def ask(self, question: Question[Answer]) -> Answer:
         """Answer in this thread. Raises LookalikeError."""

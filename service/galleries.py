@@ -88,7 +88,7 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
             def delete(again: bool) -> pb.DeleteGalleryResponse:
                 with gone_already(again):
-                    serving.engine.delete_gallery(gallery_id, force=request.force)
+                    serving.engine.delete_gallery(gallery_id, force=request.force, validate_only=request.validate_only)
                 return pb.DeleteGalleryResponse()
 
             return await self._once.done(
@@ -98,12 +98,13 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:
         async with translated_errors(context):
             gallery_id, item_id = parse.item_name(request.name, "name")
+            fields = parse.item_mask(request.read_mask)
             serving = self._serving.current
 
             def read() -> pb.GetItemResponse:
                 gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
                 stored = gallery.get(item_id)
-                return pb.GetItemResponse(item=wire.item(stored, gallery.id, with_embedding=True))
+                return pb.GetItemResponse(item=wire.item_fields(stored, gallery.id, fields))
 
             return await serving.run(read)
 
@@ -112,13 +113,14 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             gallery_id = parse.gallery_name(request.parent, "parent")
             size = parse.page_size(request.page_size)
             allowed = parse_filter(request.filter)
+            fields = parse.item_mask(request.read_mask, listing=True)
             serving = self._serving.current
 
             def read() -> pb.ListItemsResponse:
                 gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
                 items, following = gallery.list(page_size=size, page_token=request.page_token, allowed=allowed)
                 return pb.ListItemsResponse(
-                    items=[wire.item(item, gallery.id) for item in items], next_page_token=following
+                    items=[wire.item_fields(item, gallery.id, fields) for item in items], next_page_token=following
                 )
 
             return await serving.run(read)

@@ -43,6 +43,8 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             engine = self._serving.current.engine
             token = token_of(request)
             gallery_id = await self._existing(name, "name")
+            if request.validate_only:
+                return pb.ReindexGalleryResponse()
             begun = self._operations.start(
                 "reindex",
                 gallery_id,
@@ -60,6 +62,9 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             if (before := self._operations.begun(token)) is not None:
                 return pb.MigrateGalleryResponse(operation=_told(before))
             migration = await serving.run(upkeep.Migration, serving.engine, source, request.gallery_id, alias=alias)
+            if request.validate_only:
+                await serving.run(migration.check_images)
+                return pb.MigrateGalleryResponse()
             begun = self._operations.start(
                 "migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)), token=token
             )
@@ -73,6 +78,8 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 return pb.CreateSnapshotResponse(operation=_told(before))
             gallery_id = await self._existing(parse.gallery_name(request.parent, "parent"), "parent")
             await self._serving.current.run(engine.shelf.check_free, gallery_id, request.snapshot_id)
+            if request.validate_only:
+                return pb.CreateSnapshotResponse()
             begun = self._operations.start(
                 "snapshot",
                 gallery_id,
@@ -117,6 +124,8 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             if (before := self._operations.begun(token)) is not None:
                 return pb.RestoreGalleryResponse(operation=_told(before))
             await serving.run(engine.check_restorable, request.gallery_id, source)
+            if request.validate_only:
+                return pb.RestoreGalleryResponse()
             begun = self._operations.start(
                 "restore",
                 request.gallery_id,

@@ -29,7 +29,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from lookalike.v1 import common_pb2 as lookalike_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alookalike/v1/gallery.proto\x12\x0clookalike.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"\xf4\x01\n\x07Gallery\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x61mage\x18\x06 \x01(\t\x12*\n\x05index\x18\x07 \x01(\x0b\x32\x1b.lookalike.v1.IndexSettings\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12)\n\x05stats\x18\t \x01(\x0b\x32\x1a.lookalike.v1.GalleryStats\"L\n\rIndexSettings\x12\x12\n\nmin_recall\x18\x01 \x01(\x01\x12\x11\n\tstructure\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\xad\x01\n\x0cGalleryStats\x12\x13\n\x0b\x66resh_items\x18\x01 \x01(\x03\x12\x11\n\tdead_rows\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.lookalike.v1.Segment\x12\x0c\n\x04\x62usy\x18\x06 \x01(\t\x12\x14\n\x0clast_failure\x18\x07 \x01(\t\"f\n\x07Segment\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x11\n\tdead_rows\x18\x02 \x01(\x03\x12\x11\n\tstructure\x18\x03 \x01(\t\x12\'\n\x05\x63urve\x18\x04 \x03(\x0b\x32\x18.lookalike.v1.CurvePoint\"\x87\x01\n\nCurvePoint\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x0e\n\x06recall\x18\x02 \x01(\x01\x12\x14\n\x0cmatch_recall\x18\x03 \x01(\x01\x12\x14\n\x0cmicroseconds\x18\x04 \x01(\x01\x12\x0e\n\x06nprobe\x18\x05 \x01(\x05\x12\x11\n\tef_search\x18\x06 \x01(\x05\x12\x0f\n\x07rescore\x18\x07 \x01(\x05\"\xb7\x01\n\x04Item\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tembedding\x18\x07 \x01(\x0c\"f\n\x14\x43reateGalleryRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12&\n\x07gallery\x18\x02 \x01(\x0b\x32\x15.lookalike.v1.Gallery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"?\n\x15\x43reateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"!\n\x11GetGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"=\n\x14ListGalleriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x15ListGalleriesResponse\x12(\n\tgalleries\x18\x01 \x03(\x0b\x32\x15.lookalike.v1.Gallery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"G\n\x14\x44\x65leteGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x17\n\x15\x44\x65leteGalleryResponse\"\x1e\n\x0eGetItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x0fGetItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"Y\n\x10ListItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"O\n\x11ListItemsResponse\x12!\n\x05items\x18\x01 \x03(\x0b\x32\x12.lookalike.v1.Item\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xba\x01\n\x11UpdateItemRequest\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rallow_missing\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"6\n\x12UpdateItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"\x87\x01\n\x17\x42\x61tchUpdateItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x31\n\x08requests\x18\x02 \x03(\x0b\x32\x1f.lookalike.v1.UpdateItemRequest\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"e\n\x10UpdateItemResult\x12\"\n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.ItemH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"K\n\x18\x42\x61tchUpdateItemsResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.lookalike.v1.UpdateItemResult\"c\n\x17\x42\x61tchDeleteItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"1\n\x18\x42\x61tchDeleteItemsResponse\x12\x15\n\rdeleted_count\x18\x01 \x01(\x05\"\x83\x01\n\x14UpdateGalleryRequest\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"?\n\x15UpdateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"Z\n\x11\x44\x65leteItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x14\n\x12\x44\x65leteItemResponse\"V\n\x11PurgeItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"?\n\x12PurgeItemsResponse\x12\x13\n\x0bpurge_count\x18\x01 \x01(\x03\x12\x14\n\x0cpurge_sample\x18\x02 \x03(\t\"\x83\x01\n\x12ImportItemsRequest\x12\x31\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1f.lookalike.v1.ImportItemsConfigH\x00\x12/\n\x04item\x18\x02 \x01(\x0b\x32\x1f.lookalike.v1.UpdateItemRequestH\x00\x42\t\n\x07\x65lement\":\n\x11ImportItemsConfig\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x15\n\rexisting_only\x18\x02 \x01(\x08\"v\n\x13ImportItemsResponse\x12\x1a\n\x12\x61\x63knowledged_count\x18\x01 \x01(\x03\x12\x14\n\x0cstored_count\x18\x02 \x01(\x03\x12-\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1b.lookalike.v1.ImportFailure\"O\n\rImportFailure\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status2\xf0\x08\n\x0eGalleryService\x12X\n\rCreateGallery\x12\".lookalike.v1.CreateGalleryRequest\x1a#.lookalike.v1.CreateGalleryResponse\x12O\n\nGetGallery\x12\x1f.lookalike.v1.GetGalleryRequest\x1a .lookalike.v1.GetGalleryResponse\x12X\n\rListGalleries\x12\".lookalike.v1.ListGalleriesRequest\x1a#.lookalike.v1.ListGalleriesResponse\x12X\n\rDeleteGallery\x12\".lookalike.v1.DeleteGalleryRequest\x1a#.lookalike.v1.DeleteGalleryResponse\x12\x46\n\x07GetItem\x12\x1c.lookalike.v1.GetItemRequest\x1a\x1d.lookalike.v1.GetItemResponse\x12L\n\tListItems\x12\x1e.lookalike.v1.ListItemsRequest\x1a\x1f.lookalike.v1.ListItemsResponse\x12\x61\n\x10\x42\x61tchUpdateItems\x12%.lookalike.v1.BatchUpdateItemsRequest\x1a&.lookalike.v1.BatchUpdateItemsResponse\x12\x61\n\x10\x42\x61tchDeleteItems\x12%.lookalike.v1.BatchDeleteItemsRequest\x1a&.lookalike.v1.BatchDeleteItemsResponse\x12X\n\rUpdateGallery\x12\".lookalike.v1.UpdateGalleryRequest\x1a#.lookalike.v1.UpdateGalleryResponse\x12O\n\nUpdateItem\x12\x1f.lookalike.v1.UpdateItemRequest\x1a .lookalike.v1.UpdateItemResponse\x12O\n\nDeleteItem\x12\x1f.lookalike.v1.DeleteItemRequest\x1a .lookalike.v1.DeleteItemResponse\x12O\n\nPurgeItems\x12\x1f.lookalike.v1.PurgeItemsRequest\x1a .lookalike.v1.PurgeItemsResponse\x12V\n\x0bImportItems\x12 .lookalike.v1.ImportItemsRequest\x1a!.lookalike.v1.ImportItemsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alookalike/v1/gallery.proto\x12\x0clookalike.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"\xf4\x01\n\x07Gallery\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nitem_count\x18\x03 \x01(\x03\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x61mage\x18\x06 \x01(\t\x12*\n\x05index\x18\x07 \x01(\x0b\x32\x1b.lookalike.v1.IndexSettings\x12\x0c\n\x04\x65tag\x18\x08 \x01(\t\x12)\n\x05stats\x18\t \x01(\x0b\x32\x1a.lookalike.v1.GalleryStats\"L\n\rIndexSettings\x12\x12\n\nmin_recall\x18\x01 \x01(\x01\x12\x11\n\tstructure\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\"\xad\x01\n\x0cGalleryStats\x12\x13\n\x0b\x66resh_items\x18\x01 \x01(\x03\x12\x11\n\tdead_rows\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\'\n\x08segments\x18\x05 \x03(\x0b\x32\x15.lookalike.v1.Segment\x12\x0c\n\x04\x62usy\x18\x06 \x01(\t\x12\x14\n\x0clast_failure\x18\x07 \x01(\t\"f\n\x07Segment\x12\x0c\n\x04rows\x18\x01 \x01(\x03\x12\x11\n\tdead_rows\x18\x02 \x01(\x03\x12\x11\n\tstructure\x18\x03 \x01(\t\x12\'\n\x05\x63urve\x18\x04 \x03(\x0b\x32\x18.lookalike.v1.CurvePoint\"\x87\x01\n\nCurvePoint\x12\t\n\x01k\x18\x01 \x01(\x05\x12\x0e\n\x06recall\x18\x02 \x01(\x01\x12\x14\n\x0cmatch_recall\x18\x03 \x01(\x01\x12\x14\n\x0cmicroseconds\x18\x04 \x01(\x01\x12\x0e\n\x06nprobe\x18\x05 \x01(\x05\x12\x11\n\tef_search\x18\x06 \x01(\x05\x12\x0f\n\x07rescore\x18\x07 \x01(\x05\"\xb7\x01\n\x04Item\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x03\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tembedding\x18\x07 \x01(\x0c\"f\n\x14\x43reateGalleryRequest\x12\x12\n\ngallery_id\x18\x01 \x01(\t\x12&\n\x07gallery\x18\x02 \x01(\x0b\x32\x15.lookalike.v1.Gallery\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"?\n\x15\x43reateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"!\n\x11GetGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x12GetGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"=\n\x14ListGalleriesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x15ListGalleriesResponse\x12(\n\tgalleries\x18\x01 \x03(\x0b\x32\x15.lookalike.v1.Gallery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"^\n\x14\x44\x65leteGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"\x17\n\x15\x44\x65leteGalleryResponse\"M\n\x0eGetItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\tread_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"3\n\x0fGetItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"\x88\x01\n\x10ListItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12-\n\tread_mask\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"O\n\x11ListItemsResponse\x12!\n\x05items\x18\x01 \x03(\x0b\x32\x12.lookalike.v1.Item\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xba\x01\n\x11UpdateItemRequest\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rallow_missing\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"6\n\x12UpdateItemResponse\x12 \n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.Item\"\x87\x01\n\x17\x42\x61tchUpdateItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x31\n\x08requests\x18\x02 \x03(\x0b\x32\x1f.lookalike.v1.UpdateItemRequest\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"e\n\x10UpdateItemResult\x12\"\n\x04item\x18\x01 \x01(\x0b\x32\x12.lookalike.v1.ItemH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"K\n\x18\x42\x61tchUpdateItemsResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.lookalike.v1.UpdateItemResult\"c\n\x17\x42\x61tchDeleteItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"1\n\x18\x42\x61tchDeleteItemsResponse\x12\x15\n\rdeleted_count\x18\x01 \x01(\x05\"\x83\x01\n\x14UpdateGalleryRequest\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"?\n\x15UpdateGalleryResponse\x12&\n\x07gallery\x18\x01 \x01(\x0b\x32\x15.lookalike.v1.Gallery\"Z\n\x11\x44\x65leteItemRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x14\n\x12\x44\x65leteItemResponse\"V\n\x11PurgeItemsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"?\n\x12PurgeItemsResponse\x12\x13\n\x0bpurge_count\x18\x01 \x01(\x03\x12\x14\n\x0cpurge_sample\x18\x02 \x03(\t\"\x83\x01\n\x12ImportItemsRequest\x12\x31\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1f.lookalike.v1.ImportItemsConfigH\x00\x12/\n\x04item\x18\x02 \x01(\x0b\x32\x1f.lookalike.v1.UpdateItemRequestH\x00\x42\t\n\x07\x65lement\":\n\x11ImportItemsConfig\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x15\n\rexisting_only\x18\x02 \x01(\x08\"v\n\x13ImportItemsResponse\x12\x1a\n\x12\x61\x63knowledged_count\x18\x01 \x01(\x03\x12\x14\n\x0cstored_count\x18\x02 \x01(\x03\x12-\n\x08\x66\x61ilures\x18\x03 \x03(\x0b\x32\x1b.lookalike.v1.ImportFailure\"O\n\rImportFailure\x12\r\n\x05index\x18\x01 \x01(\x03\x12\x0c\n\x04name\x18\x02 \x01(\t\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status2\xf0\x08\n\x0eGalleryService\x12X\n\rCreateGallery\x12\".lookalike.v1.CreateGalleryRequest\x1a#.lookalike.v1.CreateGalleryResponse\x12O\n\nGetGallery\x12\x1f.lookalike.v1.GetGalleryRequest\x1a .lookalike.v1.GetGalleryResponse\x12X\n\rListGalleries\x12\".lookalike.v1.ListGalleriesRequest\x1a#.lookalike.v1.ListGalleriesResponse\x12X\n\rDeleteGallery\x12\".lookalike.v1.DeleteGalleryRequest\x1a#.lookalike.v1.DeleteGalleryResponse\x12\x46\n\x07GetItem\x12\x1c.lookalike.v1.GetItemRequest\x1a\x1d.lookalike.v1.GetItemResponse\x12L\n\tListItems\x12\x1e.lookalike.v1.ListItemsRequest\x1a\x1f.lookalike.v1.ListItemsResponse\x12\x61\n\x10\x42\x61tchUpdateItems\x12%.lookalike.v1.BatchUpdateItemsRequest\x1a&.lookalike.v1.BatchUpdateItemsResponse\x12\x61\n\x10\x42\x61tchDeleteItems\x12%.lookalike.v1.BatchDeleteItemsRequest\x1a&.lookalike.v1.BatchDeleteItemsResponse\x12X\n\rUpdateGallery\x12\".lookalike.v1.UpdateGalleryRequest\x1a#.lookalike.v1.UpdateGalleryResponse\x12O\n\nUpdateItem\x12\x1f.lookalike.v1.UpdateItemRequest\x1a .lookalike.v1.UpdateItemResponse\x12O\n\nDeleteItem\x12\x1f.lookalike.v1.DeleteItemRequest\x1a .lookalike.v1.DeleteItemResponse\x12O\n\nPurgeItems\x12\x1f.lookalike.v1.PurgeItemsRequest\x1a .lookalike.v1.PurgeItemsResponse\x12V\n\x0bImportItems\x12 .lookalike.v1.ImportItemsRequest\x1a!.lookalike.v1.ImportItemsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,51 +61,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTGALLERIESRESPONSE']._serialized_start=1451
   _globals['_LISTGALLERIESRESPONSE']._serialized_end=1541
   _globals['_DELETEGALLERYREQUEST']._serialized_start=1543
-  _globals['_DELETEGALLERYREQUEST']._serialized_end=1614
-  _globals['_DELETEGALLERYRESPONSE']._serialized_start=1616
-  _globals['_DELETEGALLERYRESPONSE']._serialized_end=1639
-  _globals['_GETITEMREQUEST']._serialized_start=1641
-  _globals['_GETITEMREQUEST']._serialized_end=1671
-  _globals['_GETITEMRESPONSE']._serialized_start=1673
-  _globals['_GETITEMRESPONSE']._serialized_end=1724
-  _globals['_LISTITEMSREQUEST']._serialized_start=1726
-  _globals['_LISTITEMSREQUEST']._serialized_end=1815
-  _globals['_LISTITEMSRESPONSE']._serialized_start=1817
-  _globals['_LISTITEMSRESPONSE']._serialized_end=1896
-  _globals['_UPDATEITEMREQUEST']._serialized_start=1899
-  _globals['_UPDATEITEMREQUEST']._serialized_end=2085
-  _globals['_UPDATEITEMRESPONSE']._serialized_start=2087
-  _globals['_UPDATEITEMRESPONSE']._serialized_end=2141
-  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_start=2144
-  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_end=2279
-  _globals['_UPDATEITEMRESULT']._serialized_start=2281
-  _globals['_UPDATEITEMRESULT']._serialized_end=2382
-  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_start=2384
-  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_end=2459
-  _globals['_BATCHDELETEITEMSREQUEST']._serialized_start=2461
-  _globals['_BATCHDELETEITEMSREQUEST']._serialized_end=2560
-  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_start=2562
-  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_end=2611
-  _globals['_UPDATEGALLERYREQUEST']._serialized_start=2614
-  _globals['_UPDATEGALLERYREQUEST']._serialized_end=2745
-  _globals['_UPDATEGALLERYRESPONSE']._serialized_start=2747
-  _globals['_UPDATEGALLERYRESPONSE']._serialized_end=2810
-  _globals['_DELETEITEMREQUEST']._serialized_start=2812
-  _globals['_DELETEITEMREQUEST']._serialized_end=2902
-  _globals['_DELETEITEMRESPONSE']._serialized_start=2904
-  _globals['_DELETEITEMRESPONSE']._serialized_end=2924
-  _globals['_PURGEITEMSREQUEST']._serialized_start=2926
-  _globals['_PURGEITEMSREQUEST']._serialized_end=3012
-  _globals['_PURGEITEMSRESPONSE']._serialized_start=3014
-  _globals['_PURGEITEMSRESPONSE']._serialized_end=3077
-  _globals['_IMPORTITEMSREQUEST']._serialized_start=3080
-  _globals['_IMPORTITEMSREQUEST']._serialized_end=3211
-  _globals['_IMPORTITEMSCONFIG']._serialized_start=3213
-  _globals['_IMPORTITEMSCONFIG']._serialized_end=3271
-  _globals['_IMPORTITEMSRESPONSE']._serialized_start=3273
-  _globals['_IMPORTITEMSRESPONSE']._serialized_end=3391
-  _globals['_IMPORTFAILURE']._serialized_start=3393
-  _globals['_IMPORTFAILURE']._serialized_end=3472
-  _globals['_GALLERYSERVICE']._serialized_start=3475
-  _globals['_GALLERYSERVICE']._serialized_end=4611
+  _globals['_DELETEGALLERYREQUEST']._serialized_end=1637
+  _globals['_DELETEGALLERYRESPONSE']._serialized_start=1639
+  _globals['_DELETEGALLERYRESPONSE']._serialized_end=1662
+  _globals['_GETITEMREQUEST']._serialized_start=1664
+  _globals['_GETITEMREQUEST']._serialized_end=1741
+  _globals['_GETITEMRESPONSE']._serialized_start=1743
+  _globals['_GETITEMRESPONSE']._serialized_end=1794
+  _globals['_LISTITEMSREQUEST']._serialized_start=1797
+  _globals['_LISTITEMSREQUEST']._serialized_end=1933
+  _globals['_LISTITEMSRESPONSE']._serialized_start=1935
+  _globals['_LISTITEMSRESPONSE']._serialized_end=2014
+  _globals['_UPDATEITEMREQUEST']._serialized_start=2017
+  _globals['_UPDATEITEMREQUEST']._serialized_end=2203
+  _globals['_UPDATEITEMRESPONSE']._serialized_start=2205
+  _globals['_UPDATEITEMRESPONSE']._serialized_end=2259
+  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_start=2262
+  _globals['_BATCHUPDATEITEMSREQUEST']._serialized_end=2397
+  _globals['_UPDATEITEMRESULT']._serialized_start=2399
+  _globals['_UPDATEITEMRESULT']._serialized_end=2500
+  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_start=2502
+  _globals['_BATCHUPDATEITEMSRESPONSE']._serialized_end=2577
+  _globals['_BATCHDELETEITEMSREQUEST']._serialized_start=2579
+  _globals['_BATCHDELETEITEMSREQUEST']._serialized_end=2678
+  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_start=2680
+  _globals['_BATCHDELETEITEMSRESPONSE']._serialized_end=2729
+  _globals['_UPDATEGALLERYREQUEST']._serialized_start=2732
+  _globals['_UPDATEGALLERYREQUEST']._serialized_end=2863
+  _globals['_UPDATEGALLERYRESPONSE']._serialized_start=2865
+  _globals['_UPDATEGALLERYRESPONSE']._serialized_end=2928
+  _globals['_DELETEITEMREQUEST']._serialized_start=2930
+  _globals['_DELETEITEMREQUEST']._serialized_end=3020
+  _globals['_DELETEITEMRESPONSE']._serialized_start=3022
+  _globals['_DELETEITEMRESPONSE']._serialized_end=3042
+  _globals['_PURGEITEMSREQUEST']._serialized_start=3044
+  _globals['_PURGEITEMSREQUEST']._serialized_end=3130
+  _globals['_PURGEITEMSRESPONSE']._serialized_start=3132
+  _globals['_PURGEITEMSRESPONSE']._serialized_end=3195
+  _globals['_IMPORTITEMSREQUEST']._serialized_start=3198
+  _globals['_IMPORTITEMSREQUEST']._serialized_end=3329
+  _globals['_IMPORTITEMSCONFIG']._serialized_start=3331
+  _globals['_IMPORTITEMSCONFIG']._serialized_end=3389
+  _globals['_IMPORTITEMSRESPONSE']._serialized_start=3391
+  _globals['_IMPORTITEMSRESPONSE']._serialized_end=3509
+  _globals['_IMPORTFAILURE']._serialized_start=3511
+  _globals['_IMPORTFAILURE']._serialized_end=3590
+  _globals['_GALLERYSERVICE']._serialized_start=3593
+  _globals['_GALLERYSERVICE']._serialized_end=4729
 # @@protoc_insertion_point(module_scope)

@@ -269,7 +269,7 @@ class Item(_message.Message):
     generation: _builtins.int
     """The gallery's generation that stored this version. Output only."""
     embedding: _builtins.bytes
-    """Little-endian float32 values, 4 × embedding_dim bytes. Output only; empty in ListItems."""
+    """Little-endian float32 values, 4 × embedding_dim bytes. Output only; in ListItems only where `read_mask` asks for it."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
         """Anything the caller wants back with the item, at most 64 KiB as JSON."""
@@ -464,6 +464,7 @@ class DeleteGalleryRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}`. Required."""
     force: _builtins.bool
@@ -472,16 +473,19 @@ class DeleteGalleryRequest(_message.Message):
     """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
     answered as before. AIP-155.
     """
+    validate_only: _builtins.bool
+    """Check whether it could be deleted, and change nothing. AIP-163."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         force: _builtins.bool = ...,
         request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,16 +515,22 @@ class GetItemRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}/items/{item}`. Required."""
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of the item to return, such as `name,metadata`; unset or `*` means all. AIP-157."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,7 +545,7 @@ class GetItemResponse(_message.Message):
     ITEM_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def item(self) -> Global___Item:
-        """As stored, with its embedding."""
+        """As stored, with its embedding unless `read_mask` leaves that out."""
 
     def __init__(
         self,
@@ -560,6 +570,7 @@ class ListItemsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The gallery, `galleries/{gallery}`. Required."""
     page_size: _builtins.int
@@ -568,6 +579,10 @@ class ListItemsRequest(_message.Message):
     """`next_page_token` of the previous page; empty for the first."""
     filter: _builtins.str
     """Which items to list, as in SearchRequest; empty means all."""
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of the items to return; unset means all but `embedding`, `*` means all. AIP-157."""
+
     def __init__(
         self,
         *,
@@ -575,10 +590,11 @@ class ListItemsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         filter: _builtins.str = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -596,7 +612,7 @@ class ListItemsResponse(_message.Message):
     """Give it back to get the next page; empty on the last."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]:
-        """In the order of their names, without their embeddings."""
+        """In the order of their names, without their embeddings unless `read_mask` asks for these."""
 
     def __init__(
         self,
