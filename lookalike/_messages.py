@@ -49,6 +49,7 @@ from lookalike.v1 import operations_pb2 as pb
 
 ACTIVE_MODEL = "active"
 
+_ITEM_FIELDS = tuple(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
 _RAW = ("nprobe", "ef_search", "rescore")
 
 _VERDICTS = {
@@ -114,7 +115,7 @@ def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
 
 
 def update_request(
-    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False
+    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False, request_id: str = ""
 ) -> gallery_pb2.UpdateItemRequest:
     return gallery_pb2.UpdateItemRequest(
         item=gallery_pb2.Item(
@@ -126,7 +127,17 @@ def update_request(
         image=None if item.image is None else image_input(item.image),
         update_mask=FieldMask(paths=fields),
         allow_missing=allow_missing,
+        request_id=request_id,
     )
+
+
+def item_mask(metadata: bool, embedding: bool) -> FieldMask:
+    optional = {"metadata": metadata, "embedding": embedding}
+    return FieldMask(paths=[name for name in _ITEM_FIELDS if optional.get(name, True)])
+
+
+def neighbor_mask(metadata: bool) -> FieldMask | None:
+    return None if metadata else FieldMask(paths=["item", "identity", "decision"])
 
 
 def gallery_name(gallery: str) -> str:

@@ -27,6 +27,8 @@ MAX_EXCLUDED = 1000
 MAX_RAW = 100_000
 """Largest parameter of an index structure."""
 INDEX_FIELDS = ("min_recall", "structure", "memory_bytes")
+ITEM_FIELDS = frozenset(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
+NEIGHBOR_FIELDS = frozenset(field.name for field in search_pb2.Neighbor.DESCRIPTOR.fields)
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 ACTIVE_MODEL = "active"
 """The id that stands for whichever model answers."""
@@ -158,6 +160,18 @@ def mask(message: field_mask_pb2.FieldMask, accepted: Collection[str], path: str
             f"{path} takes {', '.join(sorted(accepted))}, or * alone; got {unknown[0][:80]!a}", field=path
         )
     return frozenset(message.paths)
+
+
+def item_mask(message: field_mask_pb2.FieldMask, path: str = "read_mask", *, listing: bool = False) -> frozenset[str]:
+    """Which fields of an item to return; those of a listing are by default all but the embedding."""
+    if listing and not message.paths:
+        return ITEM_FIELDS - {"embedding"}
+    return mask(message, ITEM_FIELDS, path)
+
+
+def neighbor_mask(message: field_mask_pb2.FieldMask, path: str = "read_mask") -> frozenset[str]:
+    """Which fields of a neighbour to return."""
+    return mask(message, NEIGHBOR_FIELDS, path)
 
 
 def purge_filter(text: str, path: str = "filter") -> ItemFilter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 import grpc
@@ -48,6 +48,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             scope = parse.scope(request, deadline=_deadline(context))
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
+            fields = parse.neighbor_mask(request.read_mask)
             question = questions.Search(
                 scope=scope,
                 query=parse.image(request.query, "query"),
@@ -55,7 +56,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             return await serving.ask(
-                question, lambda found: wire.search_response(found, resolve(scope.gallery)), deadline=scope.deadline
+                question,
+                lambda found: wire.search_response(found, resolve(scope.gallery), fields),
+                deadline=scope.deadline,
             )
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
@@ -64,13 +67,14 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             scope = parse.scope(request, deadline=_deadline(context))
             serving = await self._serving.of(scope.gallery)
             gallery_id = serving.engine.aliases.resolve(scope.gallery)
+            fields = parse.neighbor_mask(request.read_mask)
             question = questions.SearchBatch(
                 scope=scope,
                 queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
                 k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
             )
             return await serving.ask(
-                question, lambda outcomes: _batch_response(outcomes, gallery_id), deadline=scope.deadline
+                question, lambda outcomes: _batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
             )
 
     async def SearchMatches(
@@ -80,6 +84,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             scope = parse.scope(request, deadline=_deadline(context))
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
+            fields = parse.neighbor_mask(request.read_mask)
             question = questions.SearchMatches(
                 scope=scope,
                 query=parse.image(request.query, "query"),
@@ -90,7 +95,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
                 some = found.neighbors[start : start + MATCHES_AT_ONCE]
                 # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
-                for response in await serving.run(_match_messages, some, resolve(scope.gallery)):
+                for response in await serving.run(_match_messages, some, resolve(scope.gallery), fields):
                     yield response
             yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
@@ -103,16 +108,21 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 raise InvalidInput("the first element of the stream must be its config", field="config")
             scope = parse.scope(first.config, path="config.")
             k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
+            fields = parse.neighbor_mask(first.config.read_mask, "config.read_mask")
             serving = await self._serving.of(scope.gallery)
             with under("config"):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
             async for some in elements.batches():
-                for response in await _answered(serving, scope, k, some):
+                for response in await _answered(serving, scope, k, some, fields):
                     yield response
 
 
 async def _answered(
-    serving: AsyncEngine, scope: questions.Scope, k: int, requests: Sequence[pb.StreamSearchRequest]
+    serving: AsyncEngine,
+    scope: questions.Scope,
+    k: int,
+    requests: Sequence[pb.StreamSearchRequest],
+    fields: Collection[str],
 ) -> list[pb.StreamSearchResponse]:
     gallery_id = serving.engine.aliases.resolve(scope.gallery)
     deadline = Deadline()
@@ -132,17 +142,19 @@ async def _answered(
         return [
             pb.StreamSearchResponse(id=answered_id(request.id), error=errors.status(outcome))
             if isinstance(outcome, LookalikeError)
-            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id))
+            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id, fields))
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
     return await serving.ask(question, form, deadline=deadline)
 
 
-def _match_messages(some: Sequence[Neighbor], gallery_id: str) -> list[pb.SearchMatchesResponse]:
+def _match_messages(
+    some: Sequence[Neighbor], gallery_id: str, fields: Collection[str]
+) -> list[pb.SearchMatchesResponse]:
     responses: list[pb.SearchMatchesResponse] = []
     size = MATCHES_BYTES
-    for neighbor in wire.neighbors(some, gallery_id):
+    for neighbor in wire.neighbors(some, gallery_id, fields):
         added = neighbor.ByteSize()
         if size + added > MATCHES_BYTES:
             responses.append(pb.SearchMatchesResponse())
@@ -168,12 +180,14 @@ def _deadline(context: Context) -> Deadline:
     return Deadline(context.time_remaining())
 
 
-def _batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str) -> pb.BatchSearchResponse:
+def _batch_response(
+    outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: Collection[str]
+) -> pb.BatchSearchResponse:
     return pb.BatchSearchResponse(
         results=[
             pb.SearchResult(error=errors.status(outcome))
             if isinstance(outcome, LookalikeError)
-            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id))
+            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id, fields))
             for outcome in outcomes
         ]
     )

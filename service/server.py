@@ -41,6 +41,7 @@ from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
 from service.models import ModelService
+from service.once import Once
 from service.operations import Operations
 from service.rollout import Rollout
 from service.search import SearchService
@@ -97,6 +98,7 @@ class Server:
         self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
         self._certificates: Certificates | None = None
+        self._once = Once(settings.galleries)
         self._calls = Calls([self._serving])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -156,6 +158,7 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
+        await asyncio.to_thread(self._once.close)
         if self._serving.every:
             await self._rollout.stop()
             _log.info("stopped", address=self.address)
@@ -163,10 +166,12 @@ class Server:
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
-        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving), self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._rollout), self._server)
-        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving), self._server)
-        upkeep = UpkeepService(self._serving, self._operations)
+        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self._rollout, self._serving, self._once), self._server
+        )
+        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), self._server)
+        upkeep = UpkeepService(self._serving, self._operations, self._once)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

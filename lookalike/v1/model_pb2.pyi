@@ -389,6 +389,7 @@ class ActivateModelRequest(_message.Message):
     KEEP_PREVIOUS_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}`, one that ListModels tells of. Required."""
     calibration: _builtins.int
@@ -403,6 +404,10 @@ class ActivateModelRequest(_message.Message):
     """
     validate_only: _builtins.bool
     """Read and check everything, and change nothing. AIP-163."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
@@ -411,10 +416,11 @@ class ActivateModelRequest(_message.Message):
         keep_previous: _builtins.bool = ...,
         force: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "force", b"force", "keep_previous", b"keep_previous", "name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "force", b"force", "keep_previous", b"keep_previous", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,22 +465,28 @@ class DeactivateModelRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}`. The active model is refused with FAILED_PRECONDITION: activate another. Required."""
     force: _builtins.bool
     """Unload it although galleries hold its embeddings."""
     validate_only: _builtins.bool
     """Check everything, and change nothing. AIP-163."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         force: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -133,6 +133,9 @@ class Stubs:
     def fill(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         """Create a gallery that holds these images, each with its name as identity."""
         self.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+        self.fill_more(gallery, images)
+
+    def fill_more(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         response = self.galleries.BatchUpdateItems(
             gallery_pb2.BatchUpdateItemsRequest(
                 parent=f"galleries/{gallery}",
