@@ -20,7 +20,8 @@
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
     ├── GalleryAliased          a gallery that an alias stands for is not deleted
     ├── ImagesNeeded            items whose image is needed and not stored; import them
-    ├── Busy                    another process holds the folder
+    ├── NotSupported            what this engine of galleries cannot do
+    ├── Busy                    another process holds the folder, or Milvus is away
     ├── NotReady                the model is still loading
     ├── Cancelled               the caller no longer wants the answer
     ├── DeadlineExceeded        the time limit passed before the answer was found
@@ -135,6 +136,10 @@ class GalleryAliased(LookalikeError):
 
 class ImagesNeeded(LookalikeError):
     reason = "IMAGES_NEEDED"
+
+
+class NotSupported(LookalikeError):
+    reason = "NOT_SUPPORTED"
 
 
 class Busy(LookalikeError):

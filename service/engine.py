@@ -76,6 +76,7 @@ class Engine:
         galleries: Path | str,
         *,
         read_only: bool = False,
+        catalog: Callable[[Path], GalleryCatalog] | None = None,
         device: str = "auto",
         batch_size: int = 64,
         max_pixels: int = MAX_PIXELS,
@@ -83,20 +84,22 @@ class Engine:
     ) -> Self:
         """Load a bundle and open a folder of galleries; close it after use, or use it in a `with` statement.
 
+        `catalog` opens galleries that lie elsewhere; aliases lie in the folder all the same.
+
         Raises NotFound, DamagedData, StorageFailed, or Busy when another process writes to the galleries and
         `read_only` is not set.
         """
         encoder = Encoder(Bundle.load(bundle), device=device, batch_size=batch_size, max_pixels=max_pixels)
         root = Path(galleries)
-        catalog = Catalog(root, read_only=read_only)
+        opened = catalog(root) if catalog else Catalog(root, read_only=read_only)
         try:
             aliases = Aliases(root, read_only=read_only)
         except BaseException:
-            catalog.close()
+            opened.close()
             raise
         return cls(
             encoder=encoder,
-            catalog=catalog,
+            catalog=opened,
             aliases=aliases,
             shelf=Shelf(root),
             thumbnails=thumbnails,

@@ -39,6 +39,7 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.GalleriesIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ModelActive: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ModelAmbiguous: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     domain.Busy: grpc.StatusCode.UNAVAILABLE,
     domain.DamagedData: grpc.StatusCode.DATA_LOSS,
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
@@ -62,7 +63,8 @@ async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> Asyn
         yield
     except Exception as error:  # the boundary: everything is answered, and what nobody foresaw is logged
         rich = rpc_status.to_status(status(error))
-        await context.abort(rich.code, rich.details, rich.trailing_metadata)
+        trailing = (*rich.trailing_metadata, *(context.trailing_metadata() or ()))  # abort forgets what was set before
+        await context.abort(rich.code, rich.details, trailing)
 
 
 def status(error: BaseException) -> status_pb2.Status:

@@ -20,6 +20,7 @@ from service.serving import AsyncEngine, Serving
 from service.settings import Settings
 from service.standing import Standing
 from service.stock import Choice, Model, Stock
+from service.storage import catalog_of
 
 NAMED = 5
 """Galleries that the message of an error names."""
@@ -59,6 +60,7 @@ class Rollout:
             Engine.open,
             first.path,
             self._settings.galleries,
+            catalog=catalog_of(self._settings),
             device=self._settings.device,
             batch_size=self._settings.batch_size,
             max_pixels=self._settings.max_pixels,

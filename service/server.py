@@ -51,6 +51,8 @@ from service.rollout import Rollout
 from service.search import SearchService
 from service.serving import Serving
 from service.settings import Settings
+from service.settings_sources import Origins
+from service.tls import Certificates, certificates
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -74,13 +76,17 @@ _LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
 _log = structlog.get_logger(__name__)
 
 
-def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> None:
+def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, origins: Origins | None = None) -> None:
     """Serve until SIGTERM or SIGINT; `on_ready` is called with `host:port` once the model is warm.
+
+    The settings are logged at start, secrets masked; `origins` tells where they came from.
 
     For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
     """
     tune_malloc()
-    logs.configure()
+    logs.configure(level=settings.log_level, form=settings.log_format)
+    told = origins or Origins(settings=settings, of={})
+    _log.info("settings", **told.shown(), origins=dict(told.of))
     asyncio.run(_serve(settings, on_ready))
 
 
@@ -96,6 +102,7 @@ class Server:
         self._serving = Serving()
         self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
+        self._certificates: Certificates | None = None
         self._once = Once(settings.galleries)
         self._feedback = FeedbackStore(settings.galleries)
         self._calls = Calls([self._serving])
@@ -137,6 +144,7 @@ class Server:
 
         Raises Busy when the port or the folder of galleries is taken, and whatever `Engine.open` raises.
         """
+        self._certificates = certificates(self._settings)
         self._register()
         self.port = self._bind()
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -183,6 +191,8 @@ class Server:
         host, port = self._settings.host, self._settings.port
         _check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
+            if self._certificates is not None:
+                return self._server.add_secure_port(_joined(host, port), self._certificates.credentials())
             return self._server.add_insecure_port(_joined(host, port))
         except RuntimeError as error:
             raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error

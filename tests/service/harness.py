@@ -157,8 +157,9 @@ class Stubs:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Stubs]:
-    with grpc.insecure_channel(address) as channel:
+def connected(address: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Stubs]:
+    made = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+    with made as channel:
         grpc.channel_ready_future(channel).result(timeout=10)
         yield Stubs(channel)
 
