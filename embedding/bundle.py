@@ -37,6 +37,7 @@ WEIGHTS = "weights.safetensors"
 MANIFEST = "bundle.json"
 CALIBRATION = "calibration.json"
 SUMS = "SHA256SUMS"
+_CARD = "README.md"
 _SUMMED = (MANIFEST, CALIBRATION, WEIGHTS)
 _WEIGHTS_SUFFIX = ".safetensors"
 
@@ -203,6 +204,37 @@ def write_bundle(
     summed = [*_SUMMED, *sorted(name for name in written if name.endswith(_WEIGHTS_SUFFIX) and name not in _SUMMED)]
     sums = "".join(f"{hashlib.sha256(written[name]).hexdigest()}  {name}\n" for name in summed)
     _write_directory(path, {**written, SUMS: sums.encode()})
+    return Bundle.load(path)
+
+
+def recalibrated(
+    bundle: Bundle, path: Path | str, *, calibration: Calibration, learned_from: Mapping[str, JsonValue], note: str
+) -> Bundle:
+    """Write the same model under another calibration, atomically, and read it back; its fingerprint stays.
+
+    `learned_from` is kept in the lineage's data, by the calibration's version; `note`, Markdown, heads the model card.
+    All other files are copied. Raises AlreadyExists, and StorageFailed with nothing left behind.
+    """
+    path = Path(path)
+    if path.exists():
+        raise AlreadyExists(f"{path} exists; choose another place")
+    data = {**bundle.lineage.data, f"calibration {calibration.version}": dict(learned_from)}
+    lineage = bundle.lineage.model_copy(update={"data": data})
+    manifest = bundle.manifest.model_copy(update={"lineage": lineage})
+    try:
+        files = {
+            file.relative_to(bundle.path).as_posix(): file.read_bytes()
+            for file in sorted(bundle.path.rglob("*"))
+            if file.is_file()
+        }
+    except OSError as error:
+        raise StorageFailed(f"cannot read the bundle at {bundle.path}: {error}") from error
+    files[MANIFEST] = manifest.model_dump_json(indent=2).encode()
+    files[CALIBRATION] = calibration.model_dump_json(indent=2).encode()
+    files[_CARD] = f"{note.rstrip()}\n\n".encode() + files.get(_CARD, b"")
+    listed = [line.partition("  ")[2] for line in files[SUMS].decode("ascii").splitlines()]
+    files[SUMS] = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in listed).encode()
+    _write_directory(path, files)
     return Bundle.load(path)
 
 

@@ -23,6 +23,8 @@ from embedding.runtime import tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
     match_pb2,
@@ -37,6 +39,8 @@ from lookalike.v1 import (
 from service import logs
 from service.alias import AliasService
 from service.calls import Calls
+from service.feedback import FeedbackService
+from service.feedback_store import FeedbackStore
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
@@ -54,6 +58,7 @@ SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
         (alias_pb2, "AliasService"),
+        (feedback_pb2, "FeedbackService"),
         (gallery_pb2, "GalleryService"),
         (match_pb2, "MatchService"),
         (model_pb2, "ModelService"),
@@ -99,6 +104,7 @@ class Server:
         self._operations = Operations()
         self._certificates: Certificates | None = None
         self._once = Once(settings.galleries)
+        self._feedback = FeedbackStore(settings.galleries)
         self._calls = Calls([self._serving])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -159,6 +165,7 @@ class Server:
         await draining
         await asyncio.to_thread(self._operations.close)
         await asyncio.to_thread(self._once.close)
+        await asyncio.to_thread(self._feedback.close)
         if self._serving.every:
             await self._rollout.stop()
             _log.info("stopped", address=self.address)
@@ -171,6 +178,8 @@ class Server:
             ModelService(self._rollout, self._serving, self._once), self._server
         )
         alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), self._server)
+        feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
         upkeep = UpkeepService(self._serving, self._operations, self._once)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
