@@ -6,6 +6,8 @@ Shapes: B images, C channels, H height, W width, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Self
 
 import numpy as np
 import torch
@@ -140,6 +142,15 @@ class Encoder(PixelEncoder):
         super().__init__(bundle.network(), bundle.preprocessing, device=device, batch_size=batch_size)
         self.bundle = bundle
         self._max_pixels = max_pixels
+
+    def with_calibration_of(self, bundle: Bundle) -> Self:
+        """The same network, in memory once, under another calibration of its weights."""
+        if bundle.fingerprint != self.bundle.fingerprint:
+            raise InvalidInput(f"{bundle.name} has other weights than {self.bundle.name}; load it")
+        other = copy(self)
+        other.bundle = bundle
+        other.on_embedded = None
+        return other
 
     def prepare(self, data: bytes) -> Pixels:
         """Decode one image to the pixels [C, H, W] that the network sees. Raises InvalidImage or ImageTooLarge."""

@@ -29,6 +29,7 @@ from index.engine import IndexSettings, OnProgress, Progress
 from index.exact import Keys
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
+from index.receipts import Token
 from index.rows import LiveRows
 from index.segments import ROWS_AT_ONCE, Segment, open_segment, remove_segments, write_segment
 from index.snapshot import Part, Snapshot
@@ -117,11 +118,11 @@ class Live:
         if self.settings.margin is None:
             self.settings = replace(self.settings, margin=margin)
 
-    def change_settings(self, settings: IndexSettings) -> None:
+    def change_settings(self, settings: IndexSettings, token: Token | None = None) -> None:
         with self.write_lock():
             if settings.margin is None:
                 settings = replace(settings, margin=self.settings.margin)
-            self.store.record_settings(json.dumps(asdict(settings)))
+            self.store.record_settings(json.dumps(asdict(settings)), token)
             self.settings = settings
 
     @contextmanager
@@ -304,7 +305,7 @@ class Live:
         self._rows.reserve(born, deaths=sum(self._most_deaths(write) for write in writes))
         outcomes = self.store.write(writes, oldest_read=self._oldest_read())
         for write, outcome in zip(writes, outcomes, strict=True):
-            if isinstance(outcome, Written):
+            if isinstance(outcome, Written) and not outcome.repeated:
                 if isinstance(write, Upsert):
                     self._rows.append(outcome.born_N, write.vectors_ND)
                 self._rows.kill(outcome.died_R)

@@ -35,6 +35,8 @@ class Call:
     """Of the trace that the call belongs to, in hexadecimal; empty where none is made."""
     observers: list[Observer] = field(default_factory=list)
     """Who is told of the call's stages."""
+    engines: list[Any] = field(default_factory=list)
+    """The engines that it uses, which are not freed before it has ended."""
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or self._wished_id() or uuid.uuid4().hex

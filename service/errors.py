@@ -28,11 +28,18 @@ DOMAIN = "lookalike"
 MAX_MESSAGE = 1000
 """Longest message, in characters: it travels in headers, which are small, and may quote what the caller sent."""
 
+MAX_GALLERIES = 50
+"""Most galleries that one status names; it travels in headers."""
+
 _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     domain.NotFound: grpc.StatusCode.NOT_FOUND,
     domain.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     domain.ModelMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.GalleriesIncompatible: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.ModelActive: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.ModelAmbiguous: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.NotSupported: grpc.StatusCode.UNIMPLEMENTED,
     domain.Busy: grpc.StatusCode.UNAVAILABLE,
     domain.DamagedData: grpc.StatusCode.DATA_LOSS,
     domain.StorageFailed: grpc.StatusCode.INTERNAL,  # RESOURCE_EXHAUSTED when the disk is full
@@ -75,7 +82,20 @@ def status(error: BaseException) -> status_pb2.Status:
             field=error.field, description=message, reason=error.reason
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, domain.GalleriesIncompatible) and error.galleries:
+        details.append(_incompatible(error))
     return _status(code, message, details)
+
+
+def _incompatible(error: domain.GalleriesIncompatible) -> error_details_pb2.PreconditionFailure:
+    return error_details_pb2.PreconditionFailure(
+        violations=[
+            error_details_pb2.PreconditionFailure.Violation(
+                type="MODEL", subject=f"galleries/{gallery}", description=f"holds embeddings of models/{model}"
+            )
+            for gallery, model in list(error.galleries.items())[:MAX_GALLERIES]
+        ]
+    )
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:

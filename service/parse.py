@@ -27,6 +27,8 @@ MAX_EXCLUDED = 1000
 MAX_RAW = 100_000
 """Largest parameter of an index structure."""
 INDEX_FIELDS = ("min_recall", "structure", "memory_bytes")
+ITEM_FIELDS = frozenset(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
+NEIGHBOR_FIELDS = frozenset(field.name for field in search_pb2.Neighbor.DESCRIPTOR.fields)
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 ACTIVE_MODEL = "active"
 """The id that stands for whichever model answers."""
@@ -160,6 +162,18 @@ def mask(message: field_mask_pb2.FieldMask, accepted: Collection[str], path: str
     return frozenset(message.paths)
 
 
+def item_mask(message: field_mask_pb2.FieldMask, path: str = "read_mask", *, listing: bool = False) -> frozenset[str]:
+    """Which fields of an item to return; those of a listing are by default all but the embedding."""
+    if listing and not message.paths:
+        return ITEM_FIELDS - {"embedding"}
+    return mask(message, ITEM_FIELDS, path)
+
+
+def neighbor_mask(message: field_mask_pb2.FieldMask, path: str = "read_mask") -> frozenset[str]:
+    """Which fields of a neighbour to return."""
+    return mask(message, NEIGHBOR_FIELDS, path)
+
+
 def purge_filter(text: str, path: str = "filter") -> ItemFilter:
     """Which items to purge; said in words, so that nothing is purged by an oversight."""
     parsed = parse_filter("name:*" if text.strip() == "*" else text, field=path)
@@ -212,6 +226,13 @@ def item_in(gallery: str, name: str, path: str, *, resolve: Callable[[str], str]
 def model_name(name: str, path: str) -> str:
     """The id in `models/{model}`."""
     return _matched(_MODEL, name, path, f"models/{{model}}, or models/{ACTIVE_MODEL} for the one that answers")[0]
+
+
+def calibration(value: int, path: str) -> int:
+    """The version of a calibration, 0 for unset."""
+    if value < 0:
+        raise InvalidInput(f"{path} is a version from 1 on, or 0 for the newest; got {value}", field=path)
+    return value
 
 
 def count(value: int, *, default: int, most: int, path: str) -> int:

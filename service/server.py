@@ -11,8 +11,6 @@ import errno
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -21,13 +19,13 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from embedding.bundle import Bundle
-from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput
 from embedding.runtime import tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
     match_pb2,
@@ -42,19 +40,23 @@ from lookalike.v1 import (
 from service import logs
 from service.alias import AliasService
 from service.calls import Calls
-from service.engine import Engine
+from service.feedback import FeedbackService
+from service.feedback_store import FeedbackStore
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
 from service.metrics import Metrics
 from service.metrics_collected import Collected
 from service.models import ModelService
+from service.once import Once
 from service.operations import Operations
 from service.probes import Probes
+from service.rollout import Rollout
 from service.search import SearchService
-from service.serving import AsyncEngine, Serving
+from service.serving import Serving
 from service.settings import Settings
 from service.settings_sources import Origins
+from service.tls import Certificates, certificates
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -63,6 +65,7 @@ SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
         (alias_pb2, "AliasService"),
+        (feedback_pb2, "FeedbackService"),
         (gallery_pb2, "GalleryService"),
         (match_pb2, "MatchService"),
         (model_pb2, "ModelService"),
@@ -107,14 +110,17 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._serving = Serving()
-        self._engines: list[AsyncEngine] = []
+        self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
         self._state = "loading"
         self._metrics = None if settings.metrics_port is None else self._measured()
         self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
         self._loop_watch: asyncio.Task[None] | None = None
         self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
-        self._calls = Calls([hook for hook in (self._metrics, self._tracing) if hook is not None])
+        self._certificates: Certificates | None = None
+        self._once = Once(settings.galleries)
+        self._feedback = FeedbackStore(settings.galleries)
+        self._calls = Calls([hook for hook in (self._metrics, self._tracing, self._serving) if hook is not None])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -155,28 +161,14 @@ class Server:
 
         Raises Busy when the port or the folder of galleries is taken, and whatever `Engine.open` raises.
         """
+        self._certificates = certificates(self._settings)
         self._register()
         self.port = self._bind()
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         await self._observe()
-        engine = await asyncio.to_thread(
-            Engine.open,
-            self._settings.bundle,
-            self._settings.galleries,
-            device=self._settings.device,
-            batch_size=self._settings.batch_size,
-            max_pixels=self._settings.max_pixels,
-            thumbnails=self._settings.thumbnails,
-        )
-        self._engines.append(AsyncEngine(engine, self._settings))
-        for path in self._settings.other_bundles:
-            other = await asyncio.to_thread(self._loaded, path)
-            self._engines.append(AsyncEngine(replace(engine, encoder=other), self._settings))
-        for each in self._engines:
-            await each.warm_up()
-        self._serving.replace(self._engines[0], self._engines[1:])
+        engine = await self._rollout.start()
         if self._state == "loading":
             self._state = "serving"
             await self._say(health_pb2.HealthCheckResponse.SERVING)
@@ -194,11 +186,10 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
-        if self._engines:
-            engines, self._engines = self._engines, []
-            for engine in engines:
-                await asyncio.to_thread(engine.close)
-            await asyncio.to_thread(engines[0].engine.close)  # they share their galleries
+        await asyncio.to_thread(self._once.close)
+        await asyncio.to_thread(self._feedback.close)
+        if self._serving.every:
+            await self._rollout.stop()
             _log.info("stopped", address=self.address)
         if self._loop_watch is not None:
             self._loop_watch.cancel()
@@ -210,10 +201,14 @@ class Server:
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
-        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving), self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._serving), self._server)
-        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving), self._server)
-        upkeep = UpkeepService(self._serving, self._operations)
+        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self._rollout, self._serving, self._once), self._server
+        )
+        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), self._server)
+        feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        upkeep = UpkeepService(self._serving, self._operations, self._once)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -224,7 +219,7 @@ class Server:
         metrics = Metrics()
         metrics.registry.register(
             Collected(
-                engines=lambda: list(self._engines),
+                engines=lambda: self._serving.every,
                 is_ready=lambda: self._state == "serving",
                 galleries=self._settings.galleries,
             )
@@ -236,19 +231,12 @@ class Server:
             self.metrics_port = await self._probes.start(self._settings.metrics_host, self._settings.metrics_port)
             self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
 
-    def _loaded(self, path: Path) -> Encoder:
-        settings = self._settings
-        return Encoder(
-            Bundle.load(path),
-            device=settings.device,
-            batch_size=settings.batch_size,
-            max_pixels=settings.max_pixels,
-        )
-
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
         _check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
+            if self._certificates is not None:
+                return self._server.add_secure_port(_joined(host, port), self._certificates.credentials())
             return self._server.add_insecure_port(_joined(host, port))
         except RuntimeError as error:
             raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error

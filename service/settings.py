@@ -68,6 +68,28 @@ class Settings(BaseModel):
     """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls in flight may take to finish once the server is told to stop."""
+    tls_certificate: Path | None = None
+    """PEM file of the server's certificate and those between it and the root; read anew when it changes."""
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key, without a passphrase."""
+    tls_client_ca: Path | None = None
+    """PEM file of the roots that clients' certificates must lead to; with it, no client connects without one."""
+    insecure: bool = False
+    """Listen without TLS on an address that other machines reach."""
+    models: Path | None = None
+    """Folder of further bundles, a directory each, that can be activated while the server runs; it is read again each
+    time it is asked about."""
+
+    engine: Literal["embedded", "milvus"] = "embedded"
+    """What holds the galleries: the folder itself, or a Milvus database (extra `milvus`)."""
+    milvus_uri: str | None = None
+    """With engine milvus, its address, "http://host:19530", or the path of a Milvus Lite file, which ends in ".db"."""
+    milvus_token: SecretStr | None = None
+    """What Milvus asks of clients: "user:password" or an API key."""
+    milvus_database: str | None = None
+    """The database of Milvus; its default one unless set."""
+    milvus_prefix: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")] = "lookalike"
+    """How the names of its collections begin."""
 
     @classmethod
     def checked(cls, **values: Any) -> Self:

@@ -25,7 +25,9 @@ PREFIX = "LOOKALIKE_"
 SETTINGS_FILE = "LOOKALIKE_SETTINGS"
 """The variable that names the settings file."""
 
-OF_OTHERS = frozenset({SETTINGS_FILE, "LOOKALIKE_TARGET", "LOOKALIKE_DATA", "LOOKALIKE_WEIGHTS"})
+OF_OTHERS = frozenset(
+    {SETTINGS_FILE, "LOOKALIKE_TARGET", "LOOKALIKE_DATA", "LOOKALIKE_WEIGHTS", "LOOKALIKE_MILVUS_SERVER"}
+)
 """Variables that clients, training and tests read: known, and no settings of a server."""
 
 # Kubernetes sets these for a Service named `lookalike`, LOOKALIKE_PORT=tcp://… among them.

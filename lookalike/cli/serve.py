@@ -51,6 +51,29 @@ def serve(
             help="Store small images of this side, in pixels, so that another model can embed them. [default: 0]",
         ),
     ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", metavar="DIR", help="A folder of bundles that can be activated while it runs."),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option("--tls-certificate", metavar="FILE", help="PEM; serves TLS. [env: LOOKALIKE_TLS_CERTIFICATE]"),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="FILE", help="Its key, PEM. [env: LOOKALIKE_TLS_KEY]")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca",
+            metavar="FILE",
+            help="PEM roots: clients must show a certificate that leads to one. [env: LOOKALIKE_TLS_CLIENT_CA]",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="Let other machines connect without TLS. [env: LOOKALIKE_INSECURE]"),
+    ] = None,
     settings_file: Annotated[
         Path | None,
         typer.Option("--settings", metavar="FILE", help="A TOML file of settings. [env: LOOKALIKE_SETTINGS]"),
@@ -83,6 +106,11 @@ def serve(
             Flag("device", "--device", device),
             Flag("other_bundles", "--other-bundle", other_bundle or None),
             Flag("thumbnails", "--thumbnails", thumbnails),
+            Flag("models", "--models", models),
+            Flag("tls_certificate", "--tls-certificate", tls_certificate),
+            Flag("tls_key", "--tls-key", tls_key),
+            Flag("tls_client_ca", "--tls-client-ca", tls_client_ca),
+            Flag("insecure", "--insecure", insecure),
         ],
     )
     if print_settings:
