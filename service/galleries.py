@@ -60,11 +60,16 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def UpdateGallery(self, request: pb.UpdateGalleryRequest, context: Context) -> pb.UpdateGalleryResponse:
         async with translated_errors(context):
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.gallery.name, "gallery.name")
+            with wrong:
+                settings = parse.index_settings(request.gallery.index, "gallery.index")
+            with wrong:
+                parts = parse.index_mask(request.update_mask, "update_mask")
+            wrong.check()
             question = writes.UpdateGallery(
-                gallery=parse.gallery_name(request.gallery.name, "gallery.name"),
-                settings=parse.index_settings(request.gallery.index, "gallery.index"),
-                parts=parse.index_mask(request.update_mask, "update_mask"),
-                etag=request.gallery.etag,
+                gallery=gallery_id, settings=settings, parts=parts, etag=request.gallery.etag
             )
             serving = self._serving.current
             # Its receipt says that it was done; the answer is the gallery as it stands.
@@ -110,10 +115,16 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
         async with translated_errors(context):
-            gallery_id = parse.gallery_name(request.parent, "parent")
-            size = parse.page_size(request.page_size)
-            allowed = parse_filter(request.filter)
-            fields = parse.item_mask(request.read_mask, listing=True)
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.parent, "parent")
+            with wrong:
+                size = parse.page_size(request.page_size)
+            with wrong:
+                allowed = parse_filter(request.filter)
+            with wrong:
+                fields = parse.item_mask(request.read_mask, listing=True)
+            wrong.check()
             serving = self._serving.current
 
             def read() -> pb.ListItemsResponse:
@@ -222,11 +233,13 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def PurgeItems(self, request: pb.PurgeItemsRequest, context: Context) -> pb.PurgeItemsResponse:
         async with translated_errors(context):
-            purge = writes.PurgeItems(
-                gallery=parse.gallery_name(request.parent, "parent"),
-                allowed=parse.purge_filter(request.filter),
-                force=request.force,
-            )
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.parent, "parent")
+            with wrong:
+                allowed = parse.purge_filter(request.filter)
+            wrong.check()
+            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force)
             serving = self._serving.current
 
             def answer(token: Token | None) -> pb.PurgeItemsResponse:
