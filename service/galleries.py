@@ -50,7 +50,21 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 else None
             )
             serving = self._serving.current
-            return await serving.run(_created, serving.engine, request, settings)
+            if serving.engine.keeps_receipts:
+                return await serving.run(_created, serving.engine, request, settings)
+
+            def create(again: bool) -> pb.CreateGalleryResponse:
+                try:
+                    created = serving.engine.create_gallery(request.gallery_id, settings)
+                except AlreadyExists:
+                    if not again:
+                        raise
+                    created = serving.engine.gallery(request.gallery_id, any_model=True)
+                return pb.CreateGalleryResponse(gallery=wire.gallery(created))
+
+            return await self._once.done(
+                request, pb.CreateGalleryResponse, serving, lambda again: serving.run(create, again)
+            )
 
     async def GetGallery(self, request: pb.GetGalleryRequest, context: Context) -> pb.GetGalleryResponse:
         async with translated_errors(context):
@@ -72,12 +86,16 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 gallery=gallery_id, settings=settings, parts=parts, etag=request.gallery.etag
             )
             serving = self._serving.current
-            # Its receipt says that it was done; the answer is the gallery as it stands.
-            token = await serving.run(token_of, request)
-            if token is not None:
-                question = replace(question, token=token)
-            return await serving.run(
-                lambda: pb.UpdateGalleryResponse(gallery=wire.gallery(question.write(serving.engine), with_stats=True))
+
+            def update(token: Token | None) -> pb.UpdateGalleryResponse:
+                updated = replace(question, token=token).write(serving.engine)
+                return pb.UpdateGalleryResponse(gallery=wire.gallery(updated, with_stats=True))
+
+            if serving.engine.keeps_receipts:
+                # Its receipt says that it was done; the answer is the gallery as it stands.
+                return await serving.run(lambda: update(token_of(request)))
+            return await self._once.done(
+                request, pb.UpdateGalleryResponse, serving, lambda _: serving.run(update, None)
             )
 
     async def ListGalleries(self, request: pb.ListGalleriesRequest, context: Context) -> pb.ListGalleriesResponse:
