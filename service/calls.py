@@ -16,7 +16,7 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 
-from service.call import CURRENT, Call
+from service.call import CURRENT, REQUEST_ID, Call
 from service.errors import translated_errors
 
 _PREFIXES = ("/lookalike.", "/google.longrunning.")
@@ -115,6 +115,7 @@ class Calls(grpc.aio.ServerInterceptor):
     async def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Call]:
         call = Call(method, context)
         CURRENT.set(call)
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         self._in_flight += 1
         self._idle.clear()
         begun: list[Hook] = []

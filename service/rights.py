@@ -36,6 +36,8 @@ class Rule:
     snapshots: Sequence[str] = ()
     aliases: Sequence[str] = ()
     operations: Sequence[str] = ()
+    others: Sequence[str] = ()
+    """Fields that name resources of no gallery, for the audit log."""
     batch: str = ""
     """The repeated field whose elements count as a call each."""
 
@@ -47,7 +49,9 @@ _OPERATION = Rule(scope="admin", operations=("name",))
 RULES: dict[str, Rule] = {
     "/lookalike.v1.MatchService/Verify": _READ,
     "/lookalike.v1.MatchService/BatchVerify": Rule(scope="read", batch="pairs"),
+    "/lookalike.v1.MatchService/StreamVerify": _READ,
     "/lookalike.v1.MatchService/Embed": _READ,
+    "/lookalike.v1.MatchService/BatchEmbed": Rule(scope="read", batch="images"),
     "/lookalike.v1.SearchService/Search": Rule(scope="read", galleries=("gallery",), items=("exclude[]",)),
     "/lookalike.v1.SearchService/BatchSearch": Rule(scope="read", galleries=("gallery",), batch="queries"),
     "/lookalike.v1.SearchService/SearchMatches": Rule(scope="read", galleries=("gallery",), items=("exclude[]",)),
@@ -77,11 +81,17 @@ RULES: dict[str, Rule] = {
     "/lookalike.v1.AliasService/GetAlias": Rule(scope="read", aliases=("name",)),
     "/lookalike.v1.AliasService/ListAliases": _READ,  # tells of those allowed
     "/lookalike.v1.AliasService/DeleteAlias": Rule(scope="admin", aliases=("name",)),
-    "/lookalike.v1.ModelService/GetModel": _READ,
+    "/lookalike.v1.ModelService/GetModel": Rule(scope="read", others=("name",)),
     "/lookalike.v1.ModelService/ListModels": _READ,
+    "/lookalike.v1.ModelService/ActivateModel": Rule(scope="admin", others=("name",)),
+    "/lookalike.v1.ModelService/DeactivateModel": Rule(scope="admin", others=("name",)),
+    # Feedback is of the whole server: whoever calibrates reads it, and callers only add to it.
+    "/lookalike.v1.FeedbackService/RecordFeedback": Rule(scope="write", batch="feedback"),
+    "/lookalike.v1.FeedbackService/ListFeedback": Rule(scope="admin", others=("model",)),
+    "/lookalike.v1.FeedbackService/DeleteFeedback": Rule(scope="admin", others=("name",)),
     "/lookalike.v1.UpkeepService/ReindexGallery": Rule(scope="admin", galleries=("name",)),
     "/lookalike.v1.UpkeepService/MigrateGallery": Rule(
-        scope="admin", galleries=("name",), ids=("gallery_id",), aliases=("alias",)
+        scope="admin", galleries=("name",), ids=("gallery_id",), aliases=("alias",), others=("model",)
     ),
     "/lookalike.v1.UpkeepService/CreateSnapshot": Rule(scope="admin", galleries=("parent",)),
     "/lookalike.v1.UpkeepService/ListSnapshots": Rule(scope="read", galleries=("parent",)),
@@ -102,7 +112,7 @@ class Named:
     resource: str
     """As the request has it."""
     gallery: str = ""
-    """The id of its gallery, or an alias."""
+    """The id of its gallery, or an alias; empty when it is of none."""
     operation: str = ""
     """Its id, when it is an operation."""
     scope: Scope | None = None
@@ -120,6 +130,8 @@ def named(rule: Rule, request: Message) -> Iterator[Named]:
         for text in at(request, path):
             if text and (operation := _tried(parse.operation_name, text)):
                 yield Named(text, operation=operation)
+    for path in rule.others:
+        yield from (Named(text) for text in at(request, path) if text)
     for path in image_paths(request.DESCRIPTOR):
         for image in at(request, path):
             if image.WhichOneof("source") == "item" and (gallery := _tried(_of_item, image.item)):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+import grpc
+
 from embedding.errors import LookalikeError, NotFound, NotReady
 from index import Deadline
 from service.batching import Batcher
+from service.call import CURRENT, Call
+from service.calls import Hook
 from service.engine import Answer, Engine, Question
 from service.settings import Settings
 from service.sources import distinct_images
+from service.stages import Work
+from service.watch import ModelWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,6 +30,8 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
+        self.watch = ModelWatch(engine.bundle.reference, window_seconds=settings.drift_window_seconds)
+        """What this model has answered."""
         self._batcher = Batcher(
             engine.encoder,
             batch_size=settings.batch_size,
@@ -31,6 +39,13 @@ class AsyncEngine:
             encode_threads=settings.encode_threads,
         )
         self._pool = ThreadPoolExecutor(settings.gallery_threads, thread_name_prefix="gallery")
+        self._users: set[Call] = set()
+        self._idle = asyncio.Event()
+
+    @property
+    def waiting_images(self) -> int:
+        """Images that wait for the encoder."""
+        return self._batcher.waiting
 
     async def ask(
         self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
@@ -42,10 +57,13 @@ class AsyncEngine:
         try:
             images = distinct_images(question.sources)
             if not images:
-                return await self.run(lambda: form(self.engine.ask(question)))
+                return await self._run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
             answer = await self.run(question.begin, self.engine)
             outcomes = await self._batcher.embed_all(images)
-            return await self.run(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
+            return await self._run(
+                "search",
+                lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
+            )
         except asyncio.CancelledError:
             if deadline is not None:
                 deadline.cancel()  # the thread that searches stops within 50 ms
@@ -53,11 +71,30 @@ class AsyncEngine:
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+        return await self._run("store", partial(function, *args, **kwargs))
+
+    async def _run(self, stage: str, function: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, Work().run, stage, function)
 
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
         await self._batcher.warm_up()
+        self.watch.watch(self.engine.encoder)
+
+    def take(self, call: Call) -> None:
+        """A call uses this engine until it gives it back."""
+        self._users.add(call)
+
+    def give_back(self, call: Call) -> None:
+        self._users.discard(call)
+        if not self._users:
+            self._idle.set()
+
+    async def unused(self) -> None:
+        """Wait until no call uses this engine any more; for one that new calls do not get."""
+        while self._users:
+            self._idle.clear()
+            await self._idle.wait()
 
     def close(self) -> None:
         """Let running work end and free the threads; the engine's galleries stay open."""
@@ -65,45 +102,61 @@ class AsyncEngine:
         self._pool.shutdown(cancel_futures=True)
 
 
-class Serving:
-    """Holds the engine that answers. Replacing it is one assignment; calls that have begun keep the one they took."""
+class Serving(Hook):
+    """Holds the engines that answer. Replacing them is one assignment; calls that have begun keep what they took.
+
+    As a hook of all calls it knows which engines are still in use.
+    """
 
     def __init__(self) -> None:
-        self._engine: AsyncEngine | None = None
-        self._others: Mapping[str, AsyncEngine] = {}
+        self._line_up: tuple[AsyncEngine, ...] = ()  # the active one first; read once where two reads must agree
 
     @property
     def current(self) -> AsyncEngine:
         """The engine that answers. Raises NotReady until there is one."""
-        if self._engine is None:
-            raise NotReady("the model is still loading; try again when the health service says SERVING")
-        return self._engine
+        return self._taken(self._ready()[0])
 
     @property
     def all(self) -> list[AsyncEngine]:
-        """Every engine, the one of the active model first."""
-        return [self.current, *self._others.values()]
+        """Every engine, the one of the active model first. Raises NotReady."""
+        return list(self._ready())
 
-    def replace(self, engine: AsyncEngine | None, others: Iterable[AsyncEngine] = ()) -> None:
-        """Let `engine` answer, and `others` where a gallery holds embeddings of their model."""
-        self._engine = engine
-        self._others = {other.engine.model.fingerprint: other for other in others}
+    @property
+    def every(self) -> list[AsyncEngine]:
+        """`all`, none while nothing is ready."""
+        return list(self._line_up)
+
+    @property
+    def others(self) -> list[AsyncEngine]:
+        """Those that answer where a gallery holds embeddings of their model."""
+        return list(self._ready()[1:])
+
+    def replace(self, engine: AsyncEngine | None, others: Iterable[AsyncEngine] = ()) -> list[AsyncEngine]:
+        """Let `engine` answer, and `others` where a gallery holds embeddings of their model; those that no longer
+        answer are returned. On the event loop."""
+        before = self._line_up
+        self._line_up = () if engine is None else (engine, *others)
+        return [each for each in before if each not in self._line_up]
 
     def named(self, model: str) -> AsyncEngine:
         """The engine of a loaded model by name; the current one for "" and "active". Raises NotFound."""
+        line_up = self._ready()
         if model in {"", "active"}:
-            return self.current
-        for each in self.all:
+            return self._taken(line_up[0])
+        for each in line_up:
             if each.engine.bundle.name == model:
-                return each
-        names = ", ".join(repr(each.engine.bundle.name) for each in self.all)
+                return self._taken(each)
+        names = ", ".join(repr(each.engine.bundle.name) for each in line_up)
         raise NotFound(f"no model {model!r} is loaded; loaded are {names}", field="model")
 
     async def of(self, name: str) -> AsyncEngine:
         """The engine of the model of this gallery or alias; the current one where none fits, which then says why."""
-        current = self.current
-        if not self._others:
+        line_up = self._ready()
+        current = self._taken(line_up[0])
+        if len(line_up) == 1:
             return current
+        for other in line_up[1:]:
+            self._taken(other)  # whichever it will be, a swap in the meantime must not free it
 
         def fingerprint() -> str:
             try:
@@ -111,4 +164,24 @@ class Serving:
             except LookalikeError:
                 return ""
 
-        return self._others.get(await current.run(fingerprint), current)
+        wanted = await current.run(fingerprint)
+        return next((each for each in line_up if each.engine.model.fingerprint == wanted), current)
+
+    def ended(self, call: Call, code: grpc.StatusCode) -> None:
+        call.over = True
+        for engine in call.engines:
+            engine.give_back(call)
+
+    def _ready(self) -> tuple[AsyncEngine, ...]:
+        line_up = self._line_up
+        if not line_up:
+            raise NotReady("the model is still loading; try again when the health service says SERVING")
+        return line_up
+
+    def _taken(self, engine: AsyncEngine) -> AsyncEngine:
+        """The engine, in use until the running call ends."""
+        call = CURRENT.get()
+        if call is not None and not call.over and engine not in call.engines:
+            call.engines.append(engine)
+            engine.take(call)
+        return engine

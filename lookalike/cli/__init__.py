@@ -7,7 +7,21 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, compare, connection, demo, gallery, keys, model, one_shot, serve, train, upkeep
+from lookalike.cli import (
+    ask,
+    batch,
+    compare,
+    connection,
+    demo,
+    feedback,
+    gallery,
+    keys,
+    model,
+    one_shot,
+    serve,
+    train,
+    upkeep,
+)
 
 app = typer.Typer(
     name="lookalike",
@@ -20,6 +34,7 @@ app = typer.Typer(
 app.callback()(connection.choose)
 app.command()(train.train)
 app.command()(train.evaluate)
+app.command()(feedback.calibrate)
 app.command()(compare.compare)
 app.add_typer(one_shot.app, name="one-shot")
 upkeep.add_commands(gallery.app)
@@ -29,6 +44,7 @@ app.command()(ask.verify)
 app.command()(ask.search)
 app.command(name="batch-search")(batch.batch_search)
 app.add_typer(model.app, name="model")
+app.add_typer(feedback.app, name="feedback")
 app.command()(serve.health)
 app.add_typer(keys.app, name="keys")
 app.command()(demo.demo)

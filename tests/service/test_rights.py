@@ -21,7 +21,7 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, Servic
 from google.protobuf.message import Message
 
 import lookalike.v1
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service.key_ring import KeyRing
 from service.principal import SCOPES
 from service.rights import IMAGE, RULES, leaves
@@ -82,6 +82,11 @@ CASES: dict[str, Case] = {
     "MatchService/BatchVerify": Case(
         "read", lambda g: match_pb2.BatchVerifyRequest(pairs=[match_pb2.ImagePair(a=encoded(1), b=stored(g, "x"))])
     ),
+    "MatchService/StreamVerify": Case(
+        "read",
+        lambda g: match_pb2.StreamVerifyRequest(pair=match_pb2.ImagePair(a=stored(g, "x"), b=encoded(1))),
+    ),
+    "MatchService/BatchEmbed": Case("read", lambda g: match_pb2.BatchEmbedRequest(images=[encoded(1), stored(g, "x")])),
     "MatchService/Embed": Case("read", lambda g: match_pb2.EmbedRequest(image=stored(g, "x"))),
     "SearchService/Search": Case("read", lambda g: S.SearchRequest(gallery=name(g), query=encoded(1))),
     "SearchService/BatchSearch": Case("read", lambda g: S.BatchSearchRequest(gallery=name(g), queries=[encoded(1)])),
@@ -116,6 +121,11 @@ CASES: dict[str, Case] = {
     "AliasService/DeleteAlias": Case("admin", lambda g: A.DeleteAliasRequest(name=f"aliases/{g}-now")),
     "ModelService/GetModel": anywhere("read", model_pb2.GetModelRequest(name="models/active")),
     "ModelService/ListModels": anywhere("read", model_pb2.ListModelsRequest()),
+    "ModelService/ActivateModel": anywhere("admin", model_pb2.ActivateModelRequest(name="models/none")),
+    "ModelService/DeactivateModel": anywhere("admin", model_pb2.DeactivateModelRequest(name="models/none")),
+    "FeedbackService/RecordFeedback": anywhere("write", feedback_pb2.RecordFeedbackRequest()),
+    "FeedbackService/ListFeedback": anywhere("admin", feedback_pb2.ListFeedbackRequest()),
+    "FeedbackService/DeleteFeedback": anywhere("admin", feedback_pb2.DeleteFeedbackRequest(name="feedback/1")),
     "UpkeepService/ReindexGallery": Case("admin", lambda g: U.ReindexGalleryRequest(name=name(g))),
     "UpkeepService/MigrateGallery": Case(
         "admin", lambda g: U.MigrateGalleryRequest(name=name("mine-none"), gallery_id=g)
@@ -245,7 +255,9 @@ NAMES_NOTHING = {
     "gallery.name", "gallery.stats.busy", "gallery.stats.last_failure", "gallery.stats.segments[].structure", "id",
     "index.structure", "item.etag", "item.identity", "item.item.etag", "item.item.identity", "model",
     "page_token", "requests[].item.etag", "requests[].item.identity", "snapshot_id",
-    "operating_point.name", "config.operating_point.name",
+    "operating_point.name", "config.operating_point.name", "request_id", "requests[].request_id", "item.request_id",
+    "feedback[].name", "feedback[].case_id", "feedback[].decision.model", "feedback[].subject",
+    "feedback[].fingerprint",
 }  # fmt: skip
 """Text fields that name no gallery, or one that is not looked at: `gallery.name` of a gallery to be made."""
 
@@ -253,15 +265,13 @@ NAMES_NOTHING = {
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_text_field_of_a_request_is_read_or_known_to_name_nothing(method: str) -> None:
     rule = RULES[method]
-    read = {*rule.galleries, *rule.ids, *rule.items, *rule.snapshots, *rule.aliases, *rule.operations}
+    read = {*rule.galleries, *rule.ids, *rule.items, *rule.snapshots, *rule.aliases, *rule.operations, *rule.others}
     every = dict(leaves(METHODS[method].input_type))
     texts = {path for path, field in every.items() if field.type == FieldDescriptor.TYPE_STRING}
     assert read <= texts, "the table names a field that is not there"
     unread = texts - read - NAMES_NOTHING
-    if method in {f"/lookalike.v1.ModelService/{each}" for each in ("GetModel", "ListModels")} or method.endswith(
-        "/ListOperations"
-    ):
-        unread -= {"name"}  # of a model, and the word `operations`
+    if method.endswith("/ListOperations"):
+        unread -= {"name"}  # the word `operations`
     assert not unread
     assert not rule.batch or f"{rule.batch}[]" in {path[: path.find("]") + 1] for path in every}
 
