@@ -189,8 +189,8 @@ def _tokens(settings: Settings) -> Tokens | None:
         return None
     return Tokens(
         settings.jwt_keys,
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
+        issuer=settings.jwt_issuer or "",
+        audience=settings.jwt_audience or "",
         algorithms=settings.jwt_algorithms,
         leeway=settings.jwt_leeway_seconds,
         scopes_claim=settings.jwt_scopes_claim,

@@ -95,9 +95,9 @@ class Settings(BaseModel):
     asked who they are."""
     jwt_keys: Path | None = None
     """File of an identity provider's public keys, a JWK set; with it, its tokens count beside API keys."""
-    jwt_issuer: str = ""
+    jwt_issuer: str | None = None
     """The `iss` of tokens that count."""
-    jwt_audience: str = ""
+    jwt_audience: str | None = None
     """The `aud` of tokens that count: this service, as the provider knows it."""
     jwt_algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
     """Signatures that count."""

@@ -15,6 +15,7 @@ import typer
 from embedding.errors import InvalidInput
 from lookalike.cli import app
 from service.settings import Settings
+from service.settings_sources import OF_OTHERS, PREFIX
 from service.tls import certificates
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +79,8 @@ def test_the_image_does_not_choose_plain_text_and_every_documented_run_says_what
 ) -> None:
     assert not [rest for _, rest in serving if "insecure" in rest.lower()]
     parameters = accepted(json.loads(only(serving, "CMD"))).params
-    named = {name: parameters[name] for name in ("host", "insecure", "tls_certificate", "tls_key", "tls_client_ca")}
+    names = ("host", "insecure", "tls_certificate", "tls_key", "tls_client_ca")
+    named = {name: parameters[name] for name in names if parameters[name] is not None}
     with pytest.raises(InvalidInput, match="--insecure"):
         certificates(Settings(bundle=tmp_path, galleries=tmp_path, **named))
     documentation = (ROOT / "docs" / "deployment.md").read_text()
@@ -94,12 +96,8 @@ def test_the_image_does_not_choose_plain_text_and_every_documented_run_says_what
 
 
 def variables() -> set[str]:
-    """Those that the command line reads."""
-    group = typer.main.get_command(app)
-    parameters = [*group.params, *group.commands["serve"].params]
-    return {
-        name for each in parameters for name in ([each.envvar] if isinstance(each.envvar, str) else each.envvar or [])
-    }
+    """Those that servers and commands read."""
+    return {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | OF_OTHERS
 
 
 def test_the_health_check_asks_the_port_that_is_served(serving: list[Instruction]) -> None:
