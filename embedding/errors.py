@@ -18,6 +18,7 @@
     ├── ImagesNeeded            items whose image is needed and not stored; import them
     ├── Busy                    another process holds the folder
     ├── NotReady                the model is still loading
+    ├── Overloaded              the server has as much to do as it takes on; `retry_seconds` says when to come again
     ├── Cancelled               the caller no longer wants the answer
     ├── DeadlineExceeded        the time limit passed before the answer was found
     ├── TrainingDiverged        the loss is no longer a number
@@ -114,6 +115,19 @@ class Busy(LookalikeError):
 
 class NotReady(LookalikeError):
     reason = "NOT_READY"
+
+
+class Overloaded(LookalikeError):
+    reason = "OVERLOADED"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, subject: str = "calls", retry_seconds: float = 1.0
+    ) -> None:
+        super().__init__(message, field=field)
+        self.subject = subject
+        """What there is too much of."""
+        self.retry_seconds = retry_seconds
+        """When it is worth trying again, from now."""
 
 
 class Cancelled(LookalikeError):

@@ -16,7 +16,7 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 
-from service.call import CURRENT, Call
+from service.call import CURRENT, Call, Limits
 from service.errors import translated_errors
 
 _PREFIXES = ("/lookalike.", "/google.longrunning.")
@@ -43,8 +43,9 @@ class Hook:
 class Calls(grpc.aio.ServerInterceptor):
     """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
 
-    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+    def __init__(self, hooks: Sequence[Hook] = (), *, limits: Limits | None = None) -> None:
         self._hooks = tuple(hooks)
+        self._limits = limits or Limits()
         self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -81,7 +82,7 @@ class Calls(grpc.aio.ServerInterceptor):
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._counted(method, context) as call:
+            async with self._counted(method, context, streams=handler.request_streaming) as call:
                 if self._receivers and handler.request_streaming:
                     request = self._each_received(call, request)
                 elif self._receivers:
@@ -109,8 +110,10 @@ class Calls(grpc.aio.ServerInterceptor):
             yield request
 
     @asynccontextmanager
-    async def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Call]:
-        call = Call(method, context)
+    async def _counted(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any], *, streams: bool = False
+    ) -> AsyncIterator[Call]:
+        call = Call(method, context, limits=self._limits, streams=streams)
         CURRENT.set(call)
         self._in_flight += 1
         self._idle.clear()

@@ -1,7 +1,8 @@
 """Domain errors as gRPC statuses: one table, and one place that ends a call with an error.
 
 Statuses follow google.rpc: an ErrorInfo with the stable reason, a BadRequest with the path of the wrong field, and
-for errors of ours a RequestInfo that finds the log line. AIP-193.
+for errors of ours a RequestInfo that finds the log line; a RetryInfo and a QuotaFailure where there is too much of
+something. AIP-193.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -41,6 +42,7 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.GalleryAliased: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ImagesNeeded: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
+    domain.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     domain.Cancelled: grpc.StatusCode.CANCELLED,
     domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -74,7 +76,19 @@ def status(error: BaseException) -> status_pb2.Status:
             field=error.field, description=message, reason=error.reason
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, domain.Overloaded):
+        details += _when_to_retry(error, message)
     return _status(code, message, details)
+
+
+def _when_to_retry(error: domain.Overloaded, message: str) -> list[Message]:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(1e9 * error.retry_seconds))
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=message)
+    return [
+        error_details_pb2.RetryInfo(retry_delay=delay),
+        error_details_pb2.QuotaFailure(violations=[violation]),
+    ]
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:

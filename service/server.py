@@ -39,7 +39,9 @@ from lookalike.v1 import (
     upkeep_pb2_grpc,
 )
 from service import logs
+from service.admission import Admission
 from service.alias import AliasService
+from service.call import Limits, StreamBytes
 from service.calls import Calls
 from service.engine import Engine
 from service.galleries import GalleryService
@@ -50,6 +52,7 @@ from service.operations import Operations
 from service.search import SearchService
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
+from service.transport import channel_options
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -94,15 +97,20 @@ class Server:
         self._serving = Serving()
         self._engines: list[AsyncEngine] = []
         self._operations = Operations()
-        self._calls = Calls()
+        admission = Admission(most_calls=settings.max_calls, most_bytes=settings.max_request_bytes)
+        limits = Limits(
+            batch=settings.max_batch,
+            k=settings.max_k,
+            window=settings.stream_window,
+            stream_bytes=StreamBytes(settings.max_stream_bytes),
+        )
+        self._calls = Calls([admission], limits=limits)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
-            ],
+            options=channel_options(settings),
+            # A backstop for calls whose requests never come whole: those that have come are counted by `Admission`.
+            maximum_concurrent_rpcs=4 * settings.max_calls,
         )
         self.port = settings.port
         """The port listened on; once started, never 0."""
@@ -145,6 +153,9 @@ class Server:
             batch_size=self._settings.batch_size,
             max_pixels=self._settings.max_pixels,
             thumbnails=self._settings.thumbnails,
+            runtime=self._settings.runtime,
+            threads=self._settings.encode_threads,
+            precision=self._settings.precision,
         )
         self._engines.append(AsyncEngine(engine, self._settings))
         for path in self._settings.other_bundles:
@@ -194,6 +205,9 @@ class Server:
             device=settings.device,
             batch_size=settings.batch_size,
             max_pixels=settings.max_pixels,
+            runtime=settings.runtime,
+            threads=settings.encode_threads,
+            precision=settings.precision,
         )
 
     def _bind(self) -> int:
