@@ -80,7 +80,8 @@ class Room:
         self._held: dict[str, tuple[int, int]] = {}
         self._count = 0
         self._bytes = 0
-        self._patient: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._patient: OrderedDict[str, OrderedDict[asyncio.Future[Ticket], int]] = OrderedDict()
+        self._patient_count = 0
 
     @property
     def count(self) -> int:
@@ -95,7 +96,7 @@ class Room:
     @property
     def patient(self) -> int:
         """How many wait to enter."""
-        return len(self._patient)
+        return self._patient_count
 
     def enter(self, caller: str, count: int = 1, size: int = 0, *, seconds_left: float | None = None) -> Ticket:
         """Hold `count` and `size` bytes. Raises Overloaded."""
@@ -104,24 +105,24 @@ class Room:
         self._check_time(caller, count, seconds_left)
         return Ticket(self, caller, count, size)
 
-    async def enter_patiently(self, caller: str, count: int = 1, size: int = 0) -> Ticket:
-        """The same when there is room: for those whose own caller is held back meanwhile."""
-        while (self._patient and self._count) or self._is_full(caller, count, size):
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._patient[turn] = None
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._wake()  # its turn goes to the next
-                raise
-            finally:
-                self._patient.pop(turn, None)
-            if not self._is_full(caller, count, size):
-                break
-        ticket = Ticket(self, caller, count, size)
-        self._wake()
-        return ticket
+    async def enter_patiently(self, caller: str, size: int = 0) -> Ticket:
+        """Hold one, and `size` bytes, as soon as there is room: for those whose own caller is held back meanwhile.
+
+        One at a time, because larger room would never come free while others take it in small pieces.
+        """
+        if not self._patient and not self._is_full(caller, 1, size):
+            return Ticket(self, caller, 1, size)
+        turn: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        self._patient.setdefault(caller, OrderedDict())[turn] = size
+        self._patient_count += 1
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                turn.result().close()  # it was let in and does not come any more
+            else:
+                self._not_patient(caller, turn)
+            raise
 
     def seconds_ahead(self, caller: str) -> float:
         """How long what this caller brings next would wait, where callers take turns."""
@@ -172,15 +173,30 @@ class Room:
             self._held[caller] = (own - count, own_bytes - size)
         self._count -= count
         self._bytes -= size
-        self._wake()
+        self._let_in()
 
-    def _wake(self) -> None:
-        """Let the one who waits longest look whether there is room."""
-        while self._patient:
-            turn, _ = self._patient.popitem(last=False)
-            if not turn.done():
-                turn.set_result(None)
-                return
+    def _let_in(self) -> None:
+        """Give the room there is to those who wait for it, caller by caller."""
+        admitted = bool(self._patient)
+        while admitted:
+            admitted = False
+            for caller in list(self._patient):
+                turn, size = next(iter(self._patient[caller].items()))
+                if self._is_full(caller, 1, size):
+                    continue
+                self._not_patient(caller, turn)
+                if caller in self._patient:
+                    self._patient.move_to_end(caller)
+                if not turn.done():
+                    turn.set_result(Ticket(self, caller, 1, size))
+                    admitted = True
+
+    def _not_patient(self, caller: str, turn: asyncio.Future[Ticket]) -> None:
+        waiting = self._patient.get(caller)
+        if waiting is not None and waiting.pop(turn, None) is not None:
+            self._patient_count -= 1
+            if not waiting:
+                del self._patient[caller]
 
 
 class Ticket:

@@ -146,19 +146,18 @@ class Batcher:
     async def admitted(
         self, images: Sequence[bytes], *, caller: str = "", seconds_left: float | None = None, patient: bool = False
     ) -> AsyncIterator[Admitted]:
-        """Room for these distinct images, to embed within. Raises Overloaded, or waits if `patient`.
+        """Room for these distinct images, to embed within. Raises Overloaded.
 
-        More images than a batch holds enter one batch after the other, and only the first can be refused.
+        The images beyond one batch enter later, one by one as there is room, and so do all of them if `patient`.
         """
-        ends = None if seconds_left is None else time.monotonic() + seconds_left
-        first = images[: self.batch_size]
-        size = sum(map(len, first))
+        admitted = Admitted(self, images, caller=caller, ends=_end(seconds_left))
         if patient:
-            ticket = await self.room.enter_patiently(caller, len(first), size)
-        else:
-            ticket = self.room.enter(caller, len(first), size, seconds_left=seconds_left)
-        with ticket:
-            yield Admitted(self, images, caller=caller, ends=ends)
+            yield admitted
+            return
+        first = images[: self.batch_size]
+        with self.room.enter(caller, len(first), sum(map(len, first)), seconds_left=seconds_left):
+            admitted.entered = len(first)
+            yield admitted
 
     async def embed_all(
         self, images: Sequence[bytes], *, caller: str = "", seconds_left: float | None = None
@@ -373,29 +372,33 @@ class Batcher:
 
 
 class Admitted:
-    """Images for which there is room."""
+    """Images that may be embedded."""
 
     def __init__(self, batcher: Batcher, images: Sequence[bytes], *, caller: str, ends: float | None) -> None:
         self._batcher = batcher
         self._images = images
         self._caller = caller
         self._ends = ends
+        self.entered = 0
+        """How many of them have their room already."""
 
     async def embed_all(self) -> dict[bytes, Embedded]:
         """What became of each image. Raises errors that no user causes."""
-        size = self._batcher.batch_size
-        parts = [self._images[start : start + size] for start in range(0, len(self._images), size)]
-        if len(parts) <= 1:
-            return await self._batcher.outcomes(self._images, self._caller, self._ends)
+        first, rest = self._images[: self.entered], self._images[self.entered :]
+        if not rest:
+            return await self._batcher.outcomes(first, self._caller, self._ends)
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(self._batcher.outcomes(parts[0], self._caller, self._ends))
-            rest = [group.create_task(self._following(part)) for part in parts[1:]]
-        return {data: found for task in (first, *rest) for data, found in task.result().items()}
+            tasks = [group.create_task(self._entering(data)) for data in rest]
+            found = await self._batcher.outcomes(first, self._caller, self._ends)
+        return found | {data: outcome for task in tasks for data, outcome in task.result().items()}
 
-    async def _following(self, part: Sequence[bytes]) -> dict[bytes, Embedded]:
-        room = self._batcher.room
-        with await room.enter_patiently(self._caller, len(part), sum(map(len, part))):
-            return await self._batcher.outcomes(part, self._caller, self._ends)
+    async def _entering(self, data: bytes) -> dict[bytes, Embedded]:
+        with await self._batcher.room.enter_patiently(self._caller, len(data)):
+            return await self._batcher.outcomes([data], self._caller, self._ends)
+
+
+def _end(seconds_left: float | None) -> float | None:
+    return None if seconds_left is None else time.monotonic() + seconds_left
 
 
 def _hashes(images: Sequence[bytes]) -> list[bytes]:

@@ -122,24 +122,46 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def test_the_patient_enter_in_their_order_and_one_who_leaves_blocks_nobody() -> None:
+def test_the_patient_enter_by_turns_and_one_who_leaves_blocks_nobody() -> None:
     async def story() -> None:
-        room = Room("things", most=2)
-        first = room.enter("a", 2)
+        room = Room("things", most=1)
+        first = room.enter("x")
         entered: list[str] = []
 
         async def come(name: str) -> None:
-            with await room.enter_patiently(name):
+            with await room.enter_patiently(name[0]):
                 entered.append(name)
 
-        tasks = {name: asyncio.create_task(come(name)) for name in ("b", "c", "d")}
+        tasks = {name: asyncio.create_task(come(name)) for name in ("a0", "a1", "a2", "b0", "c0", "a3")}
         await settled()
-        assert (entered, room.patient) == ([], 3)
-        tasks["b"].cancel()
+        assert (entered, room.patient) == ([], 6)
+        for name in ("a1", "c0"):
+            tasks[name].cancel()
         await settled()
+        assert room.patient == 4
         first.close()
-        await asyncio.gather(tasks["c"], tasks["d"])
-        assert (entered, room.count, room.patient) == (["c", "d"], 0, 0)
+        await asyncio.gather(*(tasks[name] for name in ("a0", "a2", "a3", "b0")))
+        assert (entered, room.count, room.patient) == (["a0", "b0", "a2", "a3"], 0, 0)
+
+    told(story)
+
+
+def test_room_that_comes_free_goes_to_the_patient_and_a_greedy_one_blocks_nobody() -> None:
+    async def story() -> None:
+        room = Room("things", most=18)
+        assert len(filled(room, "greedy")) == 16
+        others = filled(room, "other")
+        assert room.count == 18
+        greedy = asyncio.create_task(room.enter_patiently("greedy"))
+        other = asyncio.create_task(room.enter_patiently("other"))
+        await settled()
+        others[0].close()
+        with pytest.raises(Overloaded):
+            room.enter("latecomer")
+        await settled()
+        assert other.done()
+        assert not greedy.done()
+        greedy.cancel()
 
     told(story)
 
@@ -151,7 +173,7 @@ def test_one_who_leaves_when_its_turn_has_come_passes_it_on() -> None:
         leaving = asyncio.create_task(room.enter_patiently("b"))
         following = asyncio.create_task(room.enter_patiently("c"))
         await settled()
-        first.close()  # wakes the one that is cancelled before it runs
+        first.close()  # lets in the one that is cancelled before it runs
         leaving.cancel()
         (await following).close()
         assert room.count == 0
