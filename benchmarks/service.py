@@ -2,7 +2,7 @@
 
     python -m benchmarks.service [--quick] [--only NAME ...] [--json FILE]
 
-Each measurement has a file of its own (`service_NAME.py`). Needs the extras `bench` and `onnx`.
+Each measurement has a file of its own (`service_NAME.py`). Needs the extra `bench`.
 """
 
 from __future__ import annotations

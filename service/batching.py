@@ -184,8 +184,7 @@ class Batcher:
                 else:
                     joined[data] = self._join(key, data, caller, ends)
             self._decode_more()
-            if joined:
-                await asyncio.wait([image.done for image in joined.values()])
+            await _all_done([image.done for image in joined.values()])
         finally:
             for image in joined.values():
                 self._leave(image)
@@ -399,6 +398,29 @@ class Admitted:
 
 def _end(seconds_left: float | None) -> float | None:
     return None if seconds_left is None else time.monotonic() + seconds_left
+
+
+async def _all_done(futures: Sequence[asyncio.Future[Embedded | Exception]]) -> None:
+    """Wait for futures that others wait for too: unlike gathering them, being cancelled here cancels none of them."""
+    waiting = [future for future in futures if not future.done()]
+    if not waiting:
+        return
+    over = asyncio.get_running_loop().create_future()
+    left = len(waiting)
+
+    def one_is_done(_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left and not over.done():
+            over.set_result(None)
+
+    for future in waiting:
+        future.add_done_callback(one_is_done)
+    try:
+        await over
+    finally:
+        for future in waiting:
+            future.remove_done_callback(one_is_done)
 
 
 def _hashes(images: Sequence[bytes]) -> list[bytes]:

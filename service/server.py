@@ -82,7 +82,18 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> No
     """
     tune_malloc()
     logs.configure()
-    asyncio.run(_serve(settings, on_ready))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, on_ready))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed: it takes a tenth to a third less processor time for a call."""
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
