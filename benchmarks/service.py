@@ -1,52 +1,46 @@
-"""The service under load: server and load generator on cores of their own, one run, ratios.
+"""The server over loopback beside what it is made of and beside its peers, in one run.
 
-    python -m benchmarks.service [--quick] [--only NAME ...] [--json FILE]
+    python -m benchmarks.service [--quick] [--only SECTION] [--peers NAME ...] [--folder DIR] [--json FILE]
 
-Each measurement has a file of its own (`service_NAME.py`). Needs the extra `bench`.
+Server and load generator have cores of their own. `LOOKALIKE_PEERS` names the Python of an environment that has the
+peers (extra `bench-servers`); a peer that cannot be started is left out, and said to be. Rows are printed as they come.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
-from dataclasses import asdict
+import importlib
+import importlib.util
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks import service_overload, service_verify
-from benchmarks.measure import Bar, machine, say_bars
-from benchmarks.service_server import Row
+from benchmarks.measure import machine
+from benchmarks.report import Report
+from benchmarks.servers.remote import PEERS
 
-Measure = Callable[..., tuple[list[Row], list[Bar]]]
-
-MEASUREMENTS: dict[str, Measure] = {"verify": service_verify.measure, "overload": service_overload.measure}
+SECTIONS = ("service_search", "service_verify", "service_overload")
+"""Modules of this package, each with `run(report, quick=, peers=, folder=)`."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter turns")
-    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), help="these alone")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="fewer rows and one turn of a second")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="these sections alone")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="these peers alone")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write; a temporary one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too, after each section")
     options = parser.parse_args()
-    where = machine(*(f"{name} {version(name)}" for name in ("grpcio", "onnxruntime")))
-    print(f"{where}\n\n| measured | figure | | |\n| --- | ---: | --- | --- |", flush=True)
-    rows: list[Row] = []
-    verdicts: list[Bar] = []
-    for name in options.only:
-        measured, held = MEASUREMENTS[name](quick=options.quick)
-        for row in measured:
-            print(f"| {row.what} | {row.value:,.3g} | {row.unit} | {row.note} |", flush=True)
-        rows += measured
-        verdicts += held
-    say_bars(verdicts)
-    if options.json is not None:
-        report = {
-            "machine": where,
-            "rows": [asdict(row) for row in rows],
-            "bars": [asdict(bar) for bar in verdicts],
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    where = machine(*(f"{name} {version(name)}" for name in ("grpcio", "protobuf", "uvloop", "faiss-cpu")))
+    print(f"{where}\n\n| measured | rows | engine | figure | recall@10 | |\n| --- | ---: | --- | ---: | ---: | --- |")
+    report = Report()
+    for section in options.only or SECTIONS:
+        if importlib.util.find_spec(f"benchmarks.{section}") is None:
+            continue
+        module = importlib.import_module(f"benchmarks.{section}")
+        module.run(report, quick=options.quick, peers=options.peers, folder=options.folder)
+        if options.json is not None:
+            report.write(options.json, where)
+    report.says()
 
 
 if __name__ == "__main__":

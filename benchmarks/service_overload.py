@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.measure import Bar
+from benchmarks.report import Report
 from benchmarks.service_server import (
     Load,
-    Row,
     Served,
     at_rate,
     cores,
@@ -31,14 +31,14 @@ OVER = 3.0
 GOODPUT, SLOWER, GROWTH = 0.9, 3.0, 1.05
 
 
-def measure(*, quick: bool) -> tuple[list[Row], list[Bar]]:
-    """Capacity and overload by turns, so that both meet the same neighbours on the machine."""
+def run(report: Report, *, quick: bool, peers: Sequence[str] = (), folder: Path | None = None) -> None:
+    """Capacity and overload by turns, so that both meet the same neighbours on the machine. There are no peers."""
     turns, calm, seconds = (2, 3.0, 6.0) if quick else (4, 8.0, 15.0)
     _, others = cores()
     requests = verifications(drawings(2048, SIDE))
     with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(make_bundle(Path(folder) / RECIPE, RECIPE)) as server,
+        tempfile.TemporaryDirectory(dir=folder) as place,
+        serving(make_bundle(Path(place) / RECIPE, RECIPE)) as server,
         pinned(others),
     ):
         _capacity(server, requests, seconds=calm)
@@ -58,20 +58,17 @@ def measure(*, quick: bool) -> tuple[list[Row], list[Bar]]:
     refused = sum(taken.load.refused for taken in over)
     answered = sum(len(taken.load.latencies) for taken in over)
     capacity = statistics.median(taken.load.rate for taken in at_capacity)
-    rows = [
-        Row(what="capacity", value=capacity, unit="calls/s", note=f"Verify, {RECIPE}, {IN_FLIGHT} in flight"),
-        Row(what="p99 at capacity", value=1e3 * p99, unit="ms"),
-        Row(what=f"answers at {OVER:g} x capacity", value=goodput, unit="x capacity", note="by the clock"),
-        Row(what=f"answers at {OVER:g} x capacity", value=by_cpu, unit="x capacity", note="by processor time"),
-        Row(what="refusals of an answer", value=refused / answered, unit="calls"),
-        Row(what="p99 of those answered", value=1e3 * over_p99, unit="ms"),
-        Row(what="resident memory", value=resident / 2**20, unit="MB", note=f"grew {growth:.3f} x"),
-    ]
-    return rows, [
-        Bar(name="overload: answers, x capacity", value=goodput, reach=GOODPUT, holds=goodput >= GOODPUT),
-        Bar(name="overload: p99 at most x p99 at capacity", value=slower, reach=SLOWER, holds=slower <= SLOWER),
-        Bar(name="overload: memory at most x", value=growth, reach=GROWTH, holds=growth <= GROWTH),
-    ]
+    us, over_capacity = "lookalike", f"answers at {OVER:g} x capacity"
+    report.row(f"capacity, Verify, {RECIPE}, {IN_FLIGHT} in flight", us, 0, capacity, "/s")
+    report.row("p99 at capacity", us, 0, 1e3 * p99, "ms")
+    report.row(over_capacity, us, 0, goodput, "x capacity", note="by the clock")
+    report.row(over_capacity, us, 0, by_cpu, "x capacity", note="by processor time")
+    report.row("refused for each answer", us, 0, refused / answered, "calls")
+    report.row("p99 of those answered", us, 0, 1e3 * over_p99, "ms")
+    report.row("resident memory", us, 0, resident / 2**20, "MB", note=f"grew {growth:.3f} x")
+    report.at_least("overload: answers, x capacity", goodput, GOODPUT)
+    report.at_most("overload: p99 x p99 at capacity", slower, SLOWER)
+    report.at_most("overload: memory x", growth, GROWTH)
 
 
 @dataclass(frozen=True)

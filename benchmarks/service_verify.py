@@ -6,13 +6,14 @@ import asyncio
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Bar
+from benchmarks.report import Report
 from benchmarks.service_server import (
-    Row,
     Served,
     cores,
     drawings,
@@ -62,63 +63,57 @@ def _called(server: Served, requests: list[bytes], *, number: int, seconds: floa
     return load.rate, (server.cpu_seconds - before) / len(load.latencies), load.latencies
 
 
-def measure(*, quick: bool, **settings: object) -> tuple[list[Row], list[Bar]]:
-    """Every case, the service and the encoder by turns on the same core."""
-    rows: list[Row] = []
-    found: list[Bar] = []
+def run(report: Report, *, quick: bool, peers: Sequence[str] = (), folder: Path | None = None) -> None:
+    """Every case, the service and the encoder by turns on the same core. There are no peers."""
     turns, seconds = (3, 1.0) if quick else (8, 3.0)
-    own, others = cores()
     for case, side in CASES.items():
-        images = drawings(2048, side)
-        requests = verifications(images)
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = make_bundle(Path(folder) / case, case)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            found = _measured(make_bundle(Path(place) / case, case), drawings(2048, side), turns=turns, seconds=seconds)
+        ratio, by_cpu = statistics.median(found.ratios), statistics.median(found.by_cpu)
+        alone, called = statistics.median(found.alone), statistics.median(found.called)
+        busy = f"Verify, {case}, {IN_FLIGHT} in flight"
+        report.row(f"pairs, {case}, batches of {BATCH}", "encoder", 0, max(found.rates), "/s", note="best turn")
+        report.row(busy, "lookalike", 0, max(found.served), "/s", note="best turn")
+        report.row(busy, "lookalike", 0, ratio, "x encoder", note="by the clock")
+        report.row(busy, "lookalike", 0, by_cpu, "x encoder", note="by processor time")
+        report.row(f"a pair, {case}, p50", "encoder", 0, 1e3 * alone, "ms", note="decode + embed in-process")
+        report.row(f"Verify, {case}, 1 in flight, p50", "lookalike", 0, 1e3 * called, "ms")
+        report.at_least(f"{busy}, x the encoder's own throughput", ratio, THROUGHPUT)
+        report.at_most(f"Verify, {case}, 1 in flight, p50 x decode + embed in-process", called / alone, LATENCY)
+
+
+@dataclass
+class _Found:
+    """Of each turn."""
+
+    rates: list[float] = field(default_factory=list)
+    served: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    by_cpu: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
+    called: list[float] = field(default_factory=list)
+
+
+def _measured(bundle: Path, images: list[bytes], *, turns: int, seconds: float) -> _Found:
+    found = _Found()
+    requests = verifications(images)
+    own, others = cores()
+    with pinned(own):
+        torch.set_num_threads(1)
+        encoder = Encoder(Bundle.load(bundle), device="cpu", batch_size=BATCH, threads=1)
+        encoder.encode(images[:BATCH])
+    with serving(bundle) as server:
+        for _ in range(turns):
             with pinned(own):
-                torch.set_num_threads(1)
-                encoder = Encoder(Bundle.load(bundle), device="cpu", batch_size=BATCH, threads=1)
-                encoder.encode(images[:BATCH])
-            with serving(bundle, **settings) as server:
-                rates: list[float] = []
-                costs: list[float] = []
-                alone: list[float] = []
-                called: list[float] = []
-                best = served_best = 0.0
-                for _ in range(turns):
-                    with pinned(own):
-                        rate, cost = _encoded(encoder, images, seconds=seconds)
-                    with pinned(others):
-                        served, served_cost, _ = _called(server, requests, number=IN_FLIGHT, seconds=seconds)
-                    rates.append(served / rate)
-                    costs.append(cost / served_cost)
-                    best, served_best = max(best, rate), max(served_best, served)
-                    with pinned(own):
-                        alone += _one_by_one(encoder, images, seconds=seconds / 2)
-                    with pinned(others):
-                        called += _called(server, requests, number=1, seconds=seconds / 2)[2]
-        ratio, by_cpu = statistics.median(rates), statistics.median(costs)
-        slower = statistics.median(called) / statistics.median(alone)
-        rows += [
-            Row(what=f"{case}: encoder alone, batches of {BATCH}", value=best, unit="pairs/s", note="best turn"),
-            Row(what=f"{case}: Verify, {IN_FLIGHT} in flight", value=served_best, unit="calls/s", note="best turn"),
-            Row(what=f"{case}: Verify, {IN_FLIGHT} in flight", value=ratio, unit="x encoder", note="by the clock"),
-            Row(
-                what=f"{case}: Verify, {IN_FLIGHT} in flight", value=by_cpu, unit="x encoder", note="by processor time"
-            ),
-            Row(what=f"{case}: pair in-process, p50", value=1e3 * statistics.median(alone), unit="ms"),
-            Row(what=f"{case}: Verify, 1 in flight, p50", value=1e3 * statistics.median(called), unit="ms"),
-        ]
-        found += [
-            Bar(
-                name=f"{case}: Verify, {IN_FLIGHT} in flight, x the encoder's own throughput",
-                value=ratio,
-                reach=THROUGHPUT,
-                holds=ratio >= THROUGHPUT,
-            ),
-            Bar(
-                name=f"{case}: Verify, 1 in flight, p50 at most x decode + embed in-process",
-                value=slower,
-                reach=LATENCY,
-                holds=slower <= LATENCY,
-            ),
-        ]
-    return rows, found
+                rate, cost = _encoded(encoder, images, seconds=seconds)
+            with pinned(others):
+                served, served_cost, _ = _called(server, requests, number=IN_FLIGHT, seconds=seconds)
+            found.rates.append(rate)
+            found.served.append(served)
+            found.ratios.append(served / rate)
+            found.by_cpu.append(cost / served_cost)
+            with pinned(own):
+                found.alone += _one_by_one(encoder, images, seconds=seconds / 2)
+            with pinned(others):
+                found.called += _called(server, requests, number=1, seconds=seconds / 2)[2]
+    return found

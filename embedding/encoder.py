@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embedding.bundle import Bundle
@@ -70,24 +73,27 @@ class PixelEncoder:
         self.device = pick_device(device)
         self.embedding_dim = preprocessing.embedding_dim(network.architecture.embedding_dim)
         self._batch_size = batch_size
+        self.on_embedded: Callable[[Vectors, Vectors], None] | None = None
+        """Is told of embeddings [B, D] and the norms [B] that they had before, in the thread that embeds."""
         network = network.eval().to(self.device)
         self._precision = torch.bfloat16 if precision == "bfloat16" and self.device.type == "cuda" else torch.float32
         self._mean_C11 = torch.tensor(preprocessing.mean, device=self.device).reshape(-1, 1, 1)
         self._std_C11 = torch.tensor(preprocessing.std, device=self.device).reshape(-1, 1, 1)
         self._tile = ROWS_OF_A_TILE if network.architecture.network in _TOKEN_NETWORKS else 2
-        self._network: Callable[[Tensor], Tensor]
+        self._unnormalised: Callable[[Tensor], Tensor]
         self._memory_format = torch.contiguous_format
         onnx = _on_onnx(network, self.device, runtime, threads or torch.get_num_threads())
+        self._runtime: Runtime = "torch" if onnx is None else "onnx"
         if onnx is not None:
-            self._network, self._tile = onnx, 1
+            self._unnormalised, self._tile = onnx.unnormalised, 1
         else:
             self._memory_format = torch.channels_last
-            self._network = network.to(memory_format=self._memory_format)
+            self._unnormalised = network.to(memory_format=self._memory_format).unnormalised
 
     @property
     def runtime(self) -> Runtime:
         """What runs the network: "torch" or "onnx"."""
-        return "onnx" if isinstance(self._network, OnnxNetwork) else "torch"
+        return self._runtime
 
     @property
     def pixel_shape(self) -> tuple[int, int, int]:
@@ -95,31 +101,45 @@ class PixelEncoder:
         return self.preprocessing.channels, self.preprocessing.image_size, self.preprocessing.image_size
 
     def encode_pixels(self, pixels_BCHW: Pixels) -> Vectors:
-        """Unit float32 embeddings [B, D] of uint8 pixels [B, C, H, W]."""
+        """Unit float32 embeddings [B, D] of uint8 pixels [B, C, H, W]; `on_embedded` is told."""
+        emb_BD, norm_B = self.encode_with_norms(pixels_BCHW)
+        if self.on_embedded is not None and len(emb_BD):
+            self.on_embedded(emb_BD, norm_B)
+        return emb_BD
+
+    def encode_with_norms(self, pixels_BCHW: Pixels) -> tuple[Vectors, Vectors]:
+        """The same, and the norms [B] that embeddings had before they were normalised, of several views their mean.
+
+        `on_embedded` is not told: for images that nobody has just sent.
+        """
         if pixels_BCHW.dtype != np.uint8 or pixels_BCHW.shape[1:] != self.pixel_shape:
             raise InvalidInput(
                 f"pixels must be uint8 [B, {', '.join(map(str, self.pixel_shape))}], as `Preprocessing.pixels` gives "
                 f"them; got {pixels_BCHW.dtype} {list(pixels_BCHW.shape)}"
             )
         emb_BD = np.empty((len(pixels_BCHW), self.embedding_dim), dtype=np.float32)
+        norm_B = np.empty(len(pixels_BCHW), dtype=np.float32)
         size = max(1, self._batch_size // len(self.preprocessing.views))
         with torch.inference_mode():
             for start in range(0, len(pixels_BCHW), size):
-                emb_BD[start : start + size] = self._all_views(pixels_BCHW[start : start + size]).cpu().numpy()
-        return emb_BD
+                emb_bD, norm_b = self._all_views(pixels_BCHW[start : start + size])
+                emb_BD[start : start + size] = emb_bD.cpu().numpy()
+                norm_B[start : start + size] = norm_b.cpu().numpy()
+        return emb_BD, norm_B
 
     def warm_up(self) -> None:
         """Run one batch, so that the first caller does not pay for kernel selection and allocation."""
-        self.encode_pixels(np.zeros((2, *self.pixel_shape), np.uint8))
+        self.encode_with_norms(np.zeros((2, *self.pixel_shape), np.uint8))
 
-    def _all_views(self, pixels_BCHW: Pixels) -> Tensor:
+    def _all_views(self, pixels_BCHW: Pixels) -> tuple[Tensor, Tensor]:
         views = self.preprocessing.views
         if views == ("as-is",):
             return self._forward(torch.from_numpy(pixels_BCHW))
-        emb_ND = self._forward(torch.from_numpy(views_of(pixels_BCHW, views)))
-        return joined(split_views(emb_ND, len(views)), self.preprocessing.join_views)
+        emb_ND, norm_N = self._forward(torch.from_numpy(views_of(pixels_BCHW, views)))
+        emb_BD = joined(split_views(emb_ND, len(views)), self.preprocessing.join_views)
+        return emb_BD, norm_N.reshape(len(views), -1).mean(0)
 
-    def _forward(self, pixels_BCHW: Tensor) -> Tensor:
+    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         size = len(pixels_BCHW)
         if size % self._tile and (self._tile > 2 or size == 1):
             # A batch of one takes other convolution kernels, which differ in the last bits.
@@ -130,7 +150,8 @@ class PixelEncoder:
         images_BCHW = images_BCHW.sub_(self._mean_C11).div_(self._std_C11)
         images_BCHW = images_BCHW.contiguous(memory_format=self._memory_format)
         with torch.autocast("cuda", self._precision, enabled=self._precision != torch.float32):
-            return self._network(images_BCHW)[:size]
+            raw_BD = self._unnormalised(images_BCHW)
+        return F.normalize(raw_BD, dim=1)[:size], torch.linalg.vector_norm(raw_BD, dim=1)[:size]
 
 
 def _on_onnx(network: EmbeddingNetwork, device: torch.device, runtime: Runtime, threads: int) -> OnnxNetwork | None:
@@ -181,6 +202,15 @@ class Encoder(PixelEncoder):
         )
         self.bundle = bundle
         self._max_pixels = max_pixels
+
+    def with_calibration_of(self, bundle: Bundle) -> Self:
+        """The same network, in memory once, under another calibration of its weights."""
+        if bundle.fingerprint != self.bundle.fingerprint:
+            raise InvalidInput(f"{bundle.name} has other weights than {self.bundle.name}; load it")
+        other = copy(self)
+        other.bundle = bundle
+        other.on_embedded = None
+        return other
 
     def prepare(self, data: bytes) -> Pixels:
         """Decode one image to the pixels [C, H, W] that the network sees. Raises InvalidImage or ImageTooLarge."""

@@ -7,16 +7,21 @@
     │   ├── InvalidVector       wrong width, NaN or infinite, not of unit length
     │   ├── InvalidOperatingPoint   a threshold or rate that the calibration cannot support
     │   ├── InvalidFilter       a condition on items that does not parse; `position` says where
+    │   ├── RequestIdReused     a request_id that was given with another request
     │   ├── InvalidRecipe       an unknown key, or a value out of its range
     │   └── InvalidDataset      a folder, manifest or split that cannot be trained on
     ├── NotFound                no such gallery, item, model or file
     ├── AlreadyExists           the name is taken
     ├── ModelMismatch           embeddings of another model
+    ├── GalleriesIncompatible   galleries would be left without the model of their embeddings
+    ├── ModelActive             the model that answers is not unloaded
+    ├── ModelAmbiguous          two bundles say that they are the same and are not
     ├── StaleEtag               the item has changed since it was read
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
     ├── GalleryAliased          a gallery that an alias stands for is not deleted
     ├── ImagesNeeded            items whose image is needed and not stored; import them
-    ├── Busy                    another process holds the folder
+    ├── NotSupported            what this engine of galleries cannot do
+    ├── Busy                    another process holds the folder, or Milvus is away
     ├── NotReady                the model is still loading
     ├── Overloaded              the server has as much to do as it takes on; `retry_seconds` says when to come again
     ├── Cancelled               the caller no longer wants the answer
@@ -31,6 +36,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 
@@ -46,6 +53,8 @@ class LookalikeError(Exception):
 
 class InvalidInput(LookalikeError):
     reason = "INVALID_INPUT"
+    also: tuple[InvalidInput, ...] = ()
+    """What else is wrong with the same request."""
 
 
 class InvalidImage(InvalidInput):
@@ -73,6 +82,10 @@ class InvalidFilter(InvalidInput):
         """Of the first character that is wrong, from 1."""
 
 
+class RequestIdReused(InvalidInput):
+    reason = "REQUEST_ID_REUSED"
+
+
 class InvalidRecipe(InvalidInput):
     reason = "INVALID_RECIPE"
 
@@ -93,6 +106,25 @@ class ModelMismatch(LookalikeError):
     reason = "MODEL_MISMATCH"
 
 
+class GalleriesIncompatible(LookalikeError):
+    reason = "GALLERIES_INCOMPATIBLE"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, galleries: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        super().__init__(message, field=field)
+        self.galleries = galleries
+        """Ids of the galleries, each with the model of its embeddings."""
+
+
+class ModelActive(LookalikeError):
+    reason = "MODEL_ACTIVE"
+
+
+class ModelAmbiguous(LookalikeError):
+    reason = "MODEL_AMBIGUOUS"
+
+
 class StaleEtag(LookalikeError):
     reason = "STALE_ETAG"
 
@@ -107,6 +139,10 @@ class GalleryAliased(LookalikeError):
 
 class ImagesNeeded(LookalikeError):
     reason = "IMAGES_NEEDED"
+
+
+class NotSupported(LookalikeError):
+    reason = "NOT_SUPPORTED"
 
 
 class Busy(LookalikeError):

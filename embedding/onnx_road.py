@@ -34,7 +34,7 @@ def is_available() -> bool:
 
 
 class OnnxNetwork:
-    """Normalised images [B, C, H, W] to unit embeddings [B, D], each the same bit for bit whatever its batch.
+    """Normalised images [B, C, H, W] to embeddings [B, D], each the same bit for bit whatever its batch.
 
     May be called from several threads at once, which share `threads` of its own.
     """
@@ -61,14 +61,16 @@ class OnnxNetwork:
             raise Disagrees(f"{network.architecture.network} does not run on ONNX Runtime: {error}") from error
         self._check(network)
 
-    def __call__(self, images_BCHW: Tensor) -> Tensor:
+    def unnormalised(self, images_BCHW: Tensor) -> Tensor:
+        """The embeddings [B, D] before they are divided by their length."""
         (emb_BD,) = self._session.run(None, {"images": images_BCHW.numpy()})
         return torch.from_numpy(emb_BD)
 
     def _check(self, network: EmbeddingNetwork) -> None:
         images_BCHW = _noise(network, 3)
         with torch.inference_mode():
-            difference = (self(images_BCHW) - network(images_BCHW)).abs().max().item()
+            emb_BD = F.normalize(self.unnormalised(images_BCHW), dim=1)
+            difference = (emb_BD - network(images_BCHW)).abs().max().item()
         if not difference <= AGREEMENT:  # NaN too
             raise Disagrees(f"embeddings of ONNX Runtime differ from PyTorch's by {difference:.1e}")
 
@@ -81,7 +83,8 @@ class _Whole(nn.Module):
         self.network = network
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return F.normalize(self.network.projection(self.network.features(images_BCHW)), dim=1)
+        emb_BD: Tensor = self.network.projection(self.network.features(images_BCHW))
+        return emb_BD
 
 
 def _graph(network: EmbeddingNetwork) -> bytes:

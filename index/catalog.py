@@ -34,6 +34,7 @@ from index.engine import IndexSettings, OnProgress
 from index.gallery import Gallery
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.live import SEAL_AFTER
+from index.receipts import Token
 from index.segments import sync_folder
 
 Galleries: TypeAlias = list[Gallery]
@@ -59,14 +60,13 @@ class Catalog:
         self._open: dict[str, Gallery] = {}
         self._reported: dict[str, str] = {}
         self._changing = threading.Lock()  # guards additions to and removals from _open
-        self._lock_file: int | None = None
+        self._held: HeldFolder | None = None
         if read_only:
             if not root.is_dir():
                 raise NotFound(f"there is no folder of galleries at {root}; create a gallery first")
             return
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            self._lock_file = _locked(root)
+            self._held = HeldFolder(root)
             for path in root.iterdir():
                 if path.name.startswith((_MAKING, _DELETED)):
                     shutil.rmtree(path, ignore_errors=True)  # what a crash has left of a creation or deletion
@@ -74,11 +74,18 @@ class Catalog:
             self.close()
             raise _refused(root, error) from error
 
-    def create(self, gallery_id: str, model: ModelRef, *, settings: IndexSettings | None = None) -> Gallery:
+    def create(
+        self,
+        gallery_id: str,
+        model: ModelRef,
+        *,
+        settings: IndexSettings | None = None,
+        token: Token | None = None,
+    ) -> Gallery:
         """Make an empty gallery for embeddings of `model`; raises AlreadyExists."""
         if model.embedding_dim < 1:
             raise InvalidInput(f"embedding_dim must be at least 1; got {model.embedding_dim}", field="embedding_dim")
-        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings))
+        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings, token))
 
     def restore(self, gallery_id: str, folder: Path, *, on_progress: OnProgress | None = None) -> Gallery:
         """A new gallery from a snapshot; raises AlreadyExists, and DamagedData when the snapshot is not whole."""
@@ -148,9 +155,8 @@ class Catalog:
             for gallery in self._open.values():
                 gallery.close()
             self._open.clear()
-            if self._lock_file is not None:
-                os.close(self._lock_file)
-                self._lock_file = None
+            if self._held is not None:
+                self._held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -198,6 +204,27 @@ class Catalog:
     def _check_writable(self) -> None:
         if self._read_only:
             raise StorageFailed(f"{self.root} is open read-only; open it for writing")
+
+
+class HeldFolder:
+    """A folder that no other process writes to until this is closed; made where it is missing.
+
+    Raises Busy, naming the process, when another holds it, and StorageFailed when the disk refuses.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._descriptor: int | None = None
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._descriptor = _locked(root)
+        except OSError as error:
+            raise _refused(root, error) from error
+
+    def close(self) -> None:
+        """Let others write; may be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _locked(root: Path) -> int:

@@ -136,19 +136,24 @@ def _compared(operand: str, operand_parameters: list[Parameter], operator: Opera
 
 def _begins(operand: str, operand_parameters: list[Parameter], prefix: str) -> Condition:
     """A range, which an index can serve: from the prefix up to the first string after all that begin with it."""
-    after = _after(prefix)
+    after = after_prefix(prefix)
     if after is None:
         return f"{operand} >= ?", [*operand_parameters, prefix]
     return f"{operand} >= ? AND {operand} < ?", [*operand_parameters, prefix, *operand_parameters, after]
 
 
-def _after(prefix: str) -> str | None:
+def after_prefix(prefix: str) -> str | None:
     """The smallest string above all that begin with `prefix`, by code point; None when there is none."""
     kept = prefix.rstrip(chr(sys.maxunicode))
     if not kept:
         return None
     following = ord(kept[-1]) + 1
     return kept[:-1] + chr(0xE000 if 0xD800 <= following <= 0xDFFF else following)
+
+
+def microseconds(moment: datetime) -> int:
+    """Since 1970, UTC, as `updated_us` holds it."""
+    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def _positive(operator: Operator) -> Operator:
@@ -158,7 +163,7 @@ def _positive(operator: Operator) -> Operator:
 def _parameter(value: Value) -> Parameter:
     match value:
         case datetime():
-            return (value - _EPOCH) // timedelta(microseconds=1)
+            return microseconds(value)
         case str() | int() | float():
             return value
         case _:

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from service.admission import Pace, Room
 from service.fairness import FairQueue
 from service.recent import Recent
 from service.sources import Embedded
+from service.stages import Work, looked_up
 
 HASHED_AT_ONCE = 64 * 1024
 """Bytes of an image that are hashed on the event loop; hashing more takes longer than going to a thread."""
@@ -44,14 +45,6 @@ DECODED_BYTES = 256 * 2**20
 
 PATIENCE = 0.5
 """Share of the time of a batch that it waits for images that are being decoded."""
-
-Observe = Callable[[str, float], None]
-"""Is told of each figure by name: seconds of "queue", "decode" and "embed", images of a "batch", and a "hit" whenever
-an image need not be embedded again. It is called in several threads."""
-
-
-def unobserved(name: str, value: float) -> None:
-    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +71,8 @@ class _Image:
     caller: str
     data: bytes
     done: asyncio.Future[Embedded | Exception]
-    came: float = field(default_factory=time.monotonic)
+    work: Work = field(default_factory=Work)
+    """Of the call that brought it first."""
     waiters: int = 0
     ends: float | None = 0.0
     """When its last waiter gives up, in the time of `time.monotonic`; None for never."""
@@ -99,14 +93,12 @@ class Batcher:
         decode_threads: int,
         encode_threads: int,
         bounds: Bounds | None = None,
-        observe: Observe = unobserved,
     ) -> None:
         bounds = bounds or Bounds()
         self._encoder = encoder
         self.batch_size = batch_size
         """Most images embedded in one forward pass."""
         self._delay = bounds.delay_seconds
-        self._observe = observe
         self._decode_threads = decode_threads
         self._decode_pace, self._embed_pace, self._batch_pace = Pace(), Pace(), Pace()
         self.room = Room(
@@ -178,8 +170,8 @@ class Batcher:
         try:
             for data, key in zip(images, await self._keys(images), strict=True):
                 emb_D = self.recent.get(key)
+                looked_up(emb_D is not None or key in self._on_the_way)
                 if emb_D is not None:
-                    self._observe("hit", 1)
                     found[data] = emb_D
                 else:
                     joined[data] = self._join(key, data, caller, ends)
@@ -206,8 +198,6 @@ class Batcher:
             image = _Image(key, caller, data, asyncio.get_running_loop().create_future())
             self._on_the_way[key] = image
             self._queue.put(caller, image)
-        else:
-            self._observe("hit", 1)
         image.waiters += 1
         if image.ends is not None:
             image.ends = None if ends is None else max(ends, image.ends)
@@ -254,9 +244,8 @@ class Batcher:
                 return
             self._busy_decoders += 1
             self._decoding += len(images)
-            for image in images:
-                self._observe("queue", time.monotonic() - image.came)
-            decoded = loop.run_in_executor(self._decoders, self._prepared, [image.data for image in images])
+            wanted = [(image.work, image.data) for image in images]
+            decoded = loop.run_in_executor(self._decoders, self._prepared, wanted)
             decoded.add_done_callback(partial(self._decoded, images))
 
     def _next_to_decode(self) -> list[_Image]:
@@ -281,17 +270,15 @@ class Batcher:
                 size += len(image.data)
         return images
 
-    def _prepared(self, images: Sequence[bytes]) -> list[Pixels | Exception]:
+    def _prepared(self, images: Sequence[tuple[Work, bytes]]) -> list[Pixels | Exception]:
         outcomes: list[Pixels | Exception] = []
-        for data in images:
+        for work, data in images:
             start = time.perf_counter()
             try:
-                outcomes.append(self._encoder.prepare(data))
+                outcomes.append(work.run("decode", self._encoder.prepare, data))
             except Exception as error:  # of this image alone
                 outcomes.append(error)
-            seconds = time.perf_counter() - start
-            self._decode_pace.record(seconds)
-            self._observe("decode", seconds)
+            self._decode_pace.record(time.perf_counter() - start)
         return outcomes
 
     def _decoded(self, images: Sequence[_Image], decoded: asyncio.Future[list[Pixels | Exception]]) -> None:
@@ -350,7 +337,10 @@ class Batcher:
         loop = asyncio.get_running_loop()
         pixels = [image.pixels for image in batch if image.pixels is not None]
         try:
-            emb_BD = await loop.run_in_executor(self._encode_thread, self._forward, pixels)
+            works = [image.work for image in batch]
+            emb_BD = await loop.run_in_executor(
+                self._encode_thread, Work.run_together, works, "embed", self._forward, pixels
+            )
         except Exception as error:  # handed to every caller of the batch; the next batch is not affected
             for image in batch:
                 self._finish(image, error)
@@ -365,8 +355,6 @@ class Batcher:
         seconds = time.perf_counter() - start
         self._embed_pace.record(seconds, len(pixels))
         self._batch_pace.record(seconds)
-        self._observe("embed", seconds)
-        self._observe("batch", len(pixels))
         return emb_BD
 
 

@@ -17,7 +17,7 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 
 from embedding.errors import InvalidInput
-from service.call import CURRENT, Call, Limits
+from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 
 _PREFIXES = ("/lookalike.", "/google.longrunning.")
@@ -122,6 +122,7 @@ class Calls(grpc.aio.ServerInterceptor):
     ) -> AsyncIterator[Call]:
         call = Call(method, context, limits=self._limits, streams=streams)
         CURRENT.set(call)
+        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         self._in_flight += 1
         self._idle.clear()
         begun: list[Hook] = []

@@ -7,6 +7,7 @@ the same questions without blocking an event loop. Swapping a model is replacing
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from embedding.runtime import Precision, Runtime
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
 from index.aliases import Aliases
 from index.engine import OnProgress
+from index.receipts import Token
 from index.shelf import Shelf
 from service.sources import (
     Embedded,
@@ -75,6 +77,7 @@ class Engine:
         galleries: Path | str,
         *,
         read_only: bool = False,
+        catalog: Callable[[Path], GalleryCatalog] | None = None,
         device: str = "auto",
         batch_size: int = 64,
         max_pixels: int = MAX_PIXELS,
@@ -84,6 +87,8 @@ class Engine:
         precision: Precision = "float32",
     ) -> Self:
         """Load a bundle and open a folder of galleries; close it after use, or use it in a `with` statement.
+
+        `catalog` opens galleries that lie elsewhere; aliases lie in the folder all the same.
 
         Raises NotFound, DamagedData, StorageFailed, or Busy when another process writes to the galleries and
         `read_only` is not set.
@@ -98,15 +103,15 @@ class Engine:
             precision=precision,
         )
         root = Path(galleries)
-        catalog = Catalog(root, read_only=read_only)
+        opened = catalog(root) if catalog else Catalog(root, read_only=read_only)
         try:
             aliases = Aliases(root, read_only=read_only)
         except BaseException:
-            catalog.close()
+            opened.close()
             raise
         return cls(
             encoder=encoder,
-            catalog=catalog,
+            catalog=opened,
             aliases=aliases,
             shelf=Shelf(root),
             thumbnails=thumbnails,
@@ -123,6 +128,11 @@ class Engine:
         bundle = self.encoder.bundle
         return ModelRef(name=bundle.name, fingerprint=bundle.fingerprint, embedding_dim=bundle.embedding_dim)
 
+    @property
+    def keeps_receipts(self) -> bool:
+        """Whether galleries keep receipts of requests in the same step as what these wrote."""
+        return isinstance(self.catalog, Catalog)
+
     def judge(self, point: OperatingPoint | None) -> Judge:
         """What decides at this operating point. Raises InvalidOperatingPoint."""
         return Judge(self.bundle.calibration, point, model=self.bundle.name)
@@ -135,9 +145,13 @@ class Engine:
         with naming(path):
             return self.catalog.get(self.aliases.resolve(name), model=None if any_model else self.model)
 
-    def create_gallery(self, gallery_id: str, settings: IndexSettings | None = None) -> GalleryEngine:
-        """An empty gallery of this model. Raises AlreadyExists."""
+    def create_gallery(
+        self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
+    ) -> GalleryEngine:
+        """An empty gallery of this model, with a receipt of the request when it has a token. Raises AlreadyExists."""
         self._check_no_alias(gallery_id)
+        if isinstance(self.catalog, Catalog):
+            return self.catalog.create(gallery_id, self.model, settings=settings, token=token)
         return self.catalog.create(gallery_id, self.model, settings=settings)
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
@@ -173,8 +187,8 @@ class Engine:
             pass
         raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias", field="alias.name")
 
-    def delete_gallery(self, gallery_id: str, *, force: bool = False) -> None:
-        """Delete a gallery of any model.
+    def delete_gallery(self, gallery_id: str, *, force: bool = False, validate_only: bool = False) -> None:
+        """Delete a gallery of any model, or with `validate_only` look whether it could be.
 
         Raises NotFound, GalleryAliased, and GalleryNotEmpty unless it is empty or `force` is set.
         """
@@ -190,7 +204,11 @@ class Engine:
                 )
             if not force:
                 self._check_empty(gallery_id)
-            self.catalog.delete(gallery_id)
+            if not validate_only:
+                self.catalog.delete(gallery_id)
+                return
+            with suppress(DamagedData):  # such a one can be deleted
+                self.catalog.get(gallery_id)
 
     def ask(self, question: Question[Answer]) -> Answer:
         """Answer in this thread. Raises LookalikeError."""

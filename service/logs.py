@@ -1,40 +1,77 @@
-"""Structured logs on stderr: one JSON object a line, or coloured text on a terminal."""
+"""Structured logs on stderr: one JSON object a line, or text for a person on a terminal.
+
+Records of structlog and of the standard library go through one formatter; those made while a call is served carry its
+request id. Tracebacks never show the values of variables, which hold images and vectors.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
+from typing import Any, Literal, TextIO
 
 import structlog
 from structlog.typing import Processor
 
+from service.call import CURRENT
 
-def configure(*, level: int = logging.INFO) -> None:
-    """Send structlog's and the standard library's records through one formatter; for a process of our own."""
+Level = Literal["debug", "info", "warning", "error"]
+Format = Literal["auto", "json", "console"]
+
+
+def configure(*, level: Level = "info", form: Format = "auto", stream: TextIO | None = None) -> None:
+    """Send all records from `level` on to `stream`, by default stderr; for a process of our own.
+
+    "auto" is text on a terminal and JSON elsewhere.
+    """
+    stream = stream or sys.stderr
+    threshold = logging.getLevelNamesMapping()[level.upper()]
     common: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        add_ids,
     ]
-    terminal = sys.stderr.isatty()
-    last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer()]
-        if terminal
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
     structlog.configure(
-        processors=[*common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            *common,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=common,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_rendering(form, stream)],
         )
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level)
+    root.setLevel(threshold)
+    logging.captureWarnings(True)
+
+
+def _rendering(form: Format, stream: TextIO) -> list[Processor]:
+    if form == "console" or (form == "auto" and stream.isatty()):
+        # The renderer's own choice of traceback prints every local variable.
+        return [
+            structlog.dev.ConsoleRenderer(
+                colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
+            )
+        ]
+    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str, ensure_ascii=False)]
+
+
+def add_ids(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Of the call that is served, if any."""
+    call = CURRENT.get()
+    if call is not None:
+        event.setdefault("request_id", call.request_id)
+        if call.trace_id:
+            event.setdefault("trace_id", call.trace_id)
+    return event

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 
 from embedding.decision import Decision
-from embedding.errors import LookalikeError
+from embedding.errors import InvalidInput, LookalikeError
 from lookalike.v1 import match_pb2 as pb
 from lookalike.v1 import match_pb2_grpc
 from service import errors, parse, questions, wire
 from service.errors import translated_errors
 from service.serving import Serving
+from service.sources import Embedded, Source, Unusable, under
+from service.streams import Elements, answered_id, check_id
 
 MAX_PAIRS = 256
 """Most pairs of one BatchVerify."""
+
+MAX_IMAGES = 256
+"""Most images of one BatchEmbed."""
+
+STREAM_WINDOW = 64
+"""Pairs of one StreamVerify that are decided at once."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,6 +59,22 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
             )
             return await self._serving.current.ask(question, _batch_response)
 
+    async def StreamVerify(
+        self, request_iterator: AsyncIterator[pb.StreamVerifyRequest], context: Context
+    ) -> AsyncIterator[pb.StreamVerifyResponse]:
+        async with translated_errors(context), Elements(request_iterator, window=STREAM_WINDOW) as elements:
+            first = await elements.first()
+            if first is None or first.WhichOneof("element") != "config":
+                raise InvalidInput("the first element of the stream must be its config", field="config")
+            point = parse.operating_point(first.config.operating_point)
+            serving = self._serving.current  # one read: the answers of a stream can be compared
+            with under("config"):
+                serving.engine.judge(point)  # says at once when the threshold cannot be put there
+            async for some in elements.batches():
+                question = questions.VerifyBatch(pairs=[_pair(request) for request in some], point=point)
+                for response in await serving.ask(question, partial(_stream_responses, some)):
+                    yield response
+
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         async with translated_errors(context):
             serving = self._serving.current  # one read: a swap cannot pair an embedding with another model's name
@@ -58,6 +83,47 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
                 questions.Embed(image=parse.image(request.image, "image")),
                 lambda emb_D: pb.EmbedResponse(embedding=wire.embedding(emb_D), model=model),
             )
+
+    async def BatchEmbed(self, request: pb.BatchEmbedRequest, context: Context) -> pb.BatchEmbedResponse:
+        async with translated_errors(context):
+            parse.check_batch(request.images, most=MAX_IMAGES, path="images")
+            serving = self._serving.current
+            model = wire.model_name(serving.engine.bundle.name)
+            return await serving.ask(
+                questions.EmbedBatch(
+                    images=[parse.image(image, f"images[{i}]") for i, image in enumerate(request.images)]
+                ),
+                lambda outcomes: pb.BatchEmbedResponse(results=map(_embed_result, outcomes), model=model),
+            )
+
+
+def _pair(request: pb.StreamVerifyRequest) -> tuple[Source, Source]:
+    try:
+        check_id(request.id)
+        if request.WhichOneof("element") == "config":
+            raise InvalidInput("only the first element is a config; open another stream for another", field="config")
+        if request.WhichOneof("element") is None:
+            raise InvalidInput("pair is required: set its two images", field="pair")
+    except InvalidInput as error:
+        return Unusable(error=error), Unusable(error=error)
+    return parse.image(request.pair.a, "pair.a"), parse.image(request.pair.b, "pair.b")
+
+
+def _stream_responses(
+    requests: Sequence[pb.StreamVerifyRequest], outcomes: Sequence[Decision | LookalikeError]
+) -> list[pb.StreamVerifyResponse]:
+    return [
+        pb.StreamVerifyResponse(id=answered_id(request.id), error=errors.status(outcome))
+        if isinstance(outcome, LookalikeError)
+        else pb.StreamVerifyResponse(id=request.id, decision=wire.decision(outcome))
+        for request, outcome in zip(requests, outcomes, strict=True)
+    ]
+
+
+def _embed_result(outcome: Embedded) -> pb.EmbedResult:
+    if isinstance(outcome, LookalikeError):
+        return pb.EmbedResult(error=errors.status(outcome))
+    return pb.EmbedResult(embedding=wire.embedding(outcome))
 
 
 def _batch_response(outcomes: Sequence[Decision | LookalikeError]) -> pb.BatchVerifyResponse:

@@ -74,6 +74,20 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedBatch:
+    """The embedding [D] of each image; a bad image has an error of its own."""
+
+    images: Sequence[Source]
+
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self.images
+
+    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Sequence[Embedded]]:
+        return lambda embedded: embedded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
     """Where a search looks and how hard; shared by all its queries."""
 
@@ -197,6 +211,8 @@ class SearchBatch:
 
 
 def _decision(a: Embedded, b: Embedded, judge: Judge) -> Decision:
+    if isinstance(a, InvalidInput) and isinstance(b, InvalidInput):
+        a.also = (b,)
     return judge.judge(float(distance(value_of(a), value_of(b))))
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+import grpc
+
 from embedding.errors import LookalikeError, NotFound, NotReady
 from index import Deadline
-from service.batching import Batcher, Bounds, Observe, unobserved
-from service.call import CURRENT
+from service.batching import Batcher, Bounds
+from service.call import CURRENT, Call
+from service.calls import Hook
 from service.engine import Answer, Engine, Question
 from service.pool import Pool
 from service.questions import Embed, Verify
 from service.settings import Settings
 from service.sources import StoredItem, distinct_images
+from service.stages import Work
+from service.watch import ModelWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,8 +33,10 @@ class AsyncEngine:
     call that streams waits for room where another is refused: gRPC holds its caller back meanwhile.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, *, observe: Observe = unobserved) -> None:
+    def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
+        self.watch = ModelWatch(engine.bundle.reference, window_seconds=settings.drift_window_seconds)
+        """What this model has answered."""
         self.batcher = Batcher(
             engine.encoder,
             batch_size=settings.batch_size,
@@ -42,11 +49,17 @@ class AsyncEngine:
                 cache_bytes=settings.embedding_cache_bytes,
                 delay_seconds=settings.max_batch_delay_seconds,
             ),
-            observe=observe,
         )
         self.pool = Pool(
             threads=settings.gallery_threads, most=settings.max_waiting_tasks, seconds=settings.max_queue_seconds
         )
+        self._users: set[Call] = set()
+        self._idle = asyncio.Event()
+
+    @property
+    def waiting_images(self) -> int:
+        """Images that wait for the encoder."""
+        return self.batcher.waiting
 
     async def ask(
         self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
@@ -59,7 +72,7 @@ class AsyncEngine:
         try:
             images = distinct_images(question.sources)
             if not images:
-                return await self.run(lambda: form(self.engine.ask(question)))
+                return await self._run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
             caller, seconds_left, patient = _account()
             async with self.batcher.admitted(
                 images, caller=caller, seconds_left=seconds_left, patient=patient
@@ -67,10 +80,14 @@ class AsyncEngine:
                 if _is_quick(question):
                     answer = question.begin(self.engine)
                     outcomes = await admitted.embed_all()
-                    return form(answer(self.engine.embedded(question.sources, outcomes)))
+                    return form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes))))
                 answer = await self.run(question.begin, self.engine)
                 outcomes = await admitted.embed_all()
-            return await self._go_on(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
+            return await self._run(
+                "search",
+                lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
+                admitted=True,
+            )
         except asyncio.CancelledError:
             if deadline is not None:
                 deadline.cancel()  # the thread that searches stops within 50 ms
@@ -78,18 +95,38 @@ class AsyncEngine:
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool. Raises Overloaded."""
-        caller, seconds_left, patient = _account()
-        function = partial(function, *args, **kwargs)
-        return await self.pool.run(function, caller=caller, seconds_left=seconds_left, patient=patient)
+        return await self._run("store", partial(function, *args, **kwargs))
 
-    async def _go_on(self, function: Callable[[], R]) -> R:
-        """The same for a call that has been worked on: it is not refused any more."""
-        caller, seconds_left, _ = _account()
-        return await self.pool.run(function, caller=caller, seconds_left=seconds_left, admitted=True)
+    async def _run(self, stage: str, function: Callable[[], R], *, admitted: bool = False) -> R:
+        """The same as this stage; a call that is `admitted` has been worked on and is not refused any more."""
+        caller, seconds_left, patient = _account()
+        return await self.pool.run(
+            partial(Work().run, stage, function),
+            caller=caller,
+            seconds_left=seconds_left,
+            patient=patient,
+            admitted=admitted,
+        )
 
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
         await self.batcher.warm_up()
+        self.watch.watch(self.engine.encoder)
+
+    def take(self, call: Call) -> None:
+        """A call uses this engine until it gives it back."""
+        self._users.add(call)
+
+    def give_back(self, call: Call) -> None:
+        self._users.discard(call)
+        if not self._users:
+            self._idle.set()
+
+    async def unused(self) -> None:
+        """Wait until no call uses this engine any more; for one that new calls do not get."""
+        while self._users:
+            self._idle.clear()
+            await self._idle.wait()
 
     def close(self) -> None:
         """Let running work end and free the threads; the engine's galleries stay open."""
@@ -97,45 +134,61 @@ class AsyncEngine:
         self.pool.close()
 
 
-class Serving:
-    """Holds the engine that answers. Replacing it is one assignment; calls that have begun keep the one they took."""
+class Serving(Hook):
+    """Holds the engines that answer. Replacing them is one assignment; calls that have begun keep what they took.
+
+    As a hook of all calls it knows which engines are still in use.
+    """
 
     def __init__(self) -> None:
-        self._engine: AsyncEngine | None = None
-        self._others: Mapping[str, AsyncEngine] = {}
+        self._line_up: tuple[AsyncEngine, ...] = ()  # the active one first; read once where two reads must agree
 
     @property
     def current(self) -> AsyncEngine:
         """The engine that answers. Raises NotReady until there is one."""
-        if self._engine is None:
-            raise NotReady("the model is still loading; try again when the health service says SERVING")
-        return self._engine
+        return self._taken(self._ready()[0])
 
     @property
     def all(self) -> list[AsyncEngine]:
-        """Every engine, the one of the active model first."""
-        return [self.current, *self._others.values()]
+        """Every engine, the one of the active model first. Raises NotReady."""
+        return list(self._ready())
 
-    def replace(self, engine: AsyncEngine | None, others: Iterable[AsyncEngine] = ()) -> None:
-        """Let `engine` answer, and `others` where a gallery holds embeddings of their model."""
-        self._engine = engine
-        self._others = {other.engine.model.fingerprint: other for other in others}
+    @property
+    def every(self) -> list[AsyncEngine]:
+        """`all`, none while nothing is ready."""
+        return list(self._line_up)
+
+    @property
+    def others(self) -> list[AsyncEngine]:
+        """Those that answer where a gallery holds embeddings of their model."""
+        return list(self._ready()[1:])
+
+    def replace(self, engine: AsyncEngine | None, others: Iterable[AsyncEngine] = ()) -> list[AsyncEngine]:
+        """Let `engine` answer, and `others` where a gallery holds embeddings of their model; those that no longer
+        answer are returned. On the event loop."""
+        before = self._line_up
+        self._line_up = () if engine is None else (engine, *others)
+        return [each for each in before if each not in self._line_up]
 
     def named(self, model: str) -> AsyncEngine:
         """The engine of a loaded model by name; the current one for "" and "active". Raises NotFound."""
+        line_up = self._ready()
         if model in {"", "active"}:
-            return self.current
-        for each in self.all:
+            return self._taken(line_up[0])
+        for each in line_up:
             if each.engine.bundle.name == model:
-                return each
-        names = ", ".join(repr(each.engine.bundle.name) for each in self.all)
+                return self._taken(each)
+        names = ", ".join(repr(each.engine.bundle.name) for each in line_up)
         raise NotFound(f"no model {model!r} is loaded; loaded are {names}", field="model")
 
     async def of(self, name: str) -> AsyncEngine:
         """The engine of the model of this gallery or alias; the current one where none fits, which then says why."""
-        current = self.current
-        if not self._others:
+        line_up = self._ready()
+        current = self._taken(line_up[0])
+        if len(line_up) == 1:
             return current
+        for other in line_up[1:]:
+            self._taken(other)  # whichever it will be, a swap in the meantime must not free it
 
         def fingerprint() -> str:
             try:
@@ -143,7 +196,27 @@ class Serving:
             except LookalikeError:
                 return ""
 
-        return self._others.get(await current.run(fingerprint), current)
+        wanted = await current.run(fingerprint)
+        return next((each for each in line_up if each.engine.model.fingerprint == wanted), current)
+
+    def ended(self, call: Call, code: grpc.StatusCode) -> None:
+        call.over = True
+        for engine in call.engines:
+            engine.give_back(call)
+
+    def _ready(self) -> tuple[AsyncEngine, ...]:
+        line_up = self._line_up
+        if not line_up:
+            raise NotReady("the model is still loading; try again when the health service says SERVING")
+        return line_up
+
+    def _taken(self, engine: AsyncEngine) -> AsyncEngine:
+        """The engine, in use until the running call ends."""
+        call = CURRENT.get()
+        if call is not None and not call.over and engine not in call.engines:
+            call.engines.append(engine)
+            engine.take(call)
+        return engine
 
 
 def _is_quick(question: Question[Answer]) -> bool:

@@ -78,6 +78,15 @@ def naming(path: str | None) -> Iterator[None]:
         raise located(error, path) from error
 
 
+@contextmanager
+def under(path: str) -> Iterator[None]:
+    """Errors raised within that name a request field name it as a field of `path`."""
+    try:
+        yield
+    except LookalikeError as error:
+        raise (located(error, f"{path}.{error.field}") if error.field else error) from error
+
+
 def value_of(embedded: Embedded) -> Vectors:
     """The embedding, or its error raised."""
     if isinstance(embedded, LookalikeError):

@@ -12,6 +12,7 @@ from typing import Generic, Self, TypeVar
 
 from google.protobuf.message import Message
 
+from embedding.errors import InvalidInput
 from service.call import limits
 
 T = TypeVar("T", bound=Message)
@@ -19,6 +20,8 @@ T = TypeVar("T", bound=Message)
 WINDOW_BYTES = 32 * 2**20
 """Most bytes of one stream's requests that are held at once, but for a single larger one."""
 
+MAX_ID = 256
+"""Longest id of an element of a stream, in characters."""
 
 LINGER_SECONDS = 0.2
 """How long a stream that fails goes on reading what its caller still sends, unused. A caller whose write meets a call
@@ -110,3 +113,14 @@ class Elements(Generic[T]):
             await self._read.put(None)
             raise
         await self._read.put(None)
+
+
+def check_id(element_id: str) -> None:
+    """Raises InvalidInput when the id of an element is too long."""
+    if len(element_id) > MAX_ID:
+        raise InvalidInput(f"id has at most {MAX_ID} characters; got {len(element_id):,}", field="id")
+
+
+def answered_id(element_id: str) -> str:
+    """The id to answer an element with, cut where it was refused for its length."""
+    return element_id[:MAX_ID]

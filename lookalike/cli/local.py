@@ -44,6 +44,7 @@ from service import errors, operations, parse, upkeep, wire
 from service.engine import Engine
 from service.questions import Scope, Search, SearchBatch, SearchMatches, Verify
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem
+from service.stock import Model as Available
 from service.writes import Draft, PurgeItems, UpdateGallery, UpdateItems
 
 
@@ -151,13 +152,13 @@ class LocalBackend:
 
     def get_item(self, name: ItemName) -> Item:
         found = self._engine.gallery(name.gallery, any_model=True)
-        return messages.item(wire.item(found.get(name.id), found.id, with_embedding=True))
+        return messages.item(wire.item_fields(found.get(name.id), found.id, parse.ITEM_FIELDS))
 
     def list_items(self, gallery: str, *, filter: str = "") -> Iterator[Item]:
         """The accepted items of a gallery, by name, here with their embeddings."""
         found = self._engine.gallery(gallery, any_model=True)
         for item in found.iterate(allowed=parse_filter(filter)):
-            yield messages.item(wire.item(item, found.id, with_embedding=True))
+            yield messages.item(wire.item_fields(item, found.id, parse.ITEM_FIELDS))
 
     def update_items(
         self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True
@@ -266,7 +267,9 @@ def _settings(index: IndexSettings | None) -> engine_interface.IndexSettings | N
 
 def describe_bundle(path: Path) -> Model:
     """A bundle as the server would describe it. Raises NotFound or DamagedData."""
-    return messages.model(wire.model(Bundle.load(path), active=False))
+    bundle = Bundle.load(path)
+    known = Available(described=bundle, calibrations=(bundle.calibration.version,), loaded=False, active=False)
+    return messages.model(wire.model(known))
 
 
 def learned_in(path: Path) -> Mapping[str, float]:

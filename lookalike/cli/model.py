@@ -1,4 +1,4 @@
-"""`lookalike model`: what a model knows about its distances."""
+"""`lookalike model`: what a model knows about its distances, and which model a server answers with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import typer
 
 from lookalike.cli import options, show
 from lookalike.client import Client
-from lookalike.types import Model
+from lookalike.types import Model, ModelChange
 
-app = typer.Typer(help="Describe a model.", no_args_is_help=True)
+app = typer.Typer(help="Describe models, and swap which of them a server answers with.", no_args_is_help=True)
+
+LOADING_SECONDS = 600.0
+"""How long a server may take to load a model."""
+
+Server = Annotated[str, typer.Option("--target", metavar="HOST:PORT", envvar="LOOKALIKE_TARGET", help="The server.")]
+Force = Annotated[bool, typer.Option("--force", help="Leave galleries without the model of their embeddings.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, and change nothing.")]
 
 
 @app.callback()
 def model() -> None:
-    """Describe a model."""
+    """Describe models, and swap which of them a server answers with."""
 
 
 @app.command(name="show")
@@ -42,6 +49,71 @@ def show_(
         print(show.as_json(described))
     else:
         _print(described, learned)
+
+
+@app.command(name="list")
+def list_(target: Server = "127.0.0.1:50051", json: options.Json = False) -> None:
+    """List the models that a server has loaded or could load."""
+    with Client(target) as client:
+        models = list(client.list_models())
+    if json:
+        print(show.as_json(models))
+        return
+    table = show.table(["model", "state", "calibration", "learned margin", "calibrations there"])
+    for each in models:
+        state = "active" if each.active else "loaded" if each.loaded else "available"
+        calibration = each.calibration
+        table.add_row(
+            each.id,
+            state,
+            str(calibration.version),
+            f"{calibration.learned_margin:.4f}",
+            ", ".join(map(str, each.calibrations)),
+        )
+    show.console().print(table)
+
+
+@app.command()
+def activate(
+    name: Annotated[str, typer.Argument(help="A model that `model list` shows.")],
+    calibration: Annotated[int, typer.Option("--calibration", min=0, help="Its version; 0 for the newest.")] = 0,
+    keep_previous: Annotated[
+        bool, typer.Option("--keep-previous", help="Keep the model active now loaded, for galleries of its embeddings.")
+    ] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    target: Server = "127.0.0.1:50051",
+    json: options.Json = False,
+) -> None:
+    """Let a model answer from now on; no call fails meanwhile."""
+    with Client(target, timeout=LOADING_SECONDS) as client:
+        change = client.activate_model(
+            name, calibration=calibration, keep_previous=keep_previous, force=force, validate_only=dry_run
+        )
+    _say(change, "would answer" if dry_run else "answers", json)
+
+
+@app.command()
+def deactivate(
+    name: Annotated[str, typer.Argument(help="A loaded model that is not the active one.")],
+    force: Force = False,
+    dry_run: DryRun = False,
+    target: Server = "127.0.0.1:50051",
+    json: options.Json = False,
+) -> None:
+    """Unload a model once the calls that use it have ended."""
+    with Client(target) as client:
+        change = client.deactivate_model(name, force=force, validate_only=dry_run)
+    _say(change, "would be unloaded" if dry_run else "is unloaded", json)
+
+
+def _say(change: ModelChange, what: str, json: bool) -> None:
+    if json:
+        print(show.as_json(change))
+        return
+    print(f"{change.model.id}, calibration {change.model.calibration.version}, {what}")
+    for gallery in change.incompatible:
+        print(f"gallery {gallery} is left without the model of its embeddings")
 
 
 def _print(described: Model, learned: Mapping[str, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from lookalike.cli import options
 from lookalike.client import Client
 from lookalike.errors import CallFailed
 
@@ -22,39 +22,107 @@ READY_LINE = "lookalike is SERVING on "
 
 def serve(
     bundle: Annotated[
-        Path, typer.Option("--bundle", metavar="DIR", envvar="LOOKALIKE_BUNDLE", help="The bundle that answers.")
-    ],
+        Path | None, typer.Option("--bundle", metavar="DIR", help="The bundle that answers. [env: LOOKALIKE_BUNDLE]")
+    ] = None,
     data: Annotated[
-        Path,
-        typer.Option("--data", metavar="DIR", envvar="LOOKALIKE_GALLERIES", help="The folder of galleries."),
-    ] = options.DEFAULT_GALLERIES,
-    host: Annotated[str, typer.Option("--host", envvar="LOOKALIKE_HOST", help="Address to listen on.")] = "127.0.0.1",
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", help="The folder of galleries. [env: LOOKALIKE_GALLERIES] [default: galleries]"
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on. [env: LOOKALIKE_HOST] [default: 127.0.0.1]")
+    ] = None,
     port: Annotated[
-        int, typer.Option("--port", envvar="LOOKALIKE_PORT", help="Port to listen on; 0 for any free one.")
-    ] = 50051,
-    device: options.Device = "auto",
+        int | None,
+        typer.Option("--port", help="Port to listen on; 0 for any. [env: LOOKALIKE_PORT] [default: 50051]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="auto, cpu, cuda or mps. [env: LOOKALIKE_DEVICE] [default: auto]")
+    ] = None,
     other_bundle: Annotated[
         list[Path] | None,
         typer.Option("--other-bundle", metavar="DIR", help="A further bundle, for galleries of its model; may repeat."),
     ] = None,
-    thumbnails: options.Thumbnails = 0,
+    thumbnails: Annotated[
+        int | None,
+        typer.Option(
+            "--thumbnails",
+            help="Store small images of this side, in pixels, so that another model can embed them. [default: 0]",
+        ),
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", metavar="DIR", help="A folder of bundles that can be activated while it runs."),
+    ] = None,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option("--tls-certificate", metavar="FILE", help="PEM; serves TLS. [env: LOOKALIKE_TLS_CERTIFICATE]"),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="FILE", help="Its key, PEM. [env: LOOKALIKE_TLS_KEY]")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca",
+            metavar="FILE",
+            help="PEM roots: clients must show a certificate that leads to one. [env: LOOKALIKE_TLS_CLIENT_CA]",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="Let other machines connect without TLS. [env: LOOKALIKE_INSECURE]"),
+    ] = None,
+    settings_file: Annotated[
+        Path | None,
+        typer.Option("--settings", metavar="FILE", help="A TOML file of settings. [env: LOOKALIKE_SETTINGS]"),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting by name; may repeat."),
+    ] = None,
+    print_settings: Annotated[
+        bool, typer.Option("--print-settings", help="Print every setting and where it comes from, and end.")
+    ] = False,
 ) -> None:
-    """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first."""
+    """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first.
+
+    Settings come from a file, then LOOKALIKE_NAME in the environment, then flags; the later wins.
+    """
     # The kernel delivers to process 1 of a container no signal that it does not handle, and the imports take seconds.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    from service.server import run
-    from service.settings import Settings
+    from service.settings_sources import Flag, Origins, set_flags
 
-    settings = Settings.checked(
-        bundle=bundle,
-        galleries=data,
-        host=host,
-        port=port,
-        device=device,
-        other_bundles=tuple(other_bundle or ()),
-        thumbnails=thumbnails,
+    origins = Origins.read(
+        file=settings_file,
+        environment=os.environ,
+        flags=[
+            *set_flags(assignments or ()),
+            Flag("bundle", "--bundle", bundle),
+            Flag("galleries", "--data", data),
+            Flag("host", "--host", host),
+            Flag("port", "--port", port),
+            Flag("device", "--device", device),
+            Flag("other_bundles", "--other-bundle", other_bundle or None),
+            Flag("thumbnails", "--thumbnails", thumbnails),
+            Flag("models", "--models", models),
+            Flag("tls_certificate", "--tls-certificate", tls_certificate),
+            Flag("tls_key", "--tls-key", tls_key),
+            Flag("tls_client_ca", "--tls-client-ca", tls_client_ca),
+            Flag("insecure", "--insecure", insecure),
+        ],
     )
-    run(settings, on_ready=lambda address: print(f"{READY_LINE}{address}", flush=True))
+    if print_settings:
+        print(origins.text())
+        return
+    from service.server import run
+
+    run(
+        origins.settings,
+        on_ready=lambda address: print(f"{READY_LINE}{address}", flush=True),
+        origins=origins,
+    )
 
 
 def health(

@@ -26,7 +26,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from lookalike.v1 import common_pb2 as lookalike_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/match.proto\x12\x0clookalike.v1\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"\x90\x01\n\rVerifyRequest\x12#\n\x01\x61\x18\x01 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12#\n\x01\x62\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\":\n\x0eVerifyResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.lookalike.v1.Decision\"U\n\tImagePair\x12#\n\x01\x61\x18\x01 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12#\n\x01\x62\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\"s\n\x12\x42\x61tchVerifyRequest\x12&\n\x05pairs\x18\x01 \x03(\x0b\x32\x17.lookalike.v1.ImagePair\x12\x35\n\x0foperating_point\x18\x02 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\"i\n\x0cVerifyResult\x12*\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.lookalike.v1.DecisionH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"B\n\x13\x42\x61tchVerifyResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.VerifyResult\"7\n\x0c\x45mbedRequest\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\"1\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t2\xe9\x01\n\x0cMatchService\x12\x43\n\x06Verify\x12\x1b.lookalike.v1.VerifyRequest\x1a\x1c.lookalike.v1.VerifyResponse\x12R\n\x0b\x42\x61tchVerify\x12 .lookalike.v1.BatchVerifyRequest\x1a!.lookalike.v1.BatchVerifyResponse\x12@\n\x05\x45mbed\x12\x1a.lookalike.v1.EmbedRequest\x1a\x1b.lookalike.v1.EmbedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/match.proto\x12\x0clookalike.v1\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"\x90\x01\n\rVerifyRequest\x12#\n\x01\x61\x18\x01 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12#\n\x01\x62\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\":\n\x0eVerifyResponse\x12(\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.lookalike.v1.Decision\"U\n\tImagePair\x12#\n\x01\x61\x18\x01 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12#\n\x01\x62\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\"s\n\x12\x42\x61tchVerifyRequest\x12&\n\x05pairs\x18\x01 \x03(\x0b\x32\x17.lookalike.v1.ImagePair\x12\x35\n\x0foperating_point\x18\x02 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\"i\n\x0cVerifyResult\x12*\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x16.lookalike.v1.DecisionH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"B\n\x13\x42\x61tchVerifyResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.VerifyResult\"7\n\x0c\x45mbedRequest\x12\'\n\x05image\x18\x01 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\"1\n\rEmbedResponse\x12\x11\n\tembedding\x18\x01 \x01(\x0c\x12\r\n\x05model\x18\x02 \x01(\t\"\x89\x01\n\x13StreamVerifyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x06\x63onfig\x18\x02 \x01(\x0b\x32 .lookalike.v1.StreamVerifyConfigH\x00\x12\'\n\x04pair\x18\x03 \x01(\x0b\x32\x17.lookalike.v1.ImagePairH\x00\x42\t\n\x07\x65lement\"K\n\x12StreamVerifyConfig\x12\x35\n\x0foperating_point\x18\x01 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\"}\n\x14StreamVerifyResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x08\x64\x65\x63ision\x18\x02 \x01(\x0b\x32\x16.lookalike.v1.DecisionH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"=\n\x11\x42\x61tchEmbedRequest\x12(\n\x06images\x18\x01 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\"Q\n\x0b\x45mbedResult\x12\x13\n\tembedding\x18\x01 \x01(\x0cH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"O\n\x12\x42\x61tchEmbedResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.lookalike.v1.EmbedResult\x12\r\n\x05model\x18\x02 \x01(\t2\x95\x03\n\x0cMatchService\x12\x43\n\x06Verify\x12\x1b.lookalike.v1.VerifyRequest\x1a\x1c.lookalike.v1.VerifyResponse\x12R\n\x0b\x42\x61tchVerify\x12 .lookalike.v1.BatchVerifyRequest\x1a!.lookalike.v1.BatchVerifyResponse\x12Y\n\x0cStreamVerify\x12!.lookalike.v1.StreamVerifyRequest\x1a\".lookalike.v1.StreamVerifyResponse(\x01\x30\x01\x12@\n\x05\x45mbed\x12\x1a.lookalike.v1.EmbedRequest\x1a\x1b.lookalike.v1.EmbedResponse\x12O\n\nBatchEmbed\x12\x1f.lookalike.v1.BatchEmbedRequest\x1a .lookalike.v1.BatchEmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,6 +49,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDREQUEST']._serialized_end=735
   _globals['_EMBEDRESPONSE']._serialized_start=737
   _globals['_EMBEDRESPONSE']._serialized_end=786
-  _globals['_MATCHSERVICE']._serialized_start=789
-  _globals['_MATCHSERVICE']._serialized_end=1022
+  _globals['_STREAMVERIFYREQUEST']._serialized_start=789
+  _globals['_STREAMVERIFYREQUEST']._serialized_end=926
+  _globals['_STREAMVERIFYCONFIG']._serialized_start=928
+  _globals['_STREAMVERIFYCONFIG']._serialized_end=1003
+  _globals['_STREAMVERIFYRESPONSE']._serialized_start=1005
+  _globals['_STREAMVERIFYRESPONSE']._serialized_end=1130
+  _globals['_BATCHEMBEDREQUEST']._serialized_start=1132
+  _globals['_BATCHEMBEDREQUEST']._serialized_end=1193
+  _globals['_EMBEDRESULT']._serialized_start=1195
+  _globals['_EMBEDRESULT']._serialized_end=1276
+  _globals['_BATCHEMBEDRESPONSE']._serialized_start=1278
+  _globals['_BATCHEMBEDRESPONSE']._serialized_end=1357
+  _globals['_MATCHSERVICE']._serialized_start=1360
+  _globals['_MATCHSERVICE']._serialized_end=1765
 # @@protoc_insertion_point(module_scope)

@@ -245,3 +245,181 @@ class EmbedResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
+
+@_typing.final
+class StreamVerifyRequest(_message.Message):
+    """One element of a stream of pairs: the first says how to decide, each other is a pair."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    PAIR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Comes back with the answer; any text of at most 256 characters."""
+    @_builtins.property
+    def config(self) -> Global___StreamVerifyConfig:
+        """How all pairs of the stream are decided. The first element, and no other."""
+
+    @_builtins.property
+    def pair(self) -> Global___ImagePair:
+        """Two images to compare."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        config: Global___StreamVerifyConfig | None = ...,
+        pair: Global___ImagePair | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "pair", b"pair"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "id", b"id", "pair", b"pair"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_element: _TypeAlias = _typing.Literal["config", "pair"]  # noqa: Y015
+    _WhichOneofArgType_element: _TypeAlias = _typing.Literal["element", b"element"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_element) -> _WhichOneofReturnType_element | None: ...
+
+Global___StreamVerifyRequest: _TypeAlias = StreamVerifyRequest  # noqa: Y015
+
+@_typing.final
+class StreamVerifyConfig(_message.Message):
+    """How the pairs of a stream are decided."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATING_POINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def operating_point(self) -> _common_pb2.OperatingPoint:
+        """Where the threshold lies for every pair; unset means the learned margin."""
+
+    def __init__(
+        self,
+        *,
+        operating_point: _common_pb2.OperatingPoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operating_point", b"operating_point"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operating_point", b"operating_point"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamVerifyConfig: _TypeAlias = StreamVerifyConfig  # noqa: Y015
+
+@_typing.final
+class StreamVerifyResponse(_message.Message):
+    """The answer to one pair of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The element's."""
+    @_builtins.property
+    def decision(self) -> _common_pb2.Decision:
+        """Verdict and evidence."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why this pair could not be decided; the same status that Verify would have ended with."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        decision: _common_pb2.Decision | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "error", b"error", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "error", b"error", "id", b"id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["decision", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___StreamVerifyResponse: _TypeAlias = StreamVerifyResponse  # noqa: Y015
+
+@_typing.final
+class BatchEmbedRequest(_message.Message):
+    """Images to embed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ImageInput]:
+        """At least 1 and at most 256 images."""
+
+    def __init__(
+        self,
+        *,
+        images: _abc.Iterable[_common_pb2.ImageInput] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchEmbedRequest: _TypeAlias = BatchEmbedRequest  # noqa: Y015
+
+@_typing.final
+class EmbedResult(_message.Message):
+    """The outcome of one image: its embedding, or why there is none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    embedding: _builtins.bytes
+    """Little-endian float32 values, 4 × embedding_dim bytes, of unit length."""
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why this image could not be embedded; the same status that Embed would have ended with."""
+
+    def __init__(
+        self,
+        *,
+        embedding: _builtins.bytes = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "error", b"error", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "error", b"error", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["embedding", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___EmbedResult: _TypeAlias = EmbedResult  # noqa: Y015
+
+@_typing.final
+class BatchEmbedResponse(_message.Message):
+    """One result an image, all of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that made them, `models/{model}`; embeddings of different models are never comparable."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedResult]:
+        """In the order of the request's images, and as many."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___EmbedResult] | None = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchEmbedResponse: _TypeAlias = BatchEmbedResponse  # noqa: Y015

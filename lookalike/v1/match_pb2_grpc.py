@@ -45,10 +45,20 @@ class MatchServiceStub(object):
                 request_serializer=lookalike_dot_v1_dot_match__pb2.BatchVerifyRequest.SerializeToString,
                 response_deserializer=lookalike_dot_v1_dot_match__pb2.BatchVerifyResponse.FromString,
                 _registered_method=True)
+        self.StreamVerify = channel.stream_stream(
+                '/lookalike.v1.MatchService/StreamVerify',
+                request_serializer=lookalike_dot_v1_dot_match__pb2.StreamVerifyRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_match__pb2.StreamVerifyResponse.FromString,
+                _registered_method=True)
         self.Embed = channel.unary_unary(
                 '/lookalike.v1.MatchService/Embed',
                 request_serializer=lookalike_dot_v1_dot_match__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=lookalike_dot_v1_dot_match__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.BatchEmbed = channel.unary_unary(
+                '/lookalike.v1.MatchService/BatchEmbed',
+                request_serializer=lookalike_dot_v1_dot_match__pb2.BatchEmbedRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_match__pb2.BatchEmbedResponse.FromString,
                 _registered_method=True)
 
 
@@ -70,8 +80,23 @@ class MatchServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamVerify(self, request_iterator, context):
+        """Decides any number of pairs, answered in the order in which they were sent. A bad pair is answered with its own
+        status, and the stream goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Embed(self, request, context):
         """Gives the embedding of an image.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchEmbed(self, request, context):
+        """Gives the embeddings of many images in one call; a bad image fails alone, with its own status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,10 +115,20 @@ def add_MatchServiceServicer_to_server(servicer, server):
                     request_deserializer=lookalike_dot_v1_dot_match__pb2.BatchVerifyRequest.FromString,
                     response_serializer=lookalike_dot_v1_dot_match__pb2.BatchVerifyResponse.SerializeToString,
             ),
+            'StreamVerify': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamVerify,
+                    request_deserializer=lookalike_dot_v1_dot_match__pb2.StreamVerifyRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_match__pb2.StreamVerifyResponse.SerializeToString,
+            ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
                     request_deserializer=lookalike_dot_v1_dot_match__pb2.EmbedRequest.FromString,
                     response_serializer=lookalike_dot_v1_dot_match__pb2.EmbedResponse.SerializeToString,
+            ),
+            'BatchEmbed': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchEmbed,
+                    request_deserializer=lookalike_dot_v1_dot_match__pb2.BatchEmbedRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_match__pb2.BatchEmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -162,6 +197,33 @@ class MatchService(object):
             _registered_method=True)
 
     @staticmethod
+    def StreamVerify(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lookalike.v1.MatchService/StreamVerify',
+            lookalike_dot_v1_dot_match__pb2.StreamVerifyRequest.SerializeToString,
+            lookalike_dot_v1_dot_match__pb2.StreamVerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Embed(request,
             target,
             options=(),
@@ -178,6 +240,33 @@ class MatchService(object):
             '/lookalike.v1.MatchService/Embed',
             lookalike_dot_v1_dot_match__pb2.EmbedRequest.SerializeToString,
             lookalike_dot_v1_dot_match__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchEmbed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.MatchService/BatchEmbed',
+            lookalike_dot_v1_dot_match__pb2.BatchEmbedRequest.SerializeToString,
+            lookalike_dot_v1_dot_match__pb2.BatchEmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,8 +37,14 @@ class MatchServiceStub:
     """Decides whether two images match."""
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_match_pb2.BatchVerifyRequest, _match_pb2.BatchVerifyResponse]
     """Decides many pairs in one call; a bad pair fails alone, with its own status."""
+    StreamVerify: _grpc.StreamStreamMultiCallable[_match_pb2.StreamVerifyRequest, _match_pb2.StreamVerifyResponse]
+    """Decides any number of pairs, answered in the order in which they were sent. A bad pair is answered with its own
+    status, and the stream goes on.
+    """
     Embed: _grpc.UnaryUnaryMultiCallable[_match_pb2.EmbedRequest, _match_pb2.EmbedResponse]
     """Gives the embedding of an image."""
+    BatchEmbed: _grpc.UnaryUnaryMultiCallable[_match_pb2.BatchEmbedRequest, _match_pb2.BatchEmbedResponse]
+    """Gives the embeddings of many images in one call; a bad image fails alone, with its own status."""
 
 @_typing.type_check_only
 class MatchServiceAsyncStub(MatchServiceStub):
@@ -49,8 +55,14 @@ class MatchServiceAsyncStub(MatchServiceStub):
     """Decides whether two images match."""
     BatchVerify: _aio.UnaryUnaryMultiCallable[_match_pb2.BatchVerifyRequest, _match_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     """Decides many pairs in one call; a bad pair fails alone, with its own status."""
+    StreamVerify: _aio.StreamStreamMultiCallable[_match_pb2.StreamVerifyRequest, _match_pb2.StreamVerifyResponse]  # type: ignore[assignment]
+    """Decides any number of pairs, answered in the order in which they were sent. A bad pair is answered with its own
+    status, and the stream goes on.
+    """
     Embed: _aio.UnaryUnaryMultiCallable[_match_pb2.EmbedRequest, _match_pb2.EmbedResponse]  # type: ignore[assignment]
     """Gives the embedding of an image."""
+    BatchEmbed: _aio.UnaryUnaryMultiCallable[_match_pb2.BatchEmbedRequest, _match_pb2.BatchEmbedResponse]  # type: ignore[assignment]
+    """Gives the embeddings of many images in one call; a bad image fails alone, with its own status."""
 
 class MatchServiceServicer(metaclass=_abc_1.ABCMeta):
     """Compares pairs of images, and embeds images."""
@@ -72,11 +84,29 @@ class MatchServiceServicer(metaclass=_abc_1.ABCMeta):
         """Decides many pairs in one call; a bad pair fails alone, with its own status."""
 
     @_abc_1.abstractmethod
+    def StreamVerify(
+        self,
+        request_iterator: _MaybeAsyncIterator[_match_pb2.StreamVerifyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_match_pb2.StreamVerifyResponse], _abc.AsyncIterator[_match_pb2.StreamVerifyResponse]]:
+        """Decides any number of pairs, answered in the order in which they were sent. A bad pair is answered with its own
+        status, and the stream goes on.
+        """
+
+    @_abc_1.abstractmethod
     def Embed(
         self,
         request: _match_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_match_pb2.EmbedResponse, _abc.Awaitable[_match_pb2.EmbedResponse]]:
         """Gives the embedding of an image."""
+
+    @_abc_1.abstractmethod
+    def BatchEmbed(
+        self,
+        request: _match_pb2.BatchEmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_match_pb2.BatchEmbedResponse, _abc.Awaitable[_match_pb2.BatchEmbedResponse]]:
+        """Gives the embeddings of many images in one call; a bad image fails alone, with its own status."""
 
 def add_MatchServiceServicer_to_server(servicer: MatchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

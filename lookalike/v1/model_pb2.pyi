@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """Never sent."""
+    MODEL_STATE_AVAILABLE: _ModelState.ValueType  # 1
+    """It can be activated, and is not in memory."""
+    MODEL_STATE_LOADED: _ModelState.ValueType  # 2
+    """It answers where a gallery holds its embeddings."""
+    MODEL_STATE_ACTIVE: _ModelState.ValueType  # 3
+    """It answers whatever names no gallery, and embeds for new galleries."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """Whether a model answers."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""Never sent."""
+MODEL_STATE_AVAILABLE: ModelState.ValueType  # 1
+"""It can be activated, and is not in memory."""
+MODEL_STATE_LOADED: ModelState.ValueType  # 2
+"""It answers where a gallery holds its embeddings."""
+MODEL_STATE_ACTIVE: ModelState.ValueType  # 3
+"""It answers whatever names no gallery, and embeds for new galleries."""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
@@ -34,6 +63,8 @@ class Model(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CALIBRATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}`."""
     fingerprint: _builtins.str
@@ -48,13 +79,19 @@ class Model(_message.Message):
     """Side of the square that the network sees, in pixels."""
     active: _builtins.bool
     """Whether this model answers the server's calls."""
+    state: Global___ModelState.ValueType
+    """Whether it answers, is loaded, or could be."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the model was trained."""
 
     @_builtins.property
     def calibration(self) -> Global___Calibration:
-        """What the model knows about its distances."""
+        """What the model knows about its distances: the calibration that answers, or the newest of a model that is not loaded."""
+
+    @_builtins.property
+    def calibrations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Versions of its calibration that can be activated, rising."""
 
     def __init__(
         self,
@@ -68,10 +105,12 @@ class Model(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         calibration: Global___Calibration | None = ...,
         active: _builtins.bool = ...,
+        state: Global___ModelState.ValueType = ...,
+        calibrations: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "calibration", b"calibration", "create_time", b"create_time", "embedding_dim", b"embedding_dim", "fingerprint", b"fingerprint", "image_size", b"image_size", "modality", b"modality", "name", b"name", "network", b"network"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "calibration", b"calibration", "calibrations", b"calibrations", "create_time", b"create_time", "embedding_dim", b"embedding_dim", "fingerprint", b"fingerprint", "image_size", b"image_size", "modality", b"modality", "name", b"name", "network", b"network", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -114,6 +153,7 @@ class Calibration(_message.Message):
     NAMED_POINTS_FIELD_NUMBER: _builtins.int
     SMALLEST_SUPPORTED_FAR_FIELD_NUMBER: _builtins.int
     PROBABILITY_POINTS_FIELD_NUMBER: _builtins.int
+    FEEDBACK_PAIRS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of this calibration of the model, from 1."""
     protocol: _builtins.str
@@ -132,6 +172,8 @@ class Calibration(_message.Message):
     """
     smallest_supported_far: _builtins.float
     """The smallest target_far that is not refused: 3 / impostor_pairs."""
+    feedback_pairs: _builtins.int
+    """How many pairs of feedback it was learned from, on top of the held-out ones; its rates are the worse of the two."""
     @_builtins.property
     def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErrorRates]:
         """Error rates by rising threshold."""
@@ -160,10 +202,11 @@ class Calibration(_message.Message):
         named_points: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         smallest_supported_far: _builtins.float = ...,
         probability_points: _abc.Iterable[Global___ProbabilityPoint] | None = ...,
+        feedback_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "identities", b"identities", "impostor_pairs", b"impostor_pairs", "learned_margin", b"learned_margin", "matching_pairs", b"matching_pairs", "named_points", b"named_points", "probability_points", b"probability_points", "probability_slope", b"probability_slope", "protocol", b"protocol", "smallest_supported_far", b"smallest_supported_far", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "feedback_pairs", b"feedback_pairs", "identities", b"identities", "impostor_pairs", b"impostor_pairs", "learned_margin", b"learned_margin", "matching_pairs", b"matching_pairs", "named_points", b"named_points", "probability_points", b"probability_points", "probability_slope", b"probability_slope", "protocol", b"protocol", "smallest_supported_far", b"smallest_supported_far", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -240,16 +283,22 @@ class GetModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}`, or `models/active` for the one that answers. Required."""
+    calibration: _builtins.int
+    """Version of the calibration to describe; unset (0) means the one that answers, or the newest of a model that is not
+    loaded.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        calibration: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,3 +381,147 @@ class ListModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
+
+@_typing.final
+class ActivateModelRequest(_message.Message):
+    """A model to let answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
+    KEEP_PREVIOUS_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name, `models/{model}`, one that ListModels tells of. Required."""
+    calibration: _builtins.int
+    """Version of the calibration; unset (0) means the newest."""
+    keep_previous: _builtins.bool
+    """Keep the model that is active now loaded, so that it answers where a gallery holds its embeddings. Without it, it is
+    unloaded once the calls that use it have ended. Another calibration of the same weights takes its place in any case.
+    """
+    force: _builtins.bool
+    """Activate it although galleries are left without the model of their embeddings; each answers with FAILED_PRECONDITION
+    until that model is loaded again.
+    """
+    validate_only: _builtins.bool
+    """Read and check everything, and change nothing. AIP-163."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        calibration: _builtins.int = ...,
+        keep_previous: _builtins.bool = ...,
+        force: _builtins.bool = ...,
+        validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "force", b"force", "keep_previous", b"keep_previous", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateModelRequest: _TypeAlias = ActivateModelRequest  # noqa: Y015
+
+@_typing.final
+class ActivateModelResponse(_message.Message):
+    """What is active now, or with `validate_only` would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INCOMPATIBLE_GALLERIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model, with its whole calibration."""
+
+    @_builtins.property
+    def incompatible_galleries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Galleries that are left without their model, `galleries/{gallery}`; never any without `force`."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        incompatible_galleries: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incompatible_galleries", b"incompatible_galleries", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateModelResponse: _TypeAlias = ActivateModelResponse  # noqa: Y015
+
+@_typing.final
+class DeactivateModelRequest(_message.Message):
+    """A model to unload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name, `models/{model}`. The active model is refused with FAILED_PRECONDITION: activate another. Required."""
+    force: _builtins.bool
+    """Unload it although galleries hold its embeddings."""
+    validate_only: _builtins.bool
+    """Check everything, and change nothing. AIP-163."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        force: _builtins.bool = ...,
+        validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeactivateModelRequest: _TypeAlias = DeactivateModelRequest  # noqa: Y015
+
+@_typing.final
+class DeactivateModelResponse(_message.Message):
+    """The model as it is now, or with `validate_only` would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INCOMPATIBLE_GALLERIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def model(self) -> Global___Model:
+        """The model, with its whole calibration."""
+
+    @_builtins.property
+    def incompatible_galleries(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Galleries that are left without their model, `galleries/{gallery}`; never any without `force`."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___Model | None = ...,
+        incompatible_galleries: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incompatible_galleries", b"incompatible_galleries", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeactivateModelResponse: _TypeAlias = DeactivateModelResponse  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """Describes the models that the server has loaded.
+    """Describes the models that the server was given, and says which of them answers.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,20 @@ class ModelServiceStub(object):
                 request_serializer=lookalike_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=lookalike_dot_v1_dot_model__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.ActivateModel = channel.unary_unary(
+                '/lookalike.v1.ModelService/ActivateModel',
+                request_serializer=lookalike_dot_v1_dot_model__pb2.ActivateModelRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_model__pb2.ActivateModelResponse.FromString,
+                _registered_method=True)
+        self.DeactivateModel = channel.unary_unary(
+                '/lookalike.v1.ModelService/DeactivateModel',
+                request_serializer=lookalike_dot_v1_dot_model__pb2.DeactivateModelRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_model__pb2.DeactivateModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
-    """Describes the models that the server has loaded.
+    """Describes the models that the server was given, and says which of them answers.
     """
 
     def GetModel(self, request, context):
@@ -59,7 +69,25 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models by name.
+        """Lists the models that the server has loaded or could load, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ActivateModel(self, request, context):
+        """Lets a model, or another calibration of it, answer from now on: it is loaded and warmed beside what serves, checked
+        against every gallery, and put in place in one step. Calls that have begun, streams among them, end with the model
+        that they began with; no call fails. Holds after a restart until the server is started with other bundles.
+        FAILED_PRECONDITION, with a PreconditionFailure that names them, when galleries would be left without the model of
+        their embeddings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeactivateModel(self, request, context):
+        """Unloads a model that is not the active one. FAILED_PRECONDITION when galleries hold its embeddings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +106,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=lookalike_dot_v1_dot_model__pb2.ListModelsRequest.FromString,
                     response_serializer=lookalike_dot_v1_dot_model__pb2.ListModelsResponse.SerializeToString,
             ),
+            'ActivateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ActivateModel,
+                    request_deserializer=lookalike_dot_v1_dot_model__pb2.ActivateModelRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_model__pb2.ActivateModelResponse.SerializeToString,
+            ),
+            'DeactivateModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeactivateModel,
+                    request_deserializer=lookalike_dot_v1_dot_model__pb2.DeactivateModelRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_model__pb2.DeactivateModelResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'lookalike.v1.ModelService', rpc_method_handlers)
@@ -87,7 +125,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """Describes the models that the server has loaded.
+    """Describes the models that the server was given, and says which of them answers.
     """
 
     @staticmethod
@@ -134,6 +172,60 @@ class ModelService(object):
             '/lookalike.v1.ModelService/ListModels',
             lookalike_dot_v1_dot_model__pb2.ListModelsRequest.SerializeToString,
             lookalike_dot_v1_dot_model__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ActivateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.ModelService/ActivateModel',
+            lookalike_dot_v1_dot_model__pb2.ActivateModelRequest.SerializeToString,
+            lookalike_dot_v1_dot_model__pb2.ActivateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeactivateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.ModelService/DeactivateModel',
+            lookalike_dot_v1_dot_model__pb2.DeactivateModelRequest.SerializeToString,
+            lookalike_dot_v1_dot_model__pb2.DeactivateModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

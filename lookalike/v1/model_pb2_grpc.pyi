@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """Describes the models that the server has loaded."""
+    """Describes the models that the server was given, and says which of them answers."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,20 +36,38 @@ class ModelServiceStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """Describes a model, its whole calibration included."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
-    """Lists the models by name."""
+    """Lists the models that the server has loaded or could load, by name."""
+    ActivateModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.ActivateModelRequest, _model_pb2.ActivateModelResponse]
+    """Lets a model, or another calibration of it, answer from now on: it is loaded and warmed beside what serves, checked
+    against every gallery, and put in place in one step. Calls that have begun, streams among them, end with the model
+    that they began with; no call fails. Holds after a restart until the server is started with other bundles.
+    FAILED_PRECONDITION, with a PreconditionFailure that names them, when galleries would be left without the model of
+    their embeddings.
+    """
+    DeactivateModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeactivateModelRequest, _model_pb2.DeactivateModelResponse]
+    """Unloads a model that is not the active one. FAILED_PRECONDITION when galleries hold its embeddings."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """Describes the models that the server has loaded."""
+    """Describes the models that the server was given, and says which of them answers."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes a model, its whole calibration included."""
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the models by name."""
+    """Lists the models that the server has loaded or could load, by name."""
+    ActivateModel: _aio.UnaryUnaryMultiCallable[_model_pb2.ActivateModelRequest, _model_pb2.ActivateModelResponse]  # type: ignore[assignment]
+    """Lets a model, or another calibration of it, answer from now on: it is loaded and warmed beside what serves, checked
+    against every gallery, and put in place in one step. Calls that have begun, streams among them, end with the model
+    that they began with; no call fails. Holds after a restart until the server is started with other bundles.
+    FAILED_PRECONDITION, with a PreconditionFailure that names them, when galleries would be left without the model of
+    their embeddings.
+    """
+    DeactivateModel: _aio.UnaryUnaryMultiCallable[_model_pb2.DeactivateModelRequest, _model_pb2.DeactivateModelResponse]  # type: ignore[assignment]
+    """Unloads a model that is not the active one. FAILED_PRECONDITION when galleries hold its embeddings."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Describes the models that the server has loaded."""
+    """Describes the models that the server was given, and says which of them answers."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -65,6 +83,27 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
-        """Lists the models by name."""
+        """Lists the models that the server has loaded or could load, by name."""
+
+    @_abc_1.abstractmethod
+    def ActivateModel(
+        self,
+        request: _model_pb2.ActivateModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.ActivateModelResponse, _abc.Awaitable[_model_pb2.ActivateModelResponse]]:
+        """Lets a model, or another calibration of it, answer from now on: it is loaded and warmed beside what serves, checked
+        against every gallery, and put in place in one step. Calls that have begun, streams among them, end with the model
+        that they began with; no call fails. Holds after a restart until the server is started with other bundles.
+        FAILED_PRECONDITION, with a PreconditionFailure that names them, when galleries would be left without the model of
+        their embeddings.
+        """
+
+    @_abc_1.abstractmethod
+    def DeactivateModel(
+        self,
+        request: _model_pb2.DeactivateModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.DeactivateModelResponse, _abc.Awaitable[_model_pb2.DeactivateModelResponse]]:
+        """Unloads a model that is not the active one. FAILED_PRECONDITION when galleries hold its embeddings."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

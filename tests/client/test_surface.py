@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lookalike import (
@@ -14,6 +15,7 @@ from lookalike import (
     Client,
     Conflict,
     Effort,
+    FailedPrecondition,
     Imported,
     IndexSettings,
     InvalidRequest,
@@ -57,6 +59,28 @@ def test_searches_take_filter_effort_and_exclusions(client: Client, filled: str)
     assert [item.name.id for item in client.list_items(filled, filter="metadata.n < 2")] == ["0", "1"]
 
 
+def test_what_is_not_wanted_is_not_sent(client: Client, filled: str) -> None:
+    for found in (
+        client.search(filled, png(1), metadata=False),
+        client.search_matches(filled, png(1), operating_point=ALL, metadata=False),
+        client.search_batch(filled, [png(1)], metadata=False)[0],
+        next(iter(client.search_stream(filled, [png(1)], metadata=False))),
+    ):
+        assert ids(found)[0] == "1"
+        assert isinstance(found, Neighbors)
+        assert (found[0].identity, found[0].metadata, found[0].decision.distance) == ("p1", {}, 0)
+    items = list(client.list_items(filled, metadata=False, embedding=True))
+    assert [item.metadata for item in items] == [{}] * 8
+    assert items[1].embedding is not None
+    assert np.array_equal(items[1].embedding, client.embed(ItemName(filled, "1")))
+    item = client.get_item(ItemName(filled, "1"), embedding=False)
+    assert (item.embedding, item.metadata) == (None, {"n": 1})
+    with pytest.raises(FailedPrecondition):
+        client.delete_gallery(filled, validate_only=True)
+    client.delete_gallery(filled, force=True, validate_only=True)
+    assert client.get_gallery(filled).item_count == 8
+
+
 @pytest.mark.parametrize(
     "effort",
     [Effort(exact=True, recall=0.9), Effort(recall=0.9, nprobe=1), Effort(exact=True, rescore=2), Effort(nprobe=0)],
@@ -87,6 +111,27 @@ def test_a_stream_of_searches(client: Client, filled: str) -> None:
     assert ids(found[2]) == ids(client.search(filled, ItemName(filled, "2"), k=2))
     with pytest.raises(NotFound):
         list(client.search_stream("nowhere", [png(1)]))
+
+
+def test_a_stream_of_pairs_and_a_batch_of_embeddings(client: Client, server: Server, filled: str) -> None:
+    pairs: list[tuple[ImageLike, ImageLike]] = [(png(1), ItemName(filled, "1")), (png(1), b"no image")]
+    pairs += [(png(n % 5), png(2)) for n in range(100)]
+    decided = list(client.verify_stream(pairs, operating_point=ALL))
+    assert isinstance(decided[1], InvalidRequest)
+    assert [decided[0], *decided[2:]] == [client.verify(a, b, operating_point=ALL) for a, b in [pairs[0], *pairs[2:]]]
+    embedded = client.embed_batch([png(1), b"no image", *(png(n % 3) for n in range(300))])
+    assert isinstance(embedded[1], InvalidRequest)
+    assert len(embedded) == 302
+    assert np.array_equal(embedded[0], client.embed(png(1)))
+    assert np.array_equal(embedded[-1], client.embed(png(299 % 3)))
+
+    async def ask() -> None:
+        async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+            answers = [each async for each in other.verify_stream(pairs, operating_point=ALL)]
+            assert [answers[0], *answers[2:]] == [decided[0], *decided[2:]]
+            assert np.array_equal((await other.embed_batch([png(1)]))[0], embedded[0])
+
+    asyncio.run(ask())
 
 
 def test_an_image_that_cannot_be_read_ends_a_stream_with_its_error(client: Client, filled: str, tmp_path: Path) -> None:

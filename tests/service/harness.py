@@ -25,12 +25,13 @@ from PIL import Image
 from pydantic import JsonValue
 
 from embedding.bundle import Bundle, Lineage, write_bundle
-from embedding.calibration import Calibration, ErrorRates, MatchProbability
+from embedding.calibration import Calibration, ErrorRates, HeldOutPairs, MatchProbability
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
 from lookalike.v1 import (
     alias_pb2_grpc,
     common_pb2,
+    feedback_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
     match_pb2_grpc,
@@ -49,8 +50,16 @@ MARGIN = 0.25
 MAX_MESSAGE_BYTES = 256 * 1024
 
 
-def make_bundle(path: Path, *, seed: int, metrics: dict[str, JsonValue] | None = None) -> Bundle:
-    """A bundle of random weights; another seed is another model."""
+def make_bundle(
+    path: Path,
+    *,
+    seed: int,
+    metrics: dict[str, JsonValue] | None = None,
+    version: int = 3,
+    margin: float = MARGIN,
+    held_out: HeldOutPairs | None = None,
+) -> Bundle:
+    """A bundle of random weights; another seed is another model, another version another calibration of it."""
     torch.manual_seed(seed)
     return write_bundle(
         path,
@@ -58,19 +67,20 @@ def make_bundle(path: Path, *, seed: int, metrics: dict[str, JsonValue] | None =
         network=build(Architecture(network="small_cnn", image_size=SIDE, channels=1, embedding_dim=DIM, width=8)),
         preprocessing=Preprocessing(image_size=SIDE, channels=1),
         calibration=Calibration(
-            version=3,
+            version=version,
             protocol="identity-disjoint",
             identities=20,
             matching_pairs=400,
             impostor_pairs=600,
-            learned_margin=MARGIN,
-            probability=MatchProbability(midpoint=MARGIN, slope=8.0),
+            learned_margin=margin,
+            probability=MatchProbability(midpoint=margin, slope=8.0),
             curve=(
                 ErrorRates(threshold=0.125, far=0.0, far_upper95=0.02, frr=0.6, frr_upper95=0.7),
-                ErrorRates(threshold=MARGIN, far=0.01, far_upper95=0.03, frr=0.2, frr_upper95=0.3),
+                ErrorRates(threshold=margin, far=0.01, far_upper95=0.03, frr=0.2, frr_upper95=0.3),
                 ErrorRates(threshold=2.0, far=1.0, far_upper95=1.0, frr=0.0, frr_upper95=0.02),
             ),
-            named_points={"learned-margin": MARGIN, "strict": 0.125},
+            held_out=held_out,
+            named_points={"learned-margin": margin, "strict": 0.125},
         ),
         lineage=Lineage(
             created=datetime(2026, 1, 2, tzinfo=UTC), recipe={}, data={}, metrics=metrics or {}, environment={}
@@ -113,6 +123,7 @@ class Stubs:
     aliases: alias_pb2_grpc.AliasServiceStub = field(init=False)
     upkeep: upkeep_pb2_grpc.UpkeepServiceStub = field(init=False)
     operations: operations_pb2_grpc.OperationsStub = field(init=False)
+    feedback: feedback_pb2_grpc.FeedbackServiceStub = field(init=False)
 
     def __post_init__(self) -> None:
         self.match = match_pb2_grpc.MatchServiceStub(self.channel)
@@ -121,11 +132,15 @@ class Stubs:
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
         self.aliases = alias_pb2_grpc.AliasServiceStub(self.channel)
         self.upkeep = upkeep_pb2_grpc.UpkeepServiceStub(self.channel)
+        self.feedback = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
         self.operations = operations_pb2_grpc.OperationsStub(self.channel)
 
     def fill(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         """Create a gallery that holds these images, each with its name as identity."""
         self.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+        self.fill_more(gallery, images)
+
+    def fill_more(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         response = self.galleries.BatchUpdateItems(
             gallery_pb2.BatchUpdateItemsRequest(
                 parent=f"galleries/{gallery}",
@@ -142,8 +157,9 @@ class Stubs:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Stubs]:
-    with grpc.insecure_channel(address) as channel:
+def connected(address: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Stubs]:
+    made = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+    with made as channel:
         grpc.channel_ready_future(channel).result(timeout=10)
         yield Stubs(channel)
 

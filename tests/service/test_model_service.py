@@ -58,11 +58,3 @@ def test_an_unknown_model_is_not_found(stubs: Stubs, bundle: Bundle) -> None:
 @pytest.mark.parametrize("name", ["", "unknown", "models/", "models/a/b"])
 def test_a_malformed_model_name_is_refused(stubs: Stubs, name: str) -> None:
     assert fields(rich(refused(stubs.models.GetModel, pb.GetModelRequest(name=name)))) == ["name"]
-
-
-def test_a_listing_checks_its_page(stubs: Stubs) -> None:
-    for request, path in (
-        (pb.ListModelsRequest(page_size=1001), "page_size"),
-        (pb.ListModelsRequest(page_token="more"), "page_token"),
-    ):
-        assert fields(rich(refused(stubs.models.ListModels, request))) == [path]

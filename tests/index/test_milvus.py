@@ -1,0 +1,35 @@
+"""The Milvus engine keeps the contract of gallery engines, on Milvus Lite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from embedding.errors import Busy, InvalidInput
+from index import GalleryCatalog
+from index.milvus import MilvusCatalog
+from tests.index.milvus_contract import MilvusContract
+
+
+class TestLite(MilvusContract):
+    @pytest.fixture
+    def catalog(self, tmp_path: Path) -> Iterator[GalleryCatalog]:
+        with MilvusCatalog(str(tmp_path / "galleries.db")) as catalog:
+            yield catalog
+
+    def beside(self, catalog: MilvusCatalog) -> MilvusCatalog:
+        """Through the server that Lite runs in this process: the file itself is locked."""
+        return MilvusCatalog(f"http://{catalog._link.client._config.address}")
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(Busy, match=r"http://127\.0\.0\.1:9 cannot be reached"):
+        MilvusCatalog("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("prefix", ["", "9", "a-b", "a" * 33])
+def test_a_prefix_that_names_no_collection_is_refused(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="prefix"):
+        MilvusCatalog(str(tmp_path / "galleries.db"), prefix=prefix)

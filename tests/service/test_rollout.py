@@ -1,0 +1,265 @@
+"""Hot swap over the wire: what can be activated, what is refused, and that no call fails meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from embedding.bundle import CALIBRATION, SUMS, WEIGHTS, Bundle
+from embedding.encoder import Encoder
+from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
+from service import standing
+from service.settings import Settings
+from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, make_bundle, refused, rich, served
+
+AVAILABLE, LOADED, ACTIVE = (
+    model_pb2.MODEL_STATE_AVAILABLE,
+    model_pb2.MODEL_STATE_LOADED,
+    model_pb2.MODEL_STATE_ACTIVE,
+)
+
+
+@dataclass
+class Place:
+    """A folder of models that holds two, one of them with two calibrations, and settings to serve it."""
+
+    settings: Settings
+    one: Bundle
+    recalibrated: Bundle
+    two: Bundle
+
+    def served(self, loop: Loop, **changed: object) -> AbstractContextManager[Any]:
+        return served(loop, self.settings.model_copy(update=changed))
+
+
+@pytest.fixture
+def place(settings: Settings, tmp_path: Path) -> Place:
+    one = make_bundle(tmp_path / "one", seed=0)
+    recalibrated = make_bundle(tmp_path / "models" / "one-again", seed=0, version=4)
+    two = make_bundle(tmp_path / "models" / "two", seed=1)
+    return Place(
+        settings=settings.model_copy(
+            update={"bundle": one.path, "galleries": tmp_path / "galleries", "models": tmp_path / "models"}
+        ),
+        one=one,
+        recalibrated=recalibrated,
+        two=two,
+    )
+
+
+def activate(stubs: Stubs, bundle: Bundle, **options: object) -> model_pb2.ActivateModelResponse:
+    return stubs.models.ActivateModel(model_pb2.ActivateModelRequest(name=f"models/{bundle.name}", **options))
+
+
+def deactivate(stubs: Stubs, bundle: Bundle, **options: object) -> model_pb2.DeactivateModelResponse:
+    return stubs.models.DeactivateModel(model_pb2.DeactivateModelRequest(name=f"models/{bundle.name}", **options))
+
+
+def states(stubs: Stubs) -> dict[str, tuple[int, int]]:
+    """State and calibration of every model by name."""
+    models = stubs.models.ListModels(model_pb2.ListModelsRequest()).models
+    return {model.name.removeprefix("models/"): (model.state, model.calibration.version) for model in models}
+
+
+def decided(stubs: Stubs) -> common_pb2.Decision:
+    return stubs.match.Verify(match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))).decision
+
+
+def search(stubs: Stubs, gallery: str) -> search_pb2.SearchResponse:
+    return stubs.search.Search(search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=encoded(1)))
+
+
+def subjects(error: grpc.RpcError) -> list[str]:
+    failure = error_details_pb2.PreconditionFailure()
+    assert any(detail.Unpack(failure) for detail in rich(error).details)
+    return [violation.subject for violation in failure.violations]
+
+
+def test_what_could_be_activated_is_listed_and_described(loop: Loop, place: Place, tmp_path: Path) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        assert states(stubs) == {place.one.name: (ACTIVE, 3), place.two.name: (AVAILABLE, 3)}
+        model = stubs.models.GetModel(model_pb2.GetModelRequest(name="models/active")).model
+        assert list(model.calibrations) == [3, 4]
+        newer = stubs.models.GetModel(model_pb2.GetModelRequest(name=model.name, calibration=4)).model
+        assert (newer.calibration.version, newer.fingerprint, newer.state) == (4, model.fingerprint, ACTIVE)
+        unknown = model_pb2.GetModelRequest(name=model.name, calibration=5)
+        assert "calibrations 3, 4" in refused(stubs.models.GetModel, unknown).details()
+        # A bundle that arrives while the server runs.
+        three = make_bundle(tmp_path / "models" / "three", seed=2)
+        first = stubs.models.ListModels(model_pb2.ListModelsRequest(page_size=2))
+        rest = stubs.models.ListModels(model_pb2.ListModelsRequest(page_size=2, page_token=first.next_page_token))
+        assert rest.next_page_token == ""
+        assert sorted(model.name for model in (*first.models, *rest.models)) == sorted(
+            f"models/{bundle.name}" for bundle in (place.one, place.two, three)
+        )
+
+
+def test_another_calibration_of_the_same_weights_leaves_galleries_alone(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        stubs.fill("g", {"item": encoded(1)})
+        monkeypatch.setattr(Bundle, "network", lambda self: pytest.fail("the weights are in memory already"))
+        response = activate(stubs, place.recalibrated)
+        assert (response.model.state, response.model.calibration.version) == (ACTIVE, 4)
+        assert decided(stubs).calibration == 4
+        assert search(stubs, "g").neighbors[0].decision.calibration == 4
+        assert activate(stubs, place.one, calibration=3).model.calibration.version == 3
+        assert states(stubs)[place.one.name] == (ACTIVE, 3)
+
+
+def test_a_gallery_without_its_model_is_named_and_keeps_the_swap_back(loop: Loop, place: Place) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        stubs.fill("g", {"item": encoded(1)})
+        stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="h"))
+        for validate_only in (True, False):
+            request = model_pb2.ActivateModelRequest(name=f"models/{place.two.name}", validate_only=validate_only)
+            error = refused(stubs.models.ActivateModel, request)
+            assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert info(rich(error)).reason == "GALLERIES_INCOMPATIBLE"
+            assert subjects(error) == ["galleries/g", "galleries/h"]
+        assert states(stubs)[place.two.name] == (AVAILABLE, 3)
+        assert activate(stubs, place.two, keep_previous=True, validate_only=True).model.state == AVAILABLE
+        assert decided(stubs).model == f"models/{place.one.name}"
+
+        activate(stubs, place.two, keep_previous=True)
+        assert states(stubs) == {place.one.name: (LOADED, 3), place.two.name: (ACTIVE, 3)}
+        assert decided(stubs).model == f"models/{place.two.name}"
+        assert search(stubs, "g").neighbors[0].decision.model == f"models/{place.one.name}"
+
+        request = model_pb2.DeactivateModelRequest(name=f"models/{place.one.name}")
+        assert subjects(refused(stubs.models.DeactivateModel, request)) == ["galleries/g", "galleries/h"]
+        response = deactivate(stubs, place.one, force=True)
+        assert list(response.incompatible_galleries) == ["galleries/g", "galleries/h"]
+        assert states(stubs)[place.one.name] == (AVAILABLE, 4)
+        assert info(rich(refused(stubs.search.Search, search_request("g")))).reason == "MODEL_MISMATCH"
+        assert list(activate(stubs, place.one, calibration=3).incompatible_galleries) == []
+        assert search(stubs, "g").neighbors
+
+
+def search_request(gallery: str) -> search_pb2.SearchRequest:
+    return search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=encoded(1))
+
+
+def test_ways_to_ask_wrongly(loop: Loop, place: Place, tmp_path: Path) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        for options, code, reason in (
+            ({"name": ""}, "INVALID_ARGUMENT", "INVALID_INPUT"),
+            ({"name": "models/unknown"}, "NOT_FOUND", "NOT_FOUND"),
+            ({"name": f"models/{place.two.name}", "calibration": 9}, "NOT_FOUND", "NOT_FOUND"),
+            ({"name": f"models/{place.two.name}", "calibration": -1}, "INVALID_ARGUMENT", "INVALID_INPUT"),
+        ):
+            error = refused(stubs.models.ActivateModel, model_pb2.ActivateModelRequest(**options))
+            assert (error.code().name, info(rich(error)).reason) == (code, reason)
+        error = refused(stubs.models.DeactivateModel, model_pb2.DeactivateModelRequest(name="models/active"))
+        assert info(rich(error)).reason == "MODEL_ACTIVE"
+
+        weights = tmp_path / "models" / "two" / WEIGHTS
+        weights.write_bytes(weights.read_bytes()[:-1])
+        request = model_pb2.ActivateModelRequest(name=f"models/{place.two.name}", validate_only=True)
+        assert refused(stubs.models.ActivateModel, request).code() is grpc.StatusCode.DATA_LOSS
+
+        make_bundle(tmp_path / "models" / "one-differently", seed=0, version=4, margin=0.5)
+        request = model_pb2.ActivateModelRequest(name=f"models/{place.one.name}")
+        assert info(rich(refused(stubs.models.ActivateModel, request))).reason == "MODEL_AMBIGUOUS"
+        # One that cannot even be read stands in nobody's way.
+        (tmp_path / "models" / "one-differently" / CALIBRATION).write_text("{}")
+        (tmp_path / "models" / "one-differently" / SUMS).write_text("")
+        assert activate(stubs, place.one).model.calibration.version == 4
+
+
+def test_what_was_activated_answers_after_a_restart(loop: Loop, place: Place) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        stubs.fill("g", {"item": encoded(1)})
+        activate(stubs, place.two, keep_previous=True)
+    with place.served(loop) as server, connected(server.address) as stubs:
+        assert states(stubs) == {place.one.name: (LOADED, 3), place.two.name: (ACTIVE, 3)}
+        assert search(stubs, "g").neighbors
+    # What the operator names anew counts more.
+    with place.served(loop, bundle=place.recalibrated.path) as server, connected(server.address) as stubs:
+        assert states(stubs) == {place.one.name: (ACTIVE, 4), place.two.name: (AVAILABLE, 3)}
+    # A model that is gone, or a file that says nothing, leaves the bundles of the settings.
+    for text in ('{"format": 1', None):
+        if text is not None:
+            (place.settings.galleries / standing.FILE).write_text(text)
+        with place.served(loop, models=None) as server, connected(server.address) as stubs:
+            assert states(stubs) == {place.one.name: (ACTIVE, 3)}
+
+
+def test_a_call_that_has_begun_ends_with_the_model_it_began_with(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, let_go = threading.Event(), threading.Event()
+    original = Encoder.encode_pixels
+
+    def held(self: Encoder, *args: Any) -> Any:
+        if self.bundle.name == place.one.name and threading.current_thread().name.startswith("encode"):
+            entered.set()
+            assert let_go.wait(timeout=20)
+        return original(self, *args)
+
+    with place.served(loop) as server, connected(server.address) as stubs:
+        monkeypatch.setattr(Encoder, "encode_pixels", held)
+        in_flight = stubs.match.Verify.future(match_pb2.VerifyRequest(a=encoded(1), b=encoded(2)))
+        assert entered.wait(timeout=20)
+        activate(stubs, place.two)
+        assert decided(stubs).model == f"models/{place.two.name}"
+        let_go.set()
+        assert in_flight.result(timeout=20).decision.model == f"models/{place.one.name}"
+
+
+def test_no_call_fails_while_models_are_swapped(loop: Loop, place: Place) -> None:
+    swapped = threading.Event()
+    seen: set[tuple[str, int]] = set()
+
+    def ask(stubs: Stubs) -> int:
+        calls = 0
+        while not swapped.is_set():
+            decision = decided(stubs)
+            seen.add((decision.model, decision.calibration))
+            assert search(stubs, "g").neighbors[0].decision.distance == 0
+            calls += 2
+        return calls
+
+    def stream(stubs: Stubs) -> int:
+        def sent() -> Iterator[match_pb2.StreamVerifyRequest]:
+            yield match_pb2.StreamVerifyRequest(config=match_pb2.StreamVerifyConfig())
+            while not swapped.is_set():
+                yield match_pb2.StreamVerifyRequest(pair=match_pb2.ImagePair(a=encoded(1), b=encoded(2)))
+
+        decisions = [response.decision.model for response in stubs.match.StreamVerify(sent())]
+        assert set(decisions) == {f"models/{place.one.name}"}, "a stream keeps its model"
+        return len(decisions)
+
+    with place.served(loop) as server, connected(server.address) as stubs:
+        stubs.fill("g", {"item": encoded(1)})
+        with ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(ask, stubs), pool.submit(ask, stubs), pool.submit(stream, stubs)]
+            try:
+                for _ in range(4):
+                    activate(stubs, place.two, keep_previous=True)
+                    activate(stubs, place.recalibrated, keep_previous=True)
+                    deactivate(stubs, place.two)
+                    activate(stubs, place.one, calibration=3)
+            finally:
+                swapped.set()
+            assert all(asked.result(timeout=60) > 0 for asked in asking)
+    assert {model for model, _ in seen} <= {f"models/{place.one.name}", f"models/{place.two.name}"}
+    assert len(seen) > 1
+
+
+def test_a_listing_checks_its_page(loop: Loop, stubs: Stubs) -> None:
+    for request, path in (
+        (model_pb2.ListModelsRequest(page_size=1001), "page_size"),
+        (model_pb2.ListModelsRequest(page_token="more!"), "page_token"),
+    ):
+        assert fields(rich(refused(stubs.models.ListModels, request))) == [path]

@@ -1,0 +1,195 @@
+"""Settings: three sources, the later winning; what is misspelt refused; what is secret never shown."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import Field, SecretStr
+
+from embedding.errors import InvalidInput, LookalikeError, NotFound
+from service import settings as settings_module
+from service import settings_sources
+from service.settings import Settings
+from service.settings_sources import Flag, Origins, set_flags
+from tests.processes import COMMAND, environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(
+    text: str = "", variables: dict[str, str] | None = None, flags: list[Flag] | None = None, *, folder: Path
+) -> Origins:
+    file = folder / "server.toml"
+    file.write_text(text)
+    return Origins.read(file=file, environment=variables or {}, flags=flags or [])
+
+
+def test_the_later_source_wins_and_is_told(tmp_path: Path) -> None:
+    text = 'bundle = "models/a"\nport = 1\nhost = "h"\nbatch_size = 2'
+    origins = read(text, {"LOOKALIKE_PORT": "2", "LOOKALIKE_HOST": "i"}, [Flag("port", "--port", 3)], folder=tmp_path)
+    settings = origins.settings
+    assert (settings.port, settings.host, settings.batch_size) == (3, "i", 2)
+    assert settings.bundle == tmp_path / "models/a"  # a file's paths start at its folder
+    assert origins.of["port"] == "flag --port"
+    assert origins.of["host"] == "environment LOOKALIKE_HOST"
+    assert origins.of["batch_size"] == f"file {tmp_path / 'server.toml'}"
+    assert "max_pixels" not in origins.of
+
+
+def test_what_is_not_given_leaves_what_another_source_gave(tmp_path: Path) -> None:
+    variables = {"LOOKALIKE_PORT": "", "PORT": "9"}
+    origins = read('bundle = "b"\nport = 1', variables, [Flag("port", "--port", None)], folder=tmp_path)
+    assert origins.settings.port == 1
+
+
+def test_every_setting_can_come_from_the_environment() -> None:
+    """Whatever its type: the default of each, as text, gives the default again."""
+    defaults = Settings(bundle=Path("b"))
+    variables = {}
+    for name in Settings.model_fields:
+        value = getattr(defaults, name)
+        if value is not None and not isinstance(value, (tuple, SecretStr)):
+            variables[f"LOOKALIKE_{name.upper()}"] = str(value)
+    origins = Origins.read(environment=variables)
+    assert origins.settings == defaults
+    assert len(origins.of) == len(variables) > 10
+
+
+def test_lists_are_separated_by_commas(tmp_path: Path) -> None:
+    expected = (Path("a"), Path("b c"))
+    variables = {"LOOKALIKE_BUNDLE": "x", "LOOKALIKE_OTHER_BUNDLES": "a, b c,"}
+    assert Origins.read(environment=variables).settings.other_bundles == expected
+    flags = [*set_flags(["bundle=x", "other-bundles=a,b c"])]
+    assert Origins.read(environment={}, flags=flags).settings.other_bundles == expected
+    in_file = read('bundle = "x"\nother_bundles = ["a", "/b"]', folder=tmp_path)
+    assert in_file.settings.other_bundles == (tmp_path / "a", Path("/b"))
+
+
+def test_the_file_may_be_named_by_a_variable(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('bundle = "/b"')
+    assert Origins.read(environment={"LOOKALIKE_SETTINGS": str(file)}).settings.bundle == Path("/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "variables", "pairs", "told"),
+    [
+        ('bundel = "b"', {}, [], r"^bundel in the settings file .*server.toml is no setting; did you mean bundle\?$"),
+        ("", {"LOOKALIKE_PROT": "1"}, [], r"LOOKALIKE_PROT is no setting; did you mean LOOKALIKE_PORT\?$"),
+        ("", {"LOOKALIKE_XYZZY": "1"}, [], r"LOOKALIKE_XYZZY is no setting; .*--print-settings"),
+        ("", {}, ["max-pixel=3"], r"--set max_pixel is no setting; did you mean max_pixels\?$"),
+        ("", {}, ["port"], r"--set takes NAME=VALUE"),
+        ("", {}, [], r"^bundle is not set.*; give --bundle, LOOKALIKE_BUNDLE, or `bundle` in a settings file$"),
+        ('bundle = "b"\nport = 70000', {}, [], r"^port: .*65535; got 70000 \(file .*server.toml\)$"),
+        ('bundle = "b"', {"LOOKALIKE_PORT": "many"}, [], r"^port: .*'many' \(environment LOOKALIKE_PORT\)$"),
+        ('bundle = "b"', {}, ["port=-1"], r"^port: .*\(flag --set port\)$"),
+        ("bundle = [\nport = 1", {}, [], r"not TOML: .*line 2"),
+        ('bundle = "b"\ndrain_seconds = inf', {}, [], r"^drain_seconds: "),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_source(
+    text: str, variables: dict[str, str], pairs: list[str], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        read(text, variables, [*set_flags(pairs), Flag("bundle", "--bundle", None)], folder=tmp_path)
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"none\.toml"):
+        Origins.read(file=tmp_path / "none.toml", environment={})
+    with pytest.raises(LookalikeError, match="cannot be read"):
+        Origins.read(file=tmp_path, environment={})
+
+
+def test_kubernetes_service_links_are_no_settings() -> None:
+    links = {
+        "LOOKALIKE_BUNDLE": "/b",
+        "LOOKALIKE_PORT": "tcp://10.0.0.1:50051",
+        "LOOKALIKE_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "LOOKALIKE_SERVICE_HOST": "10.0.0.1",
+        "LOOKALIKE_SERVICE_PORT_GRPC": "50051",
+    }
+    assert Origins.read(environment=links).settings.port == 50051
+
+
+def test_variables_of_clients_and_training_are_known() -> None:
+    """Each LOOKALIKE_ name in the code is a setting or another's: else a server beside a client would not start."""
+    named = set()
+    for package in ("lookalike", "training", "embedding", "index", "service", "tests"):
+        for source in (ROOT / package).rglob("*.py"):
+            if source != Path(__file__):
+                for node in ast.walk(ast.parse(source.read_text())):
+                    is_name = isinstance(node, ast.Constant) and isinstance(node.value, str)
+                    if is_name and node.value.startswith("LOOKALIKE_") and node.value.isidentifier():
+                        named.add(node.value)
+    named.discard(settings_sources.PREFIX)
+    settings = {f"LOOKALIKE_{name.upper()}" for name in Settings.model_fields}
+    assert named <= settings | settings_sources.OF_OTHERS
+
+
+class _WithSecret(Settings):
+    password: Annotated[SecretStr | None, Field(min_length=8)] = None
+    endpoint: str | None = None
+
+
+@pytest.fixture
+def with_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_module, "Settings", _WithSecret)
+    monkeypatch.setattr(settings_sources, "Settings", _WithSecret)
+
+
+@pytest.mark.usefixtures("with_secret")
+def test_secrets_are_shown_nowhere() -> None:
+    origins = Origins.read(
+        environment={
+            "LOOKALIKE_BUNDLE": "b",
+            "LOOKALIKE_PASSWORD": "hunter2hunter2",
+            "LOOKALIKE_ENDPOINT": "https://me:hunter2hunter2@collector:4317/x",
+        }
+    )
+    assert origins.settings.password.get_secret_value() == "hunter2hunter2"  # type: ignore[attr-defined]
+    for text in (origins.text(), json.dumps(origins.shown()), repr(origins)):
+        assert "password" in text
+    assert "hunter2" not in origins.text() + json.dumps(origins.shown())
+    assert origins.shown()["endpoint"] == "https://**********@collector:4317/x"
+    with pytest.raises(InvalidInput) as caught:
+        Origins.read(environment={"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_PASSWORD": "hunter2"})
+    assert caught.value.field == "password"
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_printed_is_a_settings_file(tmp_path: Path) -> None:
+    awkward = 'a "quoted" \\ näme 😀\x7f'
+    first = Origins.read(environment={"LOOKALIKE_BUNDLE": f"/{awkward}", "LOOKALIKE_OTHER_BUNDLES": "/x,/y"})
+    again = read(first.text(), folder=tmp_path)
+    assert again.settings == first.settings.model_copy(update={"galleries": Path("galleries").absolute()})
+    assert "port = 50051  # default" in first.text().splitlines()
+
+
+def test_the_command_prints_them_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "server.toml").write_text('bundle = "b"\nport = 7\nbatch_size = 3\n')
+    ran = subprocess.run(
+        [*COMMAND, "serve", "--settings", "server.toml", "--port", "9", "--set", "host=::1", "--print-settings"],
+        env={
+            **environment(),
+            "LOOKALIKE_PORT": "8",
+            "LOOKALIKE_TARGET": "h:1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT)]),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    printed = tomllib.loads(ran.stdout)
+    assert (printed["port"], printed["host"], printed["batch_size"]) == (9, "::1", 3)
+    assert "port = 9  # flag --port" in ran.stdout.splitlines()
+    assert "batch_size = 3  # file server.toml" in ran.stdout.splitlines()
+    assert set(printed) <= set(Settings.model_fields)
