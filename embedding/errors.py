@@ -23,6 +23,7 @@
     ├── NotSupported            what this engine of galleries cannot do
     ├── Busy                    another process holds the folder, or Milvus is away
     ├── NotReady                the model is still loading
+    ├── Overloaded              the server has as much to do as it takes on; `retry_seconds` says when to come again
     ├── Cancelled               the caller no longer wants the answer
     ├── DeadlineExceeded        the time limit passed before the answer was found
     ├── Unauthenticated         who calls is not known
@@ -31,7 +32,7 @@
     ├── PermissionDenied        who calls is known, and may not do this
     │   ├── ScopeMissing        the key has another scope than is needed
     │   └── GalleryForbidden    the key is not for this gallery
-    ├── RateLimited             more calls than the key may make; `retry_after` says when to come again
+    ├── RateLimited             more calls than the key may make; `retry_seconds` says when to come again
     ├── TrainingDiverged        the loss is no longer a number
     ├── DamagedData             a checksum, manifest or weights file does not agree
     └── StorageFailed           the disk refused a read or a write
@@ -159,6 +160,19 @@ class NotReady(LookalikeError):
     reason = "NOT_READY"
 
 
+class Overloaded(LookalikeError):
+    reason = "OVERLOADED"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, subject: str = "calls", retry_seconds: float = 1.0
+    ) -> None:
+        super().__init__(message, field=field)
+        self.subject = subject
+        """What there is too much of."""
+        self.retry_seconds = retry_seconds
+        """When it is worth trying again, from now."""
+
+
 class Cancelled(LookalikeError):
     reason = "CANCELLED"
 
@@ -199,11 +213,13 @@ class GalleryForbidden(PermissionDenied):
 class RateLimited(LookalikeError):
     reason = "RATE_LIMITED"
 
-    def __init__(self, message: str, *, field: str | None = None, subject: str = "", retry_after: float = 1.0) -> None:
+    def __init__(
+        self, message: str, *, field: str | None = None, subject: str = "", retry_seconds: float = 1.0
+    ) -> None:
         super().__init__(message, field=field)
         self.subject = subject
         """Whose rate it is."""
-        self.retry_after = retry_after
+        self.retry_seconds = retry_seconds
         """Seconds until a call would be admitted."""
 
 

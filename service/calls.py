@@ -14,14 +14,20 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
-from service.call import CURRENT, REQUEST_ID, Call
+from embedding.errors import InvalidInput
+from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 
 _PREFIXES = ("/lookalike.", "/google.longrunning.")
 
 _log = structlog.get_logger(__name__)
+
+
+class _Malformed:
+    """Stands for a request that cannot be parsed, so that it is refused where all others are; gRPC's own answer would
+    be UNKNOWN, with the parser's words."""
 
 
 class Hook:
@@ -43,8 +49,9 @@ class Hook:
 class Calls(grpc.aio.ServerInterceptor):
     """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
 
-    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+    def __init__(self, hooks: Sequence[Hook] = (), *, limits: Limits | None = None) -> None:
         self._hooks = tuple(hooks)
+        self._limits = limits or Limits()
         self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -69,22 +76,21 @@ class Calls(grpc.aio.ServerInterceptor):
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self._counted(method, context) as call:
-                    if self._receivers:
-                        async with translated_errors(context):
-                            self._received(call, request)
+                    async with translated_errors(context):
+                        self._received(call, request)
                     return await respond(request, context)
 
             return grpc.unary_unary_rpc_method_handler(
                 served,
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_forgiving(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._counted(method, context) as call:
-                if self._receivers and handler.request_streaming:
+            async with self._counted(method, context, streams=handler.request_streaming) as call:
+                if handler.request_streaming:
                     request = self._each_received(call, request)
-                elif self._receivers:
+                else:
                     async with translated_errors(context):
                         self._received(call, request)
                 async for response in respond(request, context):
@@ -93,12 +99,14 @@ class Calls(grpc.aio.ServerInterceptor):
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
         made: grpc.RpcMethodHandler[Any, Any] = make(
             streamed,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_forgiving(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return made
 
-    def _received(self, call: Call, request: Message) -> None:
+    def _received(self, call: Call, request: Message | _Malformed) -> None:
+        if isinstance(request, _Malformed):
+            raise InvalidInput("the message cannot be parsed; make it with the stubs of this API's version")
         for hook in self._receivers:
             hook.received(call, request)
 
@@ -112,8 +120,10 @@ class Calls(grpc.aio.ServerInterceptor):
             yield request
 
     @asynccontextmanager
-    async def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Call]:
-        call = Call(method, context)
+    async def _counted(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any], *, streams: bool = False
+    ) -> AsyncIterator[Call]:
+        call = Call(method, context, limits=self._limits, streams=streams)
         CURRENT.set(call)
         context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         self._in_flight += 1
@@ -141,6 +151,16 @@ class Calls(grpc.aio.ServerInterceptor):
             _log.info(
                 "call", method=method, code=code.name, ms=milliseconds, request_id=call.request_id, caller=call.caller
             )
+
+
+def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return data if deserialize is None else deserialize(data)
+        except DecodeError:
+            return _Malformed()
+
+    return read
 
 
 def _code_of(number: Any) -> grpc.StatusCode:

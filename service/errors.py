@@ -1,7 +1,8 @@
 """Domain errors as gRPC statuses: one table, and one place that ends a call with an error.
 
 Statuses follow google.rpc: an ErrorInfo with the stable reason, a BadRequest with the path of the wrong field, and
-for errors of ours a RequestInfo that finds the log line. AIP-193.
+for errors of ours a RequestInfo that finds the log line; a RetryInfo and a QuotaFailure where there is too much of
+something. AIP-193.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.GalleryAliased: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ImagesNeeded: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
+    domain.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     domain.Cancelled: grpc.StatusCode.CANCELLED,
     domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     domain.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
@@ -93,11 +95,11 @@ def status(error: BaseException) -> status_pb2.Status:
         details.append(error_details_pb2.BadRequest(field_violations=violations))
     if isinstance(error, domain.GalleriesIncompatible) and error.galleries:
         details.append(_incompatible(error))
+    if isinstance(error, domain.Overloaded | domain.RateLimited):
+        details += _when_to_retry(error, message)
     if isinstance(error, domain.StorageFailed) and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         full = error_details_pb2.QuotaFailure.Violation(subject="disk", description=message)
         details.append(error_details_pb2.QuotaFailure(violations=[full]))
-    if isinstance(error, domain.RateLimited):
-        details += _quota(error, message)
     if code in RETRY_SECONDS and not any(isinstance(detail, error_details_pb2.RetryInfo) for detail in details):
         details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=RETRY_SECONDS[code])))
     return _status(code, message, details)
@@ -129,19 +131,22 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
-def _quota(error: domain.RateLimited, message: str) -> list[Message]:
-    violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=message)
-    retry = error_details_pb2.RetryInfo()
-    retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
-    return [error_details_pb2.QuotaFailure(violations=[violation]), retry]
-
-
 def _challenge(error: BaseException) -> tuple[tuple[str, str], ...]:
     """How to authenticate, as HTTP says it: RFC 6750, section 3."""
     if not isinstance(error, domain.Unauthenticated):
         return ()
     invalid = ', error="invalid_token"' if isinstance(error, domain.CredentialsInvalid) else ""
     return (("www-authenticate", f'Bearer realm="{DOMAIN}"{invalid}'),)
+
+
+def _when_to_retry(error: domain.Overloaded | domain.RateLimited, message: str) -> list[Message]:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(1e9 * error.retry_seconds))
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=message)
+    return [
+        error_details_pb2.RetryInfo(retry_delay=delay),
+        error_details_pb2.QuotaFailure(violations=[violation]),
+    ]
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:

@@ -18,6 +18,7 @@ from index import JSON, MAX_PAGE, Deadline, Exact, IndexSettings, Raw, Recall
 from index.engine import Effort, Structure
 from index.filters import ItemFilter, parse_filter
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
+from service.call import limits
 from service.questions import Scope
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem, Unusable
 from service.writes import PARTS, Draft
@@ -277,7 +278,10 @@ def calibration(value: int, path: str) -> int:
 
 
 def count(value: int, *, default: int, most: int, path: str) -> int:
-    """A number in 1..most; 0, which is unset on the wire, means `default`."""
+    """A number in 1..most; 0, which is unset on the wire, means `default`. The server may allow a smaller k."""
+    if path.rpartition(".")[2] == "k":
+        most = min(most, limits().k)
+        default = min(default, most)
     if not 0 <= value <= most:
         raise InvalidInput(f"{path} must lie in 1..{most}, or be 0 for {default}; got {value}", field=path)
     return value or default
@@ -288,7 +292,8 @@ def page_size(value: int) -> int:
 
 
 def check_batch(elements: Sequence[object], *, most: int, path: str) -> None:
-    """Raises InvalidInput unless there are 1 to `most` elements."""
+    """Raises InvalidInput unless there are 1 to `most` elements, or as few as the server allows."""
+    most = min(most, limits().batch)
     if not 1 <= len(elements) <= most:
         raise InvalidInput(f"{path} takes 1 to {most} elements a call; got {len(elements)}", field=path)
 

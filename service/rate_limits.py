@@ -34,7 +34,7 @@ class RateLimits:
             raise RateLimited(
                 f"{principal.name!r} may make {principal.per_second:g} calls a second, {principal.burst:,} at once",
                 subject=f"caller:{principal.name}",
-                retry_after=(1 - tokens) / principal.per_second,
+                retry_seconds=(1 - tokens) / principal.per_second,
             )
         self._keep(principal, tokens - 1)
 

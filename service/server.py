@@ -38,8 +38,10 @@ from lookalike.v1 import (
     upkeep_pb2_grpc,
 )
 from service import logs
+from service.admission import Admission
 from service.alias import AliasService
 from service.audit import Audit
+from service.call import Limits, StreamBytes
 from service.calls import Calls
 from service.feedback import FeedbackService
 from service.feedback_store import FeedbackStore
@@ -59,6 +61,7 @@ from service.serving import Serving
 from service.settings import Settings
 from service.settings_sources import Origins
 from service.tls import Certificates, certificates, is_loopback
+from service.transport import channel_options
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -99,7 +102,18 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
     logs.configure(level=settings.log_level, form=settings.log_format)
     told = origins or Origins(settings=settings, of={})
     _log.info("settings", **told.shown(), origins=dict(told.of))
-    asyncio.run(_serve(settings, on_ready))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, on_ready))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed: it takes a tenth to a third less processor time for a call."""
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
@@ -114,6 +128,13 @@ class Server:
         self._serving = Serving()
         self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
+        admission = Admission(most_calls=settings.max_calls, most_bytes=settings.max_request_bytes)
+        limits = Limits(
+            batch=settings.max_batch,
+            k=settings.max_k,
+            window=settings.stream_window,
+            stream_bytes=StreamBytes(settings.max_stream_bytes),
+        )
         self._state = "loading"
         self._metrics = None if settings.metrics_port is None else self._measured()
         self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
@@ -125,16 +146,14 @@ class Server:
         self._once = Once(settings.galleries)
         self._feedback = FeedbackStore(settings.galleries)
         # Who observes comes first, and is told of the end of calls that security refuses.
-        hooks = (self._metrics, self._tracing, self._audit, self._security, self._serving)
-        self._calls = Calls([hook for hook in hooks if hook is not None])
+        hooks = (self._metrics, self._tracing, self._audit, self._security, admission, self._serving)
+        self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
-            ],
+            options=channel_options(settings),
+            # A backstop for calls whose requests never come whole: those that have come are counted by `Admission`.
+            maximum_concurrent_rpcs=4 * settings.max_calls,
         )
         self.port = settings.port
         """The port listened on; once started, never 0."""

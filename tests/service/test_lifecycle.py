@@ -136,11 +136,12 @@ def test_draining_ends_after_its_time(loop: Loop, own: Settings, monkeypatch: py
 
 
 def test_a_cancelled_call_leaves_the_server_answering(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = match_pb2.VerifyRequest(a=encoded(901), b=encoded(902))  # embedded by no other test
     with monkeypatch.context() as patched:
         held = Held(patched, "encode_pixels")
-        running = stubs.match.Verify.future(VERIFY)
+        running = stubs.match.Verify.future(fresh)
         assert held.entered.wait(timeout=20)
-        waiting = [stubs.match.Verify.future(VERIFY) for _ in range(8)]
+        waiting = [stubs.match.Verify.future(fresh) for _ in range(8)]
         for call in (running, *waiting[::2]):
             call.cancel()
         held.let_go.set()
