@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, compare, demo, feedback, gallery, model, one_shot, serve, train, upkeep
+from lookalike.cli import ask, batch, compare, demo, doctor, feedback, gallery, model, one_shot, serve, train, upkeep
 
 app = typer.Typer(
     name="lookalike",
@@ -31,6 +31,7 @@ app.command(name="batch-search")(batch.batch_search)
 app.add_typer(model.app, name="model")
 app.add_typer(feedback.app, name="feedback")
 app.command()(serve.health)
+app.command()(doctor.doctor)
 app.command()(demo.demo)
 
 # typer exports BadParameter alone of the errors it raises for a command line that does not parse; the others share
