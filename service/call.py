@@ -37,6 +37,8 @@ class Call:
     """Who is told of the call's stages."""
     engines: list[Any] = field(default_factory=list)
     """The engines that it uses, which are not freed before it has ended."""
+    over: bool = False
+    """Whether it has ended; what still works for it then takes nothing more in its name."""
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or self._wished_id() or uuid.uuid4().hex

@@ -50,7 +50,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             parse.check_batch(request.feedback, most=MAX_CASES, path="feedback")
             serving = self._serving.current
             known = {model.described.name: model.described.fingerprint for model in await self._rollout.models()}
-            read = [_read(each, f"feedback[{i}]", known) for i, each in enumerate(request.feedback)]
+            read: list[Feedback] = []
+            wrong = parse.Violations()
+            for i, each in enumerate(request.feedback):
+                with wrong:
+                    read.append(_read(each, f"feedback[{i}]", known))
+            wrong.check()
             _check_distinct(read)
 
             def record() -> pb.RecordFeedbackResponse:
@@ -86,7 +91,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
 
 
 def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback:
-    decision = message.decision
+    decision, wrong = message.decision, parse.Violations()
     for field, is_wrong, accepted in (
         (
             "case_id",
@@ -107,9 +112,12 @@ def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback
         ("review_rate", not 0 <= message.review_rate <= 1, "a share in (0, 1], or 0 when it is not known"),
         ("candidates", message.candidates < 0, "a number of items, or 0"),
     ):
-        if is_wrong:
-            raise InvalidInput(f"{path}.{field} must be {accepted}", field=f"{path}.{field}")
-    model = parse.model_name(decision.model, f"{path}.decision.model")
+        with wrong:
+            if is_wrong:
+                raise InvalidInput(f"{path}.{field} must be {accepted}", field=f"{path}.{field}")
+    with wrong:
+        model = parse.model_name(decision.model, f"{path}.decision.model")
+    wrong.check()
     if model not in known:
         raise NotFound(
             f"no model {model!r} here; there are {', '.join(sorted(known))}; put the bundle that decided into the "

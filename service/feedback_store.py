@@ -121,6 +121,7 @@ class FeedbackStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._using, translated(self._path):
             if self._connection is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.touch()
                 self._connection = connect(self._path, read_only=False)
                 self._connection.executescript(_TABLES)

@@ -168,6 +168,7 @@ class Serving(Hook):
         return next((each for each in line_up if each.engine.model.fingerprint == wanted), current)
 
     def ended(self, call: Call, code: grpc.StatusCode) -> None:
+        call.over = True
         for engine in call.engines:
             engine.give_back(call)
 
@@ -180,7 +181,7 @@ class Serving(Hook):
     def _taken(self, engine: AsyncEngine) -> AsyncEngine:
         """The engine, in use until the running call ends."""
         call = CURRENT.get()
-        if call is not None and engine not in call.engines:
+        if call is not None and not call.over and engine not in call.engines:
             call.engines.append(engine)
             engine.take(call)
         return engine
