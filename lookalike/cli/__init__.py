@@ -13,6 +13,7 @@ from lookalike.cli import (
     compare,
     connection,
     demo,
+    doctor,
     feedback,
     gallery,
     keys,
@@ -47,6 +48,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(feedback.app, name="feedback")
 app.command()(serve.health)
 app.add_typer(keys.app, name="keys")
+app.command()(doctor.doctor)
 app.command()(demo.demo)
 
 # typer exports BadParameter alone of the errors it raises for a command line that does not parse; the others share

@@ -213,7 +213,7 @@ def test_limits_hold_in_the_long_run_and_batches_are_paid_for_afterwards() -> No
         limits.admit(caller)
     with pytest.raises(RateLimited) as caught:
         limits.admit(caller)
-    assert (caught.value.retry_after, caught.value.subject) == (0.5, "caller:a")
+    assert (caught.value.retry_seconds, caught.value.subject) == (0.5, "caller:a")
     limits.admit(Principal(name="b", per_second=2, burst=4))
     limits.admit(Principal(name="c"))
     now[0] += 0.5
@@ -221,7 +221,7 @@ def test_limits_hold_in_the_long_run_and_batches_are_paid_for_afterwards() -> No
     assert limits.charge(caller, 10) == 5.0
     with pytest.raises(RateLimited) as caught:
         limits.admit(caller)
-    assert caught.value.retry_after == 5.5
+    assert caught.value.retry_seconds == 5.5
     now[0] += 5.5
     limits.admit(caller)
     admitted = 0
