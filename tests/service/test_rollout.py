@@ -94,7 +94,8 @@ def test_what_could_be_activated_is_listed_and_described(loop: Loop, place: Plac
         assert (newer.calibration.version, newer.fingerprint, newer.state) == (4, model.fingerprint, ACTIVE)
         unknown = model_pb2.GetModelRequest(name=model.name, calibration=5)
         assert "calibrations 3, 4" in refused(stubs.models.GetModel, unknown).details()
-        # A bundle that arrives while the server runs.
+        # Bundles that arrive while the server runs; the second is still being written.
+        make_bundle(tmp_path / "models" / ".four.partial-x", seed=4)
         three = make_bundle(tmp_path / "models" / "three", seed=2)
         first = stubs.models.ListModels(model_pb2.ListModelsRequest(page_size=2))
         rest = stubs.models.ListModels(model_pb2.ListModelsRequest(page_size=2, page_token=first.next_page_token))
