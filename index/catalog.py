@@ -107,6 +107,11 @@ class Catalog:
             gallery.check_model(model)
         return gallery
 
+    def opened(self, gallery_id: str) -> Gallery | None:
+        """The gallery of this name if it is open."""
+        gallery = self._open.get(gallery_id)
+        return None if gallery is None or gallery.closed else gallery
+
     def list(self) -> Galleries:
         """The galleries that can be opened, by name; `survey` tells of the others too."""
         return self.survey()[0]

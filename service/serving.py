@@ -39,12 +39,21 @@ class AsyncEngine:
         self._idle = asyncio.Event()
 
     async def ask(
-        self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
+        self,
+        question: Question[Answer],
+        form: Callable[[Answer], R],
+        *,
+        deadline: Deadline | None = None,
+        is_quick: bool = False,
     ) -> R:
         """The answer as `form` makes it, in the pool too: formatting thousands of neighbours takes time.
 
+        A question that `is_quick` is answered at once, on the event loop: the way to a thread and back would take as
+        long, and make all others wait for the interpreter.
         `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError.
         """
+        if is_quick:
+            return form(self.engine.ask(question))
         try:
             images = distinct_images(question.sources)
             if not images:
