@@ -52,6 +52,8 @@ class LookalikeError(Exception):
 
 class InvalidInput(LookalikeError):
     reason = "INVALID_INPUT"
+    also: tuple[InvalidInput, ...] = ()
+    """What else is wrong with the same request."""
 
 
 class InvalidImage(InvalidInput):

@@ -172,6 +172,12 @@ class Stats:
     settings: IndexSettings = field(default_factory=IndexSettings)
     busy: str = ""
     """What happens in the background: "sealing", "compacting", …; "" for nothing."""
+    wal_bytes: int = 0
+    """The part of `disk_bytes` that is the store's write-ahead log."""
+    seals: int = 0
+    """Segments written of fresh items alone, since the gallery was opened."""
+    compactions: int = 0
+    """Segments written that took in older ones, since the gallery was opened."""
     last_failure: str = ""
     """Why background work last failed, until it succeeds."""
 

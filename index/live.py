@@ -67,6 +67,8 @@ class Live:
         self.closed = False
         self.busy = ""
         self.last_failure = ""
+        self.seals = 0
+        self.compactions = 0
         self._failed_at = 0
         self._last_group, self._last_seconds = 1, 0.0
         self._seal_after = seal_after
@@ -162,7 +164,8 @@ class Live:
             whole = everything and len(sealed) == 1 and not since.unsealed
             if (nothing_new or whole) and not (anew and sealed):
                 return
-            self.busy = "compacting" if start < len(sealed) else "sealing"
+            merges = start < len(sealed)
+            self.busy = "compacting" if merges else "sealing"
             try:
                 segments = list(self._rows.segments[:start])
                 ranges = sealed[:start]
@@ -190,6 +193,8 @@ class Live:
             remove_segments(self.segments_folder, except_for=[one.digest for one in ranges])
             self._sums.keep()
             self.last_failure = ""
+            self.compactions += merges
+            self.seals += not merges
 
     def rebuild(self, *, on_progress: OnProgress | None = None) -> None:
         """Forget all segments and write them anew from the store; writers wait while it is read."""

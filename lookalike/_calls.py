@@ -23,6 +23,7 @@ from lookalike.types import (
     Decision,
     Effort,
     Embedding,
+    Feedback,
     Gallery,
     ImageLike,
     Imported,
@@ -36,9 +37,10 @@ from lookalike.types import (
     OperatingPoint,
     Operation,
     Purged,
+    RecordedFeedback,
     Snapshot,
 )
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 ResultT = TypeVar("ResultT")
 ElementT = TypeVar("ElementT", bound=Message)
@@ -49,11 +51,13 @@ SEARCH = "lookalike.v1.SearchService"
 GALLERY = "lookalike.v1.GalleryService"
 MODEL = "lookalike.v1.ModelService"
 ALIAS = "lookalike.v1.AliasService"
+FEEDBACK = "lookalike.v1.FeedbackService"
 UPKEEP = "lookalike.v1.UpkeepService"
 OPERATIONS = "google.longrunning.Operations"
 
 MAX_PAIRS = 256
 MAX_IMAGES = 256
+MAX_CASES = 1024
 MAX_QUERIES = 1024
 MAX_NEIGHBORS = 200_000
 """Of all queries of one BatchSearch."""
@@ -186,6 +190,46 @@ def embed_batch(images: Iterable[ImageLike]) -> Batch[common_pb2.ImageInput, Emb
                 for result in response.results
             ],
         ),
+    )
+
+
+def record_feedback(
+    cases: Iterable[Feedback],
+) -> Batch[feedback_pb2.Feedback, RecordedFeedback]:
+    """Record, durably, what decisions turned out to be: up to 1,024 at a time, all or none."""
+    return Batch(
+        map(messages.feedback, cases),
+        MAX_CASES,
+        lambda chunk: _call(
+            f"{FEEDBACK}/RecordFeedback",
+            feedback_pb2.RecordFeedbackRequest(feedback=chunk, request_id=_new_id()),
+            feedback_pb2.RecordFeedbackResponse,
+            lambda response: [messages.recorded_feedback(case) for case in response.feedback],
+        ),
+    )
+
+
+def list_feedback(page_token: str, *, model: str = "") -> Call[Page[RecordedFeedback]]:
+    """The recorded feedback, of one model or all, in the order of its recording; pages are fetched as needed."""
+    return _call(
+        f"{FEEDBACK}/ListFeedback",
+        feedback_pb2.ListFeedbackRequest(
+            page_size=PAGE_SIZE, page_token=page_token, model=messages.model_name(model) if model else ""
+        ),
+        feedback_pb2.ListFeedbackResponse,
+        lambda response: Page(
+            [messages.recorded_feedback(case) for case in response.feedback], response.next_page_token
+        ),
+    )
+
+
+def delete_feedback(feedback: str) -> Call[None]:
+    """Delete recorded feedback, named by the id that it was given."""
+    return _call(
+        f"{FEEDBACK}/DeleteFeedback",
+        feedback_pb2.DeleteFeedbackRequest(name=f"feedback/{feedback}", request_id=_new_id()),
+        feedback_pb2.DeleteFeedbackResponse,
+        lambda response: None,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -24,6 +26,7 @@ from lookalike.types import (
     Effort,
     Embedding,
     ErrorRates,
+    Feedback,
     Gallery,
     GalleryStats,
     ImageLike,
@@ -40,11 +43,12 @@ from lookalike.types import (
     OperatingPoint,
     Operation,
     Purged,
+    RecordedFeedback,
     Segment,
     Snapshot,
     Verdict,
 )
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
 
 ACTIVE_MODEL = "active"
@@ -57,6 +61,8 @@ _VERDICTS = {
     common_pb2.VERDICT_NON_MATCH: Verdict.NON_MATCH,
     common_pb2.VERDICT_UNCERTAIN: Verdict.UNCERTAIN,
 }
+
+_VERDICT_NUMBERS = {verdict: number for number, verdict in _VERDICTS.items()}
 
 
 def image_input(image: ImageLike) -> common_pb2.ImageInput:
@@ -163,6 +169,40 @@ def decision(message: common_pb2.Decision) -> Decision:
         frr=message.frr,
         model=_id(message.model),
         calibration=message.calibration,
+    )
+
+
+def feedback(case: Feedback) -> feedback_pb2.Feedback:
+    decision = case.decision
+    return feedback_pb2.Feedback(
+        case_id=case.case_id,
+        decision=common_pb2.Decision(
+            verdict=_VERDICT_NUMBERS[decision.verdict],
+            distance=decision.distance,
+            threshold=decision.threshold,
+            model=model_name(decision.model),
+            calibration=decision.calibration,
+        ),
+        truth=feedback_pb2.TRUTH_MATCH if case.is_match else feedback_pb2.TRUTH_NON_MATCH,
+        subject=case.subject,
+        review_rate=case.review_rate or 0,
+        candidates=case.candidates,
+    )
+
+
+def recorded_feedback(message: feedback_pb2.Feedback) -> RecordedFeedback:
+    return RecordedFeedback(
+        id=_id(message.name),
+        case_id=message.case_id,
+        decision=replace(
+            decision(message.decision), match_probability=math.nan, far=math.nan, far_upper95=math.nan, frr=math.nan
+        ),
+        is_match=message.truth == feedback_pb2.TRUTH_MATCH,
+        subject=message.subject,
+        review_rate=message.review_rate or None,
+        candidates=message.candidates,
+        fingerprint=message.fingerprint,
+        time=_datetime(message.update_time),
     )
 
 
@@ -366,6 +406,7 @@ def calibration(message: model_pb2.Calibration) -> Calibration:
         named_points=dict(message.named_points),
         smallest_supported_far=message.smallest_supported_far,
         probability_points=tuple((point.distance, point.probability) for point in message.probability_points),
+        feedback_pairs=message.feedback_pairs,
     )
 
 

@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from lookalike import _calls
 from lookalike._calls import Batch, Call, Collected, Page, Stream
 from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
-from lookalike.v1 import alias_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
@@ -42,7 +42,7 @@ _POLL_SECONDS = 0.1
 _NEVER_REPEATED = {(_calls.GALLERY, "ImportItems"), (_calls.OPERATIONS, "DeleteOperation")}
 _REPEATED = [
     {"service": method.containing_service.full_name, "method": method.name}
-    for module in (alias_pb2, gallery_pb2, match_pb2, model_pb2, operations_pb2, search_pb2, upkeep_pb2)
+    for module in (alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, operations_pb2, search_pb2, upkeep_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
     if (service.full_name, method.name) not in _NEVER_REPEATED

@@ -116,6 +116,11 @@ class Engine:
         bundle = self.encoder.bundle
         return ModelRef(name=bundle.name, fingerprint=bundle.fingerprint, embedding_dim=bundle.embedding_dim)
 
+    @property
+    def keeps_receipts(self) -> bool:
+        """Whether galleries keep receipts of requests in the same step as what these wrote."""
+        return isinstance(self.catalog, Catalog)
+
     def judge(self, point: OperatingPoint | None) -> Judge:
         """What decides at this operating point. Raises InvalidOperatingPoint."""
         return Judge(self.bundle.calibration, point, model=self.bundle.name)

@@ -50,7 +50,21 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 else None
             )
             serving = self._serving.current
-            return await serving.run(_created, serving.engine, request, settings)
+            if serving.engine.keeps_receipts:
+                return await serving.run(_created, serving.engine, request, settings)
+
+            def create(again: bool) -> pb.CreateGalleryResponse:
+                try:
+                    created = serving.engine.create_gallery(request.gallery_id, settings)
+                except AlreadyExists:
+                    if not again:
+                        raise
+                    created = serving.engine.gallery(request.gallery_id, any_model=True)
+                return pb.CreateGalleryResponse(gallery=wire.gallery(created))
+
+            return await self._once.done(
+                request, pb.CreateGalleryResponse, serving, lambda again: serving.run(create, again)
+            )
 
     async def GetGallery(self, request: pb.GetGalleryRequest, context: Context) -> pb.GetGalleryResponse:
         async with translated_errors(context):
@@ -60,19 +74,28 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def UpdateGallery(self, request: pb.UpdateGalleryRequest, context: Context) -> pb.UpdateGalleryResponse:
         async with translated_errors(context):
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.gallery.name, "gallery.name")
+            with wrong:
+                settings = parse.index_settings(request.gallery.index, "gallery.index")
+            with wrong:
+                parts = parse.index_mask(request.update_mask, "update_mask")
+            wrong.check()
             question = writes.UpdateGallery(
-                gallery=parse.gallery_name(request.gallery.name, "gallery.name"),
-                settings=parse.index_settings(request.gallery.index, "gallery.index"),
-                parts=parse.index_mask(request.update_mask, "update_mask"),
-                etag=request.gallery.etag,
+                gallery=gallery_id, settings=settings, parts=parts, etag=request.gallery.etag
             )
             serving = self._serving.current
-            # Its receipt says that it was done; the answer is the gallery as it stands.
-            token = await serving.run(token_of, request)
-            if token is not None:
-                question = replace(question, token=token)
-            return await serving.run(
-                lambda: pb.UpdateGalleryResponse(gallery=wire.gallery(question.write(serving.engine), with_stats=True))
+
+            def update(token: Token | None) -> pb.UpdateGalleryResponse:
+                updated = replace(question, token=token).write(serving.engine)
+                return pb.UpdateGalleryResponse(gallery=wire.gallery(updated, with_stats=True))
+
+            if serving.engine.keeps_receipts:
+                # Its receipt says that it was done; the answer is the gallery as it stands.
+                return await serving.run(lambda: update(token_of(request)))
+            return await self._once.done(
+                request, pb.UpdateGalleryResponse, serving, lambda _: serving.run(update, None)
             )
 
     async def ListGalleries(self, request: pb.ListGalleriesRequest, context: Context) -> pb.ListGalleriesResponse:
@@ -110,10 +133,16 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
         async with translated_errors(context):
-            gallery_id = parse.gallery_name(request.parent, "parent")
-            size = parse.page_size(request.page_size)
-            allowed = parse_filter(request.filter)
-            fields = parse.item_mask(request.read_mask, listing=True)
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.parent, "parent")
+            with wrong:
+                size = parse.page_size(request.page_size)
+            with wrong:
+                allowed = parse_filter(request.filter)
+            with wrong:
+                fields = parse.item_mask(request.read_mask, listing=True)
+            wrong.check()
             serving = self._serving.current
 
             def read() -> pb.ListItemsResponse:
@@ -222,11 +251,13 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def PurgeItems(self, request: pb.PurgeItemsRequest, context: Context) -> pb.PurgeItemsResponse:
         async with translated_errors(context):
-            purge = writes.PurgeItems(
-                gallery=parse.gallery_name(request.parent, "parent"),
-                allowed=parse.purge_filter(request.filter),
-                force=request.force,
-            )
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.parent, "parent")
+            with wrong:
+                allowed = parse.purge_filter(request.filter)
+            wrong.check()
+            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force)
             serving = self._serving.current
 
             def answer(token: Token | None) -> pb.PurgeItemsResponse:

@@ -44,8 +44,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def ActivateModel(self, request: pb.ActivateModelRequest, context: Context) -> pb.ActivateModelResponse:
         async with translated_errors(context):
-            name = parse.model_name(request.name, "name")
-            calibration = parse.calibration(request.calibration, "calibration")
+            wrong = parse.Violations()
+            with wrong:
+                name = parse.model_name(request.name, "name")
+            with wrong:
+                calibration = parse.calibration(request.calibration, "calibration")
+            wrong.check()
 
             async def activate(_: bool) -> pb.ActivateModelResponse:
                 changed = await self._rollout.activate(

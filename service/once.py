@@ -108,6 +108,7 @@ class Ledger:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._using, translated(self._path):
             if self._connection is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.touch()
                 self._connection = connect(self._path, read_only=False)
                 self._connection.executescript(_TABLES)
@@ -174,9 +175,14 @@ class Once:
             await asyncio.wait({running})  # the same request, made again before it was answered
         task = asyncio.create_task(self._carried_out(token, work))
         self._running[token.id] = task
-        task.add_done_callback(lambda _: self._running.pop(token.id, None))
+        task.add_done_callback(lambda done: self._forget(token.id, done))
         # A caller who leaves does not keep what is done from being noted.
         return response.FromString(await asyncio.shield(task))
+
+    def _forget(self, request_id: str, done: asyncio.Task[bytes]) -> None:
+        self._running.pop(request_id, None)
+        if not done.cancelled():
+            done.exception()  # its caller may have gone; asyncio would log it
 
     async def _carried_out(self, token: Token, work: Callable[[bool], Awaitable[Message]]) -> bytes:
         answer, again = await asyncio.to_thread(self._ledger.begin, token)

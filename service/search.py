@@ -45,14 +45,20 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         async with translated_errors(context):
-            scope = parse.scope(request, deadline=_deadline(context))
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(request, deadline=_deadline(context))
+            with wrong:
+                fields = parse.neighbor_mask(request.read_mask)
+            with wrong:
+                k = parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
-            fields = parse.neighbor_mask(request.read_mask)
             question = questions.Search(
                 scope=scope,
                 query=parse.image(request.query, "query"),
-                k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
+                k=k,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             return await serving.ask(
@@ -65,14 +71,20 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
-            scope = parse.scope(request, deadline=_deadline(context))
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(request, deadline=_deadline(context))
+            with wrong:
+                fields = parse.neighbor_mask(request.read_mask)
+            with wrong:
+                k = parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             gallery_id = serving.engine.aliases.resolve(scope.gallery)
-            fields = parse.neighbor_mask(request.read_mask)
             question = questions.SearchBatch(
                 scope=scope,
                 queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
-                k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
+                k=k,
             )
             return await serving.ask(
                 question, lambda outcomes: _batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
@@ -82,14 +94,20 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         self, request: pb.SearchMatchesRequest, context: Context
     ) -> AsyncIterator[pb.SearchMatchesResponse]:
         async with translated_errors(context):
-            scope = parse.scope(request, deadline=_deadline(context))
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(request, deadline=_deadline(context))
+            with wrong:
+                fields = parse.neighbor_mask(request.read_mask)
+            with wrong:
+                limit = parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
-            fields = parse.neighbor_mask(request.read_mask)
             question = questions.SearchMatches(
                 scope=scope,
                 query=parse.image(request.query, "query"),
-                limit=parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"),
+                limit=limit,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             found = await serving.ask(question, lambda found: found, deadline=scope.deadline)
@@ -107,9 +125,14 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             first = await elements.first()
             if first is None or first.WhichOneof("element") != "config":
                 raise InvalidInput("the first element of the stream must be its config", field="config")
-            scope = parse.scope(first.config, path="config.")
-            k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
-            fields = parse.neighbor_mask(first.config.read_mask, "config.read_mask")
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(first.config, path="config.")
+            with wrong:
+                k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
+            with wrong:
+                fields = parse.neighbor_mask(first.config.read_mask, "config.read_mask")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             with under("config"):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched

@@ -170,7 +170,7 @@ class Migration:
                 ) from error
         if not prepared:
             return []
-        emb_ND = self._engine.encoder.encode_pixels(np.stack([pixels for _, _, pixels in prepared]))
+        emb_ND, _ = self._engine.encoder.encode_with_norms(np.stack([pixels for _, _, pixels in prepared]))
         return [
             replace(item, embedding=emb_D, thumbnail=thumbnail, etag="", generation=0, update_time=None)
             for (item, thumbnail, _), emb_D in zip(prepared, emb_ND, strict=True)

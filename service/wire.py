@@ -277,6 +277,7 @@ def calibration(known: measured.Calibration) -> model_pb2.Calibration:
         probability_points=[
             model_pb2.ProbabilityPoint(distance=distance, probability=each) for distance, each in points
         ],
+        feedback_pairs=known.feedback_pairs,
     )
 
 

@@ -21,17 +21,32 @@ from lookalike import (
     CallFailed,
     Client,
     Conflict,
+    Decision,
     FailedPrecondition,
+    Feedback,
     IndexSettings,
     ItemName,
     NewItem,
     ServerError,
     Unavailable,
+    Verdict,
     _calls,
     _methods,
 )
 from lookalike.errors import from_status
-from lookalike.v1 import alias_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+
+DECISION = Decision(
+    verdict=Verdict.MATCH,
+    distance=0.25,
+    threshold=0.5,
+    match_probability=0.9,
+    far=0.1,
+    far_upper95=0.2,
+    frr=0.1,
+    model="m",
+    calibration=1,
+)
 
 
 class Flaky(grpc.GenericRpcHandler):
@@ -134,6 +149,7 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
         f"/{service.full_name}/{method.name}"
         for module in (
             alias_pb2,
+            feedback_pb2,
             gallery_pb2,
             match_pb2,
             model_pb2,
@@ -185,6 +201,9 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
             client.get_model,
             lambda: list(client.list_models()),
             lambda: client.activate_model("m"),
+            lambda: client.record_feedback([Feedback(case_id="a", decision=DECISION, is_match=True)]),
+            lambda: list(client.list_feedback()),
+            lambda: client.delete_feedback("1"),
             lambda: client.deactivate_model("m"),
         ):
             with pytest.raises(Conflict):
@@ -237,6 +256,6 @@ def test_importing_the_client_brings_in_nothing_heavy() -> None:
 
 def test_methods_show_their_parameters() -> None:
     with Client("127.0.0.1:1") as client:
-        assert list(inspect.signature(client.list_items).parameters) == ["gallery", "filter"]
+        assert list(inspect.signature(client.list_items).parameters) == ["gallery", "filter", "metadata", "embedding"]
         assert client.verify.__doc__ == _calls.verify.__doc__
     assert isinstance(Client.verify, _methods.Unary)

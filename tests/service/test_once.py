@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from index import receipts
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, upkeep_pb2
+from service.engine import Engine
 from service.once import Ledger
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, fields, finished, info, refused, rich, served, unit
@@ -106,6 +107,18 @@ WRITES: dict[str, Callable[[Stubs, str], tuple[Any, Message]]] = {
 }
 
 
+@pytest.fixture(params=["with the write", "beside the galleries"])
+def receipts_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where receipts are: other engines than the embedded one keep none with their writes."""
+    if request.param != "with the write":
+        monkeypatch.setattr("service.once.keeps_receipts", lambda _: False)
+        monkeypatch.setattr("service.writes.keeps_receipts", lambda _: False)
+        monkeypatch.setattr(Engine, "keeps_receipts", False)
+        monkeypatch.setattr("index.gallery.Gallery.answered", lambda *_: pytest.fail("it keeps none"))
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("receipts_kept")
 @pytest.mark.parametrize("method", WRITES)
 def test_a_repeated_write_to_a_gallery_is_answered_alike(stubs: Stubs, filled: str, method: str) -> None:
     call, request = WRITES[method](stubs, filled)
@@ -146,6 +159,7 @@ def test_a_write_that_failed_is_done_when_it_is_asked_for_again(stubs: Stubs, fi
     assert get(stubs, filled, "new").embedding == unit(1)
 
 
+@pytest.mark.usefixtures("receipts_kept")
 def test_the_same_write_at_the_same_time_is_done_once(stubs: Stubs, filled: str) -> None:
     request = batch(filled, "item-0", "new")
     generation = described(stubs, filled).generation
@@ -177,6 +191,7 @@ def test_after_the_window_a_write_is_done_again(stubs: Stubs, filled: str, monke
 # What is no write to the items of one gallery.
 
 
+@pytest.mark.usefixtures("receipts_kept")
 def test_galleries_aliases_and_snapshots_are_made_and_deleted_once(stubs: Stubs, gallery: str) -> None:
     create = gallery_pb2.CreateGalleryRequest(gallery_id=gallery, request_id=new_id())
     put = alias_pb2.UpdateAliasRequest(
