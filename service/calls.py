@@ -1,6 +1,6 @@
 """Every call, as it passes: hooks that admit and observe it, one log line, and a count in flight.
 
-One interceptor for all of them: each interceptor of a server costs every call a wrapper of its own. Neither images nor
+Methods are wrapped once: an interceptor would make a new handler for every call. Neither images nor
 vectors nor any other content of a message is ever logged.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import structlog
@@ -18,8 +18,6 @@ from google.protobuf.message import Message
 
 from service.call import CURRENT, REQUEST_ID, Call
 from service.errors import translated_errors
-
-_PREFIXES = ("/lookalike.", "/google.longrunning.")
 
 _log = structlog.get_logger(__name__)
 
@@ -40,7 +38,7 @@ class Hook:
         """The call is over."""
 
 
-class Calls(grpc.aio.ServerInterceptor):
+class Calls:
     """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
 
     def __init__(self, hooks: Sequence[Hook] = ()) -> None:
@@ -54,21 +52,18 @@ class Calls(grpc.aio.ServerInterceptor):
         """Wait until no call is in flight."""
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(_PREFIXES):  # an unknown method has no handler
-            return handler
+    def around(self, server: grpc.aio.Server) -> grpc.aio.Server:
+        """What servicers are added to, in the place of `server`, so that their calls pass through here."""
+        return cast("grpc.aio.Server", Registrar(self, server))
+
+    def handler(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method, with all that is done around each call."""
         # Typed for blocking servers only. All our methods answer with one message, or stream their answers.
         respond: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
         if handler.unary_unary is not None:
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with self._counted(method, context) as call:
+                async with _Counted(self, method, context) as call:
                     if self._receivers:
                         async with translated_errors(context):
                             self._received(call, request)
@@ -81,7 +76,7 @@ class Calls(grpc.aio.ServerInterceptor):
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._counted(method, context) as call:
+            async with _Counted(self, method, context) as call:
                 if self._receivers and handler.request_streaming:
                     request = self._each_received(call, request)
                 elif self._receivers:
@@ -108,8 +103,38 @@ class Calls(grpc.aio.ServerInterceptor):
             self._received(call, request)
             yield request
 
-    def _counted(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> _Counted:
-        return _Counted(self, method, context)
+
+class Registrar:
+    """Takes servicers as a server does, through the generated functions, and adds them with their calls observed."""
+
+    def __init__(self, calls: Calls, server: grpc.aio.Server) -> None:
+        self._calls = calls
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers([_Observed(self._calls, handler) for handler in handlers])
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Nothing: the generated functions give the same handlers both ways, and servers of asyncio use the other."""
+
+
+class _Observed(grpc.GenericRpcHandler):
+    """The methods of one servicer, each wrapped when it is first called."""
+
+    def __init__(self, calls: Calls, plain: grpc.GenericRpcHandler) -> None:
+        self._calls = calls
+        self._plain = plain
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            plain = self._plain.service(handler_call_details)
+            if plain is None:
+                return None
+            wrapped = self._wrapped[method] = self._calls.handler(method, plain)
+        return wrapped
 
 
 class _Counted:

@@ -134,7 +134,6 @@ class Server:
         self._calls = Calls([hook for hook in (self._metrics, self._tracing, self._serving) if hook is not None])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[self._calls],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", settings.max_message_bytes),
@@ -210,18 +209,19 @@ class Server:
             await asyncio.to_thread(self._tracing.close)
 
     def _register(self) -> None:
-        match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
-        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
-        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), self._server)
+        server = self._calls.around(self._server)
+        match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), server)
+        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)
+        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(self._rollout, self._serving, self._once), self._server
         )
-        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), self._server)
+        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), server)
         feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
-        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, server)
         upkeep = UpkeepService(self._serving, self._operations, self._once)
-        upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
-        operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
+        upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, server)
+        operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
