@@ -96,9 +96,9 @@ class Catalog:
 
         Raises NotFound, ModelMismatch, or DamagedData for a gallery that cannot be opened.
         """
-        path = self._path(gallery_id)
         gallery = self._open.get(gallery_id)
         if gallery is None or gallery.closed:
+            path = self._path(gallery_id)
             with self._changing:
                 gallery = self._open.get(gallery_id)
                 if gallery is None or gallery.closed:

@@ -16,6 +16,7 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 
+from service import logs
 from service.call import CURRENT, REQUEST_ID, Call
 from service.errors import translated_errors
 
@@ -183,7 +184,7 @@ class _Counted:
         for hook in reversed(self._begun):
             hook.ended(call, code)
         milliseconds = round(1000 * (time.perf_counter() - call.started), 3)
-        _log.info("call", method=call.method, code=code.name, ms=milliseconds, request_id=call.request_id)
+        logs.call(_log, method=call.method, code=code.name, ms=milliseconds, request_id=call.request_id)
 
 
 def _code_of(number: Any) -> grpc.StatusCode:
