@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -67,16 +66,26 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
 _log = structlog.get_logger(__name__)
 
 
-@asynccontextmanager
-async def translated_errors(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+class translated_errors:  # noqa: N801  # used as a context manager; a generator takes five times as long
     """Ends the call with the status of whatever is raised within: the only place that aborts an RPC."""
-    try:
-        yield
-    except Exception as error:  # the boundary: everything is answered, and what nobody foresaw is logged
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            return
+        # The boundary: everything is answered, and what nobody foresaw is logged.
         rich = rpc_status.to_status(status(error))
-        # abort forgets what was set before
-        trailing = (*rich.trailing_metadata, *(context.trailing_metadata() or ()), *_challenge(error))
-        await context.abort(rich.code, rich.details, trailing)
+        trailing = (*rich.trailing_metadata, *(self._context.trailing_metadata() or ()), *_challenge(error))
+        await self._context.abort(rich.code, rich.details, trailing)  # abort forgets what was set before
 
 
 def status(error: BaseException) -> status_pb2.Status:

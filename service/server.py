@@ -107,10 +107,10 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed: it takes a tenth to a third less processor time for a call."""
+    """uvloop's, where there is one: an empty call costs a fifth less. None for asyncio's own."""
     try:
         import uvloop
-    except ImportError:  # there is none for Windows
+    except ImportError:  # Windows has none
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
@@ -150,7 +150,6 @@ class Server:
         self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[self._calls],
             options=channel_options(settings),
             # A backstop for calls whose requests never come whole: those that have come are counted by `Admission`.
             maximum_concurrent_rpcs=4 * settings.max_calls,
@@ -228,18 +227,19 @@ class Server:
             await asyncio.to_thread(self._tracing.close)
 
     def _register(self) -> None:
-        match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
-        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
-        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), self._server)
+        server = self._calls.around(self._server)
+        match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), server)
+        search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)
+        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(self._rollout, self._serving, self._once), self._server
         )
-        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), self._server)
+        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), server)
         feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
-        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, server)
         upkeep = UpkeepService(self._serving, self._operations, self._once)
-        upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
-        operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
+        upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, server)
+        operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         described = self._settings.reflection
