@@ -232,7 +232,7 @@ class Server:
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self._rollout, self._serving, self._once), self._server
+            ModelService(self._rollout, self._serving, self._once), server
         )
         alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), server)
         feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
