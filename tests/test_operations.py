@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +94,7 @@ def test_its_commands_do_what_it_says(workplace: Path) -> None:
 
     (toml,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
     (workplace / "server.toml").write_text(localised(toml))
-    session = ["set -m"]  # job control, as in a shell that a person uses
+    session: list[str] = []
     for step in steps():
         session += [localised(step.command), f'printf "\\n{MARK}%s\\n" "$?"']
     variables = {
@@ -101,24 +103,34 @@ def test_its_commands_do_what_it_says(workplace: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "LOOKALIKE_DEVICE": "cpu",
     }
-    ran = subprocess.run(
-        ["bash", "-c", "\n".join(session)],
-        cwd=workplace,
-        env=variables,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    parts = re.split(rf"^{MARK}(\d+)$", ran.stdout, flags=re.MULTILINE)
+    output, complaints = in_a_shell("\n".join(session), workplace, variables)
+    parts = re.split(rf"^{MARK}(\d+)$", output, flags=re.MULTILINE)
     log = (workplace / "server.log").read_text()
-    assert len(parts) == 2 * len(steps()) + 1, f"{parts[-1]}\n{ran.stderr}\n{log}"
+    assert len(parts) == 2 * len(steps()) + 1, f"{parts[-1]}\n{complaints}\n{log}"
     wrong = []
-    for step, output, code in zip(steps(), parts[::2], parts[1::2], strict=False):
-        missing = missing_line(step.shown, output)
+    for step, printed, code in zip(steps(), parts[::2], parts[1::2], strict=False):
+        missing = missing_line(step.shown, printed)
         if code != "0" or missing:
-            wrong.append(f"$ {step.command}\nends with {code}, shows {missing!r}, and printed\n{output}")
-    assert not wrong, "\n".join([*wrong, ran.stderr])
+            wrong.append(f"$ {step.command}\nends with {code}, shows {missing!r}, and printed\n{printed}")
+    assert not wrong, "\n".join([*wrong, complaints])
+
+
+def in_a_shell(session: str, folder: Path, variables: dict[str, str]) -> tuple[str, str]:
+    """What a session of bash prints to stdout and stderr; whatever it leaves running is ended with it."""
+    with subprocess.Popen(
+        ["bash", "-c", session],
+        cwd=folder,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        try:
+            return shell.communicate(timeout=900)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
 
 
 def missing_line(text: str, output: str) -> str:
