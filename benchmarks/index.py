@@ -1,6 +1,6 @@
 """The gallery engine beside FAISS, hnswlib, usearch and bare SQLite, on one machine, in one run.
 
-    python -m benchmarks.index [--quick] [--huge] [--embeddings FILE] [--folder DIR] [--json FILE]
+    python -m benchmarks.index [--quick] [--huge] [--embeddings FILE] [--folder DIR] [--plot PNG] [--json FILE]
 
 Searches are measured where libraries answer too: one thread, vectors in, identifiers and exact distances out. The whole
 call, with items from the store and decisions, has rows of its own. Approximate peers are tuned to the recall that
@@ -27,9 +27,12 @@ BLAS_DEFAULT = faiss.cvar.distance_compute_blas_threshold  # before our own impo
 from benchmarks import index_peers as peers  # noqa: E402
 from benchmarks import index_writes as writes  # noqa: E402
 from benchmarks.data import Data  # noqa: E402
+from benchmarks.index_growth import beside_compaction, growth, plot  # noqa: E402
 from benchmarks.index_memory import resident_of_ours, resident_of_raw  # noqa: E402
+from benchmarks.index_servers import beside_servers  # noqa: E402
 from benchmarks.measure import alternating_medians, machine  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
+from benchmarks.servers.remote import PEERS, SLOW_TO_START  # noqa: E402
 from embedding.calibration import Calibration, ErrorRates, MatchProbability  # noqa: E402
 from embedding.decision import Judge, Vectors  # noqa: E402
 from index import Catalog, Exact, Gallery, Item, ModelRef, Recall  # noqa: E402
@@ -95,9 +98,12 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
         made = peers.build_all(vectors_ND, queries_QD, truth_QK, recall=RECALL)
         for peer in made:
             engines[peer.name], recalls[peer.name], builds[peer.name] = peer.ask, peer.recall, peer.build_seconds
-        engines["lookalike, whole call"] = lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
         recalls["lookalike, whole call"] = recalls["lookalike"]
         medians = one_by_one(engines, queries_QD, seconds=seconds)
+        whole: dict[str, Callable[[Vectors], object]] = {
+            "lookalike, whole call": lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
+        }
+        medians |= one_by_one(whole, queries_QD, seconds=seconds / 5, clock=time.perf_counter)  # it reads the disk
         for name, microseconds in medians.items():
             note = f"built in {builds[name]:.1f} s" if name in builds else "items and decisions included"
             if name == "lookalike":
@@ -157,7 +163,11 @@ def recall_of_keys(search: Any, queries_QD: Vectors, truth_QK: np.ndarray) -> fl
 
 
 def one_by_one(
-    engines: dict[str, Callable[[Vectors], object]], queries_QD: Vectors, *, seconds: float
+    engines: dict[str, Callable[[Vectors], object]],
+    queries_QD: Vectors,
+    *,
+    seconds: float,
+    clock: Callable[[], float] = time.thread_time,
 ) -> dict[str, float]:
     """Median microseconds of a query; engines take turns of a hundred queries each."""
     some = [queries_QD[at : at + 1] for at in range(100)]
@@ -166,38 +176,8 @@ def one_by_one(
         return lambda: [ask(query_1D) for query_1D in some]
 
     steps = [turn(ask) for ask in engines.values()]
-    medians = alternating_medians(steps, seconds=seconds, least=7)
+    medians = alternating_medians(steps, seconds=seconds, least=7, clock=clock)
     return {name: 1e6 * (median or np.inf) / len(some) for name, median in zip(engines, medians, strict=True)}
-
-
-def growth(report: Report, data: Data, rows: int, folder: Path) -> None:
-    """Build and search at one size without peers, rows made as they are written."""
-    with Catalog(folder) as catalog:
-        gallery = catalog.create("bench", ModelRef(name="bench", fingerprint="0" * 64, embedding_dim=data.width))
-        begun = time.perf_counter()
-        for start in range(0, rows, 20_000):
-            block_ND = data.rows(min(20_000, rows - start), seed=1000 + start, of=rows)
-            gallery.upsert([Item(name=str(start + i), embedding=vector) for i, vector in enumerate(block_ND)])
-        report.row("written", "lookalike", rows, rows / (time.perf_counter() - begun), "rows/s", note="sealing beside")
-        begun = time.perf_counter()
-        gallery.compact()
-        report.row("compacted into one segment", "lookalike", rows, time.perf_counter() - begun, "s")
-        queries_QD = data.rows(100, seed=1, of=rows)
-        exact, fast = (gallery._live.snapshot.search(effort, K) for effort in (Exact(), Recall(RECALL)))
-        hits = 0
-        for (true_R, true_dist_R), (keys_R, dist_R) in zip(
-            exact.nearest(queries_QD, K), fast.nearest(queries_QD, K), strict=True
-        ):
-            hits += len(np.intersect1d(true_R[np.argsort(true_dist_R)[:K]], keys_R[np.argsort(dist_R)[:K]]))
-        medians = one_by_one({"approximate": lambda q: next(fast.nearest(q, K))}, queries_QD, seconds=3.0)
-        structure = gallery.stats().segments[0].structure
-        report.row(
-            "one query", "lookalike", rows, medians["approximate"], "us", recall=hits / (K * 100), note=structure
-        )
-    begun = time.perf_counter()
-    with Catalog(folder) as catalog:
-        catalog.get("bench")
-        report.row("opened, sums remembered", "lookalike", rows, time.perf_counter() - begun, "s")
 
 
 def durable_writes(report: Report, data: Data, folder: Path, *, quick: bool) -> None:
@@ -226,8 +206,14 @@ def main() -> None:
     parser.add_argument("--huge", action="store_true", help="grow to ten million rows too: half an hour, 20 GB of disk")
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help="a .npy of real embeddings [N, D]")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write galleries; a temporary one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--peers", nargs="*", choices=list(PEERS), help="these servers alone; --quick leaves out the slow one"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the growth there, such as docs/growth.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too, after each part")
     options = parser.parse_args()
+    peers_of = [name for name in PEERS if not options.quick or name != SLOW_TO_START]
+    peers = peers_of if options.peers is None else options.peers
     torch.set_num_threads(1)
     limit_blas()
     data = Data(None if options.embeddings is None else np.load(options.embeddings).astype(np.float32))
@@ -242,13 +228,30 @@ def main() -> None:
             approximate_search(report, data, rows, Path(folder), seconds=2 * seconds)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         durable_writes(report, data, Path(folder), quick=options.quick)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = 20_000 if options.quick else 1_000_000
+        beside_compaction(report, data, rows, Path(folder), seconds=seconds)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL may run as another user
+        rows = 5_000 if options.quick else 100_000
+        beside_servers(report, data, rows, Path(folder), seconds=seconds / 3, peers=peers)
+    _write(report, options.json, where)
     if not options.quick:
-        for rows in (100_000, 1_000_000, *([10_000_000] if options.huge else [])):
+        sizes = []
+        for rows in (100_000, 300_000, 1_000_000, *([3_000_000, 10_000_000] if options.huge else [])):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                growth(report, data, rows, Path(folder))
+                sizes.append(growth(report, data, rows, Path(folder)))
+            _write(report, options.json, where)
+            if options.plot is not None:
+                plot(sizes, options.plot)
     report.says()
-    if options.json is not None:
-        report.write(options.json, where)
+    _write(report, options.json, where)
+
+
+def _write(report: Report, path: Path | None, where: str) -> None:
+    """What there is so far, so that a run that is broken off leaves its figures."""
+    if path is not None:
+        report.write(path, where)
 
 
 if __name__ == "__main__":

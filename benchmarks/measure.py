@@ -93,8 +93,11 @@ def _peak_of_call(step: Step) -> tuple[int, float]:
     return max(_bytes(_STATUS, "VmHWM") - before, 0), time.thread_time() - start
 
 
-def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> list[float | None]:
-    """Median processor seconds of each step, called in turn so that all see the same disturbances; None: out of memory.
+def alternating_medians(
+    steps: list[Step], *, seconds: float, least: int, clock: Callable[[], float] = time.thread_time
+) -> list[float | None]:
+    """Median seconds by `clock`, of the calling thread's processor unless the step waits for a disk or other threads,
+    of each step, called in turn so that all see the same disturbances; None: out of memory.
 
     A turn calls a step for `TURN` seconds, at least once. Turns go on until `seconds` were counted and each step
     `least` times, a slow one once. The first call of a step that is not very slow does not count, so that what is set
@@ -110,7 +113,7 @@ def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> lis
     while wanting := [at for at in running if not is_done(at)]:
         for at in wanting:
             try:
-                for taken in _turn(steps[at]):
+                for taken in _turn(steps[at], clock):
                     if is_warm[at] or taken > VERY_SLOW:
                         times[at].append(taken)
                     is_warm[at] = True
@@ -125,13 +128,13 @@ def alternating_medians(steps: list[Step], *, seconds: float, least: int) -> lis
     return [statistics.median(times[at]) if at in running else None for at in range(len(steps))]
 
 
-def _turn(step: Step) -> Iterator[float]:
-    """Processor seconds of each call."""
+def _turn(step: Step, clock: Callable[[], float]) -> Iterator[float]:
+    """Seconds of each call."""
     total = 0.0
     while total < TURN:
-        start = time.thread_time()
+        start = clock()
         step()
-        taken = time.thread_time() - start
+        taken = clock() - start
         total += max(taken, 1e-6)
         yield taken
 

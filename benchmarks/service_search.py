@@ -43,7 +43,7 @@ def search_rows(report: Report, *, rows: int, seconds: float, turns: int, peers:
     truth_QK = flat.search(queries_QD, K)[1]
     files = remote.Data.written(folder, vectors_ND, queries_QD, truth_QK)
     bundle, galleries = folder / "bundle", folder / "galleries"
-    _fill(bundle, galleries, vectors_ND)
+    fill(bundle, galleries, vectors_ND)
     with ExitStack() as stack:
         ours = stack.enter_context(running.serving(bundle, galleries, cpus=SERVER_CPUS))
         with ExitStack() as others:
@@ -60,7 +60,7 @@ def search_rows(report: Report, *, rows: int, seconds: float, turns: int, peers:
 def start_rows(report: Report, *, rows: int, folder: Path) -> None:
     """From the start of the process to SERVING, the time of an empty folder being the model's."""
     bundle, galleries = folder / "bundle", folder / "galleries"
-    _fill(bundle, galleries, Data(None).rows(rows))
+    fill(bundle, galleries, Data(None).rows(rows))
     (folder / "empty").mkdir()
     taken = []
     for where in (folder / "empty", galleries, folder / "empty", galleries):
@@ -72,7 +72,8 @@ def start_rows(report: Report, *, rows: int, folder: Path) -> None:
     report.at_most(f"seconds to SERVING with {rows:,} items beyond those without", full - empty, 5.0)
 
 
-def _fill(bundle: Path, galleries: Path, vectors_ND: Vectors) -> None:
+def fill(bundle: Path, galleries: Path, vectors_ND: Vectors) -> None:
+    """A bundle, and a gallery of its model that holds these rows, named by their number, in one indexed segment."""
     name, fingerprint = running.make_bundle(bundle, vectors_ND.shape[1])
     with Catalog(galleries, seal_after=10**9) as catalog:
         model = ModelRef(name=name, fingerprint=fingerprint, embedding_dim=vectors_ND.shape[1])

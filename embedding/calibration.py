@@ -99,8 +99,9 @@ class IsotonicProbability(_Frozen):
         return np.interp(distances_N, *self._columns)
 
     @cached_property
-    def _columns(self) -> tuple[list[float], list[float]]:
-        return [distance for distance, _ in self.points], [probability for _, probability in self.points]
+    def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        points = np.array(self.points, np.float64)
+        return np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
 
 
 CELLS_PER_UNIT = 2048

@@ -102,6 +102,8 @@ def checked_embedding(vector: NDArray[np.generic] | bytes, width: int, *, field:
         array = np.ascontiguousarray(vector, dtype=np.float32)
         if array.shape != (width,):
             raise InvalidVector(f"an embedding of this model has shape ({width},); got {array.shape}", field=field)
+    if abs(float(np.dot(array, array)) - 1) < UNIT_TOLERANCE:  # far within the tolerance of the length; never with NaN
+        return array
     if not np.isfinite(array).all():
         raise InvalidVector("the embedding holds NaN or infinite values; send finite numbers", field=field)
     length = float(np.linalg.norm(array.astype(np.float64)))

@@ -96,9 +96,9 @@ class Catalog:
 
         Raises NotFound, ModelMismatch, or DamagedData for a gallery that cannot be opened.
         """
-        path = self._path(gallery_id)
         gallery = self._open.get(gallery_id)
         if gallery is None or gallery.closed:
+            path = self._path(gallery_id)
             with self._changing:
                 gallery = self._open.get(gallery_id)
                 if gallery is None or gallery.closed:
@@ -106,6 +106,11 @@ class Catalog:
         if model is not None:
             gallery.check_model(model)
         return gallery
+
+    def opened(self, gallery_id: str) -> Gallery | None:
+        """The gallery of this name if it is open."""
+        gallery = self._open.get(gallery_id)
+        return None if gallery is None or gallery.closed else gallery
 
     def list(self) -> Galleries:
         """The galleries that can be opened, by name; `survey` tells of the others too."""

@@ -236,6 +236,9 @@ class GalleryEngine(Protocol):
     def check_model(self, model: ModelRef) -> None:
         """Raises ModelMismatch unless this gallery holds embeddings of `model`."""
 
+    def is_quick(self, *, k: int, effort: Effort | None = None) -> bool:
+        """Whether a search without a filter takes well under a millisecond and waits for no other machine."""
+
     # Searching. All raise InvalidInput, InvalidVector, ModelMismatch, Cancelled, DeadlineExceeded.
 
     def search(
@@ -383,6 +386,9 @@ class GalleryCatalog(Protocol):
 
     def get(self, gallery_id: str, *, model: ModelRef | None = None) -> GalleryEngine:
         """The gallery of this name. Raises NotFound, ModelMismatch, or DamagedData where it cannot be opened."""
+
+    def opened(self, gallery_id: str) -> GalleryEngine | None:
+        """The gallery of this name where that needs neither the disk nor another machine, else None."""
 
     def list(self) -> Sequence[GalleryEngine]:
         """The galleries that can be opened, by name."""

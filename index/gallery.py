@@ -58,6 +58,7 @@ from index.verify import verify
 _Ints = list[int]
 _Floats = list[float]
 
+_QUICK_K = 100  # neighbours, whose items take longer than half a millisecond to read and form
 _ALONE_BELOW = 8  # queries, below which other threads would not pay
 
 
@@ -111,6 +112,10 @@ class Gallery:
         """Raises ModelMismatch unless this gallery holds embeddings of `model`."""
         if model.fingerprint != self.model.fingerprint:
             raise self._other_model(model.name)
+
+    def is_quick(self, *, k: int, effort: Effort | None = None) -> bool:
+        """Whether a search without a filter takes well under a millisecond, so that another thread would not pay."""
+        return k <= _QUICK_K and self._live.snapshot.search(self._effort(effort), k).is_quick
 
     # Searching. A snapshot that a local variable refers to keeps the item versions that it shows from being purged.
 

@@ -100,6 +100,10 @@ class MilvusCatalog:
             self._link.upsert(self._records, [record.row()])  # from here on there is such a gallery
             return self._opened(record)
 
+    def opened(self, gallery_id: str) -> MilvusGallery | None:
+        """None: Milvus is another machine, or may be."""
+        return None
+
     def get(self, gallery_id: str, *, model: ModelRef | None = None) -> MilvusGallery:
         """Raises NotFound, ModelMismatch, or DamagedData for one whose record cannot be read."""
         check_gallery_id(gallery_id)

@@ -79,6 +79,10 @@ class MilvusGallery:
     def closed(self) -> bool:
         return self._store.closed
 
+    def is_quick(self, *, k: int, effort: Effort | None = None) -> bool:
+        """Never: Milvus is another machine, or may be."""
+        return False
+
     def check_model(self, model: ModelRef) -> None:
         """Raises ModelMismatch unless this gallery holds embeddings of `model`."""
         if model.fingerprint != self.model.fingerprint:

@@ -26,6 +26,7 @@ LIVING = "died IS NULL"
 
 _ITEM = "key, name, identity, metadata, embedding, generation, updated_us"
 _ROWS_AT_ONCE = 4096
+_F4 = np.dtype("<f4")
 _LOOK_EVERY = 20_000  # steps of SQLite's machine between two looks at the deadline: about a millisecond
 
 Row = tuple[int, str, str | None, str, bytes, int, int]
@@ -225,7 +226,7 @@ class Reading:
         try:
             return Item(
                 name=name,
-                embedding=np.frombuffer(embedding, "<f4").astype(np.float32, copy=False),
+                embedding=np.frombuffer(embedding, _F4).astype(np.float32, copy=False),
                 identity=identity,
                 metadata={} if metadata == "{}" else json.loads(metadata),
                 etag=self.etag(key),

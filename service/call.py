@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from service.principal import ANYBODY, Principal, Scope
+
 if TYPE_CHECKING:
     from service.stages import Observer
 
@@ -82,6 +84,16 @@ class Call:
     request_id: str = ""
     """What finds the call's log lines: what the caller sent as `x-request-id`, or else made here."""
     started: float = field(default_factory=time.perf_counter)
+    principal: Principal = ANYBODY
+    """Who calls, and what they may do."""
+    requests: int = 0
+    """Messages received."""
+    names: list[str] = field(default_factory=list)
+    """The first resources that its requests name, for the audit log."""
+    galleries: list[tuple[str, Scope]] = field(default_factory=list)
+    """What its first request named, and what is done to it: checked again while a stream lasts."""
+    pause: float = 0.0
+    """Seconds that the next element of its stream is held back: set by a hook, which must not wait itself."""
     trace_id: str = ""
     """Of the trace that the call belongs to, in hexadecimal; empty where none is made."""
     observers: list[Observer] = field(default_factory=list)
@@ -90,12 +102,14 @@ class Call:
     """The engines that it uses, which are not freed before it has ended."""
     over: bool = False
     """Whether it has ended; what still works for it then takes nothing more in its name."""
-
     limits: Limits = field(default_factory=Limits)
     streams: bool = False
     """Whether its requests are a stream, whose caller can be held back instead of refused."""
-    caller: str = ""
-    """Who calls, where a hook has found out."""
+
+    @property
+    def caller(self) -> str:
+        """Who calls, by name; empty where nobody has to say."""
+        return self.principal.name
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or self._wished_id() or uuid.uuid4().hex
@@ -143,3 +157,9 @@ def request_id() -> str:
     """The id of the call being served; empty outside of one."""
     call = CURRENT.get()
     return "" if call is None else call.request_id
+
+
+def principal() -> Principal:
+    """Who makes the call being served; anybody outside of one."""
+    call = CURRENT.get()
+    return ANYBODY if call is None else call.principal

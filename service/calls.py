@@ -1,6 +1,6 @@
 """Every call, as it passes: hooks that admit and observe it, one log line, and a count in flight.
 
-One interceptor for all of them: each interceptor of a server costs every call a wrapper of its own. Neither images nor
+Methods are wrapped once: an interceptor would make a new handler for every call. Neither images nor
 vectors nor any other content of a message is ever logged.
 """
 
@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
 from embedding.errors import InvalidInput
+from service import logs
 from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
-
-_PREFIXES = ("/lookalike.", "/google.longrunning.")
 
 _log = structlog.get_logger(__name__)
 
@@ -46,7 +45,7 @@ class Hook:
         """The call is over."""
 
 
-class Calls(grpc.aio.ServerInterceptor):
+class Calls:
     """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
 
     def __init__(self, hooks: Sequence[Hook] = (), *, limits: Limits | None = None) -> None:
@@ -61,21 +60,18 @@ class Calls(grpc.aio.ServerInterceptor):
         """Wait until no call is in flight."""
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or not method.startswith(_PREFIXES):  # an unknown method has no handler
-            return handler
+    def around(self, server: grpc.aio.Server) -> grpc.aio.Server:
+        """What servicers are added to, in the place of `server`, so that their calls pass through here."""
+        return cast("grpc.aio.Server", Registrar(self, server))
+
+    def handler(self, method: str, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a method, with all that is done around each call."""
         # Typed for blocking servers only. All our methods answer with one message, or stream their answers.
         respond: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
         if handler.unary_unary is not None:
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with self._counted(method, context) as call:
+                async with _Counted(self, method, context) as call:
                     async with translated_errors(context):
                         self._received(call, request)
                     return await respond(request, context)
@@ -87,7 +83,7 @@ class Calls(grpc.aio.ServerInterceptor):
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with self._counted(method, context, streams=handler.request_streaming) as call:
+            async with _Counted(self, method, context, streams=handler.request_streaming) as call:
                 if handler.request_streaming:
                     request = self._each_received(call, request)
                 else:
@@ -114,38 +110,96 @@ class Calls(grpc.aio.ServerInterceptor):
         """The same requests; what a hook raises reaches the method, which ends the call with it."""
         async for request in requests:
             self._received(call, request)
+            if call.pause > 0:
+                await asyncio.sleep(call.pause)  # unread, what follows fills the window, and holds the caller back
+                call.pause = 0.0
             yield request
 
-    @asynccontextmanager
-    async def _counted(
-        self, method: str, context: grpc.aio.ServicerContext[Any, Any], *, streams: bool = False
-    ) -> AsyncIterator[Call]:
-        call = Call(method, context, limits=self._limits, streams=streams)
+
+class Registrar:
+    """Takes servicers as a server does, through the generated functions, and adds them with their calls observed."""
+
+    def __init__(self, calls: Calls, server: grpc.aio.Server) -> None:
+        self._calls = calls
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        self._server.add_generic_rpc_handlers([_Observed(self._calls, handler) for handler in handlers])
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        """Nothing: the generated functions give the same handlers both ways, and servers of asyncio use the other."""
+
+
+class _Observed(grpc.GenericRpcHandler):
+    """The methods of one servicer, each wrapped when it is first called."""
+
+    def __init__(self, calls: Calls, plain: grpc.GenericRpcHandler) -> None:
+        self._calls = calls
+        self._plain = plain
+        self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            plain = self._plain.service(handler_call_details)
+            if plain is None:
+                return None
+            wrapped = self._wrapped[method] = self._calls.handler(method, plain)
+        return wrapped
+
+
+class _Counted:
+    """One call, from its beginning to its end; a class, since a generator takes five times as long."""
+
+    __slots__ = ("_begun", "_call", "_calls", "_context")
+
+    def __init__(
+        self, calls: Calls, method: str, context: grpc.aio.ServicerContext[Any, Any], *, streams: bool = False
+    ) -> None:
+        self._calls = calls
+        self._context = context
+        self._call = Call(method, context, limits=calls._limits, streams=streams)
+        self._begun: list[Hook] = []
+
+    async def __aenter__(self) -> Call:
+        calls, call = self._calls, self._call
         CURRENT.set(call)
-        context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        self._in_flight += 1
-        self._idle.clear()
-        begun: list[Hook] = []
-        code: Any = grpc.StatusCode.CANCELLED  # what it is unless the call ends in one of two ways
+        self._context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        calls._in_flight += 1
+        calls._idle.clear()
         try:
-            async with translated_errors(context):
-                for hook in self._hooks:
-                    begun.append(hook)
+            async with translated_errors(self._context):
+                for hook in calls._hooks:
+                    self._begun.append(hook)
                     hook.begun(call)
-            yield call
-            code = grpc.StatusCode.OK
-        except grpc.aio.AbortError:
-            code = context.code()
+        except BaseException as error:
+            self._end(error)
             raise
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
-            code = code if isinstance(code, grpc.StatusCode) else _code_of(code)
-            for hook in reversed(begun):
-                hook.ended(call, code)
-            milliseconds = round(1000 * (time.perf_counter() - call.started), 3)
-            _log.info("call", method=method, code=code.name, ms=milliseconds, request_id=call.request_id)
+        return call
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        code: Any = grpc.StatusCode.CANCELLED  # what it is unless the call ends in one of two ways
+        if error is None:
+            code = grpc.StatusCode.OK
+        elif isinstance(error, grpc.aio.AbortError):
+            code = self._context.code()
+        calls, call = self._calls, self._call
+        calls._in_flight -= 1
+        if not calls._in_flight:
+            calls._idle.set()
+        code = code if isinstance(code, grpc.StatusCode) else _code_of(code)
+        for hook in reversed(self._begun):
+            hook.ended(call, code)
+        milliseconds = round(1000 * (time.perf_counter() - call.started), 3)
+        logs.call(
+            _log, method=call.method, code=code.name, ms=milliseconds, request_id=call.request_id, caller=call.caller
+        )
 
 
 def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:

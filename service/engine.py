@@ -18,7 +18,15 @@ import numpy as np
 from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, checked_embedding
 from embedding.encoder import Encoder
-from embedding.errors import AlreadyExists, DamagedData, GalleryAliased, GalleryNotEmpty, LookalikeError, NotFound
+from embedding.errors import (
+    AlreadyExists,
+    DamagedData,
+    GalleryAliased,
+    GalleryNotEmpty,
+    LookalikeError,
+    ModelMismatch,
+    NotFound,
+)
 from embedding.images import MAX_PIXELS
 from embedding.runtime import Precision, Runtime
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
@@ -257,6 +265,10 @@ class Engine:
                 case StoredItem():
                     return self.gallery(source.gallery).get(source.item).embedding
                 case GivenEmbedding():
+                    if source.model and source.model != self.bundle.name:
+                        raise ModelMismatch(
+                            f"the embedding is of {source.model}, and {self.bundle.name} answers; embed the image anew"
+                        )
                     return checked_embedding(source.values, self.bundle.embedding_dim)
         except LookalikeError as error:
             return located(error, source.path)

@@ -76,7 +76,11 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
         case "encoded":
             return EncodedImage(data=message.encoded, path=f"{path}.encoded")
         case "embedding":
-            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding")
+            try:
+                made_by = model_name(message.model, f"{path}.model") if message.model else ""
+            except InvalidInput as error:
+                return Unusable(error=error)
+            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding", model=made_by)
         case "item":
             try:
                 gallery, item = item_name(message.item, f"{path}.item")

@@ -16,7 +16,7 @@ from embedding.errors import InvalidInput, LookalikeError
 from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine
 from index.engine import Effort
 from service.engine import Engine
-from service.sources import Embedded, Source, StoredItem, value_of
+from service.sources import Embedded, GivenEmbedding, Source, StoredItem, value_of
 
 MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
@@ -117,6 +117,16 @@ class Search:
     @property
     def sources(self) -> Sequence[Source]:
         return (self.query,)
+
+    def is_quick(self, engine: Engine) -> bool:
+        """Whether it takes well under a millisecond and waits for nothing, so that a thread of its own would not pay.
+
+        True only of a given embedding without a filter, in a gallery that is open.
+        """
+        if not isinstance(self.query, GivenEmbedding) or self.scope.allowed is not None:
+            return False
+        gallery = engine.catalog.opened(engine.aliases.resolve(self.scope.gallery))
+        return gallery is not None and gallery.is_quick(k=self.k + len(self.exclude), effort=self.scope.effort)
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Found]:
         judge, gallery = self.scope.begin(engine)

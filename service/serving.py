@@ -62,13 +62,22 @@ class AsyncEngine:
         return self.batcher.waiting
 
     async def ask(
-        self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
+        self,
+        question: Question[Answer],
+        form: Callable[[Answer], R],
+        *,
+        deadline: Deadline | None = None,
+        is_quick: bool = False,
     ) -> R:
         """The answer as `form` makes it, in the pool too: formatting thousands of neighbours takes time.
 
+        A question that `is_quick` is answered at once, on the event loop: the way to a thread and back would take as
+        long, and make all others wait for the interpreter.
         `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError, of
         which Overloaded before anything is worked on.
         """
+        if is_quick:
+            return Work().run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
         try:
             images = distinct_images(question.sources)
             if not images:

@@ -91,6 +91,31 @@ class Settings(BaseModel):
     """The database of Milvus; its default one unless set."""
     milvus_prefix: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")] = "lookalike"
     """How the names of its collections begin."""
+    keys: Path | None = None
+    """File of API keys, as `lookalike keys` makes it, read anew when it changes; without it and `jwt_keys` nobody is
+    asked who they are."""
+    jwt_keys: Path | None = None
+    """File of an identity provider's public keys, a JWK set; with it, its tokens count beside API keys."""
+    jwt_issuer: str | None = None
+    """The `iss` of tokens that count."""
+    jwt_audience: str | None = None
+    """The `aud` of tokens that count: this service, as the provider knows it."""
+    jwt_algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
+    """Signatures that count."""
+    jwt_leeway_seconds: Annotated[float, Field(ge=0, le=600)] = 30.0
+    """How far the provider's clock may be off."""
+    jwt_scopes_claim: str = "scope"
+    """The claim that holds scopes, as a list or as words of one string."""
+    jwt_scope_prefix: str = "lookalike:"
+    """What precedes read, write and admin in that claim."""
+    jwt_galleries_claim: str = "lookalike_galleries"
+    """The claim that holds patterns of galleries, as a list or as words of one string."""
+    jwt_galleries: tuple[str, ...] = ()
+    """Patterns of galleries for tokens without that claim."""
+    audit_log: Path | None = None
+    """File that writes, administration and refusals are appended to, a line of JSON each."""
+    reflection: bool | None = None
+    """Whether the server describes its methods to whoever asks; unset, only when it listens on loopback."""
 
     runtime: Runtime = "auto"
     """What runs the network: auto, torch or onnx (ONNX Runtime: convolutional networks on the CPU; extra `onnx`)."""

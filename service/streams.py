@@ -69,6 +69,8 @@ class Elements(Generic[T]):
         element = await self._read.get()
         if element is not None:
             self._release(element.ByteSize())
+        elif self._reader is not None:
+            await self._reader  # raises what broke the reading
         return element
 
     async def batches(self) -> AsyncIterator[list[T]]:

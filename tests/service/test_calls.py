@@ -123,9 +123,10 @@ def served(loop: Loop) -> Iterator[Served]:
     calls, servicer = Calls([a, Quiet(told), b]), Match()
 
     async def start() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server(interceptors=[calls])
-        match_pb2_grpc.add_MatchServiceServicer_to_server(servicer, server)
-        search_pb2_grpc.add_SearchServiceServicer_to_server(Search(), server)
+        server = grpc.aio.server()
+        observed = calls.around(server)
+        match_pb2_grpc.add_MatchServiceServicer_to_server(servicer, observed)
+        search_pb2_grpc.add_SearchServiceServicer_to_server(Search(), observed)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         return server, port

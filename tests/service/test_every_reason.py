@@ -30,6 +30,12 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 UNMET = {
     "CANCELLED": "gRPC answers a caller who leaves itself; an operation's status is tested with operations",
     "DEADLINE_EXCEEDED": "gRPC ends the call at its deadline itself",
+    **dict.fromkeys(
+        ("CREDENTIALS_MISSING", "CREDENTIALS_INVALID", "SCOPE_MISSING", "GALLERY_FORBIDDEN", "RATE_LIMITED"),
+        "of servers that ask who calls: tested by every method in test_rights.py, and in test_keys.py",
+    ),
+    "UNAUTHENTICATED": "stands for the more exact ones",
+    "PERMISSION_DENIED": "stands for the more exact ones",
     "NOT_SUPPORTED": "of galleries in Milvus, and tested with them",
     "INVALID_RECIPE": "of commands",
     "INVALID_DATASET": "of commands",

@@ -202,7 +202,7 @@ def test_reflection_lists_the_services(stubs: Stubs) -> None:
     listed = {service.name for service in response.list_services_response.service}
     assert set(SERVICES) | {"grpc.health.v1.Health", "google.longrunning.Operations"} <= listed
     assert set(SERVICES) == {
-        f"lookalike.v1.{name}Service" for name in ("Alias", "Gallery", "Match", "Model", "Search", "Upkeep")
+        f"lookalike.v1.{name}Service" for name in ("Alias", "Feedback", "Gallery", "Match", "Model", "Search", "Upkeep")
     }
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from structlog.testing import capture_logs
 
 from lookalike.v1 import match_pb2
 from service import logs
+from service.call import CURRENT, Call
 from tests.service.harness import Stubs, encoded
 
 VERIFY = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
@@ -26,7 +28,8 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def _restored() -> Iterator[None]:
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(logs._Plain, "stream", None)
     root = logging.getLogger()
     handlers, level, before = root.handlers, root.level, structlog.get_config()
     yield
@@ -117,3 +120,25 @@ def test_a_failed_call_tells_its_id_too(stubs: Stubs) -> None:
     trailing = dict(caught.value.trailing_metadata())
     assert trailing["x-request-id"] == "mine"
     assert trailing["grpc-status-details-bin"]
+
+
+def test_a_call_has_the_line_that_any_logger_would_write() -> None:
+    stream = configured("info", "json", io.StringIO())
+    said: dict[str, Any] = {"method": "/a/B", "code": "OK", "ms": 1.5, "request_id": "a-b:c/d+e="}
+    token = CURRENT.set(Call("/a/B", cast("Any", None), request_id="a-b:c/d+e=", trace_id="0" * 32))
+    try:
+        logs.call(structlog.get_logger("service.calls"), **said)
+        structlog.get_logger("service.calls").info("call", **said)
+    finally:
+        CURRENT.reset(token)
+    plain, other = map(json.loads, stream.getvalue().splitlines())
+    assert len(plain.pop("timestamp")) == len(other.pop("timestamp"))
+    assert plain == other
+
+
+@pytest.mark.parametrize(("level", "form", "lines"), [("warning", "json", 0), ("info", "console", 1)])
+def test_a_call_is_logged_as_configured(level: logs.Level, form: logs.Format, lines: int) -> None:
+    stream = configured(level, form, io.StringIO())
+    logs.call(structlog.get_logger("service.calls"), method="/a/B", code="OK", ms=1.5, request_id="abc")
+    assert len(stream.getvalue().splitlines()) == lines
+    assert "{" not in stream.getvalue()
