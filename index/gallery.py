@@ -252,10 +252,10 @@ class Gallery:
         return len(self._live.write(Delete(names=names, allow_missing=allow_missing, etags=etags or {})).died_R)
 
     def purge(self, allowed: Filter, *, deadline: Deadline | None = None) -> int:
-        """Delete every accepted item in one write, and return how many there were."""
+        """Delete every accepted item in one write, and return how many there were; none when the deadline passes."""
         if deadline:
             deadline.check()
-        return len(self._live.write(Purge(allowed=allowed)).died_R)
+        return len(self._live.write(Purge(allowed=allowed, deadline=deadline), deadline).died_R)
 
     def configure(self, settings: IndexSettings) -> None:
         """Store how the gallery is to be indexed; it holds from the next sealing on."""

@@ -19,12 +19,14 @@ import numpy as np
 from embedding.decision import Vectors
 from embedding.errors import LookalikeError, NotFound, StaleEtag
 from index.connections import translated
+from index.deadline import Deadline
 from index.engine import Filter
 from index.exact import Keys
 from index.items import Item
-from index.reading import LIVING, Reading, SealedRange
+from index.reading import LIVING, Reading, SealedRange, interrupted_by
 from index.schema import as_datetime, now_us
 
+_BURIED_AT_ONCE = 2_000  # items, between two looks at the deadline: about 10 ms
 _KEYS_GIVEN = "key IN (SELECT value FROM json_each(?))"
 
 
@@ -50,9 +52,10 @@ class Delete:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Purge:
-    """Delete whatever a filter accepts."""
+    """Delete whatever a filter accepts; nothing when the deadline passes first."""
 
     allowed: Filter
+    deadline: Deadline | None = None
 
 
 Write = Upsert | Delete | Purge
@@ -138,6 +141,7 @@ class Store(Reading):
     def _attempt(self, write: Write, *, alone: bool) -> Outcome:
         """One write among others; what it did is undone when it is refused."""
         header = self.header
+        alone = alone and not isinstance(write, Purge)  # which may end half-way
         if not alone:
             self._own.execute("SAVEPOINT one")
         try:
@@ -221,12 +225,17 @@ class Store(Reading):
 
     def _purge(self, write: Purge) -> Written:
         condition, parameters = write.allowed.sql()
-        found = self._own.execute(f"SELECT key FROM items WHERE {LIVING} AND ({condition})", parameters)
-        return self._died(np.array(sorted(key for (key,) in found), np.int64))
+        # Interrupted while it reads alone: an interrupted change would take the other writes of the group with it.
+        with interrupted_by(write.deadline, self._own):
+            found = self._own.execute(f"SELECT key FROM items WHERE {LIVING} AND ({condition})", parameters).fetchall()
+        return self._died(np.array(sorted(key for (key,) in found), np.int64), write.deadline)
 
-    def _died(self, died_R: Keys) -> Written:
+    def _died(self, died_R: Keys, deadline: Deadline | None = None) -> Written:
         generation = self.header.generation + 1
-        self._bury(died_R, generation)
+        for start in range(0, len(died_R), _BURIED_AT_ONCE):
+            if deadline:
+                deadline.check()
+            self._bury(died_R[start : start + _BURIED_AT_ONCE], generation)
         self._advance(generation, born=0, died=len(died_R))
         return Written(generation=generation, died_R=died_R, born_N=np.empty(0, np.int64), items=[])
 
