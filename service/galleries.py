@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from embedding.errors import DamagedData, InvalidInput, LookalikeError
-from index import GalleryCatalog
+from index import Deadline, GalleryCatalog
 from index.filters import parse_filter
 from index.items import name_of_page_token, page_token_after
 from lookalike.v1 import gallery_pb2 as pb
@@ -173,9 +173,9 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             serving = self._serving.current
 
             def delete() -> pb.DeleteItemResponse:
-                gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
                 etags = {item_id: request.etag} if request.etag else None
-                with naming("name"):
+                written = serving.engine.written(gallery_id, path="name", any_model=True)
+                with written as gallery, naming("name"):
                     gallery.delete([item_id], allow_missing=request.allow_missing, etags=etags)
                 return pb.DeleteItemResponse()
 
@@ -183,10 +183,12 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def PurgeItems(self, request: pb.PurgeItemsRequest, context: Context) -> pb.PurgeItemsResponse:
         async with translated_errors(context):
+            deadline = Deadline(context.time_remaining())
             purge = writes.PurgeItems(
                 gallery=parse.gallery_name(request.parent, "parent"),
                 allowed=parse.purge_filter(request.filter),
                 force=request.force,
+                deadline=deadline,
             )
             serving = self._serving.current
 
@@ -197,7 +199,10 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                     purge_sample=[wire.item_name(purged.gallery, name) for name in purged.sample],
                 )
 
-            return await serving.run(answer)
+            try:
+                return await serving.run(answer)
+            finally:
+                deadline.cancel()  # a caller that has gone wants nothing deleted
 
     async def BatchDeleteItems(
         self, request: pb.BatchDeleteItemsRequest, context: Context
@@ -212,8 +217,8 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             ]
 
             def delete() -> pb.BatchDeleteItemsResponse:
-                gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
-                with naming("names"):
+                written = serving.engine.written(gallery_id, path="parent", any_model=True)
+                with written as gallery, naming("names"):
                     deleted = gallery.delete(names, allow_missing=request.allow_missing)
                 return pb.BatchDeleteItemsResponse(deleted_count=deleted)
 
