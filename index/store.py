@@ -162,10 +162,18 @@ class Store(Reading):
                 return error
             self._own.execute("ROLLBACK TO one")
             self._own.execute("RELEASE one")
-            return error
+            return self._told(error)
         if not alone:
             self._own.execute("RELEASE one")
         return written
+
+    def _told(self, error: LookalikeError | sqlite3.Error) -> LookalikeError | sqlite3.Error:
+        """The disk's refusals in our words, as they are told where they end the whole transaction."""
+        try:
+            with translated(self._path):
+                raise error
+        except (LookalikeError, sqlite3.Error) as told:
+            return told
 
     def _upsert(self, write: Upsert) -> Written:
         generation, first = self.header.generation + 1, self.header.next_key
