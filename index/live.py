@@ -314,6 +314,9 @@ class Live:
         self._gather()
         batch: list[_Ticket] = []
         while self._waiting and len(batch) < _MOST_WRITES:
+            # A purge goes alone: to undo it within a transaction would take as long as it took.
+            if batch and any(isinstance(each.write, Purge) for each in (batch[-1], self._waiting[0])):
+                break
             batch.append(self._waiting.popleft())
         begun = time.monotonic()
         try:

@@ -141,7 +141,6 @@ class Store(Reading):
     def _attempt(self, write: Write, *, alone: bool) -> Outcome:
         """One write among others; what it did is undone when it is refused."""
         header = self.header
-        alone = alone and not isinstance(write, Purge)  # which may end half-way
         if not alone:
             self._own.execute("SAVEPOINT one")
         try:
@@ -157,7 +156,7 @@ class Store(Reading):
             if not self._own.in_transaction:  # a disk error has ended the whole transaction
                 raise
             if alone:
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, sqlite3.Error) or isinstance(write, Purge):  # which may end half-way
                     raise
                 return error
             self._own.execute("ROLLBACK TO one")

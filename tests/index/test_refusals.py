@@ -38,7 +38,7 @@ STATEMENTS = {
     "insert": ("BEGIN", "INSERT", "UPDATE", "COMMIT"),
     "overwrite": ("BEGIN", "INSERT", "UPDATE", "COMMIT"),
     "delete": ("BEGIN", "INSERT", "UPDATE", "COMMIT"),
-    "purge": ("BEGIN", "SAVEPOINT", "INSERT", "UPDATE", "RELEASE", "COMMIT"),
+    "purge": ("BEGIN", "INSERT", "UPDATE", "COMMIT"),
     "configure": ("UPDATE",),
     "seal": ("BEGIN", "DELETE", "INSERT", "COMMIT"),
 }
