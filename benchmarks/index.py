@@ -11,11 +11,9 @@ clustered; `--embeddings` takes real ones, an array [N, D] repeated with noise u
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,84 +26,19 @@ BLAS_DEFAULT = faiss.cvar.distance_compute_blas_threshold  # before our own impo
 
 from benchmarks import index_peers as peers  # noqa: E402
 from benchmarks import index_writes as writes  # noqa: E402
+from benchmarks.data import Data  # noqa: E402
 from benchmarks.index_memory import resident_of_ours, resident_of_raw  # noqa: E402
 from benchmarks.measure import alternating_medians, machine  # noqa: E402
+from benchmarks.report import Report  # noqa: E402
 from embedding.calibration import Calibration, ErrorRates, MatchProbability  # noqa: E402
 from embedding.decision import Judge, Vectors  # noqa: E402
 from index import Catalog, Exact, Gallery, Item, ModelRef, Recall  # noqa: E402
 from index.rows import LiveRows  # noqa: E402
 from index.threads import limit_blas, one_thread  # noqa: E402
 
-WIDTH, K, RECALL = 128, 10, 0.99
+K, RECALL = 10, 0.99
 EXACT_ROWS, EXACT_BATCH = 100_000, 256
 QUERIES = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One figure."""
-
-    what: str
-    engine: str
-    rows: int
-    value: float
-    unit: str
-    recall: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """What was to be reached."""
-
-    name: str
-    value: float
-    reach: float
-    holds: bool
-
-
-@dataclass
-class Report:
-    """Collects figures and prints them as they come."""
-
-    rows: list[Row] = field(default_factory=list)
-    bars: list[Bar] = field(default_factory=list)
-
-    def row(self, what: str, engine: str, rows: int, value: float, unit: str, **more: Any) -> float:
-        row = Row(what=what, engine=engine, rows=rows, value=value, unit=unit, **more)
-        self.rows.append(row)
-        recall = "" if row.recall is None else f"{row.recall:.4f}"
-        print(f"| {what} | {rows:,} | {engine} | {value:,.4g} {unit} | {recall} | {row.note} |", flush=True)
-        return value
-
-    def at_least(self, name: str, value: float, reach: float) -> None:
-        self.bars.append(Bar(name=name, value=value, reach=reach, holds=value >= reach))
-
-    def at_most(self, name: str, value: float, reach: float) -> None:
-        self.bars.append(Bar(name=f"{name}, at most", value=value, reach=reach, holds=value <= reach))
-
-
-class Data:
-    """Rows and queries of one distribution, the same for every engine; made block by block."""
-
-    def __init__(self, embeddings: Vectors | None) -> None:
-        self._own = embeddings
-        self.width = WIDTH if embeddings is None else embeddings.shape[1]
-        self.name = "clustered" if embeddings is None else "embeddings repeated with noise"
-
-    def rows(self, count: int, *, seed: int = 0, of: int | None = None) -> Vectors:
-        """Unit vectors [N, D], of the distribution that `of` rows have."""
-        rng = np.random.default_rng([seed, count])
-        if self._own is None:
-            clusters = max(100, (of or count) // 100)
-            centres = np.random.default_rng(clusters).normal(size=(clusters, self.width)).astype(np.float32)
-            vectors = centres[rng.integers(clusters, size=count)]
-            vectors += np.float32(0.6) * rng.standard_normal((count, self.width), np.float32)
-        else:
-            vectors = self._own[rng.integers(len(self._own), size=count)].astype(np.float32)
-            vectors += np.float32(0.3 / self.width**0.5) * rng.standard_normal((count, self.width), np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors
 
 
 def exact_search(report: Report, data: Data, *, seconds: float) -> None:
@@ -313,17 +246,9 @@ def main() -> None:
         for rows in (100_000, 1_000_000, *([10_000_000] if options.huge else [])):
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 growth(report, data, rows, Path(folder))
-    missed = [bar for bar in report.bars if not bar.holds]
-    print(f"\n{len(report.bars) - len(missed)} of {len(report.bars)} bars hold.")
-    for bar in report.bars:
-        print(f"{'holds ' if bar.holds else 'missed'}: {bar.name}: {bar.value:.3g}, to reach {bar.reach:.3g}")
+    report.says()
     if options.json is not None:
-        figures = {
-            "machine": where,
-            "rows": [asdict(row) for row in report.rows],
-            "bars": [asdict(bar) for bar in report.bars],
-        }
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        report.write(options.json, where)
 
 
 if __name__ == "__main__":

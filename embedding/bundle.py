@@ -3,7 +3,8 @@
     bundle.json          name, architecture, preprocessing, lineage, fingerprint
     calibration.json     learned margin, error rates, match probability
     weights.safetensors
-    SHA256SUMS           checksums of the three, and of further weights, verified on every load
+    reference.json       distances and norms of the calibration's images; not in bundles of earlier versions
+    SHA256SUMS           checksums of these, and of further weights, verified on every load
     README.md, card/     the model card
 
 The fingerprint covers weights, architecture and preprocessing, hence everything that an embedding depends on; a new
@@ -32,11 +33,14 @@ from embedding.calibration import Calibration
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, EmbeddingNetwork, build
+from embedding.reference import Reference
 
 WEIGHTS = "weights.safetensors"
 MANIFEST = "bundle.json"
 CALIBRATION = "calibration.json"
+REFERENCE = "reference.json"
 SUMS = "SHA256SUMS"
+_CARD = "README.md"
 _SUMMED = (MANIFEST, CALIBRATION, WEIGHTS)
 _WEIGHTS_SUFFIX = ".safetensors"
 
@@ -101,6 +105,8 @@ class Described:
     path: Path
     manifest: Manifest
     calibration: Calibration
+    reference: Reference | None = None
+    """What live distances and norms are compared with; None in bundles of earlier versions."""
 
     @property
     def name(self) -> str:
@@ -174,6 +180,7 @@ def write_bundle(
     preprocessing: Preprocessing,
     calibration: Calibration,
     lineage: Lineage,
+    reference: Reference | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
@@ -199,10 +206,43 @@ def write_bundle(
         CALIBRATION: calibration.model_dump_json(indent=2).encode(),
         WEIGHTS: weights,
     }
+    if reference is not None:
+        files[REFERENCE] = reference.model_dump_json(indent=2).encode()
     written = {**(extra_files or {}), **files}
-    summed = [*_SUMMED, *sorted(name for name in written if name.endswith(_WEIGHTS_SUFFIX) and name not in _SUMMED)]
+    summed = [*_SUMMED, *sorted(name for name in written if name not in _SUMMED and _is_summed(name))]
     sums = "".join(f"{hashlib.sha256(written[name]).hexdigest()}  {name}\n" for name in summed)
     _write_directory(path, {**written, SUMS: sums.encode()})
+    return Bundle.load(path)
+
+
+def recalibrated(
+    bundle: Bundle, path: Path | str, *, calibration: Calibration, learned_from: Mapping[str, JsonValue], note: str
+) -> Bundle:
+    """Write the same model under another calibration, atomically, and read it back; its fingerprint stays.
+
+    `learned_from` is kept in the lineage's data, by the calibration's version; `note`, Markdown, heads the model card.
+    All other files are copied. Raises AlreadyExists, and StorageFailed with nothing left behind.
+    """
+    path = Path(path)
+    if path.exists():
+        raise AlreadyExists(f"{path} exists; choose another place")
+    data = {**bundle.lineage.data, f"calibration {calibration.version}": dict(learned_from)}
+    lineage = bundle.lineage.model_copy(update={"data": data})
+    manifest = bundle.manifest.model_copy(update={"lineage": lineage})
+    try:
+        files = {
+            file.relative_to(bundle.path).as_posix(): file.read_bytes()
+            for file in sorted(bundle.path.rglob("*"))
+            if file.is_file()
+        }
+    except OSError as error:
+        raise StorageFailed(f"cannot read the bundle at {bundle.path}: {error}") from error
+    files[MANIFEST] = manifest.model_dump_json(indent=2).encode()
+    files[CALIBRATION] = calibration.model_dump_json(indent=2).encode()
+    files[_CARD] = f"{note.rstrip()}\n\n".encode() + files.get(_CARD, b"")
+    listed = [line.partition("  ")[2] for line in files[SUMS].decode("ascii").splitlines()]
+    files[SUMS] = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in listed).encode()
+    _write_directory(path, files)
     return Bundle.load(path)
 
 
@@ -221,9 +261,15 @@ def fingerprint(architecture: Architecture, preprocessing: Preprocessing, weight
     return hashlib.sha256(described.encode()).hexdigest()
 
 
+def _is_summed(name: str) -> bool:
+    """Whether a file beside the three that every bundle has is verified too."""
+    return name.endswith(_WEIGHTS_SUFFIX) or name == REFERENCE
+
+
 class _Parsed(TypedDict):
     manifest: Manifest
     calibration: Calibration
+    reference: Reference | None
 
 
 def _parsed(path: Path, files: Mapping[str, bytes]) -> _Parsed:
@@ -231,6 +277,7 @@ def _parsed(path: Path, files: Mapping[str, bytes]) -> _Parsed:
         return {
             "manifest": Manifest.model_validate_json(files[MANIFEST]),
             "calibration": Calibration.model_validate_json(files[CALIBRATION]),
+            "reference": Reference.model_validate_json(files[REFERENCE]) if REFERENCE in files else None,
         }
     except ValidationError as error:
         raise DamagedData(f"{path} was written by another version of lookalike: {_first(error)}") from error
@@ -243,7 +290,7 @@ def _read_verified(path: Path, only: Sequence[str] | None = None) -> dict[str, b
     try:
         listed = (path / SUMS).read_text("ascii").split("\n")
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in listed)}
-        further = {name for name in sums if name.endswith(_WEIGHTS_SUFFIX) and name == Path(name).name}
+        further = {name for name in sums if _is_summed(name) and name == Path(name).name}
         wanted = only or (*_SUMMED, *sorted(further - {*_SUMMED}))
         files = {name: (path / name).read_bytes() for name in wanted}
     except FileNotFoundError as error:

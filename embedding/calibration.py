@@ -103,6 +103,36 @@ class IsotonicProbability(_Frozen):
         return [distance for distance, _ in self.points], [probability for _, probability in self.points]
 
 
+CELLS_PER_UNIT = 2048
+"""Cells of a histogram of distances, per unit of distance."""
+
+
+class Histogram(_Frozen):
+    """How many distances lie in each cell of width 1 / CELLS_PER_UNIT that has any."""
+
+    cells: tuple[Annotated[int, Field(ge=0, le=int(MAX_DISTANCE) * CELLS_PER_UNIT)], ...]
+    """Rising; cell c begins at distance c / CELLS_PER_UNIT."""
+    counts: tuple[Annotated[int, Field(ge=1)], ...]
+    effective: Annotated[float, Field(gt=0)]
+    """To how many independent pairs they amount at the learned margin: their number over the design effect of the error
+    rate there, since identities are independent and pairs are not."""
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if len(self.cells) != len(self.counts) or any(a >= b for a, b in zip(self.cells, self.cells[1:], strict=False)):
+            raise ValueError("cells must rise strictly, with a count each")
+        return self
+
+
+class HeldOutPairs(_Frozen):
+    """The held-out pairs that a calibration was measured on, kept so that another can be learned on top of them."""
+
+    matching: Histogram
+    impostor: Histogram
+    curve: tuple[ErrorRates, ...] = ()
+    """The rates of the held-out pairs alone; empty where they are the calibration's own."""
+
+
 class Calibration(_Frozen):
     """Error rates and match probability of one model, measured on held-out identities."""
 
@@ -119,6 +149,10 @@ class Calibration(_Frozen):
     """Error rates by rising threshold; the last row stands at distance 2 and accepts everything."""
     named_points: dict[str, Threshold] = {}
     """Thresholds by name, for example `learned-margin`, `equal-error` or `far-1e-2`."""
+    held_out: HeldOutPairs | None = None
+    """None in calibrations from before it was kept."""
+    feedback_pairs: Annotated[int, Field(ge=0)] = 0
+    """Pairs of feedback that it was learned from on top of the held-out ones; its rates are the worse of the two."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -17,10 +17,13 @@ from embedding.errors import InvalidOperatingPoint, InvalidVector
 
 Vectors = NDArray[np.float32]
 
+_MAX = np.float32(MAX_DISTANCE)
+
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the length of an embedding may be."""
 
 _ROWS_AT_ONCE = 2048  # keeps the working set of `distances` in the second-level cache
+_FEW = 64  # rows, up to which turning them pays
 
 
 def distances(query_D: Vectors, items_ND: Vectors) -> Vectors:
@@ -30,28 +33,55 @@ def distances(query_D: Vectors, items_ND: Vectors) -> Vectors:
     alignment, or on which of the two is the query. Squares are summed by halving, so that every addition is an
     element-wise operation whose order is fixed by D; a BLAS product or a reduction would promise none of this.
     """
-    return distances_of_pairs(np.broadcast_to(query_D, items_ND.shape), items_ND)
+    return _measured(query_D[None, :], items_ND)
 
 
 def distances_of_pairs(a_PD: Vectors, b_PD: Vectors) -> Vectors:
     """Euclidean distances [P] of P pairs; each equals `distance` of its two vectors bit for bit."""
-    out_P = np.empty(len(a_PD), dtype=np.float32)
-    for start in range(0, len(a_PD), _ROWS_AT_ONCE):
+    return _measured(a_PD, b_PD)
+
+
+def _measured(a_PD: Vectors, b_PD: Vectors) -> Vectors:
+    """`a_PD` may be one row that stands for all."""
+    if len(b_PD) <= _FEW:
+        return _rooted(_sum_of_few(b_PD, a_PD))
+    out_P = np.empty(len(b_PD), dtype=np.float32)
+    for start in range(0, len(b_PD), _ROWS_AT_ONCE):
         here = slice(start, start + _ROWS_AT_ONCE)
-        square_pD = np.asarray(b_PD[here], dtype=np.float32) - np.asarray(a_PD[here], dtype=np.float32)
-        square_pD *= square_pD
-        out_P[here] = _sum_by_halving(square_pD)
-    np.sqrt(out_P, out=out_P)
-    return np.minimum(out_P, np.float32(MAX_DISTANCE), out=out_P)
+        out_P[here] = _sum_of_many(b_PD[here], a_PD if len(a_PD) == 1 else a_PD[here])
+    return _rooted(out_P)
 
 
-def _sum_by_halving(terms_nD: Vectors) -> Vectors:
-    width = terms_nD.shape[1]
+def _sum_of_many(b_pD: Vectors, a_pD: Vectors) -> Vectors:
+    terms_pD = np.asarray(b_pD, np.float32) - np.asarray(a_pD, np.float32)
+    terms_pD *= terms_pD
+    width = terms_pD.shape[1]
     while width > 1:
         half = width // 2
-        terms_nD[:, :half] += terms_nD[:, width - half : width]
+        terms_pD[:, :half] += terms_pD[:, width - half : width]
         width -= half
-    return terms_nD[:, 0]
+    return terms_pD[:, 0]
+
+
+def _sum_of_few(b_pD: Vectors, a_pD: Vectors) -> Vectors:
+    """The same additions on columns: fewer and longer runs of memory."""
+    terms_Dp = (np.asarray(b_pD, np.float32) - np.asarray(a_pD, np.float32)).T.copy()
+    np.multiply(terms_Dp, terms_Dp, terms_Dp)
+    width = len(terms_Dp)
+    while width > 1:
+        half = width // 2
+        sums_hp = terms_Dp[:half]
+        np.add(sums_hp, terms_Dp[width - half : width], sums_hp)
+        width -= half
+    squares_p: Vectors = terms_Dp[0]
+    return squares_p
+
+
+def _rooted(squares_P: Vectors) -> Vectors:
+    """Their roots, cut at the largest distance; in place."""
+    np.sqrt(squares_P, out=squares_P)
+    np.minimum(squares_P, _MAX, out=squares_P)
+    return squares_P
 
 
 def distance(a_D: Vectors, b_D: Vectors) -> np.float32:

@@ -5,12 +5,13 @@ Shapes: B images, C channels, H height, W width, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from embedding.bundle import Bundle
@@ -63,6 +64,8 @@ class PixelEncoder:
         self.device = pick_device(device)
         self.embedding_dim = preprocessing.embedding_dim(network.architecture.embedding_dim)
         self._batch_size = batch_size
+        self.on_embedded: Callable[[Vectors, Vectors], None] | None = None
+        """Is told of embeddings [B, D] and the norms [B] that they had before, in the thread that embeds."""
         self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self._mean_C11 = torch.tensor(preprocessing.mean, device=self.device).reshape(-1, 1, 1)
         self._std_C11 = torch.tensor(preprocessing.std, device=self.device).reshape(-1, 1, 1)
@@ -74,31 +77,45 @@ class PixelEncoder:
         return self.preprocessing.channels, self.preprocessing.image_size, self.preprocessing.image_size
 
     def encode_pixels(self, pixels_BCHW: Pixels) -> Vectors:
-        """Unit float32 embeddings [B, D] of uint8 pixels [B, C, H, W]."""
+        """Unit float32 embeddings [B, D] of uint8 pixels [B, C, H, W]; `on_embedded` is told."""
+        emb_BD, norm_B = self.encode_with_norms(pixels_BCHW)
+        if self.on_embedded is not None and len(emb_BD):
+            self.on_embedded(emb_BD, norm_B)
+        return emb_BD
+
+    def encode_with_norms(self, pixels_BCHW: Pixels) -> tuple[Vectors, Vectors]:
+        """The same, and the norms [B] that embeddings had before they were normalised, of several views their mean.
+
+        `on_embedded` is not told: for images that nobody has just sent.
+        """
         if pixels_BCHW.dtype != np.uint8 or pixels_BCHW.shape[1:] != self.pixel_shape:
             raise InvalidInput(
                 f"pixels must be uint8 [B, {', '.join(map(str, self.pixel_shape))}], as `Preprocessing.pixels` gives "
                 f"them; got {pixels_BCHW.dtype} {list(pixels_BCHW.shape)}"
             )
         emb_BD = np.empty((len(pixels_BCHW), self.embedding_dim), dtype=np.float32)
+        norm_B = np.empty(len(pixels_BCHW), dtype=np.float32)
         size = max(1, self._batch_size // len(self.preprocessing.views))
         with torch.inference_mode():
             for start in range(0, len(pixels_BCHW), size):
-                emb_BD[start : start + size] = self._all_views(pixels_BCHW[start : start + size]).cpu().numpy()
-        return emb_BD
+                emb_bD, norm_b = self._all_views(pixels_BCHW[start : start + size])
+                emb_BD[start : start + size] = emb_bD.cpu().numpy()
+                norm_B[start : start + size] = norm_b.cpu().numpy()
+        return emb_BD, norm_B
 
     def warm_up(self) -> None:
         """Run one batch, so that the first caller does not pay for kernel selection and allocation."""
-        self.encode_pixels(np.zeros((2, *self.pixel_shape), np.uint8))
+        self.encode_with_norms(np.zeros((2, *self.pixel_shape), np.uint8))
 
-    def _all_views(self, pixels_BCHW: Pixels) -> Tensor:
+    def _all_views(self, pixels_BCHW: Pixels) -> tuple[Tensor, Tensor]:
         views = self.preprocessing.views
         if views == ("as-is",):
             return self._forward(torch.from_numpy(pixels_BCHW))
-        emb_ND = self._forward(torch.from_numpy(views_of(pixels_BCHW, views)))
-        return joined(split_views(emb_ND, len(views)), self.preprocessing.join_views)
+        emb_ND, norm_N = self._forward(torch.from_numpy(views_of(pixels_BCHW, views)))
+        emb_BD = joined(split_views(emb_ND, len(views)), self.preprocessing.join_views)
+        return emb_BD, norm_N.reshape(len(views), -1).mean(0)
 
-    def _forward(self, pixels_BCHW: Tensor) -> Tensor:
+    def _forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         size = len(pixels_BCHW)
         if size % self._tile and (self._tile > 2 or size == 1):
             # A batch of one takes other convolution kernels, which differ in the last bits.
@@ -107,8 +124,8 @@ class PixelEncoder:
             pixels_BCHW = pixels_BCHW.pin_memory()
         images_BCHW = pixels_BCHW.to(self.device, non_blocking=True).float().div_(255)
         images_BCHW = images_BCHW.sub_(self._mean_C11).div_(self._std_C11).contiguous(memory_format=torch.channels_last)
-        emb_BD: Tensor = self._network(images_BCHW)
-        return emb_BD[:size]
+        raw_BD: Tensor = self._network.unnormalised(images_BCHW)
+        return F.normalize(raw_BD, dim=1)[:size], torch.linalg.vector_norm(raw_BD, dim=1)[:size]
 
 
 class Encoder(PixelEncoder):
@@ -132,6 +149,7 @@ class Encoder(PixelEncoder):
             raise InvalidInput(f"{bundle.name} has other weights than {self.bundle.name}; load it")
         other = copy(self)
         other.bundle = bundle
+        other.on_embedded = None
         return other
 
     def prepare(self, data: bytes) -> Pixels:

@@ -7,6 +7,7 @@
     │   ├── InvalidVector       wrong width, NaN or infinite, not of unit length
     │   ├── InvalidOperatingPoint   a threshold or rate that the calibration cannot support
     │   ├── InvalidFilter       a condition on items that does not parse; `position` says where
+    │   ├── RequestIdReused     a request_id that was given with another request
     │   ├── InvalidRecipe       an unknown key, or a value out of its range
     │   └── InvalidDataset      a folder, manifest or split that cannot be trained on
     ├── NotFound                no such gallery, item, model or file
@@ -51,6 +52,8 @@ class LookalikeError(Exception):
 
 class InvalidInput(LookalikeError):
     reason = "INVALID_INPUT"
+    also: tuple[InvalidInput, ...] = ()
+    """What else is wrong with the same request."""
 
 
 class InvalidImage(InvalidInput):
@@ -76,6 +79,10 @@ class InvalidFilter(InvalidInput):
         super().__init__(message, field=field)
         self.position = position
         """Of the first character that is wrong, from 1."""
+
+
+class RequestIdReused(InvalidInput):
+    reason = "REQUEST_ID_REUSED"
 
 
 class InvalidRecipe(InvalidInput):

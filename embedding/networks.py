@@ -86,9 +86,13 @@ class EmbeddingNetwork(nn.Module):
         return features_BF
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        return F.normalize(self.unnormalised(images_BCHW), dim=1)
+
+    def unnormalised(self, images_BCHW: Tensor) -> Tensor:
+        """The embeddings [B, D] before they are divided by their length."""
         features_BF = self.features(images_BCHW)
         emb_BD = self.projection(self.dropout(features_BF)) if self.training else self._project_whole_tiles(features_BF)
-        return F.normalize(emb_BD.float(), dim=1)
+        return emb_BD.float()
 
     def _project_whole_tiles(self, features_BF: Tensor) -> Tensor:
         # A matrix product sums the rows of an incomplete tile in another order, so that an image's embedding would

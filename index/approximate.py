@@ -7,23 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
 from index.engine import Raw
 from index.exact import Hit, Rows, slack
 from index.structures import Living, Structure
-from index.threads import one_thread
 
 DEFAULT_RESCORE = 4
+
+_SPARE = 4
+"""How many of the refined candidates are measured beyond the k-th, so that what ties with it is nearly always there."""
 
 _QUERIES_AT_ONCE = 32
 _FIRST_MATCHES = 128
 _MOST_MATCHES = 2**17
-_FAR = 3.99  # of squared distances
+_NONE = 1e30  # above any squared distance: FAISS gives it where there is no row
+_FAR = 3.99  # of squared distances: beyond, all are cut at distance 2 and tie
 
 
 def nearest(
@@ -37,31 +38,62 @@ def nearest(
     deadline: Deadline | None = None,
 ) -> Iterator[Hit]:
     """For each query the k nearest of its candidates, and all of these that tie with the k-th; maybe fewer."""
-    count = k * (effort.rescore or DEFAULT_RESCORE)
-    queries_QD = np.ascontiguousarray(queries_QD, np.float32)
     if len(queries_QD) == 1:
-        rows_C = structure.candidates(queries_QD, count, effort, living)[0]
-        if rows_C[-1] < 0:
-            rows_C = rows_C[rows_C >= 0]
-        if len(rows_C) > 2 * k:
-            rows_C = _promising(queries_QD, vectors_ND, rows_C, k)
-        yield _cut(rows_C, distances(queries_QD[0], vectors_ND[rows_C]), k)
-        return
+        if deadline:
+            deadline.check()
+        return iter((_nearest_of_one(structure, vectors_ND, queries_QD, k, effort, living),))
+    return _nearest_of_many(structure, vectors_ND, queries_QD, k, effort, living, deadline)
+
+
+def _nearest_of_one(
+    structure: Structure, vectors_ND: Vectors, query_1D: Vectors, k: int, effort: Raw, living: Living | None
+) -> Hit:
+    count = min(k * (effort.rescore or DEFAULT_RESCORE), structure.rows)
+    rows_1C, squared_1C = structure.refined(query_1D, min(k + _SPARE, count), count, effort, living)
+    rows_C = rows_1C[0]
+    if not _is_whole(squared_1C[0], k, count, query_1D.shape[1]):
+        rows_C = structure.candidates(query_1D, count, effort, living)[0]
+    if rows_C[-1] < 0:
+        rows_C = rows_C[rows_C >= 0]
+    return _cut(rows_C, distances(query_1D[0], vectors_ND.take(rows_C, 0)), k)
+
+
+def _nearest_of_many(
+    structure: Structure,
+    vectors_ND: Vectors,
+    queries_QD: Vectors,
+    k: int,
+    effort: Raw,
+    living: Living | None,
+    deadline: Deadline | None,
+) -> Iterator[Hit]:
+    count = min(k * (effort.rescore or DEFAULT_RESCORE), structure.rows)
+    keep = min(k + _SPARE, count)
     for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
         if deadline:
             deadline.check()
-        some_qD = queries_QD[start : start + _QUERIES_AT_ONCE]
-        rows_qC = structure.candidates(some_qD, count, effort, living)
-        dist_qC: Vectors = np.full(rows_qC.shape, np.inf, np.float32)
-        there_qC: NDArray[np.bool_] = rows_qC >= 0
-        query_P = np.repeat(np.arange(len(some_qD)), there_qC.sum(axis=1))
-        rows_P = rows_qC[there_qC]
-        dist_qC[there_qC] = distances_of_pairs(some_qD[query_P], vectors_ND[rows_P])
-        if dist_qC.shape[1] > k:
-            kth_q = np.partition(dist_qC, k - 1, axis=1)[:, k - 1 : k]
-            there_qC &= dist_qC <= kth_q
-        for rows_C, dist_C, there_C in zip(rows_qC, dist_qC, there_qC, strict=True):
-            yield rows_C[there_C], dist_C[there_C]
+        some_qD = np.ascontiguousarray(queries_QD[start : start + _QUERIES_AT_ONCE], np.float32)
+        rows_qC, squared_qC = structure.refined(some_qD, keep, count, effort, living)
+        dist_qC = _pairs(some_qD, vectors_ND, rows_qC)
+        dist_qC[rows_qC < 0] = np.inf
+        kth_q = np.partition(dist_qC, k - 1, axis=1)[:, k - 1 : k] if keep > k else np.full((len(some_qD), 1), np.inf)
+        kept_qC = (dist_qC <= kth_q) & (rows_qC >= 0)
+        for at, (rows_C, squared_C, dist_C, kept_C) in enumerate(
+            zip(rows_qC, squared_qC, dist_qC, kept_qC, strict=True)
+        ):
+            if _is_whole(squared_C, k, count, queries_QD.shape[1]):
+                yield rows_C[kept_C], dist_C[kept_C]
+            else:
+                yield _nearest_of_one(structure, vectors_ND, some_qD[at : at + 1], k, effort, living)
+
+
+def _is_whole(squared_C: Vectors, k: int, count: int, width: int) -> bool:
+    """Whether the k nearest of `count` candidates, and what ties with them, are certainly among those kept."""
+    if len(squared_C) == count:
+        return True
+    # A row that was not kept lies no nearer than the last one kept, but for the errors of both.
+    kth, last = squared_C.item(k - 1), squared_C.item(-1)
+    return last > _NONE or kth + 2 * slack(width) < min(last, _FAR)
 
 
 def within(
@@ -91,16 +123,10 @@ def within(
         count *= 4
 
 
-def _promising(query_1D: Vectors, vectors_ND: Vectors, rows_C: Rows, k: int) -> Rows:
-    """The candidates that can be among the k nearest, by squared distances whose error is below `slack`."""
-    squared_C = np.empty(len(rows_C), np.float32)
-    pointers = [faiss.swig_ptr(array) for array in (squared_C, query_1D, vectors_ND, rows_C)]
-    with one_thread():
-        faiss.fvec_L2sqr_by_idx(*pointers, len(query_1D[0]), 1, len(rows_C))
-    kth = float(np.partition(squared_C, k - 1)[k - 1])
-    if kth >= _FAR:  # distances are cut at 2, where all farther rows tie
-        return rows_C
-    return rows_C[squared_C <= kth + 2 * slack(len(query_1D[0]))]
+def _pairs(queries_qD: Vectors, vectors_ND: Vectors, rows_qC: Rows) -> Vectors:
+    """Distances [q, C]; where there is no row, of any."""
+    query_P = np.repeat(np.arange(len(queries_qD)), rows_qC.shape[1])
+    return distances_of_pairs(queries_qD[query_P], vectors_ND[rows_qC.ravel()]).reshape(rows_qC.shape)
 
 
 def _cut(rows_C: Rows, dist_C: Vectors, k: int) -> Hit:

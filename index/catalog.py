@@ -34,6 +34,7 @@ from index.engine import IndexSettings, OnProgress
 from index.gallery import Gallery
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.live import SEAL_AFTER
+from index.receipts import Token
 from index.segments import sync_folder
 
 Galleries: TypeAlias = list[Gallery]
@@ -73,11 +74,18 @@ class Catalog:
             self.close()
             raise _refused(root, error) from error
 
-    def create(self, gallery_id: str, model: ModelRef, *, settings: IndexSettings | None = None) -> Gallery:
+    def create(
+        self,
+        gallery_id: str,
+        model: ModelRef,
+        *,
+        settings: IndexSettings | None = None,
+        token: Token | None = None,
+    ) -> Gallery:
         """Make an empty gallery for embeddings of `model`; raises AlreadyExists."""
         if model.embedding_dim < 1:
             raise InvalidInput(f"embedding_dim must be at least 1; got {model.embedding_dim}", field="embedding_dim")
-        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings))
+        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings, token))
 
     def restore(self, gallery_id: str, folder: Path, *, on_progress: OnProgress | None = None) -> Gallery:
         """A new gallery from a snapshot; raises AlreadyExists, and DamagedData when the snapshot is not whole."""

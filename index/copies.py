@@ -107,6 +107,8 @@ def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> Non
         connection.execute("PRAGMA journal_mode = WAL")
         # From here on it is another gallery: an etag of what the copied one wrote since must not fit.
         connection.execute("UPDATE gallery SET uid = ?", (uuid.uuid4().hex,))
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'receipts'").fetchone():  # not before schema 3
+            connection.execute("DELETE FROM receipts")
         connection.commit()
 
 

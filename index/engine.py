@@ -25,6 +25,7 @@ from embedding.decision import Judge, Vectors
 from embedding.errors import LookalikeError
 from index.deadline import Deadline
 from index.items import MAX_MATCHES, Item, ModelRef, Neighbor
+from index.receipts import Receipt, Token
 
 # What is asked
 
@@ -171,6 +172,12 @@ class Stats:
     settings: IndexSettings = field(default_factory=IndexSettings)
     busy: str = ""
     """What happens in the background: "sealing", "compacting", …; "" for nothing."""
+    wal_bytes: int = 0
+    """The part of `disk_bytes` that is the store's write-ahead log."""
+    seals: int = 0
+    """Segments written of fresh items alone, since the gallery was opened."""
+    compactions: int = 0
+    """Segments written that took in older ones, since the gallery was opened."""
     last_failure: str = ""
     """Why background work last failed, until it succeeds."""
 
@@ -342,6 +349,30 @@ class GalleryEngine(Protocol):
 
     def close(self) -> None:
         """Refuse new calls, let running ones end, free what is held."""
+
+
+class Receipting(GalleryEngine, Protocol):
+    """A gallery that keeps receipts of requests in the same step as what these wrote."""
+
+    def answered(self, token: Token) -> bytes | None:
+        """What a request that wrote to this gallery was answered, None when it has not. Raises RequestIdReused."""
+
+    def upsert(self, items: Sequence[Item], *, allow_missing: bool = True, receipt: Receipt | None = None) -> Items:
+        """As `GalleryEngine.upsert`; a write whose receipt says that it had been done before returns no items."""
+
+    def delete(
+        self,
+        names: Sequence[str],
+        *,
+        allow_missing: bool = False,
+        etags: Mapping[str, str] | None = None,
+        receipt: Receipt | None = None,
+    ) -> int: ...
+
+    def purge(self, allowed: Filter, *, deadline: Deadline | None = None, receipt: Receipt | None = None) -> int: ...
+
+    def configure(self, settings: IndexSettings, *, token: Token | None = None) -> None:
+        """As `GalleryEngine.configure`; an empty answer is kept under `token`."""
 
 
 class GalleryCatalog(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from embedding.decision import Judge, Vectors, checked_embedding
 from embedding.errors import ModelMismatch
 from index.checks import checked_items
+from index.connections import connect
 from index.copies import write_copy
 from index.deadline import Deadline
 from index.engine import (
@@ -45,6 +47,7 @@ from index.items import (
     page_token_after,
 )
 from index.live import SEAL_AFTER, STORE, Live
+from index.receipts import Book, Receipt, Token
 from index.schema import create_tables
 from index.snapshot import Allowed, Answer, Search, Snapshot
 from index.stats import stats_of
@@ -64,9 +67,14 @@ class Gallery:
         self._live = Live(gallery_id, folder, read_only=read_only, seal_after=seal_after)
 
     @staticmethod
-    def create(folder: Path, model: ModelRef, settings: IndexSettings | None = None) -> None:
-        """Make an empty gallery in a folder that exists."""
+    def create(
+        folder: Path, model: ModelRef, settings: IndexSettings | None = None, token: Token | None = None
+    ) -> None:
+        """Make an empty gallery in a folder that exists, with a receipt of the request that asked for it."""
         create_tables(folder / STORE, model, json.dumps(asdict(settings)) if settings else "{}")
+        if token is not None:
+            with closing(connect(folder / STORE, read_only=False)) as connection:
+                Book(connection).keep(token, b"")
 
     @property
     def id(self) -> str:
@@ -230,34 +238,44 @@ class Gallery:
 
     # Writing
 
-    def upsert(self, items: Sequence[Item], *, allow_missing: bool = True) -> Items:
+    def upsert(self, items: Sequence[Item], *, allow_missing: bool = True, receipt: Receipt | None = None) -> Items:
         """Insert or overwrite all items, or none, and return them as stored; durable when it returns."""
         if not items:
             return []
         vectors_ND, metadata = checked_items(items, self.model.embedding_dim)
         return self._live.write(
-            Upsert(items=items, metadata=metadata, vectors_ND=vectors_ND, allow_missing=allow_missing)
+            Upsert(items=items, metadata=metadata, vectors_ND=vectors_ND, allow_missing=allow_missing, receipt=receipt)
         ).items
 
     def delete(
-        self, names: Sequence[str], *, allow_missing: bool = False, etags: Mapping[str, str] | None = None
+        self,
+        names: Sequence[str],
+        *,
+        allow_missing: bool = False,
+        etags: Mapping[str, str] | None = None,
+        receipt: Receipt | None = None,
     ) -> int:
         """Delete all named items, or none, and return how many there were; durable when it returns."""
         for i, name in enumerate(names):
             check_item_name(name, field=f"names[{i}]")
         if not names:
             return 0
-        return len(self._live.write(Delete(names=names, allow_missing=allow_missing, etags=etags or {})).died_R)
+        write = Delete(names=names, allow_missing=allow_missing, etags=etags or {}, receipt=receipt)
+        return len(self._live.write(write).died_R)
 
-    def purge(self, allowed: Filter, *, deadline: Deadline | None = None) -> int:
+    def purge(self, allowed: Filter, *, deadline: Deadline | None = None, receipt: Receipt | None = None) -> int:
         """Delete every accepted item in one write, and return how many there were; none when the deadline passes."""
         if deadline:
             deadline.check()
-        return len(self._live.write(Purge(allowed=allowed, deadline=deadline), deadline).died_R)
+        return len(self._live.write(Purge(allowed=allowed, deadline=deadline, receipt=receipt), deadline).died_R)
 
-    def configure(self, settings: IndexSettings) -> None:
+    def configure(self, settings: IndexSettings, *, token: Token | None = None) -> None:
         """Store how the gallery is to be indexed; it holds from the next sealing on."""
-        self._live.change_settings(settings)
+        self._live.change_settings(settings, token)
+
+    def answered(self, token: Token) -> bytes | None:
+        """What a request that wrote to this gallery was answered, None when it has not. Raises RequestIdReused."""
+        return self._live.store.answered(token)
 
     # Keeping
 

@@ -31,6 +31,7 @@ from index.engine import IndexSettings, OnProgress, Progress
 from index.exact import Keys
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
+from index.receipts import Token
 from index.rows import LiveRows
 from index.segments import ROWS_AT_ONCE, Planned, Segment, open_segment, remove_segments, write_segment
 from index.snapshot import Part, Snapshot
@@ -70,6 +71,8 @@ class Live:
         self.closed = False
         self.busy = ""
         self.last_failure = ""
+        self.seals = 0
+        self.compactions = 0
         self._failed_at = 0
         self._last_group, self._last_seconds = 1, 0.0
         self._seal_after = seal_after
@@ -132,11 +135,11 @@ class Live:
         if self.settings.margin is None:
             self.settings = replace(self.settings, margin=margin)
 
-    def change_settings(self, settings: IndexSettings) -> None:
+    def change_settings(self, settings: IndexSettings, token: Token | None = None) -> None:
         with self.write_lock():
             if settings.margin is None:
                 settings = replace(settings, margin=self.settings.margin)
-            self.store.record_settings(json.dumps(asdict(settings)))
+            self.store.record_settings(json.dumps(asdict(settings)), token)
             self.settings = settings
 
     @contextmanager
@@ -178,7 +181,8 @@ class Live:
             whole = everything and len(sealed) == 1 and not since.unsealed
             if (nothing_new or whole) and not (anew and sealed):
                 return
-            self.busy = "compacting" if start < len(sealed) else "sealing"
+            merges = start < len(sealed)
+            self.busy = "compacting" if merges else "sealing"
             try:
                 segments = list(self._rows.segments[:start])
                 ranges = sealed[:start]
@@ -206,6 +210,8 @@ class Live:
             remove_segments(self.segments_folder, except_for=[one.digest for one in ranges])
             self._sums.keep()
             self.last_failure = ""
+            self.compactions += merges
+            self.seals += not merges
 
     def rebuild(self, *, on_progress: OnProgress | None = None) -> None:
         """Write all segments anew from the store, a block at a time; writers wait for the first and the last step.
@@ -343,7 +349,7 @@ class Live:
         self._rows.reserve(born, deaths=sum(self._most_deaths(write) for write in writes))
         outcomes = self.store.write(writes, oldest_read=self._oldest_read())
         for write, outcome in zip(writes, outcomes, strict=True):
-            if isinstance(outcome, Written):
+            if isinstance(outcome, Written) and not outcome.repeated:
                 if isinstance(write, Upsert):
                     self._rows.append(outcome.born_N, write.vectors_ND)
                 self._rows.kill(outcome.died_R)

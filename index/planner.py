@@ -179,7 +179,7 @@ class _Trial:
             margin=self._margin,
             exact_microseconds=self.exact_microseconds,
         )
-        structure = load_structure(path, plan)
+        structure = load_structure(path, plan, self._vectors_ND)
         return plan.model_copy(update={"curve": tuple(self._curve(structure))})
 
     def _measure_truth(self) -> None:

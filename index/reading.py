@@ -19,6 +19,7 @@ from index.deadline import Deadline
 from index.engine import Filter
 from index.exact import Keys
 from index.items import Item, ModelRef
+from index.receipts import Token, find
 from index.schema import as_datetime, check_tables
 
 LIVING = "died IS NULL"
@@ -100,6 +101,11 @@ class Reading:
             raise NotFound(f"no item {name!r} in this gallery", field="name")
         data: bytes | None = row[0]
         return data
+
+    def answered(self, token: Token) -> bytes | None:
+        """What this request was answered before; None when it was not. Raises RequestIdReused."""
+        with self._readers.lend() as connection:
+            return find(connection, token)
 
     def page(self, after: str, size: int, allowed: Filter | None = None) -> list[Item]:
         """Up to `size` items by rising name, those after `after`."""

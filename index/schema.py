@@ -13,7 +13,7 @@ from index.connections import translated
 from index.items import ModelRef
 
 APPLICATION_ID = 0x4C4B474C  # "LKGL"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _SEGMENTS = """
 CREATE TABLE segments (            -- sealed parts of the gallery, by rising keys
@@ -30,6 +30,16 @@ CREATE TABLE tombstones (          -- items that died since their segment was wr
 CREATE TABLE thumbnails (
     key INTEGER PRIMARY KEY,       -- of the item's version
     data BLOB NOT NULL
+) STRICT;
+"""
+
+RECEIPTS = """
+CREATE TABLE receipts (            -- what requests were answered, by rising time
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    digest BLOB NOT NULL,          -- of the request
+    made_us INTEGER NOT NULL,
+    answer BLOB NOT NULL
 ) STRICT;
 """
 
@@ -62,6 +72,7 @@ CREATE TABLE items (
 CREATE UNIQUE INDEX living_names ON items (name) WHERE died IS NULL;
 CREATE INDEX dead_items ON items (died) WHERE died IS NOT NULL;
 {_SEGMENTS}
+{RECEIPTS}
 """
 
 # What brings a store of the version before to each version, in one transaction. Segments are a view: those of an older
@@ -74,6 +85,7 @@ ALTER TABLE gallery DROP COLUMN segment;
 UPDATE gallery SET size = (SELECT count(*) FROM items WHERE died IS NULL);
 {_SEGMENTS}
 """,
+    3: RECEIPTS,
 }
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -144,13 +144,14 @@ def open_segment(folder: Path, digest: str, *, sums: Sums | None = None) -> Segm
             if sums.of(path / name) != wanted:
                 raise DamagedData(f"{path / name} does not agree with its checksum")
         rows = manifest.rows
+        vectors_ND = _mapped(path / VECTORS, (rows, manifest.embedding_dim))
         return Segment(
             digest=digest,
             manifest=manifest,
             keys_N=np.fromfile(path / KEYS, dtype="<i8", count=rows).astype(np.int64, copy=False),
-            vectors_ND=_mapped(path / VECTORS, (rows, manifest.embedding_dim)),
+            vectors_ND=vectors_ND,
             norms_N=_mapped(path / NORMS, (rows,)),
-            structure=load_structure(path / INDEX, manifest.plan) if INDEX in manifest.files else None,
+            structure=load_structure(path / INDEX, manifest.plan, vectors_ND) if INDEX in manifest.files else None,
         )
     except (OSError, ValueError, ValidationError) as error:
         raise DamagedData(f"segment {path} cannot be read: {error}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from index.engine import SegmentStats, Stats
 from index.live import Live
 from index.snapshot import Part
@@ -12,20 +14,31 @@ def stats_of(live: Live) -> Stats:
     snapshot = live.snapshot
     segments = [_segment(part) for part in snapshot.parts[:-1]]
     fresh = snapshot.fresh
-    files = [live.store.path, live.store.path.with_name(live.store.path.name + "-wal")]
+    wal_bytes = _size(live.store.path.with_name(live.store.path.name + "-wal"))
     in_memory = fresh.keys_N.nbytes + fresh.vectors_ND.nbytes + fresh.norms_N.nbytes
     return Stats(
         size=snapshot.size,
         generation=snapshot.generation,
         fresh=fresh.size,
         dead=snapshot.dead,
-        disk_bytes=sum(path.stat().st_size for path in files if path.exists()) + sum(s.disk_bytes for s in segments),
+        disk_bytes=_size(live.store.path) + wal_bytes + sum(s.disk_bytes for s in segments),
         memory_bytes=in_memory + sum(s.memory_bytes for s in segments),
         segments=segments,
         settings=live.settings,
+        wal_bytes=wal_bytes,
+        seals=live.seals,
+        compactions=live.compactions,
         busy=live.busy,
         last_failure=live.last_failure,
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _segment(part: Part) -> SegmentStats:

@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 
@@ -24,9 +25,10 @@ from index.engine import Filter
 from index.exact import Keys
 from index.items import Item
 from index.reading import LIVING, Reading, SealedRange, interrupted_by
+from index.receipts import Book, Receipt, Token, find
 from index.schema import as_datetime, now_us
 
-_BURIED_AT_ONCE = 2_000  # items, between two looks at the deadline: about 10 ms
+_BURIED_AT_ONCE = 500  # items, between two looks at the deadline: about 10 ms
 _KEYS_GIVEN = "key IN (SELECT value FROM json_each(?))"
 
 
@@ -39,6 +41,7 @@ class Upsert:
     """Their metadata as JSON text."""
     vectors_ND: Vectors
     allow_missing: bool
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +51,7 @@ class Delete:
     names: Sequence[str]
     allow_missing: bool
     etags: Mapping[str, str] = field(default_factory=dict)
+    receipt: Receipt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +60,7 @@ class Purge:
 
     allowed: Filter
     deadline: Deadline | None = None
+    receipt: Receipt | None = None
 
 
 Write = Upsert | Delete | Purge
@@ -71,6 +76,8 @@ class Written:
     born_N: Keys
     items: list[Item]
     """The items as stored, aligned with `born_N`."""
+    repeated: bool = False
+    """Whether its receipt says that it had been done before; nothing was written."""
 
 
 Outcome = Written | LookalikeError | sqlite3.Error
@@ -82,6 +89,10 @@ class Store(Reading):
     Opened read-only it shows the moment of opening, whatever another process writes afterwards.
     """
 
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        super().__init__(path, read_only=read_only)
+        self._book = Book(self._own)
+
     def write(self, writes: Sequence[Write], *, oldest_read: int) -> list[Outcome]:
         """Carry out each write or refuse it as a whole, and commit what was carried out, durably.
 
@@ -92,7 +103,9 @@ class Store(Reading):
             self._own.execute("BEGIN IMMEDIATE")
             before = self.header
             try:
-                outcomes = [self._attempt(write, alone=len(writes) == 1) for write in writes]
+                # Alone, a write is refused before it has changed anything; its receipt may fail later.
+                alone = len(writes) == 1 and writes[0].receipt is None
+                outcomes = [self._attempt(write, alone=alone) for write in writes]
                 if self.header is not before:
                     self._purge_dead(oldest_read)
                     self._own.execute(
@@ -102,6 +115,7 @@ class Store(Reading):
                 self._own.execute("COMMIT")
             except BaseException:
                 self.header = before
+                self._book.rolled_back()
                 if self._own.in_transaction:  # SQLite has already rolled back after some disk errors
                     self._own.execute("ROLLBACK")
                 raise
@@ -130,10 +144,20 @@ class Store(Reading):
                     self._own.execute("ROLLBACK")
                 raise
 
-    def record_settings(self, settings: str) -> None:
-        """Store how the gallery is to be indexed; its generation stays."""
+    def record_settings(self, settings: str, token: Token | None = None) -> None:
+        """Store how the gallery is to be indexed, with a receipt that says so; its generation stays."""
         with translated(self._path):
-            self._own.execute("UPDATE gallery SET settings = ?", (settings,))
+            self._own.execute("BEGIN IMMEDIATE")
+            try:
+                self._own.execute("UPDATE gallery SET settings = ?", (settings,))
+                if token is not None:
+                    self._book.keep(token, b"")
+                self._own.execute("COMMIT")
+            except BaseException:
+                self._book.rolled_back()
+                if self._own.in_transaction:
+                    self._own.execute("ROLLBACK")
+                raise
         self.header = replace(self.header, settings=settings)
 
     # Within
@@ -144,15 +168,10 @@ class Store(Reading):
         if not alone:
             self._own.execute("SAVEPOINT one")
         try:
-            match write:
-                case Upsert():
-                    written = self._upsert(write)
-                case Delete():
-                    written = self._delete(write)
-                case Purge():
-                    written = self._purge(write)
+            written = self._done(write) if write.receipt is None else self._done_once(write, write.receipt)
         except (LookalikeError, sqlite3.Error) as error:
             self.header = header
+            self._book.rolled_back()
             if not self._own.in_transaction:  # a disk error has ended the whole transaction
                 raise
             if alone:
@@ -173,6 +192,29 @@ class Store(Reading):
                 raise error
         except (LookalikeError, sqlite3.Error) as told:
             return told
+
+    def _done(self, write: Write) -> Written:
+        match write:
+            case Upsert():
+                return self._upsert(write)
+            case Delete():
+                return self._delete(write)
+            case Purge():
+                return self._purge(write)
+
+    def _done_once(self, write: Write, receipt: Receipt) -> Written:
+        receipt.answer = find(self._own, receipt.token)
+        receipt.repeated = receipt.answer is not None
+        if receipt.repeated:
+            nothing = np.empty(0, np.int64)
+            return Written(generation=self.header.generation, died_R=nothing, born_N=nothing, items=[], repeated=True)
+        written = self._done(write)
+        try:
+            receipt.answer = receipt.form(written.items, len(written.died_R))
+        except Exception as error:  # a mistake of the caller's, which must not end the writes of others
+            raise LookalikeError("the answer cannot be formed") from error
+        self._book.keep(receipt.token, receipt.answer)
+        return written
 
     def _upsert(self, write: Upsert) -> Written:
         generation, first = self.header.generation + 1, self.header.next_key

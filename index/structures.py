@@ -22,7 +22,7 @@ from embedding.errors import DamagedData
 from index.engine import CurvePoint, Raw
 from index.engine import Structure as Kind
 from index.exact import Rows
-from index.threads import one_thread
+from index.threads import all_cores, one_thread
 
 Step = Callable[[str, int, int], None]
 """Told the stage, how much is done, and of how much; what it raises ends the building."""
@@ -88,32 +88,48 @@ class Plan(BaseModel):
 
 
 class Structure:
-    """A loaded index and its plan; searched from any thread."""
+    """A loaded index and its plan, over rows [N, D] that lie in memory one after another; searched from any thread."""
 
-    def __init__(self, index: Any, plan: Plan, *, file_bytes: int) -> None:
+    def __init__(self, index: Any, plan: Plan, vectors_ND: Vectors, *, file_bytes: int) -> None:
         self._index = index
-        self._rows: int = index.ntotal
-        self._known: dict[int, Any] = {}
+        self._vectors_ND = vectors_ND  # FAISS keeps a pointer only
+        self._refining = faiss.IndexRefine(index, _flat_over(vectors_ND))
+        self.rows: int = index.ntotal
+        self._known: dict[tuple[int, float], Any] = {}
         self.plan = plan
         self.memory_bytes = file_bytes
         """What it takes when all of it is in use; the file is mapped, so that it may be less."""
 
     def candidates(self, queries_QD: Vectors, count: int, effort: Raw, living: Living | None = None) -> Rows:
         """Rows [Q, C] that may be near each query, most promising first, −1 where there are no more; C ≤ `count`."""
-        count = min(count, self._rows)
+        count = min(count, self.rows)
+        return self._search(self._index, queries_QD, count, self._parameters(count, effort, living))[0]
+
+    def refined(
+        self, queries_QD: Vectors, keep: int, count: int, effort: Raw, living: Living | None = None
+    ) -> tuple[Rows, Vectors]:
+        """The `keep` nearest of `count` candidates: rows [Q, C], −1 where there are no more, and squared distances.
+
+        The distances rise, are of the rows themselves, and err by less than `exact.slack`. keep ≤ count ≤ `rows`.
+        """
+        parameters = self._parameters(count, effort, living, share=(count + 0.5) / keep)
+        return self._search(self._refining, queries_QD, keep, parameters)
+
+    def _search(self, index: Any, queries_QD: Vectors, count: int, parameters: Any) -> tuple[Rows, Vectors]:
         queries = len(queries_QD)
         rows_QC: Rows = np.empty((queries, count), np.int64)
-        squared_QC = np.empty((queries, count), np.float32)
-        pointers = faiss.swig_ptr(squared_QC), faiss.swig_ptr(rows_QC), self._parameters(count, effort, living)
+        squared_QC: Vectors = np.empty((queries, count), np.float32)
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        pointers = faiss.swig_ptr(squared_QC), faiss.swig_ptr(rows_QC), parameters
         with one_thread():  # the call below FAISS's wrapper, which takes a sixth of a short search
-            self._index.search_c(queries, faiss.swig_ptr(queries_QD), count, *pointers)
-        return rows_QC
+            index.search_c(queries, faiss.swig_ptr(queries_QD), count, *pointers)
+        return rows_QC, squared_QC
 
-    def _parameters(self, count: int, effort: Raw, living: Living | None) -> Any:
+    def _parameters(self, count: int, effort: Raw, living: Living | None, *, share: float = 0.0) -> Any:
+        """For the index, or with the share of candidates to rows kept for refining."""
         hnsw = self.plan.structure == "hnsw"
         value = max(effort.ef_search or count, count) if hnsw else min(effort.nprobe or 1, self.plan.lists)
-        known = self._known.get(value) if living is None else None
+        known = self._known.get((value, share)) if living is None else None
         if known is not None:
             return known
         selector = living.selector if living is not None else None
@@ -121,9 +137,28 @@ class Structure:
             parameters = faiss.SearchParametersHNSW(efSearch=value, sel=selector)
         else:
             parameters = faiss.SearchParametersIVF(nprobe=value, sel=selector)
+        if share:
+            parameters = faiss.IndexRefineSearchParameters(k_factor=share, base_index_params=parameters)
         if living is None and len(self._known) < _KNOWN:
-            self._known[value] = parameters
+            self._known[value, share] = parameters
         return parameters
+
+
+def _flat_over(vectors_ND: Vectors) -> Any:
+    """An exact index over rows that stay where they are: FAISS's own way to have one copies them."""
+    flat = faiss.IndexFlatL2(vectors_ND.shape[1])
+    if len(vectors_ND):
+        pointer, size = faiss.swig_ptr(vectors_ND.reshape(-1).view(np.uint8)), vectors_ND.nbytes
+        codes = flat.codes
+        codes.is_owned, codes.view_data, codes.view_size, codes.c_ptr, codes.c_size = (
+            False,
+            pointer,
+            size,
+            pointer,
+            size,
+        )
+        flat.ntotal = len(vectors_ND)
+    return flat
 
 
 class Living:
@@ -137,7 +172,7 @@ class Living:
 def build_hnsw(vectors_ND: Vectors, path: Path, step: Step) -> None:
     """A graph over vectors rounded to float16: candidates are measured again from the segment's own."""
     index = faiss.IndexHNSWSQ(vectors_ND.shape[1], faiss.ScalarQuantizer.QT_fp16, _HNSW_LINKS)
-    with one_thread():
+    with all_cores():
         index.train(np.ascontiguousarray(vectors_ND[:1]))
         _add(index, vectors_ND, step)
         faiss.write_index(index, str(path))
@@ -146,7 +181,7 @@ def build_hnsw(vectors_ND: Vectors, path: Path, step: Step) -> None:
 def build_ivf(kind: Kind, vectors_ND: Vectors, sample_SD: Vectors, lists: int, path: Path, step: Step) -> None:
     """Inverted lists; rows are stored whole, as 8 bits a value, or as 4 bits a pair of values (Jégou et al. 2011)."""
     width = vectors_ND.shape[1]
-    with one_thread():
+    with all_cores():
         quantizer = faiss.IndexFlatL2(width)
         quantizer.add(_centroids(sample_SD, lists, step))
         if kind == "ivf-pq":
@@ -160,13 +195,15 @@ def build_ivf(kind: Kind, vectors_ND: Vectors, sample_SD: Vectors, lists: int, p
         faiss.write_index(index, str(path))
 
 
-def load_structure(path: Path, plan: Plan) -> Structure:
-    """Map a structure whose file has been found whole. Raises DamagedData."""
+def load_structure(path: Path, plan: Plan, vectors_ND: Vectors) -> Structure:
+    """Map a structure over these rows whose file has been found whole. Raises DamagedData."""
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:
         raise DamagedData(f"{path} cannot be read by FAISS: {str(error).splitlines()[0]}") from error
-    return Structure(index, plan, file_bytes=path.stat().st_size)
+    if index.ntotal != len(vectors_ND) or index.d != vectors_ND.shape[1]:
+        raise DamagedData(f"{path} is over {index.ntotal} rows of width {index.d}; its segment has {vectors_ND.shape}")
+    return Structure(index, plan, vectors_ND, file_bytes=path.stat().st_size)
 
 
 def _centroids(sample_SD: Vectors, lists: int, step: Step) -> Vectors:

@@ -25,6 +25,7 @@ _EXTRA_OF_MODULE = {
     "grpc_reflection": "serve",
     "grpc_status": "serve",
     "pyarrow": "serve",
+    "prometheus_client": "serve",
     "structlog": "serve",
     "matplotlib": "train",
     "scipy": "train",

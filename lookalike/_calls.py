@@ -5,6 +5,7 @@ Nothing here sends anything: `_methods.py` turns these functions into methods of
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -22,6 +23,7 @@ from lookalike.types import (
     Decision,
     Effort,
     Embedding,
+    Feedback,
     Gallery,
     ImageLike,
     Imported,
@@ -35,9 +37,10 @@ from lookalike.types import (
     OperatingPoint,
     Operation,
     Purged,
+    RecordedFeedback,
     Snapshot,
 )
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 ResultT = TypeVar("ResultT")
 ElementT = TypeVar("ElementT", bound=Message)
@@ -48,11 +51,13 @@ SEARCH = "lookalike.v1.SearchService"
 GALLERY = "lookalike.v1.GalleryService"
 MODEL = "lookalike.v1.ModelService"
 ALIAS = "lookalike.v1.AliasService"
+FEEDBACK = "lookalike.v1.FeedbackService"
 UPKEEP = "lookalike.v1.UpkeepService"
 OPERATIONS = "google.longrunning.Operations"
 
 MAX_PAIRS = 256
 MAX_IMAGES = 256
+MAX_CASES = 1024
 MAX_QUERIES = 1024
 MAX_NEIGHBORS = 200_000
 """Of all queries of one BatchSearch."""
@@ -188,6 +193,46 @@ def embed_batch(images: Iterable[ImageLike]) -> Batch[common_pb2.ImageInput, Emb
     )
 
 
+def record_feedback(
+    cases: Iterable[Feedback],
+) -> Batch[feedback_pb2.Feedback, RecordedFeedback]:
+    """Record, durably, what decisions turned out to be: up to 1,024 at a time, all or none."""
+    return Batch(
+        map(messages.feedback, cases),
+        MAX_CASES,
+        lambda chunk: _call(
+            f"{FEEDBACK}/RecordFeedback",
+            feedback_pb2.RecordFeedbackRequest(feedback=chunk, request_id=_new_id()),
+            feedback_pb2.RecordFeedbackResponse,
+            lambda response: [messages.recorded_feedback(case) for case in response.feedback],
+        ),
+    )
+
+
+def list_feedback(page_token: str, *, model: str = "") -> Call[Page[RecordedFeedback]]:
+    """The recorded feedback, of one model or all, in the order of its recording; pages are fetched as needed."""
+    return _call(
+        f"{FEEDBACK}/ListFeedback",
+        feedback_pb2.ListFeedbackRequest(
+            page_size=PAGE_SIZE, page_token=page_token, model=messages.model_name(model) if model else ""
+        ),
+        feedback_pb2.ListFeedbackResponse,
+        lambda response: Page(
+            [messages.recorded_feedback(case) for case in response.feedback], response.next_page_token
+        ),
+    )
+
+
+def delete_feedback(feedback: str) -> Call[None]:
+    """Delete recorded feedback, named by the id that it was given."""
+    return _call(
+        f"{FEEDBACK}/DeleteFeedback",
+        feedback_pb2.DeleteFeedbackRequest(name=f"feedback/{feedback}", request_id=_new_id()),
+        feedback_pb2.DeleteFeedbackResponse,
+        lambda response: None,
+    )
+
+
 def search(
     gallery: str,
     query: ImageLike,
@@ -197,12 +242,13 @@ def search(
     filter: str = "",
     effort: Effort | None = None,
     exclude: Iterable[ItemName] = (),
+    metadata: bool = True,
 ) -> Call[Neighbors]:
     """The k items of a gallery nearest to an image, nearest first, each with its decision.
 
     An item of the searched gallery is left out of its own results, as are those in `exclude`; a smaller gallery returns
     all it has. `filter` says which items may be found, such as `metadata.brand = "acme"`. Without an `effort` the
-    search reaches the recall that the gallery was tuned to.
+    search reaches the recall that the gallery was tuned to. Without `metadata` large answers are much faster.
     """
     return _call(
         f"{SEARCH}/Search",
@@ -214,6 +260,7 @@ def search(
             filter=filter,
             effort=messages.effort(effort),
             exclude=map(str, exclude),
+            read_mask=messages.neighbor_mask(metadata),
         ),
         search_pb2.SearchResponse,
         messages.neighbors,
@@ -228,6 +275,7 @@ def search_batch(
     operating_point: OperatingPoint | None = None,
     filter: str = "",
     effort: Effort | None = None,
+    metadata: bool = True,
 ) -> Batch[common_pb2.ImageInput, Neighbors | CallFailed]:
     """Search many images: for each, in order, its neighbours, or the error that this image alone met."""
     point, wanted = messages.operating_point(operating_point), messages.effort(effort)
@@ -238,7 +286,13 @@ def search_batch(
         lambda chunk: _call(
             f"{SEARCH}/BatchSearch",
             search_pb2.BatchSearchRequest(
-                gallery=name, queries=chunk, k=k, operating_point=point, filter=filter, effort=wanted
+                gallery=name,
+                queries=chunk,
+                k=k,
+                operating_point=point,
+                filter=filter,
+                effort=wanted,
+                read_mask=messages.neighbor_mask(metadata),
             ),
             search_pb2.BatchSearchResponse,
             lambda response: [
@@ -258,6 +312,7 @@ def search_matches(
     filter: str = "",
     effort: Effort | None = None,
     exclude: Iterable[ItemName] = (),
+    metadata: bool = True,
 ) -> Collected[Neighbors]:
     """All items of a gallery within the threshold, nearest first; `truncated` when there are more than `limit`.
 
@@ -273,6 +328,7 @@ def search_matches(
         filter=filter,
         effort=messages.effort(effort),
         exclude=map(str, exclude),
+        read_mask=messages.neighbor_mask(metadata),
     )
 
     def parse(parts: Sequence[bytes]) -> Neighbors:
@@ -292,6 +348,7 @@ def search_stream(
     operating_point: OperatingPoint | None = None,
     filter: str = "",
     effort: Effort | None = None,
+    metadata: bool = True,
 ) -> Stream[Neighbors | CallFailed]:
     """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
     error that this image alone met. Images are read ahead of the answers. It has no time limit."""
@@ -301,6 +358,7 @@ def search_stream(
         operating_point=messages.operating_point(operating_point),
         filter=filter,
         effort=messages.effort(effort),
+        read_mask=messages.neighbor_mask(metadata),
     )
 
     def requests() -> Iterator[bytes]:
@@ -320,7 +378,7 @@ def create_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call[
     settings = gallery_pb2.Gallery(index=messages.index_settings(index)) if index else None
     return _call(
         f"{GALLERY}/CreateGallery",
-        gallery_pb2.CreateGalleryRequest(gallery_id=gallery, gallery=settings),
+        gallery_pb2.CreateGalleryRequest(gallery_id=gallery, gallery=settings, request_id=_new_id()),
         gallery_pb2.CreateGalleryResponse,
         lambda response: messages.gallery(response.gallery),
     )
@@ -356,39 +414,48 @@ def update_gallery(gallery: str, index: IndexSettings, *, etag: str = "") -> Cal
         gallery_pb2.UpdateGalleryRequest(
             gallery=gallery_pb2.Gallery(
                 name=messages.gallery_name(gallery), index=messages.index_settings(index), etag=etag
-            )
+            ),
+            request_id=_new_id(),
         ),
         gallery_pb2.UpdateGalleryResponse,
         lambda response: messages.gallery(response.gallery),
     )
 
 
-def delete_gallery(gallery: str, *, force: bool = False) -> Call[None]:
-    """Delete a gallery; with `force` also one that holds items."""
+def delete_gallery(gallery: str, *, force: bool = False, validate_only: bool = False) -> Call[None]:
+    """Delete a gallery; with `force` also one that holds items, with `validate_only` look whether it could be."""
     return _call(
         f"{GALLERY}/DeleteGallery",
-        gallery_pb2.DeleteGalleryRequest(name=messages.gallery_name(gallery), force=force),
+        gallery_pb2.DeleteGalleryRequest(
+            name=messages.gallery_name(gallery), force=force, request_id=_new_id(), validate_only=validate_only
+        ),
         gallery_pb2.DeleteGalleryResponse,
         lambda response: None,
     )
 
 
-def get_item(name: ItemName) -> Call[Item]:
-    """Describe an item, its embedding included."""
+def get_item(name: ItemName, *, metadata: bool = True, embedding: bool = True) -> Call[Item]:
+    """Describe an item; what is not wanted is not sent."""
     return _call(
         f"{GALLERY}/GetItem",
-        gallery_pb2.GetItemRequest(name=str(name)),
+        gallery_pb2.GetItemRequest(name=str(name), read_mask=messages.item_mask(metadata, embedding)),
         gallery_pb2.GetItemResponse,
         lambda response: messages.item(response.item),
     )
 
 
-def list_items(page_token: str, gallery: str, *, filter: str = "") -> Call[Page[Item]]:
-    """The items of a gallery that a filter accepts, by name and without embeddings; pages are fetched as needed."""
+def list_items(
+    page_token: str, gallery: str, *, filter: str = "", metadata: bool = True, embedding: bool = False
+) -> Call[Page[Item]]:
+    """The items of a gallery that a filter accepts, by name; pages are fetched as needed."""
     return _call(
         f"{GALLERY}/ListItems",
         gallery_pb2.ListItemsRequest(
-            parent=messages.gallery_name(gallery), page_size=PAGE_SIZE, page_token=page_token, filter=filter
+            parent=messages.gallery_name(gallery),
+            page_size=PAGE_SIZE,
+            page_token=page_token,
+            filter=filter,
+            read_mask=messages.item_mask(metadata, embedding),
         ),
         gallery_pb2.ListItemsResponse,
         lambda response: Page([messages.item(found) for found in response.items], response.next_page_token),
@@ -408,7 +475,10 @@ def update_items(
         lambda chunk: _call(
             f"{GALLERY}/BatchUpdateItems",
             gallery_pb2.BatchUpdateItemsRequest(
-                parent=messages.gallery_name(gallery), requests=chunk, allow_missing=allow_missing
+                parent=messages.gallery_name(gallery),
+                requests=chunk,
+                allow_missing=allow_missing,
+                request_id=_new_id(),
             ),
             gallery_pb2.BatchUpdateItemsResponse,
             lambda response: [
@@ -423,7 +493,7 @@ def update_item(gallery: str, item: NewItem, *, fields: Iterable[str] = (), allo
     """Store an item, durably, or with `fields` (`identity`, `metadata`, `image`) only these of it."""
     return _call(
         f"{GALLERY}/UpdateItem",
-        messages.update_request(gallery, item, fields=fields, allow_missing=allow_missing),
+        messages.update_request(gallery, item, fields=fields, allow_missing=allow_missing, request_id=_new_id()),
         gallery_pb2.UpdateItemResponse,
         lambda response: messages.item(response.item),
     )
@@ -452,7 +522,7 @@ def delete_item(name: ItemName, *, etag: str = "", allow_missing: bool = False) 
     """Delete an item; with an `etag` only while it still carries it."""
     return _call(
         f"{GALLERY}/DeleteItem",
-        gallery_pb2.DeleteItemRequest(name=str(name), etag=etag, allow_missing=allow_missing),
+        gallery_pb2.DeleteItemRequest(name=str(name), etag=etag, allow_missing=allow_missing, request_id=_new_id()),
         gallery_pb2.DeleteItemResponse,
         lambda response: None,
     )
@@ -462,7 +532,12 @@ def purge_items(gallery: str, filter: str, *, force: bool = False) -> Call[Purge
     """Count the items that a filter accepts, `*` for all; with `force` delete them, in one step."""
     return _call(
         f"{GALLERY}/PurgeItems",
-        gallery_pb2.PurgeItemsRequest(parent=messages.gallery_name(gallery), filter=filter, force=force),
+        gallery_pb2.PurgeItemsRequest(
+            parent=messages.gallery_name(gallery),
+            filter=filter,
+            force=force,
+            request_id=_new_id() if force else "",
+        ),
         gallery_pb2.PurgeItemsResponse,
         messages.purged,
     )
@@ -476,6 +551,7 @@ def delete_items(gallery: str, ids: Iterable[str], *, allow_missing: bool = Fals
             parent=messages.gallery_name(gallery),
             names=[str(ItemName(gallery, item)) for item in ids],
             allow_missing=allow_missing,
+            request_id=_new_id(),
         ),
         gallery_pb2.BatchDeleteItemsResponse,
         lambda response: response.deleted_count,
@@ -519,6 +595,7 @@ def activate_model(
             keep_previous=keep_previous,
             force=force,
             validate_only=validate_only,
+            request_id=_new_id(),
         ),
         model_pb2.ActivateModelResponse,
         messages.model_change,
@@ -529,7 +606,9 @@ def deactivate_model(model: str, *, force: bool = False, validate_only: bool = F
     """Unload a model that is not the active one; with `force` also one whose embeddings a gallery holds."""
     return _call(
         f"{MODEL}/DeactivateModel",
-        model_pb2.DeactivateModelRequest(name=messages.model_name(model), force=force, validate_only=validate_only),
+        model_pb2.DeactivateModelRequest(
+            name=messages.model_name(model), force=force, validate_only=validate_only, request_id=_new_id()
+        ),
         model_pb2.DeactivateModelResponse,
         messages.model_change,
     )
@@ -542,6 +621,7 @@ def put_alias(alias: str, gallery: str, *, allow_missing: bool = True) -> Call[A
         alias_pb2.UpdateAliasRequest(
             alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=messages.gallery_name(gallery)),
             allow_missing=allow_missing,
+            request_id=_new_id(),
         ),
         alias_pb2.UpdateAliasResponse,
         lambda response: messages.alias(response.alias),
@@ -572,7 +652,7 @@ def delete_alias(alias: str) -> Call[None]:
     """Delete an alias; the gallery stays."""
     return _call(
         f"{ALIAS}/DeleteAlias",
-        alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"),
+        alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}", request_id=_new_id()),
         alias_pb2.DeleteAliasResponse,
         lambda response: None,
     )
@@ -583,7 +663,9 @@ def reindex_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call
     return _call(
         f"{UPKEEP}/ReindexGallery",
         upkeep_pb2.ReindexGalleryRequest(
-            name=messages.gallery_name(gallery), index=messages.index_settings(index) if index else None
+            name=messages.gallery_name(gallery),
+            index=messages.index_settings(index) if index else None,
+            request_id=_new_id(),
         ),
         upkeep_pb2.ReindexGalleryResponse,
         lambda response: messages.operation(response.operation),
@@ -603,6 +685,7 @@ def migrate_gallery(gallery: str, to: str, *, model: str = "", alias: str = "") 
             gallery_id=to,
             model=messages.model_name(model) if model else "",
             alias=f"aliases/{alias}" if alias else "",
+            request_id=_new_id(),
         ),
         upkeep_pb2.MigrateGalleryResponse,
         lambda response: messages.operation(response.operation),
@@ -613,7 +696,9 @@ def create_snapshot(gallery: str, snapshot: str) -> Call[Operation]:
     """Begin to copy a gallery, at one generation, on the server's disk."""
     return _call(
         f"{UPKEEP}/CreateSnapshot",
-        upkeep_pb2.CreateSnapshotRequest(parent=messages.gallery_name(gallery), snapshot_id=snapshot),
+        upkeep_pb2.CreateSnapshotRequest(
+            parent=messages.gallery_name(gallery), snapshot_id=snapshot, request_id=_new_id()
+        ),
         upkeep_pb2.CreateSnapshotResponse,
         lambda response: messages.operation(response.operation),
     )
@@ -635,7 +720,7 @@ def delete_snapshot(gallery: str, snapshot: str) -> Call[None]:
     """Delete a snapshot of a gallery."""
     return _call(
         f"{UPKEEP}/DeleteSnapshot",
-        upkeep_pb2.DeleteSnapshotRequest(name=messages.snapshot_name(gallery, snapshot)),
+        upkeep_pb2.DeleteSnapshotRequest(name=messages.snapshot_name(gallery, snapshot), request_id=_new_id()),
         upkeep_pb2.DeleteSnapshotResponse,
         lambda response: None,
     )
@@ -645,7 +730,9 @@ def restore_gallery(gallery: str, snapshot: str, to: str) -> Call[Operation]:
     """Begin to make the new gallery `to` from a snapshot of a gallery."""
     return _call(
         f"{UPKEEP}/RestoreGallery",
-        upkeep_pb2.RestoreGalleryRequest(snapshot=messages.snapshot_name(gallery, snapshot), gallery_id=to),
+        upkeep_pb2.RestoreGalleryRequest(
+            snapshot=messages.snapshot_name(gallery, snapshot), gallery_id=to, request_id=_new_id()
+        ),
         upkeep_pb2.RestoreGalleryResponse,
         lambda response: messages.operation(response.operation),
     )
@@ -704,6 +791,11 @@ def _call(
         return parse(response)
 
     return Call(method, request.SerializeToString(), parse_bytes)
+
+
+def _new_id() -> str:
+    """Of a request that writes: made once, so that the server knows a repetition by it."""
+    return str(uuid.uuid4())
 
 
 def _error(status: status_pb2.Status) -> CallFailed:

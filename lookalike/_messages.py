@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -24,6 +26,7 @@ from lookalike.types import (
     Effort,
     Embedding,
     ErrorRates,
+    Feedback,
     Gallery,
     GalleryStats,
     ImageLike,
@@ -40,15 +43,17 @@ from lookalike.types import (
     OperatingPoint,
     Operation,
     Purged,
+    RecordedFeedback,
     Segment,
     Snapshot,
     Verdict,
 )
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
 
 ACTIVE_MODEL = "active"
 
+_ITEM_FIELDS = tuple(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
 _RAW = ("nprobe", "ef_search", "rescore")
 
 _VERDICTS = {
@@ -56,6 +61,8 @@ _VERDICTS = {
     common_pb2.VERDICT_NON_MATCH: Verdict.NON_MATCH,
     common_pb2.VERDICT_UNCERTAIN: Verdict.UNCERTAIN,
 }
+
+_VERDICT_NUMBERS = {verdict: number for number, verdict in _VERDICTS.items()}
 
 
 def image_input(image: ImageLike) -> common_pb2.ImageInput:
@@ -114,7 +121,7 @@ def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
 
 
 def update_request(
-    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False
+    gallery: str, item: NewItem, *, fields: Iterable[str] = (), allow_missing: bool = False, request_id: str = ""
 ) -> gallery_pb2.UpdateItemRequest:
     return gallery_pb2.UpdateItemRequest(
         item=gallery_pb2.Item(
@@ -126,7 +133,17 @@ def update_request(
         image=None if item.image is None else image_input(item.image),
         update_mask=FieldMask(paths=fields),
         allow_missing=allow_missing,
+        request_id=request_id,
     )
+
+
+def item_mask(metadata: bool, embedding: bool) -> FieldMask:
+    optional = {"metadata": metadata, "embedding": embedding}
+    return FieldMask(paths=[name for name in _ITEM_FIELDS if optional.get(name, True)])
+
+
+def neighbor_mask(metadata: bool) -> FieldMask | None:
+    return None if metadata else FieldMask(paths=["item", "identity", "decision"])
 
 
 def gallery_name(gallery: str) -> str:
@@ -152,6 +169,40 @@ def decision(message: common_pb2.Decision) -> Decision:
         frr=message.frr,
         model=_id(message.model),
         calibration=message.calibration,
+    )
+
+
+def feedback(case: Feedback) -> feedback_pb2.Feedback:
+    decision = case.decision
+    return feedback_pb2.Feedback(
+        case_id=case.case_id,
+        decision=common_pb2.Decision(
+            verdict=_VERDICT_NUMBERS[decision.verdict],
+            distance=decision.distance,
+            threshold=decision.threshold,
+            model=model_name(decision.model),
+            calibration=decision.calibration,
+        ),
+        truth=feedback_pb2.TRUTH_MATCH if case.is_match else feedback_pb2.TRUTH_NON_MATCH,
+        subject=case.subject,
+        review_rate=case.review_rate or 0,
+        candidates=case.candidates,
+    )
+
+
+def recorded_feedback(message: feedback_pb2.Feedback) -> RecordedFeedback:
+    return RecordedFeedback(
+        id=_id(message.name),
+        case_id=message.case_id,
+        decision=replace(
+            decision(message.decision), match_probability=math.nan, far=math.nan, far_upper95=math.nan, frr=math.nan
+        ),
+        is_match=message.truth == feedback_pb2.TRUTH_MATCH,
+        subject=message.subject,
+        review_rate=message.review_rate or None,
+        candidates=message.candidates,
+        fingerprint=message.fingerprint,
+        time=_datetime(message.update_time),
     )
 
 
@@ -355,6 +406,7 @@ def calibration(message: model_pb2.Calibration) -> Calibration:
         named_points=dict(message.named_points),
         smallest_supported_far=message.smallest_supported_far,
         probability_points=tuple((point.distance, point.probability) for point in message.probability_points),
+        feedback_pairs=message.feedback_pairs,
     )
 
 

@@ -173,4 +173,7 @@ class Methods:
     list_models = Paged(_calls.list_models)
     activate_model = Unary(_calls.activate_model)
     deactivate_model = Unary(_calls.deactivate_model)
+    record_feedback = Batched(_calls.record_feedback)
+    list_feedback = Paged(_calls.list_feedback)
+    delete_feedback = Unary(_calls.delete_feedback)
     is_serving = Unary(_calls.is_serving)

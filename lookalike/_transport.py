@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
 from lookalike import _calls
 from lookalike._calls import Batch, Call, Collected, Page, Stream
 from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
+from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
@@ -34,24 +36,21 @@ _ELEMENT_BYTES = 8
 """Tag and length that precede an element."""
 _POLL_SECONDS = 0.1
 
-# Reads are repeated while the server is unavailable. Writes are not: the reply to a write that took place may be
-# what was lost, and with an etag its repetition would fail with Conflict. To repeat a write is the caller's decision.
-_RETRIED = (
-    {"service": _calls.MATCH},
-    {"service": _calls.SEARCH},
-    *({"service": _calls.MODEL, "method": f"{read}"} for read in ("GetModel", "ListModels")),
-    *(
-        {"service": _calls.GALLERY, "method": f"{read}"}
-        for read in ("GetGallery", "ListGalleries", "GetItem", "ListItems")
-    ),
-    *({"service": _calls.ALIAS, "method": f"{read}"} for read in ("GetAlias", "ListAliases")),
-    {"service": _calls.UPKEEP, "method": "ListSnapshots"},
-    *({"service": _calls.OPERATIONS, "method": f"{read}"} for read in ("GetOperation", "ListOperations")),
-)
+# What is repeated while the server is unavailable. Reads may be; and so may writes, because each carries a request_id
+# under which the server does it once and answers a repetition as the first time. An import tells how far it came: to
+# begin again is the caller's decision.
+_NEVER_REPEATED = {(_calls.GALLERY, "ImportItems"), (_calls.OPERATIONS, "DeleteOperation")}
+_REPEATED = [
+    {"service": method.containing_service.full_name, "method": method.name}
+    for module in (alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, operations_pb2, search_pb2, upkeep_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+    if (service.full_name, method.name) not in _NEVER_REPEATED
+]
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": list(_RETRIED),
+            "name": _REPEATED,
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.1s",

@@ -2,8 +2,8 @@
 
 Images are given as the bytes of an image file, its path, an embedding, or the name of a stored item; galleries, items
 and models by their ids. Every failed call raises one error of `lookalike.errors`; in a batch an element fails alone,
-and its error stands in the place of its result. Reads are repeated a few times while the server is unavailable,
-writes never. A path is read when the method is called.
+and its error stands in the place of its result. Calls are repeated a few times while the server is unavailable, imports
+excepted; a write that is repeated is done once. A path is read when the method is called.
 """
 
 from __future__ import annotations

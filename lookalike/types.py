@@ -91,6 +91,42 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Feedback:
+    """What a decision turned out to be."""
+
+    case_id: str
+    """The caller's own id; feedback on one case of one model replaces what was recorded of it before."""
+    decision: Decision
+    """As it was answered."""
+    is_match: bool
+    """The truth."""
+    subject: str = ""
+    """Whose case it is: cases of one subject are not taken as independent."""
+    review_rate: float | None = None
+    """Share of decisions like this one that is reviewed, in (0, 1]; None when it is not known."""
+    candidates: int = 0
+    """How many items a search picked the pair from; 0 for a pair compared for its own sake."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordedFeedback:
+    """Feedback as the server keeps it. Of the decision, rates and probability are not kept: they are its
+    calibration's, and NaN here."""
+
+    id: str
+    case_id: str
+    decision: Decision
+    is_match: bool
+    subject: str
+    review_rate: float | None
+    candidates: int
+    fingerprint: str
+    """Of the model that decided."""
+    time: datetime
+    """When it was recorded last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbor:
     """An item found by a search, and whether it matches the query."""
 
@@ -345,6 +381,8 @@ class Calibration:
     smallest_supported_far: float
     probability_points: tuple[tuple[float, float], ...] = ()
     """Where not empty: distances and probabilities, from distance 0 to 2, that match_probability is linear between."""
+    feedback_pairs: int = 0
+    """Pairs of feedback that it was learned from on top of the held-out ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

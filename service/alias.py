@@ -11,6 +11,7 @@ from lookalike.v1 import alias_pb2 as pb
 from lookalike.v1 import alias_pb2_grpc
 from service import parse, wire
 from service.errors import translated_errors
+from service.once import Once, gone_already
 from service.serving import Serving
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,16 +20,23 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class AliasService(alias_pb2_grpc.AliasServiceServicer):
     """Names that stand for galleries."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, once: Once) -> None:
         self._serving = serving
+        self._once = once
 
     async def UpdateAlias(self, request: pb.UpdateAliasRequest, context: Context) -> pb.UpdateAliasResponse:
         async with translated_errors(context):
             alias = parse.alias_name(request.alias.name, "alias.name")
             gallery_id = parse.gallery_name(request.alias.gallery, "alias.gallery")
             serving = self._serving.current
-            await serving.run(serving.engine.put_alias, alias, gallery_id, allow_missing=request.allow_missing)
-            return pb.UpdateAliasResponse(alias=wire.alias(alias, gallery_id))
+
+            def put(_: bool) -> pb.UpdateAliasResponse:
+                serving.engine.put_alias(alias, gallery_id, allow_missing=request.allow_missing)
+                return pb.UpdateAliasResponse(alias=wire.alias(alias, gallery_id))
+
+            return await self._once.done(
+                request, pb.UpdateAliasResponse, serving, lambda again: serving.run(put, again)
+            )
 
     async def GetAlias(self, request: pb.GetAliasRequest, context: Context) -> pb.GetAliasResponse:
         async with translated_errors(context):
@@ -49,5 +57,12 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
         async with translated_errors(context):
             alias = parse.alias_name(request.name, "name")
             serving = self._serving.current
-            await serving.run(serving.engine.aliases.delete, alias)
-            return pb.DeleteAliasResponse()
+
+            def delete(again: bool) -> pb.DeleteAliasResponse:
+                with gone_already(again):
+                    serving.engine.aliases.delete(alias)
+                return pb.DeleteAliasResponse()
+
+            return await self._once.done(
+                request, pb.DeleteAliasResponse, serving, lambda again: serving.run(delete, again)
+            )

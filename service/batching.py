@@ -19,8 +19,9 @@ from embedding.encoder import Encoder
 from embedding.errors import LookalikeError
 from embedding.images import Pixels
 from service.sources import Embedded
+from service.stages import Work
 
-_Waiting = tuple[Pixels, asyncio.Future[Vectors]]
+_Waiting = tuple[Pixels, asyncio.Future[Vectors], Work]
 
 
 class Batcher:
@@ -55,9 +56,10 @@ class Batcher:
     async def embed(self, data: bytes) -> Vectors:
         """The embedding [D] of one encoded image. Raises InvalidImage or ImageTooLarge."""
         loop = asyncio.get_running_loop()
-        pixels_CHW = await loop.run_in_executor(self._decoders, self._encoder.prepare, data)
+        work = Work()
+        pixels_CHW = await loop.run_in_executor(self._decoders, work.run, "decode", self._encoder.prepare, data)
         embedded: asyncio.Future[Vectors] = loop.create_future()
-        self._waiting.append((pixels_CHW, embedded))
+        self._waiting.append((pixels_CHW, embedded, work))
         if self._encoding is None:
             self._encoding = loop.create_task(self._encode_waiting())
         return await embedded
@@ -84,21 +86,25 @@ class Batcher:
         """The next images whose callers still wait, up to the batch size."""
         batch: list[_Waiting] = []
         while self._waiting and len(batch) < self._batch_size:
-            pixels_CHW, embedded = self._waiting.popleft()
+            pixels_CHW, embedded, work = self._waiting.popleft()
             if not embedded.done():
-                batch.append((pixels_CHW, embedded))
+                batch.append((pixels_CHW, embedded, work))
         return batch
 
     async def _encode(self, batch: list[_Waiting]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            emb_BD = await loop.run_in_executor(self._encode_thread, self._forward, [pixels for pixels, _ in batch])
+            pixels = [pixels_CHW for pixels_CHW, _, _ in batch]
+            works = [work for _, _, work in batch]
+            emb_BD = await loop.run_in_executor(
+                self._encode_thread, Work.run_together, works, "embed", self._forward, pixels
+            )
         except Exception as error:  # handed to every caller of the batch; the next batch is not affected
-            for _, embedded in batch:
+            for _, embedded, _ in batch:
                 if not embedded.done():
                     embedded.set_exception(error)
             return
-        for (_, embedded), emb_D in zip(batch, emb_BD, strict=True):
+        for (_, embedded, _), emb_D in zip(batch, emb_BD, strict=True):
             if not embedded.done():  # the caller may have gone meanwhile
                 embedded.set_result(emb_D)
 

@@ -7,9 +7,12 @@ import time
 import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
+
+if TYPE_CHECKING:
+    from service.stages import Observer
 
 REQUEST_ID = "x-request-id"
 """The metadata that carries a request id, both ways."""
@@ -28,8 +31,14 @@ class Call:
     request_id: str = ""
     """What finds the call's log lines: what the caller sent as `x-request-id`, or else made here."""
     started: float = field(default_factory=time.perf_counter)
+    trace_id: str = ""
+    """Of the trace that the call belongs to, in hexadecimal; empty where none is made."""
+    observers: list[Observer] = field(default_factory=list)
+    """Who is told of the call's stages."""
     engines: list[Any] = field(default_factory=list)
     """The engines that it uses, which are not freed before it has ended."""
+    over: bool = False
+    """Whether it has ended; what still works for it then takes nothing more in its name."""
 
     def __post_init__(self) -> None:
         self.request_id = self.request_id or self._wished_id() or uuid.uuid4().hex

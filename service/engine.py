@@ -7,7 +7,7 @@ the same questions without blocking an event loop. Swapping a model is replacing
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from embedding.images import MAX_PIXELS
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
 from index.aliases import Aliases
 from index.engine import OnProgress
+from index.receipts import Token
 from index.shelf import Shelf
 from service.gate import Gate
 from service.sources import (
@@ -118,6 +119,11 @@ class Engine:
         bundle = self.encoder.bundle
         return ModelRef(name=bundle.name, fingerprint=bundle.fingerprint, embedding_dim=bundle.embedding_dim)
 
+    @property
+    def keeps_receipts(self) -> bool:
+        """Whether galleries keep receipts of requests in the same step as what these wrote."""
+        return isinstance(self.catalog, Catalog)
+
     def judge(self, point: OperatingPoint | None) -> Judge:
         """What decides at this operating point. Raises InvalidOperatingPoint."""
         return Judge(self.bundle.calibration, point, model=self.bundle.name)
@@ -136,9 +142,13 @@ class Engine:
         with self.gate.passing():
             yield self.gallery(name, path=path, any_model=any_model)
 
-    def create_gallery(self, gallery_id: str, settings: IndexSettings | None = None) -> GalleryEngine:
-        """An empty gallery of this model. Raises AlreadyExists."""
+    def create_gallery(
+        self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
+    ) -> GalleryEngine:
+        """An empty gallery of this model, with a receipt of the request when it has a token. Raises AlreadyExists."""
         self._check_no_alias(gallery_id)
+        if isinstance(self.catalog, Catalog):
+            return self.catalog.create(gallery_id, self.model, settings=settings, token=token)
         return self.catalog.create(gallery_id, self.model, settings=settings)
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
@@ -174,8 +184,8 @@ class Engine:
             pass
         raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias", field="alias.name")
 
-    def delete_gallery(self, gallery_id: str, *, force: bool = False) -> None:
-        """Delete a gallery of any model.
+    def delete_gallery(self, gallery_id: str, *, force: bool = False, validate_only: bool = False) -> None:
+        """Delete a gallery of any model, or with `validate_only` look whether it could be.
 
         Raises NotFound, GalleryAliased, and GalleryNotEmpty unless it is empty or `force` is set.
         """
@@ -191,7 +201,11 @@ class Engine:
                 )
             if not force:
                 self._check_empty(gallery_id)
-            self.catalog.delete(gallery_id)
+            if not validate_only:
+                self.catalog.delete(gallery_id)
+                return
+            with suppress(DamagedData):  # such a one can be deleted
+                self.catalog.get(gallery_id)
 
     def ask(self, question: Question[Answer]) -> Answer:
         """Answer in this thread. Raises LookalikeError."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -27,6 +27,12 @@ DOMAIN = "lookalike"
 
 MAX_MESSAGE = 1000
 """Longest message, in characters: it travels in headers, which are small, and may quote what the caller sent."""
+
+MAX_VIOLATIONS = 5
+"""Most wrong fields that one status names; with the message they must fit into headers of 8 KiB."""
+
+RETRY_SECONDS = {grpc.StatusCode.UNAVAILABLE: 1, grpc.StatusCode.RESOURCE_EXHAUSTED: 10}
+"""When to try again, where an error does not know better itself."""
 
 MAX_GALLERIES = 50
 """Most galleries that one status names; it travels in headers."""
@@ -72,19 +78,32 @@ def status(error: BaseException) -> status_pb2.Status:
     code = code_of(error)
     if code is None or not isinstance(error, domain.LookalikeError):
         return _unforeseen(error)
-    message = str(error) if len(str(error)) <= MAX_MESSAGE else f"{str(error)[: MAX_MESSAGE - 1]}…"
+    message = _shortened(str(error))
     metadata = {"field": error.field} if error.field else {}
     if isinstance(error, domain.InvalidFilter) and error.position is not None:
         metadata["position"] = str(error.position)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
-    if error.field and code is grpc.StatusCode.INVALID_ARGUMENT:
-        violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=message, reason=error.reason
-        )
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, domain.InvalidInput) and (violations := _violations(error)):
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
     if isinstance(error, domain.GalleriesIncompatible) and error.galleries:
         details.append(_incompatible(error))
+    if isinstance(error, domain.StorageFailed) and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        full = error_details_pb2.QuotaFailure.Violation(subject="disk", description=message)
+        details.append(error_details_pb2.QuotaFailure(violations=[full]))
+    if code in RETRY_SECONDS and not any(isinstance(detail, error_details_pb2.RetryInfo) for detail in details):
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=RETRY_SECONDS[code])))
     return _status(code, message, details)
+
+
+def _violations(error: domain.InvalidInput) -> list[error_details_pb2.BadRequest.FieldViolation]:
+    """Everything that is wrong with the request, as far as a field has a name."""
+    return [
+        error_details_pb2.BadRequest.FieldViolation(
+            field=each.field, description=_shortened(str(each)), reason=each.reason
+        )
+        for each in (error, *error.also[: MAX_VIOLATIONS - 1])
+        if each.field
+    ]
 
 
 def _incompatible(error: domain.GalleriesIncompatible) -> error_details_pb2.PreconditionFailure:
@@ -96,6 +115,10 @@ def _incompatible(error: domain.GalleriesIncompatible) -> error_details_pb2.Prec
             for gallery, model in list(error.galleries.items())[:MAX_GALLERIES]
         ]
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:
@@ -127,6 +150,8 @@ def _status(code: grpc.StatusCode, message: str, details: list[Message]) -> stat
 
 def _disk_is_full(error: BaseException) -> bool:
     cause = error.__cause__
+    while isinstance(cause, domain.LookalikeError):  # the same error, with the field that it is about
+        cause = cause.__cause__
     if isinstance(cause, OSError):
         return cause.errno in {errno.ENOSPC, errno.EDQUOT}
     return isinstance(cause, sqlite3.Error) and getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL

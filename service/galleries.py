@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
-from embedding.errors import DamagedData, InvalidInput, LookalikeError
-from index import Deadline, GalleryCatalog
+from embedding.errors import AlreadyExists, DamagedData, InvalidInput, LookalikeError
+from index import Deadline, GalleryCatalog, IndexSettings
 from index.filters import parse_filter
 from index.items import name_of_page_token, page_token_after
+from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
 from lookalike.v1 import gallery_pb2_grpc
 from service import errors, parse, wire, writes
 from service.engine import Engine
 from service.errors import translated_errors
+from service.once import Once, gone_already, keeps_receipts, token_of
 from service.serving import AsyncEngine, Serving
 from service.sources import Unusable, naming
 from service.streams import Elements
@@ -26,14 +30,17 @@ MAX_ITEMS = 1024
 IMPORT_WINDOW = 256
 """Most items of one ImportItems that are stored and acknowledged together."""
 
+R = TypeVar("R", bound=Message)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
     """Named collections of items embedded by one model."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, once: Once) -> None:
         self._serving = serving
+        self._once = once
 
     async def CreateGallery(self, request: pb.CreateGalleryRequest, context: Context) -> pb.CreateGalleryResponse:
         async with translated_errors(context):
@@ -43,8 +50,21 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 else None
             )
             serving = self._serving.current
-            created = await serving.run(serving.engine.create_gallery, request.gallery_id, settings)
-            return pb.CreateGalleryResponse(gallery=wire.gallery(created))
+            if serving.engine.keeps_receipts:
+                return await serving.run(_created, serving.engine, request, settings)
+
+            def create(again: bool) -> pb.CreateGalleryResponse:
+                try:
+                    created = serving.engine.create_gallery(request.gallery_id, settings)
+                except AlreadyExists:
+                    if not again:
+                        raise
+                    created = serving.engine.gallery(request.gallery_id, any_model=True)
+                return pb.CreateGalleryResponse(gallery=wire.gallery(created))
+
+            return await self._once.done(
+                request, pb.CreateGalleryResponse, serving, lambda again: serving.run(create, again)
+            )
 
     async def GetGallery(self, request: pb.GetGalleryRequest, context: Context) -> pb.GetGalleryResponse:
         async with translated_errors(context):
@@ -54,15 +74,28 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
     async def UpdateGallery(self, request: pb.UpdateGalleryRequest, context: Context) -> pb.UpdateGalleryResponse:
         async with translated_errors(context):
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.gallery.name, "gallery.name")
+            with wrong:
+                settings = parse.index_settings(request.gallery.index, "gallery.index")
+            with wrong:
+                parts = parse.index_mask(request.update_mask, "update_mask")
+            wrong.check()
             question = writes.UpdateGallery(
-                gallery=parse.gallery_name(request.gallery.name, "gallery.name"),
-                settings=parse.index_settings(request.gallery.index, "gallery.index"),
-                parts=parse.index_mask(request.update_mask, "update_mask"),
-                etag=request.gallery.etag,
+                gallery=gallery_id, settings=settings, parts=parts, etag=request.gallery.etag
             )
             serving = self._serving.current
-            return await serving.run(
-                lambda: pb.UpdateGalleryResponse(gallery=wire.gallery(question.write(serving.engine), with_stats=True))
+
+            def update(token: Token | None) -> pb.UpdateGalleryResponse:
+                updated = replace(question, token=token).write(serving.engine)
+                return pb.UpdateGalleryResponse(gallery=wire.gallery(updated, with_stats=True))
+
+            if serving.engine.keeps_receipts:
+                # Its receipt says that it was done; the answer is the gallery as it stands.
+                return await serving.run(lambda: update(token_of(request)))
+            return await self._once.done(
+                request, pb.UpdateGalleryResponse, serving, lambda _: serving.run(update, None)
             )
 
     async def ListGalleries(self, request: pb.ListGalleriesRequest, context: Context) -> pb.ListGalleriesResponse:
@@ -75,33 +108,48 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             gallery_id = parse.gallery_name(request.name, "name")
             serving = self._serving.current
-            await serving.run(serving.engine.delete_gallery, gallery_id, force=request.force)
-            return pb.DeleteGalleryResponse()
+
+            def delete(again: bool) -> pb.DeleteGalleryResponse:
+                with gone_already(again):
+                    serving.engine.delete_gallery(gallery_id, force=request.force, validate_only=request.validate_only)
+                return pb.DeleteGalleryResponse()
+
+            return await self._once.done(
+                request, pb.DeleteGalleryResponse, serving, lambda again: serving.run(delete, again)
+            )
 
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:
         async with translated_errors(context):
             gallery_id, item_id = parse.item_name(request.name, "name")
+            fields = parse.item_mask(request.read_mask)
             serving = self._serving.current
 
             def read() -> pb.GetItemResponse:
                 gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
                 stored = gallery.get(item_id)
-                return pb.GetItemResponse(item=wire.item(stored, gallery.id, with_embedding=True))
+                return pb.GetItemResponse(item=wire.item_fields(stored, gallery.id, fields))
 
             return await serving.run(read)
 
     async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
         async with translated_errors(context):
-            gallery_id = parse.gallery_name(request.parent, "parent")
-            size = parse.page_size(request.page_size)
-            allowed = parse_filter(request.filter)
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.parent, "parent")
+            with wrong:
+                size = parse.page_size(request.page_size)
+            with wrong:
+                allowed = parse_filter(request.filter)
+            with wrong:
+                fields = parse.item_mask(request.read_mask, listing=True)
+            wrong.check()
             serving = self._serving.current
 
             def read() -> pb.ListItemsResponse:
                 gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
                 items, following = gallery.list(page_size=size, page_token=request.page_token, allowed=allowed)
                 return pb.ListItemsResponse(
-                    items=[wire.item(item, gallery.id) for item in items], next_page_token=following
+                    items=[wire.item_fields(item, gallery.id, fields) for item in items], next_page_token=following
                 )
 
             return await serving.run(read)
@@ -122,7 +170,17 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 ],
                 allow_missing=request.allow_missing,
             )
-            return await serving.ask(question, lambda outcomes: _batch_response(outcomes, resolve(gallery_id)))
+
+            def form(outcomes: Sequence[writes.Stored]) -> pb.BatchUpdateItemsResponse:
+                return _batch_response(outcomes, resolve(gallery_id))
+
+            return await self._once.written(
+                request,
+                pb.BatchUpdateItemsResponse,
+                serving,
+                gallery_id,
+                lambda token: _stored(serving, question, token, form, pb.BatchUpdateItemsResponse),
+            )
 
     async def UpdateItem(self, request: pb.UpdateItemRequest, context: Context) -> pb.UpdateItemResponse:
         async with translated_errors(context):
@@ -138,7 +196,13 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                     raise outcome
                 return pb.UpdateItemResponse(item=wire.item(outcome, resolve(gallery_id)))
 
-            return await serving.ask(question, form)
+            return await self._once.written(
+                request,
+                pb.UpdateItemResponse,
+                serving,
+                gallery_id,
+                lambda token: _stored(serving, question, token, form, pb.UpdateItemResponse),
+            )
 
     async def ImportItems(
         self, request_iterator: AsyncIterator[pb.ImportItemsRequest], context: Context
@@ -172,35 +236,45 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             gallery_id, item_id = parse.item_name(request.name, "name")
             serving = self._serving.current
 
-            def delete() -> pb.DeleteItemResponse:
+            def delete(token: Token | None) -> pb.DeleteItemResponse:
                 etags = {item_id: request.etag} if request.etag else None
                 written = serving.engine.written(gallery_id, path="name", any_model=True)
                 with written as gallery, naming("name"):
-                    gallery.delete([item_id], allow_missing=request.allow_missing, etags=etags)
+                    writes.delete(
+                        gallery, [item_id], lambda _: b"", allow_missing=request.allow_missing, etags=etags, token=token
+                    )
                 return pb.DeleteItemResponse()
 
-            return await serving.run(delete)
+            return await self._once.written(
+                request, pb.DeleteItemResponse, serving, gallery_id, lambda token: serving.run(delete, token)
+            )
 
     async def PurgeItems(self, request: pb.PurgeItemsRequest, context: Context) -> pb.PurgeItemsResponse:
         async with translated_errors(context):
+            wrong = parse.Violations()
+            with wrong:
+                gallery_id = parse.gallery_name(request.parent, "parent")
+            with wrong:
+                allowed = parse.purge_filter(request.filter)
+            wrong.check()
             deadline = Deadline(context.time_remaining())
-            purge = writes.PurgeItems(
-                gallery=parse.gallery_name(request.parent, "parent"),
-                allowed=parse.purge_filter(request.filter),
-                force=request.force,
-                deadline=deadline,
-            )
+            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force, deadline=deadline)
             serving = self._serving.current
 
-            def answer() -> pb.PurgeItemsResponse:
-                purged = purge.write(serving.engine)
+            def answer(token: Token | None) -> pb.PurgeItemsResponse:
+                asked = replace(purge, token=token, form=_purged)
+                purged = asked.write(serving.engine)
+                if asked.answered:
+                    return pb.PurgeItemsResponse.FromString(asked.answered[0])
                 return pb.PurgeItemsResponse(
                     purge_count=purged.count,
                     purge_sample=[wire.item_name(purged.gallery, name) for name in purged.sample],
                 )
 
             try:
-                return await serving.run(answer)
+                return await self._once.written(
+                    request, pb.PurgeItemsResponse, serving, purge.gallery, lambda token: serving.run(answer, token)
+                )
             finally:
                 deadline.cancel()  # a caller that has gone wants nothing deleted
 
@@ -216,13 +290,54 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 parse.item_in(gallery_id, name, f"names[{i}]", resolve=resolve) for i, name in enumerate(request.names)
             ]
 
-            def delete() -> pb.BatchDeleteItemsResponse:
+            def delete(token: Token | None) -> pb.BatchDeleteItemsResponse:
                 written = serving.engine.written(gallery_id, path="parent", any_model=True)
                 with written as gallery, naming("names"):
-                    deleted = gallery.delete(names, allow_missing=request.allow_missing)
-                return pb.BatchDeleteItemsResponse(deleted_count=deleted)
+                    answer = writes.delete(gallery, names, _deleted, allow_missing=request.allow_missing, token=token)
+                return pb.BatchDeleteItemsResponse.FromString(answer)
 
-            return await serving.run(delete)
+            return await self._once.written(
+                request, pb.BatchDeleteItemsResponse, serving, gallery_id, lambda token: serving.run(delete, token)
+            )
+
+
+def _created(
+    engine: Engine, request: pb.CreateGalleryRequest, settings: IndexSettings | None
+) -> pb.CreateGalleryResponse:
+    token = token_of(request)
+    try:
+        return pb.CreateGalleryResponse(
+            gallery=wire.gallery(engine.create_gallery(request.gallery_id, settings, token))
+        )
+    except AlreadyExists:
+        if token is None or request.gallery_id in engine.aliases.all():
+            raise
+        gallery = engine.gallery(request.gallery_id, any_model=True)
+        if not keeps_receipts(gallery) or gallery.answered(token) is None:
+            raise
+        return pb.CreateGalleryResponse(gallery=wire.gallery(gallery))  # as it stands
+
+
+async def _stored(
+    serving: AsyncEngine,
+    question: writes.UpdateItems,
+    token: Token | None,
+    form: Callable[[Sequence[writes.Stored]], R],
+    response: type[R],
+) -> R:
+    """The answer to what is to be stored; with a token it is made where the items are written, and kept with them."""
+    asked = replace(question, token=token, form=lambda outcomes: form(outcomes).SerializeToString(), answered=[])
+    return await serving.ask(
+        asked, lambda outcomes: response.FromString(asked.answered[0]) if asked.answered else form(outcomes)
+    )
+
+
+def _deleted(count: int) -> bytes:
+    return pb.BatchDeleteItemsResponse(deleted_count=count).SerializeToString()
+
+
+def _purged(count: int) -> bytes:
+    return pb.PurgeItemsResponse(purge_count=count).SerializeToString()
 
 
 def _described(engine: Engine, gallery_id: str) -> pb.Gallery:

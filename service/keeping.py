@@ -16,6 +16,7 @@ from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
 from lookalike.v1 import upkeep_pb2 as pb
 from service import errors, parse, upkeep, wire
 from service.errors import translated_errors
+from service.once import Once, gone_already, token_of
 from service.operations import Operation, Operations
 from service.serving import Serving
 
@@ -30,18 +31,25 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
     """Long work on whole galleries."""
 
-    def __init__(self, serving: Serving, operations: Operations) -> None:
+    def __init__(self, serving: Serving, operations: Operations, once: Once) -> None:
         self._serving = serving
         self._operations = operations
+        self._once = once
 
     async def ReindexGallery(self, request: pb.ReindexGalleryRequest, context: Context) -> pb.ReindexGalleryResponse:
         async with translated_errors(context):
             name = parse.gallery_name(request.name, "name")
             settings = parse.index_settings(request.index, "index") if request.HasField("index") else None
             engine = self._serving.current.engine
+            token = token_of(request)
             gallery_id = await self._existing(name, "name")
+            if request.validate_only:
+                return pb.ReindexGalleryResponse()
             begun = self._operations.start(
-                "reindex", gallery_id, lambda tell: _gallery(upkeep.reindex(engine, gallery_id, settings, tell))
+                "reindex",
+                gallery_id,
+                lambda tell: _gallery(upkeep.reindex(engine, gallery_id, settings, tell)),
+                token=token,
             )
             return pb.ReindexGalleryResponse(operation=_told(begun))
 
@@ -50,19 +58,33 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             source = parse.gallery_name(request.name, "name")
             alias = parse.alias_name(request.alias, "alias") if request.alias else ""
             serving = self._serving.named(parse.model_name(request.model, "model") if request.model else "")
+            token = token_of(request)
+            if (before := self._operations.begun(token)) is not None:
+                return pb.MigrateGalleryResponse(operation=_told(before))
             migration = await serving.run(upkeep.Migration, serving.engine, source, request.gallery_id, alias=alias)
-            begun = self._operations.start("migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)))
+            if request.validate_only:
+                await serving.run(migration.check_images)
+                return pb.MigrateGalleryResponse()
+            begun = self._operations.start(
+                "migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)), token=token
+            )
             return pb.MigrateGalleryResponse(operation=_told(begun))
 
     async def CreateSnapshot(self, request: pb.CreateSnapshotRequest, context: Context) -> pb.CreateSnapshotResponse:
         async with translated_errors(context):
             engine = self._serving.current.engine
+            token = token_of(request)
+            if (before := self._operations.begun(token)) is not None:
+                return pb.CreateSnapshotResponse(operation=_told(before))
             gallery_id = await self._existing(parse.gallery_name(request.parent, "parent"), "parent")
             await self._serving.current.run(engine.shelf.check_free, gallery_id, request.snapshot_id)
+            if request.validate_only:
+                return pb.CreateSnapshotResponse()
             begun = self._operations.start(
                 "snapshot",
                 gallery_id,
                 lambda tell: wire.snapshot(upkeep.snapshot(engine, gallery_id, request.snapshot_id, tell)),
+                token=token,
             )
             return pb.CreateSnapshotResponse(operation=_told(begun))
 
@@ -82,8 +104,15 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
         async with translated_errors(context):
             serving = self._serving.current
             gallery, snapshot = parse.snapshot_name(request.name, "name")
-            await serving.run(serving.engine.shelf.delete, serving.engine.aliases.resolve(gallery), snapshot)
-            return pb.DeleteSnapshotResponse()
+
+            def delete(again: bool) -> pb.DeleteSnapshotResponse:
+                with gone_already(again):
+                    serving.engine.shelf.delete(serving.engine.aliases.resolve(gallery), snapshot)
+                return pb.DeleteSnapshotResponse()
+
+            return await self._once.done(
+                request, pb.DeleteSnapshotResponse, serving, lambda again: serving.run(delete, again)
+            )
 
     async def RestoreGallery(self, request: pb.RestoreGalleryRequest, context: Context) -> pb.RestoreGalleryResponse:
         async with translated_errors(context):
@@ -91,11 +120,17 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             engine = serving.engine
             gallery, snapshot = parse.snapshot_name(request.snapshot, "snapshot")
             source = (engine.aliases.resolve(gallery), snapshot)
+            token = token_of(request)
+            if (before := self._operations.begun(token)) is not None:
+                return pb.RestoreGalleryResponse(operation=_told(before))
             await serving.run(engine.check_restorable, request.gallery_id, source)
+            if request.validate_only:
+                return pb.RestoreGalleryResponse()
             begun = self._operations.start(
                 "restore",
                 request.gallery_id,
                 lambda tell: _gallery(upkeep.restore(engine, source, request.gallery_id, tell)),
+                token=token,
             )
             return pb.RestoreGalleryResponse(operation=_told(begun))
 

@@ -11,7 +11,9 @@ from lookalike.v1 import model_pb2 as pb
 from lookalike.v1 import model_pb2_grpc
 from service import parse, wire
 from service.errors import translated_errors
+from service.once import Once
 from service.rollout import Rollout
+from service.serving import Serving
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -19,8 +21,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """The models that answer, and those that could."""
 
-    def __init__(self, rollout: Rollout) -> None:
+    def __init__(self, rollout: Rollout, serving: Serving, once: Once) -> None:
         self._rollout = rollout
+        self._serving = serving
+        self._once = once
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         async with translated_errors(context):
@@ -40,24 +44,37 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def ActivateModel(self, request: pb.ActivateModelRequest, context: Context) -> pb.ActivateModelResponse:
         async with translated_errors(context):
-            changed = await self._rollout.activate(
-                parse.model_name(request.name, "name"),
-                parse.calibration(request.calibration, "calibration"),
-                keep_previous=request.keep_previous,
-                force=request.force,
-                validate_only=request.validate_only,
-            )
-            return pb.ActivateModelResponse(
-                model=wire.model(changed.model),
-                incompatible_galleries=map(wire.gallery_name, changed.incompatible),
-            )
+            wrong = parse.Violations()
+            with wrong:
+                name = parse.model_name(request.name, "name")
+            with wrong:
+                calibration = parse.calibration(request.calibration, "calibration")
+            wrong.check()
+
+            async def activate(_: bool) -> pb.ActivateModelResponse:
+                changed = await self._rollout.activate(
+                    name,
+                    calibration,
+                    keep_previous=request.keep_previous,
+                    force=request.force,
+                    validate_only=request.validate_only,
+                )
+                return pb.ActivateModelResponse(
+                    model=wire.model(changed.model),
+                    incompatible_galleries=map(wire.gallery_name, changed.incompatible),
+                )
+
+            return await self._once.done(request, pb.ActivateModelResponse, self._serving.current, activate)
 
     async def DeactivateModel(self, request: pb.DeactivateModelRequest, context: Context) -> pb.DeactivateModelResponse:
         async with translated_errors(context):
-            changed = await self._rollout.deactivate(
-                parse.model_name(request.name, "name"), force=request.force, validate_only=request.validate_only
-            )
-            return pb.DeactivateModelResponse(
-                model=wire.model(changed.model),
-                incompatible_galleries=map(wire.gallery_name, changed.incompatible),
-            )
+            name = parse.model_name(request.name, "name")
+
+            async def deactivate(_: bool) -> pb.DeactivateModelResponse:
+                changed = await self._rollout.deactivate(name, force=request.force, validate_only=request.validate_only)
+                return pb.DeactivateModelResponse(
+                    model=wire.model(changed.model),
+                    incompatible_galleries=map(wire.gallery_name, changed.incompatible),
+                )
+
+            return await self._once.done(request, pb.DeactivateModelResponse, self._serving.current, deactivate)

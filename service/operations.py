@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
-from embedding.errors import Busy, Cancelled, LookalikeError, NotFound
+from embedding.errors import Busy, Cancelled, LookalikeError, NotFound, RequestIdReused
 from index import Progress
 from index.engine import OnProgress
+from index.receipts import Token
 
 R = TypeVar("R")
 
@@ -39,6 +40,7 @@ class Operation(Generic[R]):
     result: R | None = None
     error: BaseException | None = None
     """Why it failed: a LookalikeError, Cancelled among them, or what nobody foresaw."""
+    request_id: str = ""
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _finished: threading.Event = field(default_factory=threading.Event)
 
@@ -78,17 +80,38 @@ class Operations:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="operation")
         self._operations: dict[str, Operation[Any]] = {}
         self._futures: dict[str, Future[None]] = {}
+        self._asked: dict[str, tuple[bytes, str]] = {}  # by request id: what for, and the operation
         self._changing = threading.Lock()
 
-    def start(self, verb: str, target: str, work: Callable[[OnProgress], R]) -> Operation[R]:
-        """Begin `work`, which is given a function to tell its progress to. Raises Busy when too many wait."""
+    def begun(self, token: Token | None) -> Operation[Any] | None:
+        """The operation that this very request has begun; None when it has not. Raises RequestIdReused."""
+        digest, operation_id = self._asked.get(token.id, (b"", "")) if token is not None else (b"", "")
+        if token is not None and digest not in {b"", token.digest}:
+            raise RequestIdReused(
+                f"request_id {token.id} was given with another request; make a new one for every request",
+                field="request_id",
+            )
+        return self._operations.get(operation_id)
+
+    def start(
+        self, verb: str, target: str, work: Callable[[OnProgress], R], *, token: Token | None = None
+    ) -> Operation[R]:
+        """Begin `work`, which is given a function to tell its progress to, once for a token.
+
+        Raises Busy when too many wait, and RequestIdReused.
+        """
         operation: Operation[R] = Operation(uuid.uuid4().hex, verb, target, datetime.now(UTC))
         with self._changing:
+            if (same := self.begun(token)) is not None:
+                return same
             running = [each for each in self._operations.values() if not each.done]
             if len(running) >= MAX_WAITING:
                 raise Busy(f"{len(running)} operations are running or waiting; try again when some have ended")
             for each in [each for each in self._operations.values() if each.done][: -(MAX_KEPT - MAX_WAITING)]:
                 self._forget(each.id)
+            if token is not None:
+                self._asked[token.id] = (token.digest, operation.id)
+                operation.request_id = token.id
             self._operations[operation.id] = operation
             self._futures[operation.id] = self._pool.submit(operation.run, work)
         return operation
@@ -121,7 +144,9 @@ class Operations:
         self._pool.shutdown()
 
     def _forget(self, operation_id: str) -> None:
-        self._operations.pop(operation_id, None)
+        operation = self._operations.pop(operation_id, None)
+        if operation is not None:
+            self._asked.pop(operation.request_id, None)
         self._futures.pop(operation_id, None)
 
 

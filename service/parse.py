@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import TracebackType
 from typing import cast, get_args
 
 from google.protobuf import field_mask_pb2, json_format, struct_pb2
@@ -27,6 +28,8 @@ MAX_EXCLUDED = 1000
 MAX_RAW = 100_000
 """Largest parameter of an index structure."""
 INDEX_FIELDS = ("min_recall", "structure", "memory_bytes")
+ITEM_FIELDS = frozenset(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
+NEIGHBOR_FIELDS = frozenset(field.name for field in search_pb2.Neighbor.DESCRIPTOR.fields)
 STRUCTURES: tuple[str, ...] = get_args(Structure)
 ACTIVE_MODEL = "active"
 """The id that stands for whichever model answers."""
@@ -37,6 +40,33 @@ _ALIAS = re.compile(_GALLERY.pattern.replace("galleries/", "aliases/"))
 _SNAPSHOT = re.compile(rf"{_GALLERY.pattern}/snapshots/([a-z0-9](?:[a-z0-9-]{{0,61}}[a-z0-9])?)")
 _OPERATION = re.compile(r"operations/([0-9a-f]{32})")
 _MODEL = re.compile(r"models/([a-z0-9_-]+)")
+
+
+class Violations:
+    """Gathers what is wrong with a request, so that its caller learns all of it at once.
+
+    Use it as a context manager around each part that is read, then `check`.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[InvalidInput] = []
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if isinstance(error, InvalidInput):
+            self._found += (error, *error.also)
+        return isinstance(error, InvalidInput)
+
+    def check(self) -> None:
+        """Raises the first that was found, with the others."""
+        if self._found:
+            first = self._found[0]
+            first.also = tuple(self._found[1:])
+            raise first
 
 
 def image(message: common_pb2.ImageInput, path: str) -> Source:
@@ -79,11 +109,19 @@ def scope(
     deadline: Deadline | None = None,
 ) -> Scope:
     """Where to search and how hard; `path` leads to the message, and ends with a dot."""
+    wrong = Violations()
+    with wrong:
+        gallery = gallery_name(request.gallery, f"{path}gallery")
+    with wrong:
+        allowed = parse_filter(request.filter, field=f"{path}filter")
+    with wrong:
+        wanted = effort(request.effort, f"{path}effort")
+    wrong.check()
     return Scope(
-        gallery=gallery_name(request.gallery, f"{path}gallery"),
+        gallery=gallery,
         point=operating_point(request.operating_point),
-        allowed=parse_filter(request.filter, field=f"{path}filter"),
-        effort=effort(request.effort, f"{path}effort"),
+        allowed=allowed,
+        effort=wanted,
         deadline=deadline,
     )
 
@@ -121,18 +159,23 @@ def excluded(names: Sequence[str], gallery: str, resolve: Callable[[str], str], 
 
 def index_settings(message: gallery_pb2.IndexSettings, path: str) -> IndexSettings:
     """How to index a gallery; unset fields mean their defaults."""
-    if not 0 <= message.min_recall <= 1:
-        raise InvalidInput(
-            f"{path}.min_recall must lie in (0, 1], or be 0 for the default; got {message.min_recall:g}",
-            field=f"{path}.min_recall",
-        )
-    if message.structure and message.structure not in STRUCTURES:
-        raise InvalidInput(
-            f"{path}.structure is one of {', '.join(STRUCTURES)}; got {message.structure[:40]!a}",
-            field=f"{path}.structure",
-        )
-    if message.memory_bytes < 0:
-        raise InvalidInput(f"{path}.memory_bytes must not be negative", field=f"{path}.memory_bytes")
+    wrong = Violations()
+    with wrong:
+        if not 0 <= message.min_recall <= 1:
+            raise InvalidInput(
+                f"{path}.min_recall must lie in (0, 1], or be 0 for the default; got {message.min_recall:g}",
+                field=f"{path}.min_recall",
+            )
+    with wrong:
+        if message.structure and message.structure not in STRUCTURES:
+            raise InvalidInput(
+                f"{path}.structure is one of {', '.join(STRUCTURES)}; got {message.structure[:40]!a}",
+                field=f"{path}.structure",
+            )
+    with wrong:
+        if message.memory_bytes < 0:
+            raise InvalidInput(f"{path}.memory_bytes must not be negative", field=f"{path}.memory_bytes")
+    wrong.check()
     default = IndexSettings()
     return IndexSettings(
         min_recall=message.min_recall or default.min_recall,
@@ -158,6 +201,18 @@ def mask(message: field_mask_pb2.FieldMask, accepted: Collection[str], path: str
             f"{path} takes {', '.join(sorted(accepted))}, or * alone; got {unknown[0][:80]!a}", field=path
         )
     return frozenset(message.paths)
+
+
+def item_mask(message: field_mask_pb2.FieldMask, path: str = "read_mask", *, listing: bool = False) -> frozenset[str]:
+    """Which fields of an item to return; those of a listing are by default all but the embedding."""
+    if listing and not message.paths:
+        return ITEM_FIELDS - {"embedding"}
+    return mask(message, ITEM_FIELDS, path)
+
+
+def neighbor_mask(message: field_mask_pb2.FieldMask, path: str = "read_mask") -> frozenset[str]:
+    """Which fields of a neighbour to return."""
+    return mask(message, NEIGHBOR_FIELDS, path)
 
 
 def purge_filter(text: str, path: str = "filter") -> ItemFilter:

@@ -211,6 +211,8 @@ class SearchBatch:
 
 
 def _decision(a: Embedded, b: Embedded, judge: Judge) -> Decision:
+    if isinstance(a, InvalidInput) and isinstance(b, InvalidInput):
+        a.also = (b,)
     return judge.judge(float(distance(value_of(a), value_of(b))))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 import grpc
@@ -45,52 +45,75 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         async with translated_errors(context):
-            scope = parse.scope(request, deadline=_deadline(context))
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(request, deadline=_deadline(context))
+            with wrong:
+                fields = parse.neighbor_mask(request.read_mask)
+            with wrong:
+                k = parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
             question = questions.Search(
                 scope=scope,
                 query=parse.image(request.query, "query"),
-                k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
+                k=k,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             return await serving.ask(
-                question, lambda found: wire.search_response(found, resolve(scope.gallery)), deadline=scope.deadline
+                question,
+                lambda found: wire.search_response(found, resolve(scope.gallery), fields),
+                deadline=scope.deadline,
             )
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
-            scope = parse.scope(request, deadline=_deadline(context))
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(request, deadline=_deadline(context))
+            with wrong:
+                fields = parse.neighbor_mask(request.read_mask)
+            with wrong:
+                k = parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             gallery_id = serving.engine.aliases.resolve(scope.gallery)
             question = questions.SearchBatch(
                 scope=scope,
                 queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
-                k=parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k"),
+                k=k,
             )
             return await serving.ask(
-                question, lambda outcomes: _batch_response(outcomes, gallery_id), deadline=scope.deadline
+                question, lambda outcomes: _batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
             )
 
     async def SearchMatches(
         self, request: pb.SearchMatchesRequest, context: Context
     ) -> AsyncIterator[pb.SearchMatchesResponse]:
         async with translated_errors(context):
-            scope = parse.scope(request, deadline=_deadline(context))
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(request, deadline=_deadline(context))
+            with wrong:
+                fields = parse.neighbor_mask(request.read_mask)
+            with wrong:
+                limit = parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
             question = questions.SearchMatches(
                 scope=scope,
                 query=parse.image(request.query, "query"),
-                limit=parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"),
+                limit=limit,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             found = await serving.ask(question, lambda found: found, deadline=scope.deadline)
             for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
                 some = found.neighbors[start : start + MATCHES_AT_ONCE]
                 # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
-                for response in await serving.run(_match_messages, some, resolve(scope.gallery)):
+                for response in await serving.run(_match_messages, some, resolve(scope.gallery), fields):
                     yield response
             yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
@@ -101,18 +124,28 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             first = await elements.first()
             if first is None or first.WhichOneof("element") != "config":
                 raise InvalidInput("the first element of the stream must be its config", field="config")
-            scope = parse.scope(first.config, path="config.")
-            k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
+            wrong = parse.Violations()
+            with wrong:
+                scope = parse.scope(first.config, path="config.")
+            with wrong:
+                k = parse.count(first.config.k, default=DEFAULT_K, most=MAX_STREAM_K, path="config.k")
+            with wrong:
+                fields = parse.neighbor_mask(first.config.read_mask, "config.read_mask")
+            wrong.check()
             serving = await self._serving.of(scope.gallery)
             with under("config"):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
             async for some in elements.batches():
-                for response in await _answered(serving, scope, k, some):
+                for response in await _answered(serving, scope, k, some, fields):
                     yield response
 
 
 async def _answered(
-    serving: AsyncEngine, scope: questions.Scope, k: int, requests: Sequence[pb.StreamSearchRequest]
+    serving: AsyncEngine,
+    scope: questions.Scope,
+    k: int,
+    requests: Sequence[pb.StreamSearchRequest],
+    fields: Collection[str],
 ) -> list[pb.StreamSearchResponse]:
     gallery_id = serving.engine.aliases.resolve(scope.gallery)
     deadline = Deadline()
@@ -132,17 +165,19 @@ async def _answered(
         return [
             pb.StreamSearchResponse(id=answered_id(request.id), error=errors.status(outcome))
             if isinstance(outcome, LookalikeError)
-            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id))
+            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id, fields))
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
     return await serving.ask(question, form, deadline=deadline)
 
 
-def _match_messages(some: Sequence[Neighbor], gallery_id: str) -> list[pb.SearchMatchesResponse]:
+def _match_messages(
+    some: Sequence[Neighbor], gallery_id: str, fields: Collection[str]
+) -> list[pb.SearchMatchesResponse]:
     responses: list[pb.SearchMatchesResponse] = []
     size = MATCHES_BYTES
-    for neighbor in wire.neighbors(some, gallery_id):
+    for neighbor in wire.neighbors(some, gallery_id, fields):
         added = neighbor.ByteSize()
         if size + added > MATCHES_BYTES:
             responses.append(pb.SearchMatchesResponse())
@@ -168,12 +203,14 @@ def _deadline(context: Context) -> Deadline:
     return Deadline(context.time_remaining())
 
 
-def _batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str) -> pb.BatchSearchResponse:
+def _batch_response(
+    outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: Collection[str]
+) -> pb.BatchSearchResponse:
     return pb.BatchSearchResponse(
         results=[
             pb.SearchResult(error=errors.status(outcome))
             if isinstance(outcome, LookalikeError)
-            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id))
+            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id, fields))
             for outcome in outcomes
         ]
     )

@@ -11,6 +11,7 @@ import errno
 import signal
 import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -23,6 +24,8 @@ from embedding.runtime import tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
+    feedback_pb2,
+    feedback_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
     match_pb2,
@@ -37,11 +40,17 @@ from lookalike.v1 import (
 from service import logs
 from service.alias import AliasService
 from service.calls import Calls
+from service.feedback import FeedbackService
+from service.feedback_store import FeedbackStore
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
+from service.metrics import Metrics
+from service.metrics_collected import Collected
 from service.models import ModelService
+from service.once import Once
 from service.operations import Operations
+from service.probes import Probes
 from service.rollout import Rollout
 from service.search import SearchService
 from service.serving import Serving
@@ -49,10 +58,14 @@ from service.settings import Settings
 from service.settings_sources import Origins
 from service.tls import Certificates, certificates
 
+if TYPE_CHECKING:
+    from service.tracing import Tracing
+
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
         (alias_pb2, "AliasService"),
+        (feedback_pb2, "FeedbackService"),
         (gallery_pb2, "GalleryService"),
         (match_pb2, "MatchService"),
         (model_pb2, "ModelService"),
@@ -63,6 +76,9 @@ SERVICES = tuple(
 """Full names of our services, as health checks and reflection know them."""
 
 OPERATIONS = operations_pb2.DESCRIPTOR.services_by_name["Operations"].full_name
+
+LIVENESS = "liveness"
+"""What the health service calls the process itself: SERVING from when the port is open until it ends."""
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
@@ -96,8 +112,15 @@ class Server:
         self._serving = Serving()
         self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
+        self._state = "loading"
+        self._metrics = None if settings.metrics_port is None else self._measured()
+        self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
+        self._loop_watch: asyncio.Task[None] | None = None
+        self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
         self._certificates: Certificates | None = None
-        self._calls = Calls([self._serving])
+        self._once = Once(settings.galleries)
+        self._feedback = FeedbackStore(settings.galleries)
+        self._calls = Calls([hook for hook in (self._metrics, self._tracing, self._serving) if hook is not None])
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[self._calls],
@@ -109,6 +132,8 @@ class Server:
         )
         self.port = settings.port
         """The port listened on; once started, never 0."""
+        self.metrics_port = settings.metrics_port
+        """Likewise for metrics and probes; None without."""
 
     @property
     def address(self) -> str:
@@ -139,15 +164,20 @@ class Server:
         self._certificates = certificates(self._settings)
         self._register()
         self.port = self._bind()
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
+        await self._observe()
         engine = await self._rollout.start()
-        await self._say(health_pb2.HealthCheckResponse.SERVING)
+        if self._state == "loading":
+            self._state = "serving"
+            await self._say(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, give those in flight `drain_seconds`, close the galleries."""
-        await self._health.enter_graceful_shutdown()
+        self._state = "draining"
+        await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         draining = asyncio.create_task(self._server.stop(self._settings.drain_seconds))
         finishing = asyncio.create_task(self._calls.finished())
         # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
@@ -156,22 +186,50 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
+        await asyncio.to_thread(self._once.close)
+        await asyncio.to_thread(self._feedback.close)
         if self._serving.every:
             await self._rollout.stop()
             _log.info("stopped", address=self.address)
+        if self._loop_watch is not None:
+            self._loop_watch.cancel()
+        if self._probes is not None:
+            await self._probes.stop()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     def _register(self) -> None:
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), self._server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), self._server)
-        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving), self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._rollout), self._server)
-        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving), self._server)
-        upkeep = UpkeepService(self._serving, self._operations)
+        gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(self._rollout, self._serving, self._once), self._server
+        )
+        alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), self._server)
+        feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, self._server)
+        upkeep = UpkeepService(self._serving, self._operations, self._once)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, self._server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+
+    def _measured(self) -> Metrics:
+        metrics = Metrics()
+        metrics.registry.register(
+            Collected(
+                engines=lambda: self._serving.every,
+                is_ready=lambda: self._state == "serving",
+                galleries=self._settings.galleries,
+            )
+        )
+        return metrics
+
+    async def _observe(self) -> None:
+        if self._metrics is not None and self._probes is not None and self._settings.metrics_port is not None:
+            self.metrics_port = await self._probes.start(self._settings.metrics_host, self._settings.metrics_port)
+            self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
@@ -184,8 +242,20 @@ class Server:
             raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error
 
     async def _say(self, status: int) -> None:
-        for service in ("", *SERVICES):
+        for service in ("", *SERVICES, OPERATIONS):
             await self._health.set(service, status)
+
+
+def _traced(settings: Settings) -> Tracing:
+    """Raises InvalidInput where the extra is missing."""
+    try:
+        from service import tracing
+    except ModuleNotFoundError as error:
+        raise InvalidInput(
+            f"traces need {error.name}: run pip install 'lookalike[otel]', or leave otlp_endpoint unset",
+            field="otlp_endpoint",
+        ) from error
+    return tracing.Tracing(tracing.processor(settings), share=settings.trace_share)
 
 
 def _check_free(host: str, port: int) -> None:

@@ -18,6 +18,8 @@ from service.calls import Hook
 from service.engine import Answer, Engine, Question
 from service.settings import Settings
 from service.sources import distinct_images
+from service.stages import Work
+from service.watch import ModelWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +30,8 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
+        self.watch = ModelWatch(engine.bundle.reference, window_seconds=settings.drift_window_seconds)
+        """What this model has answered."""
         self._batcher = Batcher(
             engine.encoder,
             batch_size=settings.batch_size,
@@ -37,6 +41,11 @@ class AsyncEngine:
         self._pool = ThreadPoolExecutor(settings.gallery_threads, thread_name_prefix="gallery")
         self._users: set[Call] = set()
         self._idle = asyncio.Event()
+
+    @property
+    def waiting_images(self) -> int:
+        """Images that wait for the encoder."""
+        return self._batcher.waiting
 
     async def ask(
         self, question: Question[Answer], form: Callable[[Answer], R], *, deadline: Deadline | None = None
@@ -48,10 +57,13 @@ class AsyncEngine:
         try:
             images = distinct_images(question.sources)
             if not images:
-                return await self.run(lambda: form(self.engine.ask(question)))
+                return await self._run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
             answer = await self.run(question.begin, self.engine)
             outcomes = await self._batcher.embed_all(images)
-            return await self.run(lambda: form(answer(self.engine.embedded(question.sources, outcomes))))
+            return await self._run(
+                "search",
+                lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
+            )
         except asyncio.CancelledError:
             if deadline is not None:
                 deadline.cancel()  # the thread that searches stops within 50 ms
@@ -59,11 +71,15 @@ class AsyncEngine:
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(function, *args, **kwargs))
+        return await self._run("store", partial(function, *args, **kwargs))
+
+    async def _run(self, stage: str, function: Callable[[], R]) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, Work().run, stage, function)
 
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
         await self._batcher.warm_up()
+        self.watch.watch(self.engine.encoder)
 
     def take(self, call: Call) -> None:
         """A call uses this engine until it gives it back."""
@@ -152,6 +168,7 @@ class Serving(Hook):
         return next((each for each in line_up if each.engine.model.fingerprint == wanted), current)
 
     def ended(self, call: Call, code: grpc.StatusCode) -> None:
+        call.over = True
         for engine in call.engines:
             engine.give_back(call)
 
@@ -164,7 +181,7 @@ class Serving(Hook):
     def _taken(self, engine: AsyncEngine) -> AsyncEngine:
         """The engine, in use until the running call ends."""
         call = CURRENT.get()
-        if call is not None and engine not in call.engines:
+        if call is not None and not call.over and engine not in call.engines:
             call.engines.append(engine)
             engine.take(call)
         return engine

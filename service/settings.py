@@ -38,6 +38,18 @@ class Settings(BaseModel):
     """The least severe records that are logged; each call is one of level info."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """One JSON object a line, text for a person, or the latter where stderr is a terminal."""
+    metrics_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """HTTP port of /metrics, /healthz and /readyz; 0 takes any free one, unset opens none."""
+    metrics_host: str = "127.0.0.1"
+    """Name or address that it listens on; what it tells is neither encrypted nor authenticated."""
+    drift_window_seconds: Annotated[float, Field(ge=60, le=30 * 86400)] = 3600.0
+    """How far back live distances and norms are compared with the calibration's, in seconds."""
+    otlp_endpoint: Annotated[str | None, Field(pattern=r"^https?://")] = None
+    """Where OpenTelemetry traces are sent, by OTLP over gRPC, such as `http://127.0.0.1:4317`; unset makes none."""
+    otlp_headers: SecretStr | None = None
+    """Metadata sent with them, as `name=value` separated by commas: a collector's key, for example."""
+    trace_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the traces beginning here that is recorded; what a caller has decided is kept."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
     """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS

@@ -54,6 +54,7 @@ def write(galleries: Path, standing: Standing) -> None:
     path = galleries / FILE
     partial = path.with_suffix(".partial")
     try:
+        galleries.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
             file.write(standing.model_dump_json(indent=1))
             file.flush()

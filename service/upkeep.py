@@ -91,7 +91,7 @@ class Migration:
         Cancelled, and what else stopped it: it can then be begun again.
         """
         source = self._source
-        self._check_images(tell)
+        self.check_images(tell)
         settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
         target = self._target or self._engine.create_gallery(self._target_id, settings)
         seen: set[str] = set()
@@ -118,7 +118,8 @@ class Migration:
                 self._engine.put_alias(self._alias, target.id)
         return target
 
-    def _check_images(self, tell: OnProgress) -> None:
+    def check_images(self, tell: OnProgress = lambda _: None) -> None:
+        """Raises ImagesNeeded, naming the items whose image is neither stored nor imported."""
         needed: list[str] = []
         done = 0
         for page in _pages(self._source, None):
@@ -176,7 +177,7 @@ class Migration:
                 ) from error
         if not prepared:
             return []
-        emb_ND = self._engine.encoder.encode_pixels(np.stack([pixels for _, _, pixels in prepared]))
+        emb_ND, _ = self._engine.encoder.encode_with_norms(np.stack([pixels for _, _, pixels in prepared]))
         return [
             replace(item, embedding=emb_D, thumbnail=thumbnail, etag="", generation=0, update_time=None)
             for (item, thumbnail, _), emb_D in zip(prepared, emb_ND, strict=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 
 from google.longrunning import operations_pb2
@@ -19,8 +20,9 @@ from index.engine import Stats
 from index.shelf import Copy
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
-from service import operations
+from service import operations, parse
 from service.operations import Operation
+from service.parse import NEIGHBOR_FIELDS
 from service.stock import Model
 from service.writes import settings_etag
 
@@ -51,18 +53,20 @@ def embedding(emb_D: Vectors) -> bytes:
     return emb_D.astype("<f4", copy=False).tobytes()
 
 
-def search_response(found: Found, gallery_id: str) -> search_pb2.SearchResponse:
+def search_response(
+    found: Found, gallery_id: str, fields: Collection[str] = NEIGHBOR_FIELDS
+) -> search_pb2.SearchResponse:
     return search_pb2.SearchResponse(
-        neighbors=neighbors(found.neighbors, gallery_id),
+        neighbors=neighbors(found.neighbors, gallery_id, fields),
         expected_recall=found.expected_recall,
         generation=found.generation,
         partial=found.partial,
     )
 
 
-def found_neighbors(found: Found, gallery_id: str) -> search_pb2.Neighbors:
+def found_neighbors(found: Found, gallery_id: str, fields: Collection[str] = NEIGHBOR_FIELDS) -> search_pb2.Neighbors:
     return search_pb2.Neighbors(
-        neighbors=neighbors(found.neighbors, gallery_id),
+        neighbors=neighbors(found.neighbors, gallery_id, fields),
         expected_recall=found.expected_recall,
         generation=found.generation,
         partial=found.partial,
@@ -79,19 +83,25 @@ def matches_summary(found: Found) -> search_pb2.MatchesSummary:
     )
 
 
-def neighbors(found: Sequence[Neighbor], gallery_id: str) -> list[search_pb2.Neighbor]:
+def neighbors(
+    found: Sequence[Neighbor], gallery_id: str, fields: Collection[str] = NEIGHBOR_FIELDS
+) -> list[search_pb2.Neighbor]:
+    with_item, with_identity, with_metadata, with_decision = (
+        name in fields for name in ("item", "identity", "metadata", "decision")
+    )
     return [
         search_pb2.Neighbor(
-            item=item_name(gallery_id, neighbor.item.name),
-            identity=neighbor.item.identity or "",
-            metadata=struct(neighbor.item.metadata),
-            decision=decision(neighbor.decision),
+            item=item_name(gallery_id, neighbor.item.name) if with_item else "",
+            identity=neighbor.item.identity or "" if with_identity else "",
+            metadata=struct(neighbor.item.metadata) if with_metadata else None,
+            decision=decision(neighbor.decision) if with_decision else None,
         )
         for neighbor in found
     ]
 
 
-def item(stored: Item, gallery_id: str, *, with_embedding: bool = False) -> gallery_pb2.Item:
+def item(stored: Item, gallery_id: str) -> gallery_pb2.Item:
+    """The item without its embedding."""
     return gallery_pb2.Item(
         name=item_name(gallery_id, stored.name),
         identity=stored.identity or "",
@@ -99,8 +109,17 @@ def item(stored: Item, gallery_id: str, *, with_embedding: bool = False) -> gall
         etag=stored.etag,
         generation=stored.generation,
         update_time=timestamp(stored.update_time) if stored.update_time else None,
-        embedding=embedding(stored.embedding) if with_embedding else b"",
     )
+
+
+def item_fields(stored: Item, gallery_id: str, fields: Collection[str]) -> gallery_pb2.Item:
+    """Some fields of the item."""
+    message = item(stored if "metadata" in fields else replace(stored, metadata={}), gallery_id)
+    for name in parse.ITEM_FIELDS - {*fields}:
+        message.ClearField(name)  # type: ignore[arg-type]  # the stubs know its names one by one
+    if "embedding" in fields:
+        message.embedding = embedding(stored.embedding)
+    return message
 
 
 def gallery(described: GalleryEngine, *, with_stats: bool = False) -> gallery_pb2.Gallery:
@@ -258,6 +277,7 @@ def calibration(known: measured.Calibration) -> model_pb2.Calibration:
         probability_points=[
             model_pb2.ProbabilityPoint(distance=distance, probability=each) for distance, each in points
         ],
+        feedback_pairs=known.feedback_pairs,
     )
 
 

@@ -13,7 +13,9 @@ from embedding.errors import InvalidInput, LookalikeError, NotFound, StaleEtag
 from embedding.thumbnails import thumbnail
 from index import JSON, Deadline, Filter, GalleryEngine, IndexSettings, Item
 from index.items import check_identity, check_item_name, metadata_json
+from index.receipts import Receipt, Token
 from service.engine import Engine
+from service.once import keeps_receipts, receipting
 from service.sources import Embedded, EncodedImage, Source, Unusable, located, value_of
 
 Stored: TypeAlias = Item | LookalikeError
@@ -62,6 +64,11 @@ class UpdateItems:
     gallery: str
     drafts: Sequence[Draft | Unusable]
     allow_missing: bool = True
+    token: Token | None = None
+    """Keep the receipt of this request, with what `form` makes of the outcomes."""
+    form: Callable[[Sequence[Stored]], bytes] = lambda _: b""
+    answered: list[bytes] = field(default_factory=list)
+    """Holds the one answer that the receipt has, of now or before, once items have been stored."""
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -86,8 +93,8 @@ class UpdateItems:
                     outcomes[row] = error
             # Named anew: an alias may have moved while the images were embedded.
             with engine.written(self.gallery, path="parent") as gallery:
-                outcomes |= self._store(gallery, good)
-            return [outcomes[row] for row in range(len(self.drafts))]
+                outcomes |= self._store(gallery, good, outcomes)
+            return [] if self.answered else [outcomes[row] for row in range(len(self.drafts))]
 
         return answer
 
@@ -101,7 +108,9 @@ class UpdateItems:
                     )
                 seen.add(draft.name)
 
-    def _store(self, gallery: GalleryEngine, items: Mapping[int, tuple[Draft, Item | None]]) -> dict[int, Stored]:
+    def _store(
+        self, gallery: GalleryEngine, items: Mapping[int, tuple[Draft, Item | None]], failed: Mapping[int, Stored]
+    ) -> dict[int, Stored]:
         """Store what the gallery accepts.
 
         The gallery refuses a batch as a whole, so those it refuses are looked for and the rest is tried again.
@@ -118,13 +127,27 @@ class UpdateItems:
             left = {row: pair for row, pair in left.items() if row not in outcomes}
             try:
                 # Whether an item may be new has been looked at; one that vanishes meanwhile is told by its etag.
-                stored = gallery.upsert(list(ready.values()))
-                return outcomes | dict(zip(ready, stored, strict=True))
+                if self.token is None or not ready:
+                    stored = gallery.upsert(list(ready.values()))
+                    return outcomes | dict(zip(ready, stored, strict=True))
+                self._store_once(gallery, self.token, ready, {**failed, **outcomes})
+                return outcomes
             except StaleEtag:
                 refused = {row: error for row, (draft, _) in left.items() if (error := _refusal(gallery, draft))}
                 outcomes |= refused
                 left = {row: pair for row, pair in left.items() if row not in refused}
         return outcomes
+
+    def _store_once(
+        self, gallery: GalleryEngine, token: Token, ready: Mapping[int, Item], failed: Mapping[int, Stored]
+    ) -> None:
+        def form(stored: Sequence[Item], _: int) -> bytes:
+            outcomes = {**failed, **dict(zip(ready, stored, strict=True))}
+            return self.form([outcomes[row] for row in range(len(self.drafts))])
+
+        receipt = Receipt(token, form)
+        receipting(gallery).upsert(list(ready.values()), receipt=receipt)
+        self.answered.append(receipt.answer or b"")
 
     def _completed(self, gallery: GalleryEngine, draft: Draft, item: Item | None) -> Item:
         """The whole item to store. Raises NotFound, or InvalidInput for a new item without an image."""
@@ -163,18 +186,26 @@ class UpdateGallery:
     """Names of the settings to take over; the others stay."""
     etag: str = ""
     """When given, the stored settings must still carry it."""
+    token: Token | None = None
 
     def write(self, engine: Engine) -> GalleryEngine:
         """Raises NotFound and StaleEtag."""
         gallery = engine.gallery(self.gallery, path="gallery.name", any_model=True)
         with _CONFIGURING:
+            keeper = gallery if self.token is not None and keeps_receipts(gallery) else None
+            if keeper is not None and self.token is not None and keeper.answered(self.token) is not None:
+                return gallery
             stored = gallery.stats().settings
             if self.etag and self.etag != settings_etag(gallery, stored):
                 raise StaleEtag(
                     f"gallery {gallery.id!r} is not what it was at etag {self.etag!r}; read it again, then write",
                     field="gallery.etag",
                 )
-            gallery.configure(replace(stored, **{part: getattr(self.settings, part) for part in self.parts}))
+            settings = replace(stored, **{part: getattr(self.settings, part) for part in self.parts})
+            if keeper is None:
+                gallery.configure(settings)
+            else:
+                keeper.configure(settings, token=self.token)
         return gallery
 
 
@@ -201,15 +232,44 @@ class PurgeItems:
     gallery: str
     allowed: Filter
     force: bool = False
+    token: Token | None = None
+    form: Callable[[int], bytes] = lambda _: b""
+    """Makes the answer of how many there were."""
+    answered: list[bytes] = field(default_factory=list)
     deadline: Deadline | None = None
 
     def write(self, engine: Engine) -> Purged:
         if self.force:
             with engine.written(self.gallery, path="parent", any_model=True) as gallery:
-                return Purged(gallery=gallery.id, count=gallery.purge(self.allowed, deadline=self.deadline), sample=())
+                return Purged(gallery=gallery.id, count=self._purged(gallery), sample=())
         gallery = engine.gallery(self.gallery, path="parent", any_model=True)
         items, _ = gallery.list(page_size=SAMPLE, allowed=self.allowed)
         return Purged(gallery=gallery.id, count=gallery.count(self.allowed), sample=[item.name for item in items])
+
+    def _purged(self, gallery: GalleryEngine) -> int:
+        if self.token is None:
+            return gallery.purge(self.allowed, deadline=self.deadline)
+        receipt = Receipt(self.token, lambda _, died: self.form(died))
+        count = receipting(gallery).purge(self.allowed, deadline=self.deadline, receipt=receipt)
+        self.answered.append(receipt.answer or b"")
+        return count
+
+
+def delete(
+    gallery: GalleryEngine,
+    names: Sequence[str],
+    form: Callable[[int], bytes],
+    *,
+    allow_missing: bool,
+    etags: Mapping[str, str] | None = None,
+    token: Token | None = None,
+) -> bytes:
+    """Delete named items, once for a token; the answer is what `form` makes of how many there were."""
+    if token is None:
+        return form(gallery.delete(names, allow_missing=allow_missing, etags=etags))
+    receipt = Receipt(token, lambda _, died: form(died))
+    receipting(gallery).delete(names, allow_missing=allow_missing, etags=etags, receipt=receipt)
+    return receipt.answer or b""
 
 
 def _source(draft: Draft | Unusable) -> Source | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,12 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def serving(bundle: Path, galleries: Path, *, log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    bundle: Path, galleries: Path, *, log: Path, options: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`lookalike serve` on a free port: the process and its address; terminated in the end, if it still runs."""
     command = [*COMMAND, "serve", "--bundle", str(bundle), "--data", str(galleries), "--port", "0", "--device", "cpu"]
+    command += options
     with (
         log.open("wb") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()) as server,

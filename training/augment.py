@@ -7,6 +7,7 @@ Shapes: B images, C channels, H height, W width, with H = W; 2 coordinates (x, y
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from training.config import AugmentationConfig
 ERASED_AREA = (0.02, 0.2)
 """Smallest and largest share of the area that an erased rectangle covers."""
 
-_GEOMETRIC = ("rotation", "translation", "scale", "shear", "stretch", "crop", "horizontal_flip", "elastic")
+_SHARED = ("shared_rotation", "shared_shear", "shared_stretch", "shared_elastic")
+_GEOMETRIC = ("rotation", "translation", "scale", "shear", "stretch", "crop", "horizontal_flip", "elastic", *_SHARED)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's conversion to grey
 
 
@@ -32,6 +34,7 @@ class Augmenter:
         self.generator = generator
         off = AugmentationConfig()
         self._is_geometric = any(getattr(config, name) != getattr(off, name) for name in _GEOMETRIC)
+        self._is_shared = any(getattr(config, name) != getattr(off, name) for name in _SHARED)
         self._rows, self._of = slice(0), 0
 
     def __call__(self, images_BCHW: Tensor, *, rows: slice | None = None, of: int | None = None) -> Tensor:
@@ -55,6 +58,8 @@ class Augmenter:
         grid_BHW2 = F.affine_grid(theta_B23, list(images_BCHW.shape), align_corners=False)
         if self.config.elastic:
             grid_BHW2 = grid_BHW2 + self._displacement(images_BCHW)
+        if self._is_shared:
+            grid_BHW2 = self._shared(grid_BHW2)
         if self.config.fill == "edge":
             return F.grid_sample(images_BCHW, grid_BHW2, padding_mode="border", align_corners=False)
         # grid_sample pads with zeros: shift the values so that zero is the fill.
@@ -93,8 +98,30 @@ class Augmenter:
         """A smooth random field [B, H, W, 2] in grid units, of which the whole side is 2."""
         cells = self.config.elastic_cells
         coarse_B2cc = self._normal((len(like), 2, cells, cells), like) * (2 * self.config.elastic)
-        field_B2HW = F.interpolate(coarse_B2cc, size=like.shape[-2:], mode="bicubic", align_corners=True)
-        return field_B2HW.permute(0, 2, 3, 1)
+        return _smooth(coarse_B2cc, like.shape[-2:]).permute(0, 2, 3, 1)
+
+    def _shared(self, grid_BHW2: Tensor) -> Tensor:
+        """One further map for the whole batch, from where an image's own map leads to the input.
+
+        It comes last on the way to the input, so that each image is changed as if the changed one had been drawn.
+        """
+        config = self.config
+        turn, tilt_x, tilt_y, widen = self._drawn(torch.rand, (4,), grid_BHW2).mul(2).sub(1).tolist()
+        angle = math.radians(config.shared_rotation) * turn
+        tilt = math.tan(math.radians(config.shared_shear))
+        narrowest, widest = (math.log(end) / 2 for end in config.shared_stretch)
+        wide = math.exp((narrowest + widest) / 2 + (widest - narrowest) / 2 * widen)
+        rotate_22 = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        shear_22 = torch.tensor([[1, tilt * tilt_x], [tilt * tilt_y, 1]])
+        stretch_22 = torch.tensor([[1 / wide, 0], [0, wide]])
+        grid_BHW2 = grid_BHW2 @ (rotate_22 @ shear_22 @ stretch_22).to(grid_BHW2).T
+        if not config.shared_elastic:
+            return grid_BHW2
+        coarse_12cc = self._drawn(torch.randn, (1, 2, config.elastic_cells, config.elastic_cells), grid_BHW2)
+        field_12HW = _smooth(coarse_12cc * (2 * config.shared_elastic), grid_BHW2.shape[1:3])
+        field_B2HW = field_12HW.expand(len(grid_BHW2), -1, -1, -1)
+        moved_B2HW = F.grid_sample(field_B2HW, grid_BHW2, padding_mode="border", align_corners=True)
+        return grid_BHW2 + moved_B2HW.permute(0, 2, 3, 1)
 
     def _recoloured(self, images_BCHW: Tensor) -> Tensor:
         config, size = self.config, len(images_BCHW)
@@ -136,12 +163,19 @@ class Augmenter:
         return low + (high - low) * self._uniform((size,), like)
 
     def _uniform(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        whole = torch.rand((self._of, *shape[1:]), generator=self.generator, device=self.generator.device)
-        return whole[self._rows].to(like.device)
+        return self._drawn(torch.rand, (self._of, *shape[1:]), like)[self._rows]
 
     def _normal(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        whole = torch.randn((self._of, *shape[1:]), generator=self.generator, device=self.generator.device)
-        return whole[self._rows].to(like.device)
+        return self._drawn(torch.randn, (self._of, *shape[1:]), like)[self._rows]
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Random numbers of exactly this shape, whatever the part of the batch."""
+        return draw(shape, generator=self.generator, device=self.generator.device).to(like.device)
+
+
+def _smooth(coarse_B2cc: Tensor, size: Sequence[int]) -> Tensor:
+    """A field [B, 2, H, W] through the values of a coarse grid, whose outermost lie on the edges."""
+    return F.interpolate(coarse_B2cc, size=tuple(size), mode="bicubic", align_corners=True)
 
 
 def _grey(images_BCHW: Tensor) -> Tensor:

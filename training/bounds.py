@@ -60,9 +60,28 @@ class Resampled(NamedTuple):
         return self._replace(variance_T=np.maximum(self.variance_T, other.variance_T))
 
 
+class Bounds(NamedTuple):
+    """Upper bounds at T thresholds."""
+
+    upper_T: Rates
+    effect_T: Rates
+    """Design effect: how many pairs amount to one independent pair."""
+
+
 def far_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
     """Upper bound [T] of the false-accept rate at each of T rising thresholds, which as many other identities exceed
     in one of twenty cases; it never falls."""
+    return far_bounds(table, thresholds_T).upper_T
+
+
+def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
+    """Upper bound [T] of the false-reject rate at each of T rising thresholds, which as many other identities exceed
+    in one of twenty cases; it never rises."""
+    return frr_bounds(table, thresholds_T).upper_T
+
+
+def far_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
+    """`far_upper_bounds`, with the design effects."""
     units, n = len(table.sizes), len(table.impostor)
     accepted_T = np.searchsorted(table.impostor, thresholds_T, side="right")
     found = across_variance(table, thresholds_T, accepted_T / n)
@@ -72,13 +91,12 @@ def far_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
         found = group_across_variance(table, table.groups, thresholds_T, accepted_T / n).at_least(found)
     # The support falls with the threshold; `_bounds` takes it the other way round.
     falling = Resampled(found.variance_T[::-1], found.erring_T[::-1], found.freedom_T[::-1])
-    bound_T = _bounds(accepted_T[::-1], n, falling, units=units, most=n / max(units // 2, 1))[::-1]
-    return np.maximum.accumulate(bound_T)
+    bounds = bounded(accepted_T[::-1] / n, n, falling, units=units, most=n / max(units // 2, 1))
+    return Bounds(np.maximum.accumulate(bounds.upper_T[::-1]), bounds.effect_T[::-1])
 
 
-def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
-    """Upper bound [T] of the false-reject rate at each of T rising thresholds, which as many other identities exceed
-    in one of twenty cases; it never rises."""
+def frr_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
+    """`frr_upper_bounds`, with the design effects."""
     units, m = int((table.sizes > 1).sum()), len(table.matching)
     rejected_T = m - np.searchsorted(table.matching, thresholds_T, side="right")
     found = within_variance(table, thresholds_T, rejected_T / m)
@@ -86,21 +104,23 @@ def frr_upper_bounds(table: PairTable, thresholds_T: Floats) -> Rates:
         units = len(np.unique(table.groups[table.sizes > 1]))
         of_groups = within_variance(table, thresholds_T, rejected_T / m, groups_G=table.groups)
         found = of_groups.at_least(found)
-    return np.maximum.accumulate(_bounds(rejected_T, m, found, units=units, most=m / units)[::-1])[::-1]
+    bounds = bounded(rejected_T / m, m, found, units=units, most=m / units)
+    return Bounds(np.maximum.accumulate(bounds.upper_T[::-1])[::-1], bounds.effect_T)
 
 
-def _bounds(errors_T: Ints, trials: int, found: Resampled, *, units: int, most: float) -> Rates:
-    """Bounds at thresholds in the order in which fewer and fewer trials are errors."""
+def bounded(rate_T: Rates, trials: int, found: Resampled, *, units: int, most: float) -> Bounds:
+    """Bounds at thresholds in the order in which the rate of errors among the trials falls; `most` is the design effect
+    where none or all of them err."""
     if units < 2:
-        return np.ones(len(errors_T))
+        return Bounds(np.ones(len(rate_T)), np.full(len(rate_T), float(trials)))
     # Residuals are measured against a rate that their own unit has moved, and of few units are too small. Leaving one
     # out, and with it 2/units of the pairs, makes them units / (units − 2) as large: about this, which two units have.
     variance_T = found.variance_T * (units / (units - 1)) ** 3
-    effect_T = _design_effect(errors_T, trials, variance_T, most=most)
+    effect_T = _design_effect(rate_T, trials, variance_T, most=most)
     freedom_T = np.clip(found.freedom_T, 1, units - 1)
     is_supported_T = found.erring_T >= SUPPORTING_CLUSTERS
     effect_T, freedom_T = (_borrowed(each_T, is_supported_T) for each_T in (effect_T, freedom_T))
-    return upper_bound(errors_T / trials, trials, _TWO_SAMPLES * effect_T, freedom_T)
+    return Bounds(upper_bound(rate_T, trials, _TWO_SAMPLES * effect_T, freedom_T), effect_T)
 
 
 def upper_bound(rate_T: Rates, trials: int, effect_T: Rates, freedom_T: Rates) -> Rates:
@@ -115,9 +135,8 @@ def upper_bound(rate_T: Rates, trials: int, effect_T: Rates, freedom_T: Rates) -
     return bound_T
 
 
-def _design_effect(errors_T: Ints, trials: int, variance_T: Rates, *, most: float) -> Rates:
+def _design_effect(rate_T: Rates, trials: int, variance_T: Rates, *, most: float) -> Rates:
     """Variance of the rate over its binomial variance: at least 1, and `most` where every or no trial is an error."""
-    rate_T = errors_T / trials
     binomial_T = rate_T * (1 - rate_T) / trials
     effect_T = np.full(len(rate_T), max(most, 1.0))
     np.divide(variance_T, binomial_T, out=effect_T, where=binomial_T > 0)

@@ -15,8 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from embedding.calibration import MAX_DISTANCE, SUPPORTING_PAIRS, Calibration, ErrorRates
-from training.bounds import far_upper_bounds, frr_upper_bounds
+from embedding.calibration import (
+    CELLS_PER_UNIT,
+    MAX_DISTANCE,
+    SUPPORTING_PAIRS,
+    Calibration,
+    ErrorRates,
+    HeldOutPairs,
+    Histogram,
+)
+from training.bounds import Rates, far_bounds, frr_bounds
 from training.pairs import Floats, PairTable, held_out, measure_pairs
 from training.probability import fit_match_probability
 
@@ -49,7 +57,10 @@ def calibrate(
     probability = fit_match_probability(table, seed=seed)
     margin = probability.midpoint
     equal_error = _equal_error_threshold(table, margin)
-    curve = _curve(table, _thresholds(table, extra=(margin, equal_error)))
+    thresholds_T = _thresholds(table, extra=(margin, equal_error))
+    fars, frrs = far_bounds(table, thresholds_T), frr_bounds(table, thresholds_T)
+    curve = _curve(table, thresholds_T, fars.upper_T, frrs.upper_T)
+    at_margin = int(np.searchsorted(thresholds_T, np.float32(margin)))
     return Calibration(
         protocol=protocol,
         identities=len(table.sizes),
@@ -59,6 +70,10 @@ def calibrate(
         probability=probability,
         curve=curve,
         named_points={"learned-margin": margin, "equal-error": equal_error, **_far_points(table, curve)},
+        held_out=HeldOutPairs(
+            matching=_histogram(table.matching, float(frrs.effect_T[at_margin])),
+            impostor=_histogram(table.impostor, float(fars.effect_T[at_margin])),
+        ),
     )
 
 
@@ -165,9 +180,14 @@ def _thresholds(table: PairTable, *, extra: Iterable[float]) -> Floats:
     )
 
 
-def _curve(table: PairTable, thresholds_T: Floats) -> tuple[ErrorRates, ...]:
-    far_upper_T = far_upper_bounds(table, thresholds_T)
-    frr_upper_T = frr_upper_bounds(table, thresholds_T)
+def _histogram(distances_P: Floats, design_effect: float) -> Histogram:
+    cells, counts = np.unique((distances_P * np.float32(CELLS_PER_UNIT)).astype(np.int64), return_counts=True)
+    return Histogram(
+        cells=tuple(cells.tolist()), counts=tuple(counts.tolist()), effective=len(distances_P) / design_effect
+    )
+
+
+def _curve(table: PairTable, thresholds_T: Floats, far_upper_T: Rates, frr_upper_T: Rates) -> tuple[ErrorRates, ...]:
     return tuple(
         ErrorRates(
             threshold=float(threshold),

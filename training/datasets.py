@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from embedding.errors import InvalidDataset
 from embedding.images import Pixels, Preprocessing
-from training.config import DATA_VARIABLE, DataConfig, FolderData, ManifestData, Side, ZipData
+from training.config import DATA_VARIABLE, Side
+from training.datasets_config import DataConfig, FolderData, ManifestData, ZipData
 from training.images import ChainedImages
 from training.pixels import PixelStore
 from training.sources import Listing, list_folder, list_part, list_zip

@@ -38,6 +38,7 @@ from training.one_shot_folders import RunFolders
 from training.pairs import HeldOut, held_out
 from training.pixels import PixelStore
 from training.progress import TrainingDisplay
+from training.reference import reference_of
 from training.report import model_card
 from training.result import TrainingResult, usable_cores
 from training.searches import EvaluationConfig, Search, SearchConfig, find
@@ -120,8 +121,12 @@ def train(
         )
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
     calibration_set = images.subset(sides.calibration_N)
+    norms: list[Vectors] = []
+    encoder.on_embedded = lambda _, norm_N: norms.append(norm_N)
+    calibration_emb_ND = _embed(encoder, calibration_set, console)
+    encoder.on_embedded = None
     calibration = calibrate(
-        _embed(encoder, calibration_set, console),
+        calibration_emb_ND,
         calibration_set.labels_N,
         protocol=sides.protocol,
         groups_N=calibration_set.super_class_labels if recipe.split.by == "super" else None,
@@ -171,6 +176,7 @@ def train(
         preprocessing=recipe.preprocessing,
         calibration=calibration,
         lineage=lineage,
+        reference=reference_of(calibration_emb_ND, calibration_set.labels_N, np.concatenate(norms), seed=recipe.seed),
         extra_files={**card, **files},
         overwrite=overwrite,
     )

@@ -12,17 +12,8 @@ import numpy as np
 
 from embedding.errors import InvalidDataset
 from embedding.images import IMAGE_SUFFIXES
-from training.config import (
-    DATA_VARIABLE,
-    DataConfig,
-    DigitsData,
-    FolderData,
-    ManifestData,
-    MnistData,
-    OmniglotData,
-    Side,
-    ZipData,
-)
+from training.config import DATA_VARIABLE, Side
+from training.datasets_config import DataConfig, DigitsData, FolderData, ManifestData, MnistData, OmniglotData, ZipData
 from training.idx import read_mnist
 from training.images import (
     ArrayImages,

@@ -11,7 +11,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from training.config import DISCRIMINATORS, DigitsData, MnistData
+from training.config import DISCRIMINATORS
+from training.datasets_config import DigitsData, MnistData
 from training.losses_config import LossConfig, PairLossConfig
 from training.sections import Section, did_you_mean, error_at, parse_toml, read_toml, validated
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from embedding.encoder import pick_device
 from embedding.images import Preprocessing
 from training.classifier import LinearClassifier, fit_classifier, shuffled_batches
-from training.config import MnistData
 from training.datasets import ImageSet, load
+from training.datasets_config import MnistData
 from training.losses import LossOutput, MetricLoss
 from training.losses_build import build_loss
 from training.losses_config import JointConfig, LossConfig, PairLossConfig

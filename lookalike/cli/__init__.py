@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, compare, demo, gallery, model, one_shot, serve, train, upkeep
+from lookalike.cli import ask, batch, compare, demo, feedback, gallery, model, one_shot, serve, train, upkeep
 
 app = typer.Typer(
     name="lookalike",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(train.evaluate)
+app.command()(feedback.calibrate)
 app.command()(compare.compare)
 app.add_typer(one_shot.app, name="one-shot")
 upkeep.add_commands(gallery.app)
@@ -28,6 +29,7 @@ app.command()(ask.verify)
 app.command()(ask.search)
 app.command(name="batch-search")(batch.batch_search)
 app.add_typer(model.app, name="model")
+app.add_typer(feedback.app, name="feedback")
 app.command()(serve.health)
 app.command()(demo.demo)
 

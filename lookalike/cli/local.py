@@ -152,13 +152,13 @@ class LocalBackend:
 
     def get_item(self, name: ItemName) -> Item:
         found = self._engine.gallery(name.gallery, any_model=True)
-        return messages.item(wire.item(found.get(name.id), found.id, with_embedding=True))
+        return messages.item(wire.item_fields(found.get(name.id), found.id, parse.ITEM_FIELDS))
 
     def list_items(self, gallery: str, *, filter: str = "") -> Iterator[Item]:
         """The accepted items of a gallery, by name, here with their embeddings."""
         found = self._engine.gallery(gallery, any_model=True)
         for item in found.iterate(allowed=parse_filter(filter)):
-            yield messages.item(wire.item(item, found.id, with_embedding=True))
+            yield messages.item(wire.item_fields(item, found.id, parse.ITEM_FIELDS))
 
     def update_items(
         self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True

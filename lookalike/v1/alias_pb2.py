@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/alias.proto\x12\x0clookalike.v1\"&\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07gallery\x18\x02 \x01(\t\"O\n\x12UpdateAliasRequest\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Alias\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"9\n\x13UpdateAliasResponse\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Alias\"\x1f\n\x0fGetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetAliasResponse\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Alias\";\n\x12ListAliasesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x13ListAliasesResponse\x12$\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x13.lookalike.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse2\xd5\x02\n\x0c\x41liasService\x12R\n\x0bUpdateAlias\x12 .lookalike.v1.UpdateAliasRequest\x1a!.lookalike.v1.UpdateAliasResponse\x12I\n\x08GetAlias\x12\x1d.lookalike.v1.GetAliasRequest\x1a\x1e.lookalike.v1.GetAliasResponse\x12R\n\x0bListAliases\x12 .lookalike.v1.ListAliasesRequest\x1a!.lookalike.v1.ListAliasesResponse\x12R\n\x0b\x44\x65leteAlias\x12 .lookalike.v1.DeleteAliasRequest\x1a!.lookalike.v1.DeleteAliasResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/alias.proto\x12\x0clookalike.v1\"&\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07gallery\x18\x02 \x01(\t\"c\n\x12UpdateAliasRequest\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Alias\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"9\n\x13UpdateAliasResponse\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Alias\"\x1f\n\x0fGetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetAliasResponse\x12\"\n\x05\x61lias\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Alias\";\n\x12ListAliasesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x13ListAliasesResponse\x12$\n\x07\x61liases\x18\x01 \x03(\x0b\x32\x13.lookalike.v1.Alias\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"6\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse2\xd5\x02\n\x0c\x41liasService\x12R\n\x0bUpdateAlias\x12 .lookalike.v1.UpdateAliasRequest\x1a!.lookalike.v1.UpdateAliasResponse\x12I\n\x08GetAlias\x12\x1d.lookalike.v1.GetAliasRequest\x1a\x1e.lookalike.v1.GetAliasResponse\x12R\n\x0bListAliases\x12 .lookalike.v1.ListAliasesRequest\x1a!.lookalike.v1.ListAliasesResponse\x12R\n\x0b\x44\x65leteAlias\x12 .lookalike.v1.DeleteAliasRequest\x1a!.lookalike.v1.DeleteAliasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ALIAS']._serialized_start=42
   _globals['_ALIAS']._serialized_end=80
   _globals['_UPDATEALIASREQUEST']._serialized_start=82
-  _globals['_UPDATEALIASREQUEST']._serialized_end=161
-  _globals['_UPDATEALIASRESPONSE']._serialized_start=163
-  _globals['_UPDATEALIASRESPONSE']._serialized_end=220
-  _globals['_GETALIASREQUEST']._serialized_start=222
-  _globals['_GETALIASREQUEST']._serialized_end=253
-  _globals['_GETALIASRESPONSE']._serialized_start=255
-  _globals['_GETALIASRESPONSE']._serialized_end=309
-  _globals['_LISTALIASESREQUEST']._serialized_start=311
-  _globals['_LISTALIASESREQUEST']._serialized_end=370
-  _globals['_LISTALIASESRESPONSE']._serialized_start=372
-  _globals['_LISTALIASESRESPONSE']._serialized_end=456
-  _globals['_DELETEALIASREQUEST']._serialized_start=458
-  _globals['_DELETEALIASREQUEST']._serialized_end=492
-  _globals['_DELETEALIASRESPONSE']._serialized_start=494
-  _globals['_DELETEALIASRESPONSE']._serialized_end=515
-  _globals['_ALIASSERVICE']._serialized_start=518
-  _globals['_ALIASSERVICE']._serialized_end=859
+  _globals['_UPDATEALIASREQUEST']._serialized_end=181
+  _globals['_UPDATEALIASRESPONSE']._serialized_start=183
+  _globals['_UPDATEALIASRESPONSE']._serialized_end=240
+  _globals['_GETALIASREQUEST']._serialized_start=242
+  _globals['_GETALIASREQUEST']._serialized_end=273
+  _globals['_GETALIASRESPONSE']._serialized_start=275
+  _globals['_GETALIASRESPONSE']._serialized_end=329
+  _globals['_LISTALIASESREQUEST']._serialized_start=331
+  _globals['_LISTALIASESREQUEST']._serialized_end=390
+  _globals['_LISTALIASESRESPONSE']._serialized_start=392
+  _globals['_LISTALIASESRESPONSE']._serialized_end=476
+  _globals['_DELETEALIASREQUEST']._serialized_start=478
+  _globals['_DELETEALIASREQUEST']._serialized_end=532
+  _globals['_DELETEALIASRESPONSE']._serialized_start=534
+  _globals['_DELETEALIASRESPONSE']._serialized_end=555
+  _globals['_ALIASSERVICE']._serialized_start=558
+  _globals['_ALIASSERVICE']._serialized_end=899
 # @@protoc_insertion_point(module_scope)

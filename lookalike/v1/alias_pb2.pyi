@@ -54,8 +54,13 @@ class UpdateAliasRequest(_message.Message):
 
     ALIAS_FIELD_NUMBER: _builtins.int
     ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     allow_missing: _builtins.bool
     """Create it when it is not there; without it an unknown alias fails with NOT_FOUND."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     @_builtins.property
     def alias(self) -> Global___Alias:
         """Its name and the gallery it is to stand for. Required."""
@@ -65,10 +70,11 @@ class UpdateAliasRequest(_message.Message):
         *,
         alias: Global___Alias | None = ...,
         allow_missing: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "allow_missing", b"allow_missing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "allow_missing", b"allow_missing", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,16 +211,22 @@ class DeleteAliasRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `aliases/{alias}`. Required."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

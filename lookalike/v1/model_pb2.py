@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/model.proto\x12\x0clookalike.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa8\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08modality\x18\x03 \x01(\t\x12\x15\n\rembedding_dim\x18\x04 \x01(\x05\x12\x0f\n\x07network\x18\x05 \x01(\t\x12\x12\n\nimage_size\x18\x06 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0b\x63\x61libration\x18\x08 \x01(\x0b\x32\x19.lookalike.v1.Calibration\x12\x0e\n\x06\x61\x63tive\x18\t \x01(\x08\x12\'\n\x05state\x18\n \x01(\x0e\x32\x18.lookalike.v1.ModelState\x12\x14\n\x0c\x63\x61librations\x18\x0b \x03(\x05\"\xa2\x03\n\x0b\x43\x61libration\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x12\n\nidentities\x18\x03 \x01(\x05\x12\x16\n\x0ematching_pairs\x18\x04 \x01(\x03\x12\x16\n\x0eimpostor_pairs\x18\x05 \x01(\x03\x12\x16\n\x0elearned_margin\x18\x06 \x01(\x02\x12\x19\n\x11probability_slope\x18\x07 \x01(\x01\x12\'\n\x05\x63urve\x18\x08 \x03(\x0b\x32\x18.lookalike.v1.ErrorRates\x12@\n\x0cnamed_points\x18\t \x03(\x0b\x32*.lookalike.v1.Calibration.NamedPointsEntry\x12\x1e\n\x16smallest_supported_far\x18\n \x01(\x01\x12:\n\x12probability_points\x18\x0b \x03(\x0b\x32\x1e.lookalike.v1.ProbabilityPoint\x1a\x32\n\x10NamedPointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"9\n\x10ProbabilityPoint\x12\x10\n\x08\x64istance\x18\x01 \x01(\x02\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\"c\n\nErrorRates\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x0b\n\x03\x66\x61r\x18\x02 \x01(\x01\x12\x13\n\x0b\x66\x61r_upper95\x18\x03 \x01(\x01\x12\x0b\n\x03\x66rr\x18\x04 \x01(\x01\x12\x13\n\x0b\x66rr_upper95\x18\x05 \x01(\x01\"4\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\x02 \x01(\x05\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.lookalike.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"v\n\x14\x41\x63tivateModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\x02 \x01(\x05\x12\x15\n\rkeep_previous\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"[\n\x15\x41\x63tivateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\x12\x1e\n\x16incompatible_galleries\x18\x02 \x03(\t\"L\n\x16\x44\x65\x61\x63tivateModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\"]\n\x17\x44\x65\x61\x63tivateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\x12\x1e\n\x16incompatible_galleries\x18\x02 \x03(\t*t\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x16\n\x12MODEL_STATE_LOADED\x10\x02\x12\x16\n\x12MODEL_STATE_ACTIVE\x10\x03\x32\xe4\x02\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.lookalike.v1.GetModelRequest\x1a\x1e.lookalike.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.lookalike.v1.ListModelsRequest\x1a .lookalike.v1.ListModelsResponse\x12X\n\rActivateModel\x12\".lookalike.v1.ActivateModelRequest\x1a#.lookalike.v1.ActivateModelResponse\x12^\n\x0f\x44\x65\x61\x63tivateModel\x12$.lookalike.v1.DeactivateModelRequest\x1a%.lookalike.v1.DeactivateModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lookalike/v1/model.proto\x12\x0clookalike.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa8\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08modality\x18\x03 \x01(\t\x12\x15\n\rembedding_dim\x18\x04 \x01(\x05\x12\x0f\n\x07network\x18\x05 \x01(\t\x12\x12\n\nimage_size\x18\x06 \x01(\x05\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x0b\x63\x61libration\x18\x08 \x01(\x0b\x32\x19.lookalike.v1.Calibration\x12\x0e\n\x06\x61\x63tive\x18\t \x01(\x08\x12\'\n\x05state\x18\n \x01(\x0e\x32\x18.lookalike.v1.ModelState\x12\x14\n\x0c\x63\x61librations\x18\x0b \x03(\x05\"\xba\x03\n\x0b\x43\x61libration\x12\x0f\n\x07version\x18\x01 \x01(\x05\x12\x10\n\x08protocol\x18\x02 \x01(\t\x12\x12\n\nidentities\x18\x03 \x01(\x05\x12\x16\n\x0ematching_pairs\x18\x04 \x01(\x03\x12\x16\n\x0eimpostor_pairs\x18\x05 \x01(\x03\x12\x16\n\x0elearned_margin\x18\x06 \x01(\x02\x12\x19\n\x11probability_slope\x18\x07 \x01(\x01\x12\'\n\x05\x63urve\x18\x08 \x03(\x0b\x32\x18.lookalike.v1.ErrorRates\x12@\n\x0cnamed_points\x18\t \x03(\x0b\x32*.lookalike.v1.Calibration.NamedPointsEntry\x12\x1e\n\x16smallest_supported_far\x18\n \x01(\x01\x12:\n\x12probability_points\x18\x0b \x03(\x0b\x32\x1e.lookalike.v1.ProbabilityPoint\x12\x16\n\x0e\x66\x65\x65\x64\x62\x61\x63k_pairs\x18\x0c \x01(\x03\x1a\x32\n\x10NamedPointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"9\n\x10ProbabilityPoint\x12\x10\n\x08\x64istance\x18\x01 \x01(\x02\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\"c\n\nErrorRates\x12\x11\n\tthreshold\x18\x01 \x01(\x02\x12\x0b\n\x03\x66\x61r\x18\x02 \x01(\x01\x12\x13\n\x0b\x66\x61r_upper95\x18\x03 \x01(\x01\x12\x0b\n\x03\x66rr\x18\x04 \x01(\x01\x12\x13\n\x0b\x66rr_upper95\x18\x05 \x01(\x01\"4\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\x02 \x01(\x05\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.lookalike.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8a\x01\n\x14\x41\x63tivateModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\x02 \x01(\x05\x12\x15\n\rkeep_previous\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"[\n\x15\x41\x63tivateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\x12\x1e\n\x16incompatible_galleries\x18\x02 \x03(\t\"`\n\x16\x44\x65\x61\x63tivateModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"]\n\x17\x44\x65\x61\x63tivateModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.lookalike.v1.Model\x12\x1e\n\x16incompatible_galleries\x18\x02 \x03(\t*t\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x01\x12\x16\n\x12MODEL_STATE_LOADED\x10\x02\x12\x16\n\x12MODEL_STATE_ACTIVE\x10\x03\x32\xe4\x02\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.lookalike.v1.GetModelRequest\x1a\x1e.lookalike.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.lookalike.v1.ListModelsRequest\x1a .lookalike.v1.ListModelsResponse\x12X\n\rActivateModel\x12\".lookalike.v1.ActivateModelRequest\x1a#.lookalike.v1.ActivateModelResponse\x12^\n\x0f\x44\x65\x61\x63tivateModel\x12$.lookalike.v1.DeactivateModelRequest\x1a%.lookalike.v1.DeactivateModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CALIBRATION_NAMEDPOINTSENTRY']._loaded_options = None
   _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=1595
-  _globals['_MODELSTATE']._serialized_end=1711
+  _globals['_MODELSTATE']._serialized_start=1660
+  _globals['_MODELSTATE']._serialized_end=1776
   _globals['_MODEL']._serialized_start=76
   _globals['_MODEL']._serialized_end=372
   _globals['_CALIBRATION']._serialized_start=375
-  _globals['_CALIBRATION']._serialized_end=793
-  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_start=743
-  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_end=793
-  _globals['_PROBABILITYPOINT']._serialized_start=795
-  _globals['_PROBABILITYPOINT']._serialized_end=852
-  _globals['_ERRORRATES']._serialized_start=854
-  _globals['_ERRORRATES']._serialized_end=953
-  _globals['_GETMODELREQUEST']._serialized_start=955
-  _globals['_GETMODELREQUEST']._serialized_end=1007
-  _globals['_GETMODELRESPONSE']._serialized_start=1009
-  _globals['_GETMODELRESPONSE']._serialized_end=1063
-  _globals['_LISTMODELSREQUEST']._serialized_start=1065
-  _globals['_LISTMODELSREQUEST']._serialized_end=1123
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1125
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1207
-  _globals['_ACTIVATEMODELREQUEST']._serialized_start=1209
-  _globals['_ACTIVATEMODELREQUEST']._serialized_end=1327
-  _globals['_ACTIVATEMODELRESPONSE']._serialized_start=1329
-  _globals['_ACTIVATEMODELRESPONSE']._serialized_end=1420
-  _globals['_DEACTIVATEMODELREQUEST']._serialized_start=1422
-  _globals['_DEACTIVATEMODELREQUEST']._serialized_end=1498
-  _globals['_DEACTIVATEMODELRESPONSE']._serialized_start=1500
-  _globals['_DEACTIVATEMODELRESPONSE']._serialized_end=1593
-  _globals['_MODELSERVICE']._serialized_start=1714
-  _globals['_MODELSERVICE']._serialized_end=2070
+  _globals['_CALIBRATION']._serialized_end=817
+  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_start=767
+  _globals['_CALIBRATION_NAMEDPOINTSENTRY']._serialized_end=817
+  _globals['_PROBABILITYPOINT']._serialized_start=819
+  _globals['_PROBABILITYPOINT']._serialized_end=876
+  _globals['_ERRORRATES']._serialized_start=878
+  _globals['_ERRORRATES']._serialized_end=977
+  _globals['_GETMODELREQUEST']._serialized_start=979
+  _globals['_GETMODELREQUEST']._serialized_end=1031
+  _globals['_GETMODELRESPONSE']._serialized_start=1033
+  _globals['_GETMODELRESPONSE']._serialized_end=1087
+  _globals['_LISTMODELSREQUEST']._serialized_start=1089
+  _globals['_LISTMODELSREQUEST']._serialized_end=1147
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1149
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1231
+  _globals['_ACTIVATEMODELREQUEST']._serialized_start=1234
+  _globals['_ACTIVATEMODELREQUEST']._serialized_end=1372
+  _globals['_ACTIVATEMODELRESPONSE']._serialized_start=1374
+  _globals['_ACTIVATEMODELRESPONSE']._serialized_end=1465
+  _globals['_DEACTIVATEMODELREQUEST']._serialized_start=1467
+  _globals['_DEACTIVATEMODELREQUEST']._serialized_end=1563
+  _globals['_DEACTIVATEMODELRESPONSE']._serialized_start=1565
+  _globals['_DEACTIVATEMODELRESPONSE']._serialized_end=1658
+  _globals['_MODELSERVICE']._serialized_start=1779
+  _globals['_MODELSERVICE']._serialized_end=2135
 # @@protoc_insertion_point(module_scope)

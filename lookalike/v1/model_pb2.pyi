@@ -153,6 +153,7 @@ class Calibration(_message.Message):
     NAMED_POINTS_FIELD_NUMBER: _builtins.int
     SMALLEST_SUPPORTED_FAR_FIELD_NUMBER: _builtins.int
     PROBABILITY_POINTS_FIELD_NUMBER: _builtins.int
+    FEEDBACK_PAIRS_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of this calibration of the model, from 1."""
     protocol: _builtins.str
@@ -171,6 +172,8 @@ class Calibration(_message.Message):
     """
     smallest_supported_far: _builtins.float
     """The smallest target_far that is not refused: 3 / impostor_pairs."""
+    feedback_pairs: _builtins.int
+    """How many pairs of feedback it was learned from, on top of the held-out ones; its rates are the worse of the two."""
     @_builtins.property
     def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___ErrorRates]:
         """Error rates by rising threshold."""
@@ -199,10 +202,11 @@ class Calibration(_message.Message):
         named_points: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         smallest_supported_far: _builtins.float = ...,
         probability_points: _abc.Iterable[Global___ProbabilityPoint] | None = ...,
+        feedback_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "identities", b"identities", "impostor_pairs", b"impostor_pairs", "learned_margin", b"learned_margin", "matching_pairs", b"matching_pairs", "named_points", b"named_points", "probability_points", b"probability_points", "probability_slope", b"probability_slope", "protocol", b"protocol", "smallest_supported_far", b"smallest_supported_far", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "feedback_pairs", b"feedback_pairs", "identities", b"identities", "impostor_pairs", b"impostor_pairs", "learned_margin", b"learned_margin", "matching_pairs", b"matching_pairs", "named_points", b"named_points", "probability_points", b"probability_points", "probability_slope", b"probability_slope", "protocol", b"protocol", "smallest_supported_far", b"smallest_supported_far", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -389,6 +393,7 @@ class ActivateModelRequest(_message.Message):
     KEEP_PREVIOUS_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}`, one that ListModels tells of. Required."""
     calibration: _builtins.int
@@ -403,6 +408,10 @@ class ActivateModelRequest(_message.Message):
     """
     validate_only: _builtins.bool
     """Read and check everything, and change nothing. AIP-163."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
@@ -411,10 +420,11 @@ class ActivateModelRequest(_message.Message):
         keep_previous: _builtins.bool = ...,
         force: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "force", b"force", "keep_previous", b"keep_previous", "name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "force", b"force", "keep_previous", b"keep_previous", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,22 +469,28 @@ class DeactivateModelRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `models/{model}`. The active model is refused with FAILED_PRECONDITION: activate another. Required."""
     force: _builtins.bool
     """Unload it although galleries hold its embeddings."""
     validate_only: _builtins.bool
     """Check everything, and change nothing. AIP-163."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         force: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

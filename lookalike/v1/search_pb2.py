@@ -22,50 +22,51 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from lookalike.v1 import common_pb2 as lookalike_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/search.proto\x12\x0clookalike.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"x\n\x06\x45\x66\x66ort\x12*\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x19.lookalike.v1.ExactEffortH\x00\x12\x10\n\x06recall\x18\x02 \x01(\x01H\x00\x12&\n\x03raw\x18\x03 \x01(\x0b\x32\x17.lookalike.v1.RawEffortH\x00\x42\x08\n\x06\x65\x66\x66ort\"\r\n\x0b\x45xactEffort\"?\n\tRawEffort\x12\x0e\n\x06nprobe\x18\x01 \x01(\x05\x12\x11\n\tef_search\x18\x02 \x01(\x05\x12\x0f\n\x07rescore\x18\x03 \x01(\x05\"\xd2\x01\n\rSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\"\x7f\n\x08Neighbor\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0b\x32\x16.lookalike.v1.Decision\"y\n\x0eSearchResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"\xc8\x01\n\x12\x42\x61tchSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12)\n\x07queries\x18\x02 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\"t\n\tNeighbors\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"k\n\x0cSearchResult\x12,\n\tneighbors\x18\x01 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"B\n\x13\x42\x61tchSearchResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.SearchResult\"\xdd\x01\n\x14SearchMatchesRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\r\n\x05limit\x18\x04 \x01(\x05\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\"q\n\x15SearchMatchesResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.lookalike.v1.MatchesSummary\"v\n\x0eMatchesSummary\x12\x13\n\x0bmatch_count\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x17\n\x0f\x65xpected_recall\x18\x03 \x01(\x01\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x0f\n\x07partial\x18\x05 \x01(\x08\"\x8b\x01\n\x13StreamSearchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x06\x63onfig\x18\x02 \x01(\x0b\x32 .lookalike.v1.StreamSearchConfigH\x00\x12)\n\x05query\x18\x03 \x01(\x0b\x32\x18.lookalike.v1.ImageInputH\x00\x42\t\n\x07\x65lement\"\x9d\x01\n\x12StreamSearchConfig\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x05 \x01(\x0b\x32\x14.lookalike.v1.Effort\"\x7f\n\x14StreamSearchResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\tneighbors\x18\x02 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result2\xdf\x02\n\rSearchService\x12\x43\n\x06Search\x12\x1b.lookalike.v1.SearchRequest\x1a\x1c.lookalike.v1.SearchResponse\x12R\n\x0b\x42\x61tchSearch\x12 .lookalike.v1.BatchSearchRequest\x1a!.lookalike.v1.BatchSearchResponse\x12Z\n\rSearchMatches\x12\".lookalike.v1.SearchMatchesRequest\x1a#.lookalike.v1.SearchMatchesResponse0\x01\x12Y\n\x0cStreamSearch\x12!.lookalike.v1.StreamSearchRequest\x1a\".lookalike.v1.StreamSearchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/search.proto\x12\x0clookalike.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"x\n\x06\x45\x66\x66ort\x12*\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x19.lookalike.v1.ExactEffortH\x00\x12\x10\n\x06recall\x18\x02 \x01(\x01H\x00\x12&\n\x03raw\x18\x03 \x01(\x0b\x32\x17.lookalike.v1.RawEffortH\x00\x42\x08\n\x06\x65\x66\x66ort\"\r\n\x0b\x45xactEffort\"?\n\tRawEffort\x12\x0e\n\x06nprobe\x18\x01 \x01(\x05\x12\x11\n\tef_search\x18\x02 \x01(\x05\x12\x0f\n\x07rescore\x18\x03 \x01(\x05\"\x81\x02\n\rSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\x12-\n\tread_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x7f\n\x08Neighbor\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0b\x32\x16.lookalike.v1.Decision\"y\n\x0eSearchResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"\xf7\x01\n\x12\x42\x61tchSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12)\n\x07queries\x18\x02 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12-\n\tread_mask\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"t\n\tNeighbors\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"k\n\x0cSearchResult\x12,\n\tneighbors\x18\x01 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"B\n\x13\x42\x61tchSearchResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.SearchResult\"\x8c\x02\n\x14SearchMatchesRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\r\n\x05limit\x18\x04 \x01(\x05\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\x12-\n\tread_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"q\n\x15SearchMatchesResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.lookalike.v1.MatchesSummary\"v\n\x0eMatchesSummary\x12\x13\n\x0bmatch_count\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x17\n\x0f\x65xpected_recall\x18\x03 \x01(\x01\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x0f\n\x07partial\x18\x05 \x01(\x08\"\x8b\x01\n\x13StreamSearchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x06\x63onfig\x18\x02 \x01(\x0b\x32 .lookalike.v1.StreamSearchConfigH\x00\x12)\n\x05query\x18\x03 \x01(\x0b\x32\x18.lookalike.v1.ImageInputH\x00\x42\t\n\x07\x65lement\"\xcc\x01\n\x12StreamSearchConfig\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x05 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12-\n\tread_mask\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x7f\n\x14StreamSearchResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\tneighbors\x18\x02 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result2\xdf\x02\n\rSearchService\x12\x43\n\x06Search\x12\x1b.lookalike.v1.SearchRequest\x1a\x1c.lookalike.v1.SearchResponse\x12R\n\x0b\x42\x61tchSearch\x12 .lookalike.v1.BatchSearchRequest\x1a!.lookalike.v1.BatchSearchResponse\x12Z\n\rSearchMatches\x12\".lookalike.v1.SearchMatchesRequest\x1a#.lookalike.v1.SearchMatchesResponse0\x01\x12Y\n\x0cStreamSearch\x12!.lookalike.v1.StreamSearchRequest\x1a\".lookalike.v1.StreamSearchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lookalike.v1.search_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EFFORT']._serialized_start=125
-  _globals['_EFFORT']._serialized_end=245
-  _globals['_EXACTEFFORT']._serialized_start=247
-  _globals['_EXACTEFFORT']._serialized_end=260
-  _globals['_RAWEFFORT']._serialized_start=262
-  _globals['_RAWEFFORT']._serialized_end=325
-  _globals['_SEARCHREQUEST']._serialized_start=328
-  _globals['_SEARCHREQUEST']._serialized_end=538
-  _globals['_NEIGHBOR']._serialized_start=540
-  _globals['_NEIGHBOR']._serialized_end=667
-  _globals['_SEARCHRESPONSE']._serialized_start=669
-  _globals['_SEARCHRESPONSE']._serialized_end=790
-  _globals['_BATCHSEARCHREQUEST']._serialized_start=793
-  _globals['_BATCHSEARCHREQUEST']._serialized_end=993
-  _globals['_NEIGHBORS']._serialized_start=995
-  _globals['_NEIGHBORS']._serialized_end=1111
-  _globals['_SEARCHRESULT']._serialized_start=1113
-  _globals['_SEARCHRESULT']._serialized_end=1220
-  _globals['_BATCHSEARCHRESPONSE']._serialized_start=1222
-  _globals['_BATCHSEARCHRESPONSE']._serialized_end=1288
-  _globals['_SEARCHMATCHESREQUEST']._serialized_start=1291
-  _globals['_SEARCHMATCHESREQUEST']._serialized_end=1512
-  _globals['_SEARCHMATCHESRESPONSE']._serialized_start=1514
-  _globals['_SEARCHMATCHESRESPONSE']._serialized_end=1627
-  _globals['_MATCHESSUMMARY']._serialized_start=1629
-  _globals['_MATCHESSUMMARY']._serialized_end=1747
-  _globals['_STREAMSEARCHREQUEST']._serialized_start=1750
-  _globals['_STREAMSEARCHREQUEST']._serialized_end=1889
-  _globals['_STREAMSEARCHCONFIG']._serialized_start=1892
-  _globals['_STREAMSEARCHCONFIG']._serialized_end=2049
-  _globals['_STREAMSEARCHRESPONSE']._serialized_start=2051
-  _globals['_STREAMSEARCHRESPONSE']._serialized_end=2178
-  _globals['_SEARCHSERVICE']._serialized_start=2181
-  _globals['_SEARCHSERVICE']._serialized_end=2532
+  _globals['_EFFORT']._serialized_start=159
+  _globals['_EFFORT']._serialized_end=279
+  _globals['_EXACTEFFORT']._serialized_start=281
+  _globals['_EXACTEFFORT']._serialized_end=294
+  _globals['_RAWEFFORT']._serialized_start=296
+  _globals['_RAWEFFORT']._serialized_end=359
+  _globals['_SEARCHREQUEST']._serialized_start=362
+  _globals['_SEARCHREQUEST']._serialized_end=619
+  _globals['_NEIGHBOR']._serialized_start=621
+  _globals['_NEIGHBOR']._serialized_end=748
+  _globals['_SEARCHRESPONSE']._serialized_start=750
+  _globals['_SEARCHRESPONSE']._serialized_end=871
+  _globals['_BATCHSEARCHREQUEST']._serialized_start=874
+  _globals['_BATCHSEARCHREQUEST']._serialized_end=1121
+  _globals['_NEIGHBORS']._serialized_start=1123
+  _globals['_NEIGHBORS']._serialized_end=1239
+  _globals['_SEARCHRESULT']._serialized_start=1241
+  _globals['_SEARCHRESULT']._serialized_end=1348
+  _globals['_BATCHSEARCHRESPONSE']._serialized_start=1350
+  _globals['_BATCHSEARCHRESPONSE']._serialized_end=1416
+  _globals['_SEARCHMATCHESREQUEST']._serialized_start=1419
+  _globals['_SEARCHMATCHESREQUEST']._serialized_end=1687
+  _globals['_SEARCHMATCHESRESPONSE']._serialized_start=1689
+  _globals['_SEARCHMATCHESRESPONSE']._serialized_end=1802
+  _globals['_MATCHESSUMMARY']._serialized_start=1804
+  _globals['_MATCHESSUMMARY']._serialized_end=1922
+  _globals['_STREAMSEARCHREQUEST']._serialized_start=1925
+  _globals['_STREAMSEARCHREQUEST']._serialized_end=2064
+  _globals['_STREAMSEARCHCONFIG']._serialized_start=2067
+  _globals['_STREAMSEARCHCONFIG']._serialized_end=2271
+  _globals['_STREAMSEARCHRESPONSE']._serialized_start=2273
+  _globals['_STREAMSEARCHRESPONSE']._serialized_end=2400
+  _globals['_SEARCHSERVICE']._serialized_start=2403
+  _globals['_SEARCHSERVICE']._serialized_end=2754
 # @@protoc_insertion_point(module_scope)

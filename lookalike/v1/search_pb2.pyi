@@ -5,6 +5,7 @@ What in my gallery matches this image?"""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
@@ -119,6 +120,7 @@ class SearchRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
@@ -143,6 +145,12 @@ class SearchRequest(_message.Message):
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items to leave out, `galleries/{gallery}/items/{item}` of the searched gallery; at most 1,000."""
 
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of each neighbour to return: any of `item`, `identity`, `metadata` and `decision`; unset or `*` means all.
+        Without `metadata` large answers are much faster. AIP-157.
+        """
+
     def __init__(
         self,
         *,
@@ -153,10 +161,11 @@ class SearchRequest(_message.Message):
         filter: _builtins.str = ...,
         effort: Global___Effort | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "query", b"query", "read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exclude", b"exclude", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exclude", b"exclude", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "query", b"query", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -250,6 +259,7 @@ class BatchSearchRequest(_message.Message):
     OPERATING_POINT_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
@@ -270,6 +280,10 @@ class BatchSearchRequest(_message.Message):
     def effort(self) -> Global___Effort:
         """How much must be found; unset means the recall that the gallery was tuned to."""
 
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of each neighbour to return, as in SearchRequest."""
+
     def __init__(
         self,
         *,
@@ -279,10 +293,11 @@ class BatchSearchRequest(_message.Message):
         operating_point: _common_pb2.OperatingPoint | None = ...,
         filter: _builtins.str = ...,
         effort: Global___Effort | None = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "queries", b"queries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "queries", b"queries", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +408,7 @@ class SearchMatchesRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
     EXCLUDE_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     limit: _builtins.int
@@ -417,6 +433,10 @@ class SearchMatchesRequest(_message.Message):
     def exclude(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items to leave out, `galleries/{gallery}/items/{item}` of the searched gallery; at most 1,000."""
 
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of each neighbour to return, as in SearchRequest."""
+
     def __init__(
         self,
         *,
@@ -427,10 +447,11 @@ class SearchMatchesRequest(_message.Message):
         filter: _builtins.str = ...,
         effort: Global___Effort | None = ...,
         exclude: _abc.Iterable[_builtins.str] | None = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "query", b"query", "read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exclude", b"exclude", "filter", b"filter", "gallery", b"gallery", "limit", b"limit", "operating_point", b"operating_point", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exclude", b"exclude", "filter", b"filter", "gallery", b"gallery", "limit", b"limit", "operating_point", b"operating_point", "query", b"query", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -551,6 +572,7 @@ class StreamSearchConfig(_message.Message):
     OPERATING_POINT_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
@@ -565,6 +587,10 @@ class StreamSearchConfig(_message.Message):
     def effort(self) -> Global___Effort:
         """How much must be found; unset means the recall that the gallery was tuned to."""
 
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of each neighbour to return, as in SearchRequest."""
+
     def __init__(
         self,
         *,
@@ -573,10 +599,11 @@ class StreamSearchConfig(_message.Message):
         operating_point: _common_pb2.OperatingPoint | None = ...,
         filter: _builtins.str = ...,
         effort: Global___Effort | None = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -65,8 +65,16 @@ class ReindexGalleryRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}`. Required."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it, as long as the server runs, names the same
+    operation. AIP-155.
+    """
+    validate_only: _builtins.bool
+    """Check the settings, and change nothing: no operation is begun, and the response names none. AIP-163."""
     @_builtins.property
     def index(self) -> _gallery_pb2.IndexSettings:
         """How to index it from now on; unset keeps the settings that it has."""
@@ -76,10 +84,12 @@ class ReindexGalleryRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         index: _gallery_pb2.IndexSettings | None = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["index", b"index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -94,7 +104,7 @@ class ReindexGalleryResponse(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operation(self) -> _operations_pb2.Operation:
-        """Names the work, for google.longrunning.Operations."""
+        """Names the work, for google.longrunning.Operations; unset with `validate_only`."""
 
     def __init__(
         self,
@@ -119,6 +129,8 @@ class MigrateGalleryRequest(_message.Message):
     GALLERY_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The gallery to read, `galleries/{gallery}`. Required."""
     gallery_id: _builtins.str
@@ -127,6 +139,12 @@ class MigrateGalleryRequest(_message.Message):
     """The model to embed with, `models/{model}`, one that the server has loaded; empty means the active one."""
     alias: _builtins.str
     """The alias to move to the new gallery once it is complete, `aliases/{alias}`; empty for none. Created when missing."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it, as long as the server runs, names the same
+    operation. AIP-155.
+    """
+    validate_only: _builtins.bool
+    """Check everything, that each item has an image among it, and change nothing: no operation is begun, and the response names none. AIP-163."""
     def __init__(
         self,
         *,
@@ -134,10 +152,12 @@ class MigrateGalleryRequest(_message.Message):
         gallery_id: _builtins.str = ...,
         model: _builtins.str = ...,
         alias: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "gallery_id", b"gallery_id", "model", b"model", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "gallery_id", b"gallery_id", "model", b"model", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -152,7 +172,7 @@ class MigrateGalleryResponse(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operation(self) -> _operations_pb2.Operation:
-        """Names the work, for google.longrunning.Operations."""
+        """Names the work, for google.longrunning.Operations; unset with `validate_only`."""
 
     def __init__(
         self,
@@ -175,19 +195,29 @@ class CreateSnapshotRequest(_message.Message):
 
     PARENT_FIELD_NUMBER: _builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The gallery, `galleries/{gallery}`. Required."""
     snapshot_id: _builtins.str
     """The id of the copy: 1 to 63 lower-case letters, digits and inner hyphens. Required."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it, as long as the server runs, names the same
+    operation. AIP-155.
+    """
+    validate_only: _builtins.bool
+    """Check whether it could be made, and change nothing: no operation is begun, and the response names none. AIP-163."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         snapshot_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "request_id", b"request_id", "snapshot_id", b"snapshot_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -202,7 +232,7 @@ class CreateSnapshotResponse(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operation(self) -> _operations_pb2.Operation:
-        """Names the work, for google.longrunning.Operations."""
+        """Names the work, for google.longrunning.Operations; unset with `validate_only`."""
 
     def __init__(
         self,
@@ -282,16 +312,22 @@ class DeleteSnapshotRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}/snapshots/{snapshot}`. Required."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
+    answered as before. AIP-155.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,19 +358,29 @@ class RestoreGalleryRequest(_message.Message):
 
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     GALLERY_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     snapshot: _builtins.str
     """Resource name, `galleries/{gallery}/snapshots/{snapshot}`. Required."""
     gallery_id: _builtins.str
     """The id of the gallery to make; there must be none of that name. Required."""
+    request_id: _builtins.str
+    """A UUID made for this request alone. The same request made again with it, as long as the server runs, names the same
+    operation. AIP-155.
+    """
+    validate_only: _builtins.bool
+    """Check whether it could be restored, and change nothing: no operation is begun, and the response names none. AIP-163."""
     def __init__(
         self,
         *,
         snapshot: _builtins.str = ...,
         gallery_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery_id", b"gallery_id", "snapshot", b"snapshot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gallery_id", b"gallery_id", "request_id", b"request_id", "snapshot", b"snapshot", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -349,7 +395,7 @@ class RestoreGalleryResponse(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operation(self) -> _operations_pb2.Operation:
-        """Names the work, for google.longrunning.Operations."""
+        """Names the work, for google.longrunning.Operations; unset with `validate_only`."""
 
     def __init__(
         self,

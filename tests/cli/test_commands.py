@@ -42,6 +42,8 @@ def test_help_is_printed_without_importing_anything_heavy() -> None:
             "verify",
             "search",
             "batch-search",
+            "calibrate",
+            "feedback",
             "model",
             "demo",
         ),
@@ -49,7 +51,7 @@ def test_help_is_printed_without_importing_anything_heavy() -> None:
         assert f"  {command} " in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["gallery"], ["model"], ["one-shot"]])
+@pytest.mark.parametrize("arguments", [[], ["feedback"], ["gallery"], ["model"], ["one-shot"]])
 def test_a_group_alone_prints_its_help(run: Run, arguments: list[str]) -> None:
     ran = run(*arguments)
     assert "Commands:" in ran.out
@@ -84,6 +86,7 @@ class TestModelShow:
         there = json.loads(run("model", "show", "--target", target, "--json").out)
         assert here.pop("active") is False
         assert there.pop("active") is True
+        assert (here.pop("loaded"), there.pop("loaded")) == (False, True)
         assert here == there
 
     def test_for_people(self, run: Run, bundle: Bundle) -> None:
@@ -105,6 +108,19 @@ class TestModelShow:
         manifest = bundle.path / MANIFEST
         manifest.write_text(manifest.read_text().replace("toy", "boy"))
         run("model", "show", bundle.path).failed_with("truncated or edited")
+
+
+class TestModelSwap:
+    def test_what_a_server_could_answer_with(self, run: Run, bundle: Bundle, target: str) -> None:
+        out = run("model", "list", "--target", target).out
+        assert bundle.name in out
+        assert "active" in out
+        (model,) = json.loads(run("model", "list", "--target", target, "--json").out)
+        assert (model["id"], model["active"], model["calibrations"]) == (bundle.name, True, [3])
+        assert run("model", "activate", bundle.name, "--dry-run", "--target", target).out.endswith("would answer\n")
+        assert "calibration 3, answers" in run("model", "activate", bundle.name, "--target", target).out
+        run("model", "activate", "nobody", "--target", target).failed_with("nobody", bundle.name, "--models")
+        run("model", "deactivate", bundle.name, "--target", target).failed_with("activate another")
 
 
 class TestTrain:

@@ -15,6 +15,7 @@ from lookalike import (
     Client,
     Conflict,
     Effort,
+    FailedPrecondition,
     Imported,
     IndexSettings,
     InvalidRequest,
@@ -56,6 +57,28 @@ def test_searches_take_filter_effort_and_exclusions(client: Client, filled: str)
         client.search(filled, png(1), filter="n = 1")
     assert (caught.value.reason, list(caught.value.fields)) == ("INVALID_FILTER", ["filter"])
     assert [item.name.id for item in client.list_items(filled, filter="metadata.n < 2")] == ["0", "1"]
+
+
+def test_what_is_not_wanted_is_not_sent(client: Client, filled: str) -> None:
+    for found in (
+        client.search(filled, png(1), metadata=False),
+        client.search_matches(filled, png(1), operating_point=ALL, metadata=False),
+        client.search_batch(filled, [png(1)], metadata=False)[0],
+        next(iter(client.search_stream(filled, [png(1)], metadata=False))),
+    ):
+        assert ids(found)[0] == "1"
+        assert isinstance(found, Neighbors)
+        assert (found[0].identity, found[0].metadata, found[0].decision.distance) == ("p1", {}, 0)
+    items = list(client.list_items(filled, metadata=False, embedding=True))
+    assert [item.metadata for item in items] == [{}] * 8
+    assert items[1].embedding is not None
+    assert np.array_equal(items[1].embedding, client.embed(ItemName(filled, "1")))
+    item = client.get_item(ItemName(filled, "1"), embedding=False)
+    assert (item.embedding, item.metadata) == (None, {"n": 1})
+    with pytest.raises(FailedPrecondition):
+        client.delete_gallery(filled, validate_only=True)
+    client.delete_gallery(filled, force=True, validate_only=True)
+    assert client.get_gallery(filled).item_count == 8
 
 
 @pytest.mark.parametrize(

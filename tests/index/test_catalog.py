@@ -156,11 +156,11 @@ def test_a_store_of_a_later_schema_is_refused(tmp_path: Path, model: ModelRef) -
     with Catalog(tmp_path) as catalog:
         catalog.create("a", model)
     connection = sqlite3.connect(tmp_path / "a" / "store.sqlite")
-    connection.execute("PRAGMA user_version = 3")
+    connection.execute("PRAGMA user_version = 4")
     connection.close()
     with (
         Catalog(tmp_path) as catalog,
-        pytest.raises(DamagedData, match=r"has schema 3; this version .* reads schema 2"),
+        pytest.raises(DamagedData, match=r"has schema 4; this version .* reads schema 3"),
     ):
         catalog.get("a")
 

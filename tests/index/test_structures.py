@@ -11,11 +11,11 @@ import pytest
 
 from embedding.calibration import Calibration
 from embedding.decision import Judge, Vectors, distances
-from embedding.errors import Cancelled
-from index import Catalog, Deadline, Exact, Found, Gallery, IndexSettings, Item, ModelRef, Raw, Recall
+from embedding.errors import Cancelled, DamagedData
+from index import Catalog, Deadline, Exact, Found, Gallery, IndexSettings, Item, ModelRef, Raw, Recall, approximate
 from index.engine import Structure
 from index.planner import cheapest, lists_for, resolve
-from index.structures import Plan, Point
+from index.structures import Plan, Point, build_ivf, load_structure
 from tests.index.contract import MetadataIs
 
 WIDTH, ROWS = 16, 3000
@@ -262,3 +262,26 @@ def test_the_cheapest_point_that_is_sure_of_a_recall_is_chosen() -> None:
 
 def test_lists_grow_with_the_root_of_the_rows() -> None:
     assert [lists_for(rows) for rows in (1_000, 100_000, 1_000_000, 10_000_000)] == [64, 512, 2048, 8192]
+
+
+def test_all_that_tie_with_the_last_are_found_alone_and_in_a_batch(tmp_path: Path) -> None:
+    rows_ND = clustered(1000, 3)
+    rows_ND[::40] = rows_ND[0]  # 25 of them, more than are kept for the five asked for
+    build_ivf("ivf-flat", rows_ND, rows_ND, 16, tmp_path / "index", lambda *_: None)
+    structure = load_structure(tmp_path / "index", Plan(structure="ivf-flat", lists=16), rows_ND)
+    queries_QD = np.stack([rows_ND[0], rows_ND[1]])
+    effort = Raw(nprobe=16, rescore=8)
+    alone = [next(approximate.nearest(structure, rows_ND, query_D[None], 5, effort)) for query_D in queries_QD]
+    together = list(approximate.nearest(structure, rows_ND, queries_QD, 5, effort))
+    assert sorted(alone[0][0].tolist()) == list(range(0, 1000, 40))
+    for query_D, one, other in zip(queries_QD, alone, together, strict=True):
+        assert dict(zip(*one, strict=True)) == dict(zip(*other, strict=True))
+        dist_N = distances(query_D, rows_ND)
+        assert sorted(one[0].tolist()) == np.flatnonzero(dist_N <= np.sort(dist_N)[4]).tolist()
+
+
+def test_a_structure_of_other_rows_is_damaged(tmp_path: Path) -> None:
+    rows_ND = clustered(1000, 3)
+    build_ivf("ivf-flat", rows_ND, rows_ND, 16, tmp_path / "index", lambda *_: None)
+    with pytest.raises(DamagedData, match="1000 rows of width 16"):
+        load_structure(tmp_path / "index", Plan(structure="ivf-flat", lists=16), rows_ND[:999])

@@ -25,12 +25,13 @@ from PIL import Image
 from pydantic import JsonValue
 
 from embedding.bundle import Bundle, Lineage, write_bundle
-from embedding.calibration import Calibration, ErrorRates, MatchProbability
+from embedding.calibration import Calibration, ErrorRates, HeldOutPairs, MatchProbability
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
 from lookalike.v1 import (
     alias_pb2_grpc,
     common_pb2,
+    feedback_pb2_grpc,
     gallery_pb2,
     gallery_pb2_grpc,
     match_pb2_grpc,
@@ -56,6 +57,7 @@ def make_bundle(
     metrics: dict[str, JsonValue] | None = None,
     version: int = 3,
     margin: float = MARGIN,
+    held_out: HeldOutPairs | None = None,
 ) -> Bundle:
     """A bundle of random weights; another seed is another model, another version another calibration of it."""
     torch.manual_seed(seed)
@@ -77,6 +79,7 @@ def make_bundle(
                 ErrorRates(threshold=margin, far=0.01, far_upper95=0.03, frr=0.2, frr_upper95=0.3),
                 ErrorRates(threshold=2.0, far=1.0, far_upper95=1.0, frr=0.0, frr_upper95=0.02),
             ),
+            held_out=held_out,
             named_points={"learned-margin": margin, "strict": 0.125},
         ),
         lineage=Lineage(
@@ -120,6 +123,7 @@ class Stubs:
     aliases: alias_pb2_grpc.AliasServiceStub = field(init=False)
     upkeep: upkeep_pb2_grpc.UpkeepServiceStub = field(init=False)
     operations: operations_pb2_grpc.OperationsStub = field(init=False)
+    feedback: feedback_pb2_grpc.FeedbackServiceStub = field(init=False)
 
     def __post_init__(self) -> None:
         self.match = match_pb2_grpc.MatchServiceStub(self.channel)
@@ -128,11 +132,15 @@ class Stubs:
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
         self.aliases = alias_pb2_grpc.AliasServiceStub(self.channel)
         self.upkeep = upkeep_pb2_grpc.UpkeepServiceStub(self.channel)
+        self.feedback = feedback_pb2_grpc.FeedbackServiceStub(self.channel)
         self.operations = operations_pb2_grpc.OperationsStub(self.channel)
 
     def fill(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         """Create a gallery that holds these images, each with its name as identity."""
         self.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+        self.fill_more(gallery, images)
+
+    def fill_more(self, gallery: str, images: dict[str, common_pb2.ImageInput]) -> None:
         response = self.galleries.BatchUpdateItems(
             gallery_pb2.BatchUpdateItemsRequest(
                 parent=f"galleries/{gallery}",

@@ -13,10 +13,14 @@ from torch import Tensor
 from training.augment import Augmenter
 from training.config import AugmentationConfig
 
+SHARED: dict[str, Any] = {
+    "shared_rotation": 90.0, "shared_shear": 20.0, "shared_stretch": (0.5, 2.0), "shared_elastic": 0.05
+}  # fmt: skip
+
 EVERYTHING: dict[str, Any] = {
     "rotation": 20.0, "translation": 0.1, "scale": (0.8, 1.2), "shear": 10.0, "stretch": (0.8, 1.25),
     "crop": (0.5, 1.0), "horizontal_flip": 0.5, "elastic": 0.02, "brightness": 0.3, "contrast": 0.3,
-    "saturation": 0.3, "grey": 0.3, "erase": 0.5, "noise": 0.05,
+    "saturation": 0.3, "grey": 0.3, "erase": 0.5, "noise": 0.05, **SHARED,
 }  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def test_calls_go_on_from_one_another_and_resume_from_the_generators_state() -> 
     assert torch.equal(augmenter(images_BCHW), second)
 
 
-@pytest.mark.parametrize("name", sorted(EVERYTHING))
+@pytest.mark.parametrize("name", sorted(set(EVERYTHING) - set(SHARED)))
 def test_each_image_is_changed_by_itself(name: str) -> None:
     images_BCHW = random_images(1, 3, 16, 16).expand(32, 3, 16, 16)
     after_BCHW = augment(images_BCHW, **{name: EVERYTHING[name]})
@@ -172,6 +176,58 @@ class TestGeometry:
         images_BCHW[..., 0] = 0.9
         after_BCHW = augment(images_BCHW, scale=(0.5, 0.5), fill="edge")
         torch.testing.assert_close(after_BCHW[..., 0], torch.full((4, 1, 33), 0.9))
+
+
+class TestShared:
+    """Changes that a whole batch has in common."""
+
+    @pytest.mark.parametrize("name", sorted(SHARED))
+    def test_all_images_of_a_batch_change_alike_and_batches_do_not(self, name: str) -> None:
+        images_BCHW = spot(row=24, column=20, copies=6)
+        first_BCHW, second_BCHW = (augment(images_BCHW, seed=seed, fill=1.0, **{name: SHARED[name]}) for seed in (1, 2))
+        torch.testing.assert_close(first_BCHW, first_BCHW[:1].expand_as(first_BCHW))
+        assert (first_BCHW - second_BCHW).abs().max() > 0.1
+        assert (first_BCHW - images_BCHW).abs().max() > 0.05
+
+    def test_a_rotation_stays_within_its_angle_and_uses_it(self) -> None:
+        angle_S = torch.cat(
+            [
+                torch.atan2(
+                    *centres(augment(spot(row=16, column=28, copies=1), seed=seed, shared_rotation=90.0, fill=1.0))
+                )
+                for seed in range(200)
+            ]
+        ).rad2deg()
+        assert 80 < angle_S.max() <= 90.5
+        assert -90.5 <= angle_S.min() < -80
+        assert abs(angle_S.mean()) < 15
+
+    def test_a_stretch_keeps_the_area_and_spans_width_over_height(self) -> None:
+        places = [
+            centres(augment(spot(row=20, column=20, copies=1), seed=seed, shared_stretch=(0.5, 2.0), fill=1.0))
+            for seed in range(200)
+        ]
+        row_S, column_S = (torch.cat(places_S) for places_S in zip(*places, strict=True))
+        torch.testing.assert_close(row_S * column_S, torch.full((200,), (4 / 33) ** 2), atol=1e-3, rtol=0)
+        assert 1.85 < (column_S / row_S).max() < 2.05
+        assert 0.48 < (column_S / row_S).min() < 0.55
+
+    def test_an_image_is_changed_by_itself_as_if_the_changed_one_had_been_drawn(self) -> None:
+        # Turned by a shared quarter, an image that is then shifted moves along its own new axes: the spots of a batch
+        # lie apart by as much as without the turn.
+        options: dict[str, Any] = {"translation": 0.2, "fill": 1.0}
+        row_B, column_B = centres(augment(spot(row=16, column=16), **options))
+        turned_row_B, turned_column_B = centres(augment(spot(row=16, column=16), shared_rotation=180.0, **options))
+        torch.testing.assert_close(turned_row_B, row_B, atol=0.01, rtol=0)
+        torch.testing.assert_close(turned_column_B, column_B, atol=0.01, rtol=0)
+
+    def test_parts_of_a_batch_share_its_draw(self) -> None:
+        images_BCHW = random_images(6, 1, 17, 17)
+        whole_BCHW = augment(images_BCHW, **SHARED)
+        part_BCHW = Augmenter(AugmentationConfig(**SHARED), generator=torch.Generator().manual_seed(0))(
+            images_BCHW[4:], rows=slice(4, 6), of=6
+        )
+        torch.testing.assert_close(part_BCHW, whole_BCHW[4:])
 
 
 class TestColour:

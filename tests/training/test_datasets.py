@@ -17,8 +17,8 @@ from pydantic import TypeAdapter
 
 from embedding.errors import InvalidDataset, InvalidImage
 from embedding.images import Preprocessing
-from training.config import DataConfig
 from training.datasets import ImageSet, data_root, list_images, load, load_path
+from training.datasets_config import DataConfig
 
 GREY_8 = Preprocessing(image_size=8, channels=1)
 

@@ -8,8 +8,8 @@ import torch
 
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
-from training.config import DigitsData
 from training.datasets import load
+from training.datasets_config import DigitsData
 from training.initial import initial_recall
 from training.searches import SearchConfig, find
 

@@ -82,6 +82,15 @@ def test_the_bundle_tells_matches_apart_on_unseen_identities(trained: Bundle) ->
     assert trained.calibration.protocol == "identity-disjoint"
 
 
+def test_the_bundle_remembers_its_held_out_distances_and_norms(trained: Bundle) -> None:
+    reference = trained.reference
+    assert reference is not None
+    assert reference.images > 2
+    typical = np.dot(reference.matching, np.arange(len(reference.matching)))
+    assert typical < np.dot(reference.impostor, np.arange(len(reference.impostor)))
+    assert reference.norm_edges[0] > 0
+
+
 def test_the_lineage_and_the_card_say_where_it_comes_from(trained: Bundle) -> None:
     sides = trained.lineage.data["sides"]
     assert sides == {

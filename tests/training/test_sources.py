@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 
 from embedding.errors import InvalidDataset
 from embedding.images import Preprocessing
-from training.config import DataConfig
 from training.datasets import ImageSet, load, load_path
+from training.datasets_config import DataConfig
 
 GREY_8 = Preprocessing(image_size=8, channels=1)
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from embedding.images import Preprocessing
-from training.config import FolderData
 from training.datasets import ImageSet, load
+from training.datasets_config import FolderData
 from training.turns import TurnedImages
 
 PREPROCESSING = Preprocessing(image_size=8, channels=3)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from embedding.errors import InvalidDataset
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
-from training.config import DigitsData
 from training.datasets import load
+from training.datasets_config import DigitsData
 from training.evaluation import evaluate
 from training.whitening import whiten, whitening
 

@@ -1,0 +1,53 @@
+"""Our server, which the caller has started and filled, asked by the client that users have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.servers.load import Ask, K, Vectors
+from lookalike import CallFailed, Client, Neighbors
+
+
+class Ours:
+    """A server at an address."""
+
+    efforts = (0,)  # the gallery is tuned by itself
+
+    def __init__(self, address: str, gallery: str, way: str) -> None:
+        self._client = Client(address, timeout=60)
+        self._gallery = gallery
+        self._way = way
+
+    def load(self, vectors_ND: Vectors) -> None:
+        raise NotImplementedError("the caller fills the gallery")
+
+    def tune(self, effort: int) -> None:
+        """Nothing to set."""
+
+    def connect(self) -> Ask:
+        client, gallery = self._client, self._gallery
+
+        def ask(queries_QD: Vectors) -> list[list[int]]:
+            found: list[Neighbors | CallFailed]
+            if self._way == "stream":
+                found = list(client.search_stream(gallery, iter(queries_QD), k=K))
+            elif len(queries_QD) == 1:
+                found = [client.search(gallery, queries_QD[0], k=K)]
+            else:
+                found = client.search_batch(gallery, queries_QD, k=K)
+            return [_rows(neighbors) for neighbors in found]
+
+        return ask
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def _rows(found: Neighbors | CallFailed) -> list[int]:
+    if isinstance(found, CallFailed):
+        raise found
+    return [int(neighbor.item.id) for neighbor in found]
+
+
+def driver(folder: Path, address: str, gallery: str, way: str = "call") -> Ours:
+    return Ours(address, gallery, way)

@@ -1,0 +1,265 @@
+"""Searches over gRPC: beside the same server with the search left out, an empty server, and servers of others.
+
+Server and load generator have cores of their own. All answer from the same rows at the same recall; ratios are of turns
+that follow one another, so that what else the machine does meets both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from benchmarks.data import Data
+from benchmarks.report import Report
+from benchmarks.servers import h2load, remote, running
+from benchmarks.servers.remote import CLIENT_CPUS, PEERS, SERVER_CPUS, Load, Measured
+from embedding.decision import Vectors
+from index import Catalog, IndexSettings, Item, ModelRef
+from index.threads import CORES
+from lookalike.v1 import common_pb2, search_pb2
+
+K, RECALL, IN_FLIGHT, QUERIES = 10, 0.99, 16, 512
+METHOD = "/lookalike.v1.SearchService/Search"
+GALLERY = "bench"
+
+_ALL_CPUS = ",".join(sorted({*SERVER_CPUS.split(","), *CLIENT_CPUS.split(",")}))
+
+
+def search_rows(report: Report, *, rows: int, seconds: float, turns: int, peers: Sequence[str], folder: Path) -> None:
+    """Everything that is searched over the wire."""
+    data = Data(None)
+    vectors_ND, queries_QD = data.rows(rows), data.rows(QUERIES, seed=1, of=rows)
+    flat = faiss.IndexFlatL2(data.width)
+    flat.add(vectors_ND)
+    truth_QK = flat.search(queries_QD, K)[1]
+    files = remote.Data.written(folder, vectors_ND, queries_QD, truth_QK)
+    bundle, galleries = folder / "bundle", folder / "galleries"
+    _fill(bundle, galleries, vectors_ND)
+    with ExitStack() as stack:
+        ours = stack.enter_context(running.serving(bundle, galleries, cpus=SERVER_CPUS))
+        with ExitStack() as others:
+            _from_python(report, others, ours, files, rows, seconds, turns, peers, bundle, galleries)
+        _of_batches(report, ours, files, rows, seconds, turns, vectors_ND, queries_QD)
+        if h2load.is_there():
+            _from_c(report, ours, queries_QD[0], rows, seconds, turns)
+        else:
+            print("h2load is not there (Debian: nghttp2-client): rows of a C client are left out")
+    if h2load.is_there():
+        _two_workers(report, bundle, galleries, queries_QD[0], rows, seconds, turns)
+
+
+def start_rows(report: Report, *, rows: int, folder: Path) -> None:
+    """From the start of the process to SERVING, the time of an empty folder being the model's."""
+    bundle, galleries = folder / "bundle", folder / "galleries"
+    _fill(bundle, galleries, Data(None).rows(rows))
+    (folder / "empty").mkdir()
+    taken = []
+    for where in (folder / "empty", galleries, folder / "empty", galleries):
+        begun = time.perf_counter()
+        with running.serving(bundle, where, cpus=_ALL_CPUS):
+            taken.append(time.perf_counter() - begun)
+    empty, full = min(taken[0::2]), min(taken[1::2])
+    report.row("start to SERVING", "lookalike", rows, full, "s", note=f"{empty:.2f} s of it without a gallery")
+    report.at_most(f"seconds to SERVING with {rows:,} items beyond those without", full - empty, 5.0)
+
+
+def _fill(bundle: Path, galleries: Path, vectors_ND: Vectors) -> None:
+    name, fingerprint = running.make_bundle(bundle, vectors_ND.shape[1])
+    with Catalog(galleries, seal_after=10**9) as catalog:
+        model = ModelRef(name=name, fingerprint=fingerprint, embedding_dim=vectors_ND.shape[1])
+        gallery = catalog.create(GALLERY, model, settings=IndexSettings(min_recall=RECALL))
+        for start in range(0, len(vectors_ND), 2000):
+            some_nD = vectors_ND[start : start + 2000]
+            gallery.upsert([Item(name=str(start + i), embedding=vector) for i, vector in enumerate(some_nD)])
+        gallery.compact()
+
+
+def _from_python(
+    report: Report,
+    stack: ExitStack,
+    ours: str,
+    files: remote.Data,
+    rows: int,
+    seconds: float,
+    turns: int,
+    peers: Sequence[str],
+    bundle: Path,
+    galleries: Path,
+) -> None:
+    """One vector a call, 16 calls in flight; batches of 32 as each server takes them."""
+    load = stack.enter_context(remote.loading("ours", ours, GALLERY, data=files))
+    stream = stack.enter_context(remote.loading("ours", ours, GALLERY, "stream", data=files))
+    recall = load.tune(RECALL)
+    report.at_least("recall of ours", recall, RECALL)
+    what = f"Search, {IN_FLIGHT} in flight, Python client"
+    copied = shutil.copytree(galleries, galleries.with_name("copied"), ignore=shutil.ignore_patterns(".lock"))
+    with (
+        running.serving(bundle, copied, cpus=SERVER_CPUS, left_out=True) as without,
+        remote.loading("ours", without, GALLERY, data=files) as other,
+    ):
+        mine, empty = _in_turn([_unary(load, seconds), _unary(other, seconds)], turns)
+    report.row(what, "lookalike", rows, _rate(mine), "/s", recall=recall, note=_latency(mine))
+    report.row(what, "lookalike, search left out", rows, _rate(empty), "/s", note=_latency(empty))
+    report.at_least(f"{what}: x the search left out", _ratio(mine, empty), 0.65)
+    many = "32 vectors a call, 1 in flight, Python client"
+    batched, streamed, single = _in_turn(
+        [_batch(load, 32, seconds), _batch(stream, 32, seconds), _unary(load, seconds)], turns
+    )
+    report.row(many, "lookalike BatchSearch", rows, _rate(batched), "vectors/s", recall=recall)
+    report.row(many, "lookalike StreamSearch", rows, _rate(streamed), "vectors/s", recall=recall)
+    report.at_least("BatchSearch of 32, per vector: x unary", _ratio(batched, single), 3.0)
+    report.at_least("StreamSearch of 32, per vector: x unary", _ratio(streamed, single), 3.0)
+    for peer, reach in (("PostgreSQL + pgvector", 1.0), ("Chroma", 3.0), ("milvus-lite", 50.0), ("Milvus 2.3.5", 1.0)):
+        if peer not in peers:
+            continue
+        try:
+            with remote.loading(*PEERS[peer], data=files) as theirs:
+                filled, reached = theirs.fill(), theirs.tune(RECALL)
+                note = f"filled in {filled:.0f} s"
+                mine, other_rate = _in_turn([_unary(load, seconds), _unary(theirs, seconds)], turns)
+                report.row(what, peer, rows, _rate(other_rate), "/s", recall=reached, note=note)
+                report.at_least(f"{what}: x {peer}", _ratio(mine, other_rate), reach)
+                mine_many, streamed, theirs_many = _in_turn(
+                    [_batch(load, 32, seconds), _batch(stream, 32, seconds), _batch(theirs, 32, seconds)], turns
+                )
+                report.row(many, peer, rows, _rate(theirs_many), "vectors/s", recall=reached)
+                for name, taken in (("BatchSearch", mine_many), ("StreamSearch", streamed)):
+                    at_least = 3.0 if peer == "PostgreSQL + pgvector" else 1.0
+                    report.at_least(f"{name} of 32, per vector: x {peer}", _ratio(taken, theirs_many), at_least)
+        except (RuntimeError, OSError) as error:
+            print(f"{peer} is left out: {error}", flush=True)
+
+
+def _of_batches(
+    report: Report,
+    ours: str,
+    files: remote.Data,
+    rows: int,
+    seconds: float,
+    turns: int,
+    vectors_ND: Vectors,
+    queries_QD: Vectors,
+) -> None:
+    """BatchSearch of 256 beside FAISS in process, with its own IVF-PQ and refinement, on the cores of the server."""
+    lists = 1 << round(np.log2(4 * np.sqrt(rows)))
+    index = faiss.index_factory(vectors_ND.shape[1], f"IVF{lists},PQ{vectors_ND.shape[1] // 2}x4fs,RFlat")
+    index.train(vectors_ND[np.random.default_rng(0).permutation(rows)[: 64 * lists]])
+    index.add(vectors_ND)
+    truth_QK = np.load(files.truth)
+    how, reached = None, 0.0
+    for nprobe in (1, 2, 4, 8, 16, 32, 64):
+        how = faiss.IndexRefineSearchParameters(k_factor=8, base_index_params=faiss.SearchParametersIVF(nprobe=nprobe))
+        found = index.search(queries_QD, K, params=how)[1]
+        reached = float(np.mean([len(np.intersect1d(f, t)) / K for f, t in zip(found, truth_QK, strict=True)]))
+        if reached >= RECALL:
+            break
+
+    def raw() -> Measured:
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {int(cpu) for cpu in SERVER_CPUS.split(",")})
+        faiss.omp_set_num_threads(len(SERVER_CPUS.split(",")))
+        try:
+            begun, count = time.perf_counter(), 0
+            while time.perf_counter() - begun < seconds:
+                index.search(queries_QD[:256], K, params=how)
+                count += 256
+            taken = time.perf_counter() - begun
+        finally:
+            os.sched_setaffinity(0, before)
+        return Measured(rate=count / taken, p50_ms=0, p99_ms=0)
+
+    with remote.loading("ours", ours, GALLERY, data=files) as load:
+        mine, theirs = _in_turn([_batch(load, 256, seconds, in_flight=2), raw], turns)
+    faiss.omp_set_num_threads(CORES)
+    what = "256 vectors a call, 2 in flight"
+    report.row(what, "lookalike BatchSearch", rows, _rate(mine), "vectors/s", note=_latency(mine))
+    report.row(what, "FAISS IVF-PQ with refine, in process", rows, _rate(theirs), "vectors/s", recall=reached)
+    report.at_least("BatchSearch of 256: x FAISS in process", _ratio(mine, theirs), 0.85)
+
+
+def _from_c(report: Report, ours: str, query_D: Vectors, rows: int, seconds: float, turns: int) -> None:
+    request = _request(query_D)
+    answer_bytes = 1400  # about what ten neighbours take
+
+    def asked(address: str) -> Callable[[], Measured]:
+        return lambda: Measured(
+            rate=h2load.rate(address, METHOD, request, in_flight=64, seconds=seconds, cpus=CLIENT_CPUS),
+            p50_ms=0,
+            p99_ms=0,
+        )
+
+    with running.echoing(answer_bytes, cpus=SERVER_CPUS) as empty:
+        mine, echoed = _in_turn([asked(ours), asked(empty)], turns)
+    what = "Search, 64 in flight, C client"
+    report.row(what, "lookalike", rows, _rate(mine), "/s")
+    report.row(what, "empty aio + uvloop server", rows, _rate(echoed), "/s")
+    report.at_least(f"{what}: x an empty server", _ratio(mine, echoed), 0.6)
+
+
+def _two_workers(
+    report: Report, bundle: Path, galleries: Path, query_D: Vectors, rows: int, seconds: float, turns: int
+) -> None:
+    """A second process, where both may use all cores, as they would; the load generator takes its share of them."""
+    request = _request(query_D)
+    rates: dict[int, list[Measured]] = {1: [], 2: []}
+    for _ in range(turns):
+        for workers, measured in rates.items():
+            with running.serving(bundle, galleries, "--workers", str(workers), cpus=_ALL_CPUS) as address:
+                rate = h2load.rate(address, METHOD, request, in_flight=64, seconds=seconds, cpus=_ALL_CPUS)
+                measured.append(Measured(rate=rate, p50_ms=0, p99_ms=0))
+    what = "Search, 64 in flight, C client, all cores"
+    for workers, measured in rates.items():
+        report.row(what, f"lookalike, --workers {workers}", rows, _rate(measured), "/s")
+    report.at_least(f"{what}: two workers x one", _ratio(rates[2], rates[1]), 1.2)
+
+
+def _request(query_D: Vectors) -> bytes:
+    query = common_pb2.ImageInput(embedding=query_D.astype("<f4").tobytes())
+    return search_pb2.SearchRequest(gallery=f"galleries/{GALLERY}", query=query, k=K).SerializeToString()
+
+
+def _unary(load: Load, seconds: float) -> Callable[[], Measured]:
+    return lambda: load.measure(in_flight=IN_FLIGHT, seconds=seconds)
+
+
+def _batch(load: Load, batch: int, seconds: float, *, in_flight: int = 1) -> Callable[[], Measured]:
+    return lambda: load.measure(in_flight=in_flight, seconds=seconds, batch=batch)
+
+
+def _in_turn(steps: Sequence[Callable[[], Measured]], turns: int) -> list[list[Measured]]:
+    rounds = [[step() for step in steps] for _ in range(turns)]
+    return [list(of_step) for of_step in zip(*rounds, strict=True)]
+
+
+def _rate(taken: Sequence[Measured]) -> float:
+    return statistics.median(one.rate for one in taken)
+
+
+def _ratio(mine: Sequence[Measured], other: Sequence[Measured]) -> float:
+    """The median over turns: both of a turn met the same disturbances."""
+    return statistics.median(a.rate / b.rate for a, b in zip(mine, other, strict=True))
+
+
+def _latency(taken: Sequence[Measured]) -> str:
+    p50, p99 = (statistics.median(getattr(one, name) for one in taken) for name in ("p50_ms", "p99_ms"))
+    return f"p50 {p50:.1f} ms, p99 {p99:.1f} ms"
+
+
+def run(report: Report, *, quick: bool, peers: Sequence[str], folder: Path | None) -> None:
+    """All sections, each in a folder of its own."""
+    rows, seconds, turns = (20_000, 1.0, 1) if quick else (100_000, 4.0, 5)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        Path(made).chmod(0o755)
+        search_rows(report, rows=rows, seconds=seconds, turns=turns, peers=peers, folder=Path(made))
+    if not quick:
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            start_rows(report, rows=1_000_000, folder=Path(made))

@@ -1,0 +1,184 @@
+"""gRPC adapter of FeedbackService: what decisions turned out to be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import grpc
+
+from embedding.errors import InvalidInput, NotFound
+from embedding.feedback import MAX_TEXT, Feedback
+from index.items import name_of_page_token, page_token_after
+from lookalike.v1 import common_pb2, feedback_pb2_grpc
+from lookalike.v1 import feedback_pb2 as pb
+from service import parse, wire
+from service.errors import translated_errors
+from service.feedback_store import FeedbackStore, Kept
+from service.once import Once, gone_already, token_of
+from service.rollout import Rollout
+from service.serving import Serving
+
+MAX_CASES = 1024
+"""Most cases of one RecordFeedback."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_NAME = re.compile(r"feedback/([1-9][0-9]{0,17})")
+
+_VERDICTS: Mapping[int, Literal["match", "non-match", "uncertain"]] = {
+    common_pb2.VERDICT_MATCH: "match",
+    common_pb2.VERDICT_NON_MATCH: "non-match",
+    common_pb2.VERDICT_UNCERTAIN: "uncertain",
+}
+_VERDICT_NUMBERS = {name: number for number, name in _VERDICTS.items()}
+
+
+class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
+    """What decisions turned out to be."""
+
+    def __init__(self, store: FeedbackStore, rollout: Rollout, serving: Serving, once: Once) -> None:
+        self._store = store
+        self._rollout = rollout
+        self._serving = serving
+        self._once = once
+
+    async def RecordFeedback(self, request: pb.RecordFeedbackRequest, context: Context) -> pb.RecordFeedbackResponse:
+        async with translated_errors(context):
+            parse.check_batch(request.feedback, most=MAX_CASES, path="feedback")
+            serving = self._serving.current
+            known = {model.described.name: model.described.fingerprint for model in await self._rollout.models()}
+            read: list[Feedback] = []
+            wrong = parse.Violations()
+            for i, each in enumerate(request.feedback):
+                with wrong:
+                    read.append(_read(each, f"feedback[{i}]", known))
+            wrong.check()
+            _check_distinct(read)
+
+            def record() -> pb.RecordFeedbackResponse:
+                return pb.RecordFeedbackResponse.FromString(self._store.record(read, _recorded, token_of(request)))
+
+            return await serving.run(record)
+
+    async def ListFeedback(self, request: pb.ListFeedbackRequest, context: Context) -> pb.ListFeedbackResponse:
+        async with translated_errors(context):
+            size, after = parse.page_size(request.page_size), _after(request.page_token)
+            model = parse.model_name(request.model, "model") if request.model else ""
+            found = await self._serving.current.run(self._store.page, after, size + 1, model)
+            return pb.ListFeedbackResponse(
+                feedback=[_message(number, each) for number, each in found[:size]],
+                next_page_token=page_token_after(str(found[size - 1][0])) if len(found) > size else "",
+            )
+
+    async def DeleteFeedback(self, request: pb.DeleteFeedbackRequest, context: Context) -> pb.DeleteFeedbackResponse:
+        async with translated_errors(context):
+            named = _NAME.fullmatch(request.name)
+            if named is None:
+                raise InvalidInput(f"name must be feedback/{{feedback}}; got {request.name[:80]!a}", field="name")
+            serving = self._serving.current
+
+            def delete(again: bool) -> pb.DeleteFeedbackResponse:
+                with gone_already(again):
+                    self._store.delete(int(named[1]))
+                return pb.DeleteFeedbackResponse()
+
+            return await self._once.done(
+                request, pb.DeleteFeedbackResponse, serving, lambda again: serving.run(delete, again)
+            )
+
+
+def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback:
+    decision, wrong = message.decision, parse.Violations()
+    for field, is_wrong, accepted in (
+        (
+            "case_id",
+            not 1 <= len(message.case_id) <= MAX_TEXT or not message.case_id.isprintable(),
+            "1 to 256 printable characters",
+        ),
+        (
+            "subject",
+            len(message.subject) > MAX_TEXT or not (message.subject or "-").isprintable(),
+            "at most 256 printable characters",
+        ),
+        ("decision", not message.HasField("decision"), "the decision as it was answered"),
+        ("decision.distance", not 0 <= decision.distance <= 2, "a distance in [0, 2]"),
+        ("decision.threshold", not 0 <= decision.threshold <= 2, "a threshold in [0, 2]"),
+        ("decision.verdict", decision.verdict not in _VERDICTS, "the verdict as it was answered"),
+        ("decision.calibration", decision.calibration < 1, "the version of the calibration as it was answered"),
+        ("truth", message.truth not in {pb.TRUTH_MATCH, pb.TRUTH_NON_MATCH}, "TRUTH_MATCH or TRUTH_NON_MATCH"),
+        ("review_rate", not 0 <= message.review_rate <= 1, "a share in (0, 1], or 0 when it is not known"),
+        ("candidates", message.candidates < 0, "a number of items, or 0"),
+    ):
+        with wrong:
+            if is_wrong:
+                raise InvalidInput(f"{path}.{field} must be {accepted}", field=f"{path}.{field}")
+    with wrong:
+        model = parse.model_name(decision.model, f"{path}.decision.model")
+    wrong.check()
+    if model not in known:
+        raise NotFound(
+            f"no model {model!r} here; there are {', '.join(sorted(known))}; put the bundle that decided into the "
+            "folder of models",
+            field=f"{path}.decision.model",
+        )
+    return Feedback(
+        case_id=message.case_id,
+        fingerprint=known[model],
+        model=model,
+        calibration=decision.calibration,
+        distance=decision.distance,
+        threshold=decision.threshold,
+        verdict=_VERDICTS[decision.verdict],
+        is_match=message.truth == pb.TRUTH_MATCH,
+        subject=message.subject,
+        review_rate=message.review_rate or None,
+        candidates=message.candidates,
+        time=datetime.now(UTC),
+    )
+
+
+def _check_distinct(feedback: Sequence[Feedback]) -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for i, each in enumerate(feedback):
+        first = seen.setdefault((each.fingerprint, each.case_id), i)
+        if first != i:
+            raise InvalidInput(
+                f"case {each.case_id[:80]!r} comes twice in one request, first as feedback[{first}]; keep one of them",
+                field=f"feedback[{i}].case_id",
+            )
+
+
+def _recorded(kept: Sequence[Kept]) -> bytes:
+    response = pb.RecordFeedbackResponse(feedback=[_message(number, each) for number, each in kept])
+    return response.SerializeToString()
+
+
+def _message(number: int, known: Feedback) -> pb.Feedback:
+    return pb.Feedback(
+        name=f"feedback/{number}",
+        case_id=known.case_id,
+        decision=common_pb2.Decision(
+            verdict=common_pb2.Verdict.ValueType(_VERDICT_NUMBERS[known.verdict]),
+            distance=known.distance,
+            threshold=known.threshold,
+            signed_margin=known.threshold - known.distance,
+            model=wire.model_name(known.model),
+            calibration=known.calibration,
+        ),
+        truth=pb.TRUTH_MATCH if known.is_match else pb.TRUTH_NON_MATCH,
+        subject=known.subject,
+        review_rate=known.review_rate or 0,
+        candidates=known.candidates,
+        fingerprint=known.fingerprint,
+        update_time=wire.timestamp(known.time),
+    )
+
+
+def _after(page_token: str) -> int:
+    name = name_of_page_token(page_token)
+    if name and not name.isdecimal():
+        raise InvalidInput("page_token is not one that this listing returned; leave it out", field="page_token")
+    return int(name or 0)

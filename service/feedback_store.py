@@ -1,0 +1,159 @@
+"""Feedback, kept in SQLite beside the galleries: durable, by case, with the receipts of the requests that wrote it."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from embedding.errors import NotFound
+from embedding.feedback import Feedback
+from index.connections import connect, translated
+from index.receipts import Book, Token, find
+from index.schema import RECEIPTS, as_datetime, now_us
+
+FILE = ".feedback.sqlite"
+
+_TABLES = f"""
+PRAGMA journal_mode = WAL;
+CREATE TABLE IF NOT EXISTS feedback (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,     -- rising with first recording, never used again
+    fingerprint TEXT NOT NULL,
+    case_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    calibration INTEGER NOT NULL,
+    distance REAL NOT NULL,
+    threshold REAL NOT NULL,
+    verdict TEXT NOT NULL,
+    is_match INTEGER NOT NULL,
+    subject TEXT NOT NULL,
+    review_rate REAL,
+    candidates INTEGER NOT NULL,
+    updated_us INTEGER NOT NULL,
+    UNIQUE (fingerprint, case_id)
+) STRICT;
+{RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")}
+"""
+
+_COLUMNS = (
+    "fingerprint, case_id, model, calibration, distance, threshold, verdict, is_match, subject, review_rate, "
+    "candidates, updated_us"
+)
+
+Kept = tuple[int, Feedback]
+"""With the number that its name holds."""
+
+
+class FeedbackStore:
+    """The feedback of one folder of galleries; every method may be called from any thread.
+
+    Made when something is first recorded, by the process that holds the folder. Raises StorageFailed and DamagedData.
+    """
+
+    def __init__(self, galleries: Path) -> None:
+        self._path = galleries / FILE
+        self._using = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def record(
+        self, feedback: Sequence[Feedback], form: Callable[[Sequence[Kept]], bytes], token: Token | None = None
+    ) -> bytes:
+        """Store all of it, durably, or with a token what was answered before; what `form` makes of it is the answer.
+
+        `time` is set to now. Raises RequestIdReused.
+        """
+        with self._transaction() as connection:
+            if token is not None and (answer := find(connection, token)) is not None:
+                return answer
+            now = now_us()
+            kept: list[Kept] = []
+            for each in feedback:
+                stamped = each.model_copy(update={"time": as_datetime(now)})
+                (seq,) = connection.execute(
+                    f"INSERT INTO feedback ({_COLUMNS}) VALUES ({', '.join('?' * 12)})"
+                    " ON CONFLICT (fingerprint, case_id) DO UPDATE SET model = excluded.model,"
+                    " calibration = excluded.calibration, distance = excluded.distance,"
+                    " threshold = excluded.threshold, verdict = excluded.verdict, is_match = excluded.is_match,"
+                    " subject = excluded.subject, review_rate = excluded.review_rate,"
+                    " candidates = excluded.candidates, updated_us = excluded.updated_us RETURNING seq",
+                    (
+                        each.fingerprint,
+                        each.case_id,
+                        each.model,
+                        each.calibration,
+                        each.distance,
+                        each.threshold,
+                        each.verdict,
+                        each.is_match,
+                        each.subject,
+                        each.review_rate,
+                        each.candidates,
+                        now,
+                    ),
+                ).fetchone()
+                kept.append((seq, stamped))
+            answer = form(kept)
+            if token is not None:
+                Book(connection).keep(token, answer)
+            return answer
+
+    def page(self, after: int, size: int, model: str = "") -> list[Kept]:
+        """Up to `size` by rising number, those after `after`; of one model, when it is named."""
+        with self._transaction() as connection:
+            return [(row[0], _feedback(row[1:])) for row in _select(connection, after, size, model)]
+
+    def delete(self, number: int) -> None:
+        """Raises NotFound."""
+        with self._transaction() as connection:
+            if not connection.execute("DELETE FROM feedback WHERE seq = ?", (number,)).rowcount:
+                raise NotFound(f"no feedback {number} here", field="name")
+
+    def close(self) -> None:
+        with self._using:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._using, translated(self._path):
+            if self._connection is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch()
+                self._connection = connect(self._path, read_only=False)
+                self._connection.executescript(_TABLES)
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+def read_feedback(galleries: Path) -> Iterator[Feedback]:
+    """All feedback of a folder of galleries, also while a server writes to it. Raises NotFound when there is none."""
+    path = galleries / FILE
+    if not path.is_file():
+        raise NotFound(f"no feedback was recorded in {galleries}; record some with RecordFeedback")
+    with translated(path), closing(connect(path, read_only=True)) as connection:
+        for row in _select(connection, 0, -1, ""):
+            yield _feedback(row[1:])
+
+
+def _select(connection: sqlite3.Connection, after: int, size: int, model: str) -> sqlite3.Cursor:
+    return connection.execute(
+        f"SELECT seq, {_COLUMNS} FROM feedback WHERE seq > ? AND (? = '' OR model = ?) ORDER BY seq LIMIT ?",
+        (after, model, model, size),
+    )
+
+
+def _feedback(row: tuple[str, str, str, int, float, float, str, int, str, float | None, int, int]) -> Feedback:
+    names = _COLUMNS.split(", ")
+    values: dict[str, object] = dict(zip(names, row, strict=True))
+    time: datetime = as_datetime(int(str(values.pop("updated_us"))))
+    return Feedback.model_validate({**values, "is_match": bool(values["is_match"]), "time": time})

@@ -1,0 +1,219 @@
+"""A write that is asked for twice under one `request_id` is done once and answered alike. AIP-155.
+
+Writes to a gallery keep their receipt in the gallery's own store, in the transaction that wrote. Others, whose work is
+no transaction, are noted before they begin and after they end, in a store beside the galleries: what a crash has left
+between the two is told to the work, which knows how to go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import sqlite3
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar
+
+from google.protobuf.message import Message
+
+from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused
+from index import GalleryEngine
+from index.connections import connect, translated
+from index.engine import Receipting
+from index.receipts import Book, Token, find
+from index.schema import RECEIPTS, now_us
+from service.serving import AsyncEngine
+
+FILE = ".requests.sqlite"
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
+
+_TABLES = f"""
+PRAGMA journal_mode = WAL;
+{RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")}
+CREATE TABLE IF NOT EXISTS begun (     -- requests that have begun and not been answered
+    id TEXT PRIMARY KEY,
+    digest BLOB NOT NULL,
+    made_us INTEGER NOT NULL
+) STRICT;
+"""
+
+R = TypeVar("R", bound=Message)
+
+
+def token_of(request: Any) -> Token | None:
+    """What tells this request from others; None without a `request_id`, and where nothing is to be changed.
+
+    Reads the whole request: call it off the event loop. Raises InvalidInput unless the id is a UUID.
+    """
+    request_id = request.request_id
+    if not request_id or getattr(request, "validate_only", False):
+        return None
+    if not _UUID.fullmatch(request_id):
+        raise InvalidInput(
+            f"request_id must be a UUID, 36 characters, made anew for every request; got {request_id[:80]!a}",
+            field="request_id",
+        )
+    request.ClearField("request_id")
+    asked = request.SerializeToString(deterministic=True)
+    request.request_id = request_id
+    return Token(request_id.lower(), hashlib.sha256(request.DESCRIPTOR.full_name.encode() + b"\0" + asked).digest())
+
+
+class Ledger:
+    """The store of requests beside the galleries; every method may be called from any thread.
+
+    Made when it is first used, by the process that holds the folder of galleries.
+    """
+
+    def __init__(self, galleries: Path) -> None:
+        self._path = galleries / FILE
+        self._using = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def begin(self, token: Token) -> tuple[bytes | None, bool]:
+        """What the request was answered; else None, and whether it had begun before. Raises RequestIdReused."""
+        with self._transaction() as connection:
+            answer = find(connection, token)
+            if answer is not None:
+                return answer, False
+            row = connection.execute("SELECT digest FROM begun WHERE id = ?", (token.id,)).fetchone()
+            if row is None:
+                connection.execute("INSERT INTO begun VALUES (?, ?, ?)", (token.id, token.digest, now_us()))
+                return None, False
+            if row[0] != token.digest:
+                raise RequestIdReused(
+                    f"request_id {token.id} was given with another request; make a new one for every request",
+                    field="request_id",
+                )
+            return None, True
+
+    def end(self, token: Token, answer: bytes | None) -> None:
+        """The request is answered; or, with None, has failed and may be made again."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM begun WHERE id = ?", (token.id,))
+            if answer is not None:
+                Book(connection).keep(token, answer)
+
+    def close(self) -> None:
+        with self._using:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._using, translated(self._path):
+            if self._connection is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch()
+                self._connection = connect(self._path, read_only=False)
+                self._connection.executescript(_TABLES)
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+class Once:
+    """Answers repeated writes. For one event loop."""
+
+    def __init__(self, galleries: Path) -> None:
+        self._ledger = Ledger(galleries)
+        self._running: dict[str, asyncio.Task[bytes]] = {}
+
+    async def written(
+        self,
+        request: Any,
+        response: type[R],
+        serving: AsyncEngine,
+        gallery_id: str,
+        write: Callable[[Token | None], Awaitable[R]],
+    ) -> R:
+        """A write to one gallery; `write` keeps the receipt of the token that it is given."""
+        if not request.request_id:
+            return await write(None)
+
+        def look() -> tuple[Token | None, bytes | None, bool]:
+            token = token_of(request)
+            with suppress(NotFound):  # which the write itself will tell
+                gallery = serving.engine.gallery(gallery_id, any_model=True)
+                if token is not None and keeps_receipts(gallery):
+                    return token, gallery.answered(token), True
+            return token, None, False
+
+        token, answer, keeps = await serving.run(look)
+        if answer is not None:
+            return response.FromString(answer)
+        if token is not None and not keeps:
+
+            async def work(again: bool) -> R:
+                return await write(None)
+
+            return await self._noted(token, response, work)
+        return await write(token)
+
+    async def done(
+        self, request: Any, response: type[R], serving: AsyncEngine, work: Callable[[bool], Awaitable[R]]
+    ) -> R:
+        """Any other write; `work` is told whether it may have been done already, by a process that was killed."""
+        token = await serving.run(token_of, request) if request.request_id else None
+        return await work(False) if token is None else await self._noted(token, response, work)
+
+    def close(self) -> None:
+        self._ledger.close()
+
+    async def _noted(self, token: Token, response: type[R], work: Callable[[bool], Awaitable[R]]) -> R:
+        while (running := self._running.get(token.id)) is not None:
+            await asyncio.wait({running})  # the same request, made again before it was answered
+        task = asyncio.create_task(self._carried_out(token, work))
+        self._running[token.id] = task
+        task.add_done_callback(lambda done: self._forget(token.id, done))
+        # A caller who leaves does not keep what is done from being noted.
+        return response.FromString(await asyncio.shield(task))
+
+    def _forget(self, request_id: str, done: asyncio.Task[bytes]) -> None:
+        self._running.pop(request_id, None)
+        if not done.cancelled():
+            done.exception()  # its caller may have gone; asyncio would log it
+
+    async def _carried_out(self, token: Token, work: Callable[[bool], Awaitable[Message]]) -> bytes:
+        answer, again = await asyncio.to_thread(self._ledger.begin, token)
+        if answer is not None:
+            return answer
+        try:
+            answer = (await work(again)).SerializeToString()
+        except Exception:
+            await asyncio.to_thread(self._ledger.end, token, None)
+            raise
+        await asyncio.to_thread(self._ledger.end, token, answer)
+        return answer
+
+
+def keeps_receipts(gallery: GalleryEngine) -> TypeGuard[Receipting]:
+    """Whether this engine keeps receipts with what it writes."""
+    return hasattr(gallery, "answered")
+
+
+@contextmanager
+def gone_already(again: bool) -> Iterator[None]:
+    """What is to be deleted may be gone when it was deleted `again`."""
+    try:
+        yield
+    except NotFound:
+        if not again:
+            raise
+
+
+def receipting(gallery: GalleryEngine) -> Receipting:
+    """A gallery that keeps receipts. Raises LookalikeError for another, which is a mistake of ours."""
+    if not keeps_receipts(gallery):
+        raise LookalikeError(f"gallery {gallery.id!r} keeps no receipts")
+    return gallery

@@ -1,0 +1,92 @@
+"""From decisions of a server over its users' feedback to the next calibration, which the server then answers with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding.bundle import Bundle, describe
+from embedding.calibration import HeldOutPairs, Histogram
+from lookalike import Client, Decision, Feedback
+from tests.cli.conftest import Run
+from tests.processes import serving
+from tests.service.harness import MARGIN, make_bundle, png
+
+HELD_OUT = HeldOutPairs(
+    matching=Histogram(cells=(100, 300, 500, 700), counts=(100, 150, 100, 50), effective=40.0),
+    impostor=Histogram(cells=(400, 600, 900, 1500), counts=(50, 150, 200, 200), effective=60.0),
+)
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "first", seed=0, held_out=HELD_OUT)
+
+
+def feedback(decision: Decision) -> list[Feedback]:
+    """Users whose matches lie further apart than those held out did."""
+    rng = np.random.default_rng(0)
+    cases = []
+    for i, (centre, is_match) in enumerate([(0.4, True), (1.2, False)] * 150):
+        distance = float(np.float32(abs(rng.normal(centre, 0.15))))
+        cases.append(
+            Feedback(case_id=f"{i}", decision=replace(decision, distance=distance, threshold=0.5), is_match=is_match)
+        )
+    return cases
+
+
+def test_a_margin_learned_anew_is_activated_without_touching_galleries(
+    run: Run, calibrated: Bundle, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    options = ["--models", str(models)]
+    with (
+        serving(calibrated.path, tmp_path / "galleries", log=tmp_path / "log", options=options) as (_, target),
+        Client(target) as client,
+    ):
+        decision = client.verify(png(1), png(2))
+        recorded = client.record_feedback(feedback(decision))
+        assert len(recorded) == len(list(client.list_feedback(model=calibrated.name))) == 300
+        client.delete_feedback(recorded[-1].id)
+        file = tmp_path / "feedback.jsonl"
+        assert run("feedback", "export", "--target", target, "--out", file).out == f"wrote 299 cases to {file}\n"
+        assert run("feedback", "export", "--data", tmp_path / "galleries", "--out", tmp_path / "same").code == 0
+        assert (tmp_path / "same").read_text() == file.read_text()
+
+        rates = ["--accepted-rate", "1", "--rejected-rate", "0.5"]
+        out = run("calibrate", calibrated.path, "--feedback", file, "--out", models / "second", *rates).out
+        assert f"wrote {calibrated.name}, calibration 4, to {models / 'second'}" in out
+        assert "from 150 matching and 149 other pairs" in out
+        second = Bundle.load(models / "second")
+        assert second.fingerprint == calibrated.fingerprint
+        assert (second.calibration.version, second.calibration.feedback_pairs) == (4, 299)
+        assert second.calibration.learned_margin > MARGIN
+        assert second.lineage.data["calibration 4"]["feedback pairs"] == 299  # type: ignore[index, call-overload]
+        assert "Calibration 4" in (models / "second" / "README.md").read_text()
+
+        client.create_gallery("g")
+        client.activate_model(calibrated.name)
+        assert client.verify(png(1), png(2)).threshold == second.calibration.learned_margin
+        assert client.get_model().calibration.feedback_pairs == 299
+        client.search("g", png(1))
+
+        same = run("calibrate", calibrated.path, "--feedback", tmp_path / "galleries", "--out", tmp_path / "x", *rates)
+        assert same.code == 0
+        assert describe(tmp_path / "x").calibration == second.calibration
+
+
+def test_bad_input(run: Run, calibrated: Bundle, bundle: Bundle, tmp_path: Path) -> None:
+    run("feedback", "export", "--out", tmp_path / "f").failed_with("--target", "--data")
+    run("feedback", "export", "--data", tmp_path, "--out", tmp_path / "f").failed_with("no feedback was recorded")
+    arguments = ["--out", tmp_path / "out"]
+    run("calibrate", calibrated.path, "--feedback", tmp_path / "none", *arguments).failed_with("export")
+    file = tmp_path / "feedback.jsonl"
+    file.write_text('{"case_id": "a"}\n')
+    run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("line 1", "fingerprint")
+    file.write_text("")
+    run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("0 pairs that match", "20")
+    assert not (tmp_path / "out").exists()

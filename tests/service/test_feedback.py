@@ -1,0 +1,147 @@
+"""What decisions turned out to be, recorded and listed over the wire."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from embedding.bundle import Bundle
+from embedding.feedback import read_lines, write_lines
+from lookalike.v1 import common_pb2, match_pb2
+from lookalike.v1 import feedback_pb2 as pb
+from service.feedback_store import read_feedback
+from service.settings import Settings
+from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, refused, rich, served
+
+
+@pytest.fixture
+def decision(stubs: Stubs) -> common_pb2.Decision:
+    return stubs.match.Verify(match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))).decision
+
+
+def case(name: str, decision: common_pb2.Decision, **options: Any) -> pb.Feedback:
+    return pb.Feedback(**{"case_id": name, "decision": decision, "truth": pb.TRUTH_MATCH, **options})
+
+
+def record(stubs: Stubs, *cases: pb.Feedback, request_id: str = "") -> list[pb.Feedback]:
+    request = pb.RecordFeedbackRequest(feedback=cases, request_id=request_id)
+    return list(stubs.feedback.RecordFeedback(request).feedback)
+
+
+def listed(stubs: Stubs, **options: Any) -> list[pb.Feedback]:
+    found: list[pb.Feedback] = []
+    request = pb.ListFeedbackRequest(page_size=2, **options)
+    while True:
+        page = stubs.feedback.ListFeedback(request)
+        found += page.feedback
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+def test_feedback_is_kept_with_its_decision_and_read_back(
+    loop: Loop, settings: Settings, bundle: Bundle, tmp_path: Path, decision: common_pb2.Decision
+) -> None:
+    own = settings.model_copy(update={"galleries": tmp_path / "galleries"})
+    with served(loop, own) as server, connected(server.address) as stubs:
+        recorded = record(
+            stubs,
+            case("a", decision, subject="me", review_rate=0.25, candidates=7),
+            case("b", decision, truth=pb.TRUTH_NON_MATCH),
+        )
+        first, second = recorded
+        assert (first.case_id, first.subject, first.review_rate, first.candidates) == ("a", "me", 0.25, 7)
+        assert first.fingerprint == bundle.fingerprint
+        for field in ("distance", "threshold", "verdict", "model", "calibration", "signed_margin"):
+            assert getattr(first.decision, field) == getattr(decision, field)
+        assert first.update_time.ToSeconds() > 1_700_000_000
+        assert second.truth == pb.TRUTH_NON_MATCH
+        (again,) = record(stubs, case("a", decision, truth=pb.TRUTH_NON_MATCH))
+        assert (again.name, again.truth, again.subject) == (first.name, pb.TRUTH_NON_MATCH, "")
+        record(stubs, *(case(f"c{i}", decision) for i in range(5)))
+    with served(loop, own) as server, connected(server.address) as stubs:
+        kept = listed(stubs)
+        assert [each.case_id for each in kept] == ["a", "b", *(f"c{i}" for i in range(5))]
+        assert listed(stubs, model=f"models/{bundle.name}") == kept
+        assert listed(stubs, model="models/other") == []
+        delete = pb.DeleteFeedbackRequest(name=second.name, request_id=str(uuid.uuid4()))
+        stubs.feedback.DeleteFeedback(delete)
+        stubs.feedback.DeleteFeedback(delete)
+        delete.request_id = ""
+        assert refused(stubs.feedback.DeleteFeedback, delete).code() is grpc.StatusCode.NOT_FOUND
+        # The folder tells the same, while the server runs, and so does a file of it.
+        exported = list(read_feedback(own.galleries))
+        assert [each.case_id for each in exported] == ["a", *(f"c{i}" for i in range(5))]
+        assert exported[0].distance == decision.distance
+        assert write_lines(tmp_path / "feedback.jsonl", exported) == 6
+        assert list(read_lines(tmp_path / "feedback.jsonl")) == exported
+
+
+def test_the_same_request_is_recorded_once(stubs: Stubs, decision: common_pb2.Decision) -> None:
+    request_id = str(uuid.uuid4())
+    first = record(stubs, case("once", decision), request_id=request_id)
+    record(stubs, case("once", decision, truth=pb.TRUTH_NON_MATCH))
+    assert record(stubs, case("once", decision), request_id=request_id) == first
+    assert next(each for each in listed(stubs) if each.case_id == "once").truth == pb.TRUTH_NON_MATCH
+    request = pb.RecordFeedbackRequest(feedback=[case("other", decision)], request_id=request_id)
+    assert info(rich(refused(stubs.feedback.RecordFeedback, request))).reason == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"case_id": ""}, "case_id"),
+        ({"case_id": "x" * 257}, "case_id"),
+        ({"case_id": "a\nb"}, "case_id"),
+        ({"subject": "x" * 257}, "subject"),
+        ({"truth": pb.TRUTH_UNSPECIFIED}, "truth"),
+        ({"review_rate": 1.5}, "review_rate"),
+        ({"review_rate": float("nan")}, "review_rate"),
+        ({"candidates": -1}, "candidates"),
+        ({"decision": {"distance": 3}}, "decision.distance"),
+        ({"decision": {"distance": float("nan")}}, "decision.distance"),
+        ({"decision": {"threshold": -1}}, "decision.threshold"),
+        ({"decision": {"verdict": common_pb2.VERDICT_UNSPECIFIED}}, "decision.verdict"),
+        ({"decision": {"calibration": 0}}, "decision.calibration"),
+        ({"decision": {"model": "toy"}}, "decision.model"),
+    ],
+)
+def test_what_is_no_feedback_is_refused_as_a_whole(
+    stubs: Stubs, decision: common_pb2.Decision, wrong: dict[str, Any], field: str
+) -> None:
+    changed = common_pb2.Decision()
+    changed.CopyFrom(decision)
+    for name, value in wrong.pop("decision", {}).items():
+        setattr(changed, name, value)
+    before = listed(stubs)
+    request = pb.RecordFeedbackRequest(
+        feedback=[case("good", decision), case(**{"name": "bad", "decision": changed} | wrong)]
+    )
+    error = refused(stubs.feedback.RecordFeedback, request)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(rich(error)) == [f"feedback[1].{field}"]
+    assert listed(stubs) == before
+
+
+def test_more_ways_to_ask_wrongly(stubs: Stubs, decision: common_pb2.Decision) -> None:
+    twice = pb.RecordFeedbackRequest(feedback=[case("a", decision), case("a", decision)])
+    assert fields(rich(refused(stubs.feedback.RecordFeedback, twice))) == ["feedback[1].case_id"]
+    assert fields(rich(refused(stubs.feedback.RecordFeedback, pb.RecordFeedbackRequest()))) == ["feedback"]
+    unknown = common_pb2.Decision()
+    unknown.CopyFrom(decision)
+    unknown.model = "models/unknown"
+    request = pb.RecordFeedbackRequest(feedback=[case("a", unknown)])
+    assert refused(stubs.feedback.RecordFeedback, request).code() is grpc.StatusCode.NOT_FOUND
+    for name in ("", "feedback/", "feedback/0", "feedback/x", "cases/1"):
+        assert fields(rich(refused(stubs.feedback.DeleteFeedback, pb.DeleteFeedbackRequest(name=name)))) == ["name"]
+    for options, field in (
+        ({"page_size": 1001}, "page_size"),
+        ({"page_token": "eA=="}, "page_token"),
+        ({"model": "x"}, "model"),
+    ):
+        request_ = pb.ListFeedbackRequest(**options)
+        assert fields(rich(refused(stubs.feedback.ListFeedback, request_))) == [field]
