@@ -61,6 +61,8 @@ EXPOSE 50051
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
     CMD ["lookalike", "health", "--target", "127.0.0.1:50051"]
 
+# All addresses, or nobody outside would reach it: that needs TLS (LOOKALIKE_TLS_CERTIFICATE and LOOKALIKE_TLS_KEY), or
+# LOOKALIKE_INSECURE=1 where the port is published on a trusted network alone. The image chooses neither.
 # Exec form: the server itself receives SIGTERM, upon which it drains.
 ENTRYPOINT ["lookalike"]
 CMD ["serve", "--bundle", "/bundle", "--data", "/data", "--host", "0.0.0.0", "--port", "50051"]

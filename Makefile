@@ -11,7 +11,7 @@ STUBS := lookalike/v1
 PROTO_TOOLS := grpcio-tools==1.71.2 grpcio==1.85.1 mypy-protobuf==5.1.0 protobuf==7.36.2 setuptools==80.9.0 \
 	types-protobuf==7.35.1.20260906 typing-extensions==4.16.0
 
-.PHONY: help demo test test-slow check format proto proto-check breaking clean
+.PHONY: help demo test test-slow test-hostile fuzz check format proto proto-check breaking clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,13 @@ test: $(INSTALLED) ## the default suite, under 5 minutes on two cores
 
 test-slow: $(INSTALLED) ## the longer tests
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(INSTALLED) ## look for inputs that break decoders and parsers, two minutes each; atheris guides it where it installs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]' || true
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --runs 1000000 --seconds 120
+
+test-hostile: $(INSTALLED) ## the longer tests of clients that dawdle, vanish, cancel and send nonsense
+	$(BIN)/python -m pytest -m slow tests/service/test_hostile.py
 
 check: $(INSTALLED) proto-check breaking ## format, lint, types, import arrows, the wire contract
 	$(BIN)/ruff format --check .

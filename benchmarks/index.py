@@ -100,8 +100,9 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
             engines[peer.name], recalls[peer.name], builds[peer.name] = peer.ask, peer.recall, peer.build_seconds
         recalls["lookalike, whole call"] = recalls["lookalike"]
         medians = one_by_one(engines, queries_QD, seconds=seconds)
-        whole: dict[str, Callable[[Vectors], object]] = {}
-        whole["lookalike, whole call"] = lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
+        whole: dict[str, Callable[[Vectors], object]] = {
+            "lookalike, whole call": lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
+        }
         medians |= one_by_one(whole, queries_QD, seconds=seconds / 5, clock=time.perf_counter)  # it reads the disk
         for name, microseconds in medians.items():
             note = f"built in {builds[name]:.1f} s" if name in builds else "items and decisions included"

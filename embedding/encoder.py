@@ -5,6 +5,7 @@ Shapes: B images, C channels, H height, W width, D embedding width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Self
@@ -19,9 +20,13 @@ from embedding.decision import Vectors
 from embedding.errors import InvalidInput
 from embedding.images import MAX_PIXELS, Pixels, Preprocessing, decode
 from embedding.networks import ROWS_OF_A_TILE, EmbeddingNetwork
+from embedding.onnx_road import Disagrees, OnnxNetwork, is_available
+from embedding.runtime import Precision, Runtime
 from embedding.views import joined, split_views, views_of
 
 DEFAULT_BATCH_SIZE = 64
+
+_log = logging.getLogger(__name__)
 
 _TOKEN_NETWORKS = {"vit_b_16", "convnext_tiny"}
 """Networks whose inner matrix products have rows that depend on the batch size."""
@@ -57,7 +62,11 @@ class PixelEncoder:
         *,
         device: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
+        runtime: Runtime = "torch",
+        threads: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
+        """`threads` are those of ONNX Runtime; None takes as many as PyTorch does. Raises InvalidInput."""
         if batch_size < 1:
             raise InvalidInput(f"batch_size must be at least 1; got {batch_size}", field="batch_size")
         self.preprocessing = preprocessing
@@ -66,10 +75,25 @@ class PixelEncoder:
         self._batch_size = batch_size
         self.on_embedded: Callable[[Vectors, Vectors], None] | None = None
         """Is told of embeddings [B, D] and the norms [B] that they had before, in the thread that embeds."""
-        self._network = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        network = network.eval().to(self.device)
+        self._precision = torch.bfloat16 if precision == "bfloat16" and self.device.type == "cuda" else torch.float32
         self._mean_C11 = torch.tensor(preprocessing.mean, device=self.device).reshape(-1, 1, 1)
         self._std_C11 = torch.tensor(preprocessing.std, device=self.device).reshape(-1, 1, 1)
         self._tile = ROWS_OF_A_TILE if network.architecture.network in _TOKEN_NETWORKS else 2
+        self._unnormalised: Callable[[Tensor], Tensor]
+        self._memory_format = torch.contiguous_format
+        onnx = _on_onnx(network, self.device, runtime, threads or torch.get_num_threads())
+        self._runtime: Runtime = "torch" if onnx is None else "onnx"
+        if onnx is not None:
+            self._unnormalised, self._tile = onnx.unnormalised, 1
+        else:
+            self._memory_format = torch.channels_last
+            self._unnormalised = network.to(memory_format=self._memory_format).unnormalised
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the network: "torch" or "onnx"."""
+        return self._runtime
 
     @property
     def pixel_shape(self) -> tuple[int, int, int]:
@@ -123,9 +147,33 @@ class PixelEncoder:
         if self.device.type == "cuda":
             pixels_BCHW = pixels_BCHW.pin_memory()
         images_BCHW = pixels_BCHW.to(self.device, non_blocking=True).float().div_(255)
-        images_BCHW = images_BCHW.sub_(self._mean_C11).div_(self._std_C11).contiguous(memory_format=torch.channels_last)
-        raw_BD: Tensor = self._network.unnormalised(images_BCHW)
+        images_BCHW = images_BCHW.sub_(self._mean_C11).div_(self._std_C11)
+        images_BCHW = images_BCHW.contiguous(memory_format=self._memory_format)
+        with torch.autocast("cuda", self._precision, enabled=self._precision != torch.float32):
+            raw_BD = self._unnormalised(images_BCHW)
         return F.normalize(raw_BD, dim=1)[:size], torch.linalg.vector_norm(raw_BD, dim=1)[:size]
+
+
+def _on_onnx(network: EmbeddingNetwork, device: torch.device, runtime: Runtime, threads: int) -> OnnxNetwork | None:
+    """The network on ONNX Runtime; None where PyTorch is to run it."""
+    if runtime == "torch":
+        return None
+    name = network.architecture.network
+    fits = device.type == "cpu" and name not in _TOKEN_NETWORKS
+    if runtime == "auto" and not (fits and is_available()):
+        return None
+    if not fits:
+        raise InvalidInput(
+            f'runtime "onnx" takes convolutional networks on the CPU; got {name} on {device.type}: choose "auto"',
+            field="runtime",
+        )
+    try:
+        return OnnxNetwork(network, threads=threads)
+    except Disagrees as error:
+        if runtime == "onnx":
+            raise InvalidInput(f'{error}; choose "auto" or "torch"', field="runtime") from error
+        _log.warning("%s; PyTorch runs it instead", error)
+        return None
 
 
 class Encoder(PixelEncoder):
@@ -138,8 +186,20 @@ class Encoder(PixelEncoder):
         device: str = "auto",
         batch_size: int = DEFAULT_BATCH_SIZE,
         max_pixels: int = MAX_PIXELS,
+        runtime: Runtime = "auto",
+        threads: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
-        super().__init__(bundle.network(), bundle.preprocessing, device=device, batch_size=batch_size)
+        """See `PixelEncoder`. Raises InvalidInput."""
+        super().__init__(
+            bundle.network(),
+            bundle.preprocessing,
+            device=device,
+            batch_size=batch_size,
+            runtime=runtime,
+            threads=threads,
+            precision=precision,
+        )
         self.bundle = bundle
         self._max_pixels = max_pixels
 

@@ -23,8 +23,16 @@
     ├── NotSupported            what this engine of galleries cannot do
     ├── Busy                    another process holds the folder, or Milvus is away
     ├── NotReady                the model is still loading
+    ├── Overloaded              the server has as much to do as it takes on; `retry_seconds` says when to come again
     ├── Cancelled               the caller no longer wants the answer
     ├── DeadlineExceeded        the time limit passed before the answer was found
+    ├── Unauthenticated         who calls is not known
+    │   ├── CredentialsMissing  no key, token or certificate
+    │   └── CredentialsInvalid  unknown, expired or revoked
+    ├── PermissionDenied        who calls is known, and may not do this
+    │   ├── ScopeMissing        the key has another scope than is needed
+    │   └── GalleryForbidden    the key is not for this gallery
+    ├── RateLimited             more calls than the key may make; `retry_seconds` says when to come again
     ├── TrainingDiverged        the loss is no longer a number
     ├── DamagedData             a checksum, manifest or weights file does not agree
     └── StorageFailed           the disk refused a read or a write
@@ -152,12 +160,67 @@ class NotReady(LookalikeError):
     reason = "NOT_READY"
 
 
+class Overloaded(LookalikeError):
+    reason = "OVERLOADED"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, subject: str = "calls", retry_seconds: float = 1.0
+    ) -> None:
+        super().__init__(message, field=field)
+        self.subject = subject
+        """What there is too much of."""
+        self.retry_seconds = retry_seconds
+        """When it is worth trying again, from now."""
+
+
 class Cancelled(LookalikeError):
     reason = "CANCELLED"
 
 
 class DeadlineExceeded(LookalikeError):
     reason = "DEADLINE_EXCEEDED"
+
+
+class Unauthenticated(LookalikeError):
+    reason = "UNAUTHENTICATED"
+
+
+class CredentialsMissing(Unauthenticated):
+    reason = "CREDENTIALS_MISSING"
+
+
+class CredentialsInvalid(Unauthenticated):
+    reason = "CREDENTIALS_INVALID"
+
+
+class PermissionDenied(LookalikeError):
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, message: str, *, field: str | None = None, needed: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, field=field)
+        self.needed = dict(needed or {})
+        """What the caller lacks: `scope`, and `gallery` where it is about one."""
+
+
+class ScopeMissing(PermissionDenied):
+    reason = "SCOPE_MISSING"
+
+
+class GalleryForbidden(PermissionDenied):
+    reason = "GALLERY_FORBIDDEN"
+
+
+class RateLimited(LookalikeError):
+    reason = "RATE_LIMITED"
+
+    def __init__(
+        self, message: str, *, field: str | None = None, subject: str = "", retry_seconds: float = 1.0
+    ) -> None:
+        super().__init__(message, field=field)
+        self.subject = subject
+        """Whose rate it is."""
+        self.retry_seconds = retry_seconds
+        """Seconds until a call would be admitted."""
 
 
 class TrainingDiverged(LookalikeError):

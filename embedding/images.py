@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -11,12 +14,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from embedding.errors import ImageTooLarge, InvalidImage
+from embedding.hostile import checked
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 """Accepted formats; PPM stands for the whole family of PBM, PGM and PPM."""
 
 MAX_PIXELS = 50_000_000
 """Default cap on width × height: about 150 MB once decoded to RGB."""
+
+DECODING_PIXELS = 2 * MAX_PIXELS
+"""Most pixels that are in decoding at once, in all threads of a process: about 1 GB at the worst, whatever is sent."""
+
+BAND_PIXELS = 2**20
+"""Pixels that are converted together on the way from what was decoded."""
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff"})
 """File name endings, in lower case, under which images are looked for in folders and archives."""
@@ -36,10 +46,13 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise InvalidImage("the image is empty (0 bytes); send the bytes of an image file")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(checked(data)), formats=FORMATS) as image:
             _check_size(image.width, image.height, max_pixels)
-            image.load()
-            return _plain(ImageOps.exif_transpose(image))
+            with _ROOM.taken(image.width * image.height):
+                image.load()
+                _check_size(image.width, image.height, max_pixels)  # some formats learn more as they decode
+                ImageOps.exif_transpose(image, in_place=True)  # in place, or a whole copy
+                return _plain(image)
     except InvalidImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -61,20 +74,62 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _plain(image: Image.Image) -> Image.Image:
-    """Reduce any mode to "L" or "RGB"."""
+    """Reduce any mode to "L" or "RGB", by bands of rows where whole copies on the way would take much memory."""
     if image.mode in {"I", "I;16", "I;16B", "I;16L", "I;16N"}:
-        samples = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-        return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+        return _banded(image, "L", _from_16_bits)
     if image.mode == "F":
         raise InvalidImage("floating-point samples have no agreed range; convert the image to 8 or 16 bits")
     if image.has_transparency_data:
-        turned = image.convert("RGBA")
-        white = Image.new("RGBA", turned.size, "white")
-        flat = Image.alpha_composite(white, turned).convert("RGB")
-        return flat.convert("L") if image.mode in {"LA", "La", "L", "1"} else flat
+        return _banded(image, "L" if image.mode in {"LA", "La", "L", "1"} else "RGB", _on_white)
     if image.mode in {"1", "L"}:
         return image.convert("L")
     return image.convert("RGB")
+
+
+def _banded(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`convert` of each band of rows, joined; `convert` must give of a pixel what depends on that pixel alone."""
+    rows = max(1, BAND_PIXELS // max(1, image.width))
+    if rows >= image.height:
+        return convert(image).convert(mode)
+    whole = Image.new(mode, image.size)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        whole.paste(convert(band).convert(mode), (0, top))
+    return whole
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    samples = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+    return Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    turned = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned).convert("RGB")
+
+
+class _Room:
+    """Pixels that may be in decoding at once, over all threads: the rest waits. A larger image comes alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._pixels = self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._pixels)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(DECODING_PIXELS)
 
 
 class Preprocessing(BaseModel):

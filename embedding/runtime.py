@@ -1,10 +1,18 @@
-"""Process-wide settings that make the arithmetic of networks faster and change no result."""
+"""How a network is run: by what, in which precision, and with memory that makes its arithmetic faster."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 import sys
+from typing import Literal
+
+Runtime = Literal["auto", "torch", "onnx"]
+"""What runs a network. "auto" takes ONNX Runtime for convolutional networks on the CPU where it is installed and agrees
+with PyTorch, and PyTorch otherwise."""
+
+Precision = Literal["float32", "bfloat16"]
+"""What a network computes in on CUDA; embeddings are float32 in any case, and elsewhere everything is."""
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1

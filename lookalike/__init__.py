@@ -1,5 +1,6 @@
 """lookalike answers two questions: are these two images a match, and what in my gallery matches this image?"""
 
+from lookalike._secure import Tls
 from lookalike.client import AsyncClient, Client
 from lookalike.errors import (
     AccessDenied,
@@ -22,6 +23,7 @@ from lookalike.types import (
     CurvePoint,
     Decision,
     Effort,
+    EmbeddingOf,
     ErrorRates,
     Feedback,
     Gallery,
@@ -60,6 +62,7 @@ __all__ = [
     "DeadlineExceeded",
     "Decision",
     "Effort",
+    "EmbeddingOf",
     "ErrorRates",
     "FailedPrecondition",
     "Feedback",
@@ -85,6 +88,7 @@ __all__ = [
     "Segment",
     "ServerError",
     "Snapshot",
+    "Tls",
     "Unavailable",
     "Verdict",
 ]

@@ -20,6 +20,7 @@ _EXTRA_OF_MODULE = {
     "PIL": "serve",
     "pydantic": "serve",
     "safetensors": "serve",
+    "jwt": "jwt",
     "lark": "serve",
     "grpc_health": "serve",
     "grpc_reflection": "serve",

@@ -25,6 +25,7 @@ from lookalike.types import (
     Decision,
     Effort,
     Embedding,
+    EmbeddingOf,
     ErrorRates,
     Feedback,
     Gallery,
@@ -71,6 +72,10 @@ def image_input(image: ImageLike) -> common_pb2.ImageInput:
         return common_pb2.ImageInput(encoded=image)
     if isinstance(image, ItemName):
         return common_pb2.ImageInput(item=str(image))
+    if isinstance(image, EmbeddingOf):
+        message = image_input(image.embedding)
+        message.model = model_name(image.model)
+        return message
     if isinstance(image, np.ndarray):
         if image.ndim != 1 or not np.issubdtype(image.dtype, np.floating):
             raise ValueError(

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 
 from lookalike import _calls
 from lookalike._calls import Batch, Call, Collected, Page, Stream
+from lookalike._secure import Access
 from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
@@ -66,7 +67,7 @@ _SERVICE_CONFIG = {
 
 
 class _Settings:
-    def __init__(self, target: str, *, timeout: float, max_message_bytes: int) -> None:
+    def __init__(self, target: str, *, timeout: float, max_message_bytes: int, access: Access) -> None:
         if timeout <= 0:
             raise ValueError(f"timeout must be positive, in seconds; got {timeout}")
         if max_message_bytes <= 2 * _ENVELOPE_BYTES:
@@ -74,6 +75,7 @@ class _Settings:
         self.target = target
         self.timeout = timeout
         self._max_message_bytes = max_message_bytes
+        self._access = access
 
     def _channel_options(self) -> list[tuple[str, Any]]:
         return [
@@ -86,6 +88,7 @@ class _Settings:
             # For all its name, how long one attempt to connect may take: a busy server is slow to greet.
             ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", 5000),
+            *self._access.options,
         ]
 
     def _packed(self, batch: Batch[E, R]) -> Iterator[tuple[int, Call[list[R]]]]:
@@ -116,13 +119,18 @@ class _Settings:
 class Transport(_Settings):
     """Calls that block; may be used from several threads."""
 
-    def __init__(self, target: str, *, timeout: float, max_message_bytes: int) -> None:
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
-        self._channel = grpc.insecure_channel(target, options=self._channel_options())
+    def __init__(self, target: str, *, timeout: float, max_message_bytes: int, access: Access) -> None:
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
+        options, credentials = self._channel_options(), access.credentials
+        self._channel = (
+            grpc.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options=options)
+        )
 
     def unary(self, call: Call[R]) -> R:
         try:
-            response = self._method(call)(call.request, timeout=self.timeout)
+            response = self._method(call)(call.request, timeout=self.timeout, metadata=self._access.metadata)
         except grpc.RpcError as error:
             raise self._failed(error) from None
         return call.parse(response)
@@ -139,7 +147,7 @@ class Transport(_Settings):
 
     def collected(self, call: Collected[R]) -> R:
         try:
-            parts = list(self._streaming(call)(call.request, timeout=self.timeout))
+            parts = list(self._streaming(call)(call.request, timeout=self.timeout, metadata=self._access.metadata))
         except grpc.RpcError as error:
             raise self._failed(error) from None
         return call.parse(parts)
@@ -147,7 +155,7 @@ class Transport(_Settings):
     def stream(self, call: Stream[R]) -> Iterator[R]:
         requests = _Requests(call.requests)
         made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{call.method}")
-        responses = made(requests)
+        responses = made(requests, metadata=self._access.metadata)
         try:
             for data in responses:
                 yield call.parse(data)
@@ -187,13 +195,18 @@ class Transport(_Settings):
 class AsyncTransport(_Settings):
     """Calls that are awaited; belongs to the event loop it was first used in."""
 
-    def __init__(self, target: str, *, timeout: float, max_message_bytes: int) -> None:
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
-        self._channel = grpc.aio.insecure_channel(target, options=self._channel_options())
+    def __init__(self, target: str, *, timeout: float, max_message_bytes: int, access: Access) -> None:
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
+        options, credentials = self._channel_options(), access.credentials
+        self._channel = (
+            grpc.aio.insecure_channel(target, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options=options)
+        )
 
     async def unary(self, call: Call[R]) -> R:
         try:
-            response = await self._method(call)(call.request, timeout=self.timeout)
+            response = await self._method(call)(call.request, timeout=self.timeout, metadata=self._access.metadata)
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
         return call.parse(response)
@@ -213,7 +226,7 @@ class AsyncTransport(_Settings):
     async def collected(self, call: Collected[R]) -> R:
         try:
             made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{call.method}")
-            responses = made(call.request, timeout=self.timeout)
+            responses = made(call.request, timeout=self.timeout, metadata=self._access.metadata)
             parts = [data async for data in responses]
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
@@ -222,7 +235,7 @@ class AsyncTransport(_Settings):
     async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
         requests = _Requests(call.requests)
         made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{call.method}")
-        responses = made(requests.asynchronously())
+        responses = made(requests.asynchronously(), metadata=self._access.metadata)
         try:
             async for data in responses:
                 yield call.parse(data)

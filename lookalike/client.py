@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from lookalike._methods import Methods
+from lookalike._secure import Access, Tls
 from lookalike._transport import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT, AsyncTransport, Transport
 
 
@@ -20,6 +21,9 @@ class Client(Methods, Transport):
 
     `timeout` is in seconds and holds for each call, retries included; a batch that takes several calls has it for
     each of them. `max_message_bytes` is the most that one message may take; batches are cut to fit.
+
+    `tls` encrypts: True trusts the public roots, `Tls(ca=...)` those of your own. `api_key` is a key of the server, or
+    a token; it is never sent in plain text to another machine unless `allow_insecure_key` says that this is meant.
     """
 
     def __init__(
@@ -28,8 +32,12 @@ class Client(Methods, Transport):
         *,
         timeout: float = DEFAULT_TIMEOUT,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: Tls | bool = False,
+        api_key: str | None = None,
+        allow_insecure_key: bool = False,
     ) -> None:
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
+        access = Access(target, tls, api_key, allow_insecure_key)
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
 
     def __enter__(self) -> Self:
         return self
@@ -49,8 +57,12 @@ class AsyncClient(Methods, AsyncTransport):
         *,
         timeout: float = DEFAULT_TIMEOUT,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: Tls | bool = False,
+        api_key: str | None = None,
+        allow_insecure_key: bool = False,
     ) -> None:
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes)
+        access = Access(target, tls, api_key, allow_insecure_key)
+        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
 
     async def __aenter__(self) -> Self:
         return self

@@ -31,8 +31,17 @@ class ItemName:
         return f"galleries/{self.gallery}/items/{self.id}"
 
 
-ImageLike: TypeAlias = bytes | str | os.PathLike[str] | NDArray[np.floating[Any]] | ItemName
-"""An image: the bytes of an image file, the path of one, an embedding [D], or the name of a stored item."""
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingOf:
+    """An embedding [D] with the model that made it: refused with FailedPrecondition when another model answers."""
+
+    model: str
+    embedding: Embedding = field(repr=False)
+
+
+ImageLike: TypeAlias = bytes | str | os.PathLike[str] | NDArray[np.floating[Any]] | EmbeddingOf | ItemName
+"""An image: the bytes of an image file, the path of one, an embedding [D], with or without the model that made it, or
+the name of a stored item."""
 
 
 class Verdict(Enum):

@@ -10,6 +10,7 @@ from index.items import name_of_page_token, page_token_after
 from lookalike.v1 import alias_pb2 as pb
 from lookalike.v1 import alias_pb2_grpc
 from service import parse, wire
+from service.call import principal
 from service.errors import translated_errors
 from service.once import Once, gone_already
 from service.serving import Serving
@@ -47,7 +48,8 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
             after = name_of_page_token(request.page_token)
-            found = [pair for pair in self._serving.current.engine.aliases.all().items() if pair[0] > after]
+            aliases = self._serving.current.engine.aliases.all().items()
+            found = [pair for pair in aliases if pair[0] > after and all(map(principal().allows, pair))]
             return pb.ListAliasesResponse(
                 aliases=[wire.alias(*pair) for pair in found[:size]],
                 next_page_token=page_token_after(found[size - 1][0]) if len(found) > size else "",

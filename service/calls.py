@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
 
 import grpc
 import structlog
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
+from embedding.errors import InvalidInput
 from service import logs
-from service.call import CURRENT, REQUEST_ID, Call
+from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 
 _log = structlog.get_logger(__name__)
+
+
+class _Malformed:
+    """Stands for a request that cannot be parsed, so that it is refused where all others are; gRPC's own answer would
+    be UNKNOWN, with the parser's words."""
 
 
 class Hook:
@@ -42,8 +48,9 @@ class Hook:
 class Calls:
     """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
 
-    def __init__(self, hooks: Sequence[Hook] = ()) -> None:
+    def __init__(self, hooks: Sequence[Hook] = (), *, limits: Limits | None = None) -> None:
         self._hooks = tuple(hooks)
+        self._limits = limits or Limits()
         self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -65,22 +72,21 @@ class Calls:
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with _Counted(self, method, context) as call:
-                    if self._receivers:
-                        async with translated_errors(context):
-                            self._received(call, request)
+                    async with translated_errors(context):
+                        self._received(call, request)
                     return await respond(request, context)
 
             return grpc.unary_unary_rpc_method_handler(
                 served,
-                request_deserializer=handler.request_deserializer,
+                request_deserializer=_forgiving(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with _Counted(self, method, context) as call:
-                if self._receivers and handler.request_streaming:
+            async with _Counted(self, method, context, streams=handler.request_streaming) as call:
+                if handler.request_streaming:
                     request = self._each_received(call, request)
-                elif self._receivers:
+                else:
                     async with translated_errors(context):
                         self._received(call, request)
                 async for response in respond(request, context):
@@ -89,12 +95,14 @@ class Calls:
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
         made: grpc.RpcMethodHandler[Any, Any] = make(
             streamed,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_forgiving(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
         return made
 
-    def _received(self, call: Call, request: Message) -> None:
+    def _received(self, call: Call, request: Message | _Malformed) -> None:
+        if isinstance(request, _Malformed):
+            raise InvalidInput("the message cannot be parsed; make it with the stubs of this API's version")
         for hook in self._receivers:
             hook.received(call, request)
 
@@ -102,6 +110,9 @@ class Calls:
         """The same requests; what a hook raises reaches the method, which ends the call with it."""
         async for request in requests:
             self._received(call, request)
+            if call.pause > 0:
+                await asyncio.sleep(call.pause)  # unread, what follows fills the window, and holds the caller back
+                call.pause = 0.0
             yield request
 
 
@@ -143,10 +154,12 @@ class _Counted:
 
     __slots__ = ("_begun", "_call", "_calls", "_context")
 
-    def __init__(self, calls: Calls, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(
+        self, calls: Calls, method: str, context: grpc.aio.ServicerContext[Any, Any], *, streams: bool = False
+    ) -> None:
         self._calls = calls
         self._context = context
-        self._call = Call(method, context)
+        self._call = Call(method, context, limits=calls._limits, streams=streams)
         self._begun: list[Hook] = []
 
     async def __aenter__(self) -> Call:
@@ -184,7 +197,19 @@ class _Counted:
         for hook in reversed(self._begun):
             hook.ended(call, code)
         milliseconds = round(1000 * (time.perf_counter() - call.started), 3)
-        logs.call(_log, method=call.method, code=code.name, ms=milliseconds, request_id=call.request_id)
+        logs.call(
+            _log, method=call.method, code=code.name, ms=milliseconds, request_id=call.request_id, caller=call.caller
+        )
+
+
+def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return data if deserialize is None else deserialize(data)
+        except DecodeError:
+            return _Malformed()
+
+    return read
 
 
 def _code_of(number: Any) -> grpc.StatusCode:

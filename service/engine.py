@@ -18,8 +18,17 @@ import numpy as np
 from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, checked_embedding
 from embedding.encoder import Encoder
-from embedding.errors import AlreadyExists, DamagedData, GalleryAliased, GalleryNotEmpty, LookalikeError, NotFound
+from embedding.errors import (
+    AlreadyExists,
+    DamagedData,
+    GalleryAliased,
+    GalleryNotEmpty,
+    LookalikeError,
+    ModelMismatch,
+    NotFound,
+)
 from embedding.images import MAX_PIXELS
+from embedding.runtime import Precision, Runtime
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
 from index.aliases import Aliases
 from index.engine import OnProgress
@@ -81,6 +90,9 @@ class Engine:
         batch_size: int = 64,
         max_pixels: int = MAX_PIXELS,
         thumbnails: int = 0,
+        runtime: Runtime = "auto",
+        threads: int | None = None,
+        precision: Precision = "float32",
     ) -> Self:
         """Load a bundle and open a folder of galleries; close it after use, or use it in a `with` statement.
 
@@ -89,7 +101,15 @@ class Engine:
         Raises NotFound, DamagedData, StorageFailed, or Busy when another process writes to the galleries and
         `read_only` is not set.
         """
-        encoder = Encoder(Bundle.load(bundle), device=device, batch_size=batch_size, max_pixels=max_pixels)
+        encoder = Encoder(
+            Bundle.load(bundle),
+            device=device,
+            batch_size=batch_size,
+            max_pixels=max_pixels,
+            runtime=runtime,
+            threads=threads,
+            precision=precision,
+        )
         root = Path(galleries)
         opened = catalog(root) if catalog else Catalog(root, read_only=read_only)
         try:
@@ -245,6 +265,10 @@ class Engine:
                 case StoredItem():
                     return self.gallery(source.gallery).get(source.item).embedding
                 case GivenEmbedding():
+                    if source.model and source.model != self.bundle.name:
+                        raise ModelMismatch(
+                            f"the embedding is of {source.model}, and {self.bundle.name} answers; embed the image anew"
+                        )
                     return checked_embedding(source.values, self.bundle.embedding_dim)
         except LookalikeError as error:
             return located(error, source.path)

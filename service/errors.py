@@ -1,7 +1,8 @@
 """Domain errors as gRPC statuses: one table, and one place that ends a call with an error.
 
 Statuses follow google.rpc: an ErrorInfo with the stable reason, a BadRequest with the path of the wrong field, and
-for errors of ours a RequestInfo that finds the log line. AIP-193.
+for errors of ours a RequestInfo that finds the log line; a RetryInfo and a QuotaFailure where there is too much of
+something. AIP-193.
 """
 
 from __future__ import annotations
@@ -53,8 +54,12 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.GalleryAliased: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ImagesNeeded: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
+    domain.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     domain.Cancelled: grpc.StatusCode.CANCELLED,
     domain.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    domain.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    domain.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    domain.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 """A class stands for its subclasses too, unless they have a line of their own."""
 
@@ -79,8 +84,8 @@ class translated_errors:  # noqa: N801  # used as a context manager; a generator
             return
         # The boundary: everything is answered, and what nobody foresaw is logged.
         rich = rpc_status.to_status(status(error))
-        set_before = self._context.trailing_metadata() or ()  # abort forgets it
-        await self._context.abort(rich.code, rich.details, (*rich.trailing_metadata, *set_before))
+        trailing = (*rich.trailing_metadata, *(self._context.trailing_metadata() or ()), *_challenge(error))
+        await self._context.abort(rich.code, rich.details, trailing)  # abort forgets what was set before
 
 
 def status(error: BaseException) -> status_pb2.Status:
@@ -92,11 +97,15 @@ def status(error: BaseException) -> status_pb2.Status:
     metadata = {"field": error.field} if error.field else {}
     if isinstance(error, domain.InvalidFilter) and error.position is not None:
         metadata["position"] = str(error.position)
+    if isinstance(error, domain.PermissionDenied):
+        metadata |= error.needed
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if isinstance(error, domain.InvalidInput) and (violations := _violations(error)):
         details.append(error_details_pb2.BadRequest(field_violations=violations))
     if isinstance(error, domain.GalleriesIncompatible) and error.galleries:
         details.append(_incompatible(error))
+    if isinstance(error, domain.Overloaded | domain.RateLimited):
+        details += _when_to_retry(error, message)
     if isinstance(error, domain.StorageFailed) and code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         full = error_details_pb2.QuotaFailure.Violation(subject="disk", description=message)
         details.append(error_details_pb2.QuotaFailure(violations=[full]))
@@ -129,6 +138,24 @@ def _incompatible(error: domain.GalleriesIncompatible) -> error_details_pb2.Prec
 
 def _shortened(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
+
+
+def _challenge(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """How to authenticate, as HTTP says it: RFC 6750, section 3."""
+    if not isinstance(error, domain.Unauthenticated):
+        return ()
+    invalid = ', error="invalid_token"' if isinstance(error, domain.CredentialsInvalid) else ""
+    return (("www-authenticate", f'Bearer realm="{DOMAIN}"{invalid}'),)
+
+
+def _when_to_retry(error: domain.Overloaded | domain.RateLimited, message: str) -> list[Message]:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(1e9 * error.retry_seconds))
+    violation = error_details_pb2.QuotaFailure.Violation(subject=error.subject, description=message)
+    return [
+        error_details_pb2.RetryInfo(retry_delay=delay),
+        error_details_pb2.QuotaFailure(violations=[violation]),
+    ]
 
 
 def code_of(error: BaseException) -> grpc.StatusCode | None:

@@ -17,9 +17,11 @@ from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
 from lookalike.v1 import gallery_pb2_grpc
 from service import errors, parse, wire, writes
+from service.call import principal
 from service.engine import Engine
 from service.errors import translated_errors
 from service.once import Once, gone_already, keeps_receipts, token_of
+from service.principal import Principal
 from service.serving import AsyncEngine, Serving
 from service.sources import Unusable, naming
 from service.streams import Elements
@@ -102,7 +104,8 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
             serving = self._serving.current
-            return await serving.run(_page, serving.engine.catalog, size, name_of_page_token(request.page_token))
+            after = name_of_page_token(request.page_token)
+            return await serving.run(_page, serving.engine.catalog, principal(), size, after)
 
     async def DeleteGallery(self, request: pb.DeleteGalleryRequest, context: Context) -> pb.DeleteGalleryResponse:
         async with translated_errors(context):
@@ -375,8 +378,9 @@ async def _imported(
     return await serving.ask(question, list)
 
 
-def _page(catalog: GalleryCatalog, size: int, after: str) -> pb.ListGalleriesResponse:
-    found = [gallery for gallery in wire.galleries(catalog) if gallery.name > after]
+def _page(catalog: GalleryCatalog, caller: Principal, size: int, after: str) -> pb.ListGalleriesResponse:
+    following = [gallery for gallery in wire.galleries(catalog) if gallery.name > after]
+    found = [gallery for gallery in following if caller.allows(gallery.name.removeprefix("galleries/"))]
     return pb.ListGalleriesResponse(
         galleries=found[:size],
         next_page_token=page_token_after(found[size - 1].name) if len(found) > size else "",

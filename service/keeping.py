@@ -15,6 +15,7 @@ from index.items import name_of_page_token, page_token_after
 from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
 from lookalike.v1 import upkeep_pb2 as pb
 from service import errors, parse, upkeep, wire
+from service.call import principal
 from service.errors import translated_errors
 from service.once import Once, gone_already, token_of
 from service.operations import Operation, Operations
@@ -164,7 +165,10 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
                 raise InvalidInput("filter is `done = true`, `done = false` or empty", field="filter")
             done, size = wanted[spelling], parse.page_size(request.page_size)
             after = name_of_page_token(request.page_token)
-            every = [each for each in self._operations.all() if done in {None, each.done}]
+            caller = principal()
+            every = [
+                each for each in self._operations.all() if done in {None, each.done} and caller.allows(each.target)
+            ]
             start = next((i + 1 for i, each in enumerate(every) if each.id == after), 0)
             page = every[start : start + size]
             return operations_pb2.ListOperationsResponse(

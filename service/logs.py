@@ -6,6 +6,7 @@ request id. Tracebacks never show the values of variables, which hold images and
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import MutableMapping
@@ -68,16 +69,17 @@ def configure(*, level: Level = "info", form: Format = "auto", stream: TextIO | 
     logging.captureWarnings(True)
 
 
-def call(logger: Any, *, method: str, code: str, ms: float, request_id: str) -> None:
+def call(logger: Any, *, method: str, code: str, ms: float, request_id: str, caller: str) -> None:
     """Log the end of a call: one line like any other, at a tenth of its price, for there is one for every call."""
     if _Plain.stream is None or not structlog.is_configured():
-        logger.info("call", method=method, code=code, ms=ms, request_id=request_id)
+        logger.info("call", method=method, code=code, ms=ms, request_id=request_id, caller=caller)
         return
     now = datetime.now(UTC).isoformat(timespec="microseconds").removesuffix("+00:00")
     served = CURRENT.get()
     trace = f', "trace_id": "{served.trace_id}"' if served is not None and served.trace_id else ""
     _Plain.stream.write(
-        f'{{"method": "{method}", "code": "{code}", "ms": {ms}, "request_id": "{request_id}", "event": "call", '
+        f'{{"method": "{method}", "code": "{code}", "ms": {ms}, "request_id": "{request_id}", '
+        f'"caller": {json.dumps(caller)}, "event": "call", '
         f'"level": "info", "logger": "service.calls", "timestamp": "{now}Z"{trace}}}\n'
     )
 

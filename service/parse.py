@@ -18,6 +18,7 @@ from index import JSON, MAX_PAGE, Deadline, Exact, IndexSettings, Raw, Recall
 from index.engine import Effort, Structure
 from index.filters import ItemFilter, parse_filter
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
+from service.call import limits
 from service.questions import Scope
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem, Unusable
 from service.writes import PARTS, Draft
@@ -75,7 +76,11 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
         case "encoded":
             return EncodedImage(data=message.encoded, path=f"{path}.encoded")
         case "embedding":
-            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding")
+            try:
+                made_by = model_name(message.model, f"{path}.model") if message.model else ""
+            except InvalidInput as error:
+                return Unusable(error=error)
+            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding", model=made_by)
         case "item":
             try:
                 gallery, item = item_name(message.item, f"{path}.item")
@@ -277,7 +282,10 @@ def calibration(value: int, path: str) -> int:
 
 
 def count(value: int, *, default: int, most: int, path: str) -> int:
-    """A number in 1..most; 0, which is unset on the wire, means `default`."""
+    """A number in 1..most; 0, which is unset on the wire, means `default`. The server may allow a smaller k."""
+    if path.rpartition(".")[2] == "k":
+        most = min(most, limits().k)
+        default = min(default, most)
     if not 0 <= value <= most:
         raise InvalidInput(f"{path} must lie in 1..{most}, or be 0 for {default}; got {value}", field=path)
     return value or default
@@ -288,7 +296,8 @@ def page_size(value: int) -> int:
 
 
 def check_batch(elements: Sequence[object], *, most: int, path: str) -> None:
-    """Raises InvalidInput unless there are 1 to `most` elements."""
+    """Raises InvalidInput unless there are 1 to `most` elements, or as few as the server allows."""
+    most = min(most, limits().batch)
     if not 1 <= len(elements) <= most:
         raise InvalidInput(f"{path} takes 1 to {most} elements a call; got {len(elements)}", field=path)
 

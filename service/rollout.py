@@ -65,6 +65,9 @@ class Rollout:
             batch_size=self._settings.batch_size,
             max_pixels=self._settings.max_pixels,
             thumbnails=self._settings.thumbnails,
+            runtime=self._settings.runtime,
+            threads=self._settings.encode_threads,
+            precision=self._settings.precision,
         )
         engines = [AsyncEngine(engine, self._settings)]
         try:
@@ -196,6 +199,9 @@ class Rollout:
             device=settings.device,
             batch_size=settings.batch_size,
             max_pixels=settings.max_pixels,
+            runtime=settings.runtime,
+            threads=settings.encode_threads,
+            precision=settings.precision,
         )
 
     async def _warmed(self, bundle: Bundle, previous: AsyncEngine) -> AsyncEngine:

@@ -45,14 +45,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
         async with translated_errors(context):
-            wrong = parse.Violations()
-            with wrong:
-                scope = parse.scope(request, deadline=_deadline(context))
-            with wrong:
-                fields = parse.neighbor_mask(request.read_mask)
-            with wrong:
-                k = parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k")
-            wrong.check()
+            scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
             question = questions.Search(
@@ -71,14 +64,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
-            wrong = parse.Violations()
-            with wrong:
-                scope = parse.scope(request, deadline=_deadline(context))
-            with wrong:
-                fields = parse.neighbor_mask(request.read_mask)
-            with wrong:
-                k = parse.count(request.k, default=DEFAULT_K, most=MAX_K, path="k")
-            wrong.check()
+            scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
             gallery_id = serving.engine.aliases.resolve(scope.gallery)
             question = questions.SearchBatch(
@@ -94,14 +80,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         self, request: pb.SearchMatchesRequest, context: Context
     ) -> AsyncIterator[pb.SearchMatchesResponse]:
         async with translated_errors(context):
-            wrong = parse.Violations()
-            with wrong:
-                scope = parse.scope(request, deadline=_deadline(context))
-            with wrong:
-                fields = parse.neighbor_mask(request.read_mask)
-            with wrong:
-                limit = parse.count(request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit")
-            wrong.check()
+            scope, fields, limit = _parsed(
+                request, context, request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"
+            )
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
             question = questions.SearchMatches(
@@ -139,6 +120,27 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             async for some in elements.batches():
                 for response in await _answered(serving, scope, k, some, fields):
                     yield response
+
+
+def _parsed(
+    request: pb.SearchRequest | pb.BatchSearchRequest | pb.SearchMatchesRequest,
+    context: Context,
+    wanted: int,
+    *,
+    default: int,
+    most: int,
+    path: str,
+) -> tuple[questions.Scope, Collection[str], int]:
+    """Where to search, which fields to return, and how many; all that is wrong with these is raised together."""
+    wrong = parse.Violations()
+    with wrong:
+        scope = parse.scope(request, deadline=_deadline(context))
+    with wrong:
+        fields = parse.neighbor_mask(request.read_mask)
+    with wrong:
+        count = parse.count(wanted, default=default, most=most, path=path)
+    wrong.check()
+    return scope, fields, count
 
 
 async def _answered(

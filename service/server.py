@@ -38,7 +38,10 @@ from lookalike.v1 import (
     upkeep_pb2_grpc,
 )
 from service import logs
+from service.admission import Admission
 from service.alias import AliasService
+from service.audit import Audit
+from service.call import Limits, StreamBytes
 from service.calls import Calls
 from service.feedback import FeedbackService
 from service.feedback_store import FeedbackStore
@@ -53,10 +56,12 @@ from service.operations import Operations
 from service.probes import Probes
 from service.rollout import Rollout
 from service.search import SearchService
+from service.security import Security
 from service.serving import Serving
 from service.settings import Settings
 from service.settings_sources import Origins
-from service.tls import Certificates, certificates
+from service.tls import Certificates, certificates, is_loopback
+from service.transport import channel_options
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -123,22 +128,31 @@ class Server:
         self._serving = Serving()
         self._rollout = Rollout(settings, self._serving)
         self._operations = Operations()
+        admission = Admission(most_calls=settings.max_calls, most_bytes=settings.max_request_bytes)
+        limits = Limits(
+            batch=settings.max_batch,
+            k=settings.max_k,
+            window=settings.stream_window,
+            stream_bytes=StreamBytes(settings.max_stream_bytes),
+        )
         self._state = "loading"
         self._metrics = None if settings.metrics_port is None else self._measured()
         self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
         self._loop_watch: asyncio.Task[None] | None = None
         self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
         self._certificates: Certificates | None = None
+        self._security = Security(settings, self._serving, self._operations)
+        self._audit = None if settings.audit_log is None else Audit(settings.audit_log)
         self._once = Once(settings.galleries)
         self._feedback = FeedbackStore(settings.galleries)
-        self._calls = Calls([hook for hook in (self._metrics, self._tracing, self._serving) if hook is not None])
+        # Who observes comes first, and is told of the end of calls that security refuses.
+        hooks = (self._metrics, self._tracing, self._audit, self._security, admission, self._serving)
+        self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
-                ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
-            ],
+            options=channel_options(settings),
+            # A backstop for calls whose requests never come whole: those that have come are counted by `Admission`.
+            maximum_concurrent_rpcs=4 * settings.max_calls,
         )
         self.port = settings.port
         """The port listened on; once started, never 0."""
@@ -182,6 +196,8 @@ class Server:
         if self._state == "loading":
             self._state = "serving"
             await self._say(health_pb2.HealthCheckResponse.SERVING)
+        if not self._security.asks and not is_loopback(self._settings.host):
+            _log.warning("anybody who reaches this address may read and write; ask for keys with --keys")
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
     async def stop(self) -> None:
@@ -196,6 +212,8 @@ class Server:
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
+        if self._audit is not None:
+            await asyncio.to_thread(self._audit.close)
         await asyncio.to_thread(self._once.close)
         await asyncio.to_thread(self._feedback.close)
         if self._serving.every:
@@ -214,7 +232,7 @@ class Server:
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelService(self._rollout, self._serving, self._once), self._server
+            ModelService(self._rollout, self._serving, self._once), server
         )
         alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), server)
         feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
@@ -224,7 +242,9 @@ class Server:
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        described = self._settings.reflection
+        if is_loopback(self._settings.host) if described is None else described:
+            reflection.enable_server_reflection(names, self._server)
 
     def _measured(self) -> Metrics:
         metrics = Metrics()

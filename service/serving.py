@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -12,12 +11,14 @@ import grpc
 
 from embedding.errors import LookalikeError, NotFound, NotReady
 from index import Deadline
-from service.batching import Batcher
+from service.batching import Batcher, Bounds
 from service.call import CURRENT, Call
 from service.calls import Hook
 from service.engine import Answer, Engine, Question
+from service.pool import Pool
+from service.questions import Embed, Verify
 from service.settings import Settings
-from service.sources import distinct_images
+from service.sources import StoredItem, distinct_images
 from service.stages import Work
 from service.watch import ModelWatch
 
@@ -26,26 +27,39 @@ R = TypeVar("R")
 
 
 class AsyncEngine:
-    """One engine for one event loop, with its batcher and the pool that searches, reads and writes galleries."""
+    """One engine for one event loop, with its batcher and the pool that searches, reads and writes galleries.
+
+    Work is done on account of the current call: for its caller's turn, until its deadline, and as long as it lasts. A
+    call that streams waits for room where another is refused: gRPC holds its caller back meanwhile.
+    """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.watch = ModelWatch(engine.bundle.reference, window_seconds=settings.drift_window_seconds)
         """What this model has answered."""
-        self._batcher = Batcher(
+        self.batcher = Batcher(
             engine.encoder,
             batch_size=settings.batch_size,
             decode_threads=settings.decode_threads,
             encode_threads=settings.encode_threads,
+            bounds=Bounds(
+                images=settings.max_waiting_images,
+                image_bytes=settings.max_waiting_bytes,
+                seconds=settings.max_queue_seconds,
+                cache_bytes=settings.embedding_cache_bytes,
+                delay_seconds=settings.max_batch_delay_seconds,
+            ),
         )
-        self._pool = ThreadPoolExecutor(settings.gallery_threads, thread_name_prefix="gallery")
+        self.pool = Pool(
+            threads=settings.gallery_threads, most=settings.max_waiting_tasks, seconds=settings.max_queue_seconds
+        )
         self._users: set[Call] = set()
         self._idle = asyncio.Event()
 
     @property
     def waiting_images(self) -> int:
         """Images that wait for the encoder."""
-        return self._batcher.waiting
+        return self.batcher.waiting
 
     async def ask(
         self,
@@ -59,19 +73,29 @@ class AsyncEngine:
 
         A question that `is_quick` is answered at once, on the event loop: the way to a thread and back would take as
         long, and make all others wait for the interpreter.
-        `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError.
+        `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError, of
+        which Overloaded before anything is worked on.
         """
         if is_quick:
-            return form(self.engine.ask(question))
+            return Work().run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
         try:
             images = distinct_images(question.sources)
             if not images:
                 return await self._run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
-            answer = await self.run(question.begin, self.engine)
-            outcomes = await self._batcher.embed_all(images)
+            caller, seconds_left, patient = _account()
+            async with self.batcher.admitted(
+                images, caller=caller, seconds_left=seconds_left, patient=patient
+            ) as admitted:
+                if _is_quick(question):
+                    answer = question.begin(self.engine)
+                    outcomes = await admitted.embed_all()
+                    return form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes))))
+                answer = await self.run(question.begin, self.engine)
+                outcomes = await admitted.embed_all()
             return await self._run(
                 "search",
                 lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
+                admitted=True,
             )
         except asyncio.CancelledError:
             if deadline is not None:
@@ -79,15 +103,23 @@ class AsyncEngine:
             raise
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call a blocking function of the engine or its galleries in the pool."""
+        """Call a blocking function of the engine or its galleries in the pool. Raises Overloaded."""
         return await self._run("store", partial(function, *args, **kwargs))
 
-    async def _run(self, stage: str, function: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, Work().run, stage, function)
+    async def _run(self, stage: str, function: Callable[[], R], *, admitted: bool = False) -> R:
+        """The same as this stage; a call that is `admitted` has been worked on and is not refused any more."""
+        caller, seconds_left, patient = _account()
+        return await self.pool.run(
+            partial(Work().run, stage, function),
+            caller=caller,
+            seconds_left=seconds_left,
+            patient=patient,
+            admitted=admitted,
+        )
 
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
-        await self._batcher.warm_up()
+        await self.batcher.warm_up()
         self.watch.watch(self.engine.encoder)
 
     def take(self, call: Call) -> None:
@@ -107,8 +139,8 @@ class AsyncEngine:
 
     def close(self) -> None:
         """Let running work end and free the threads; the engine's galleries stay open."""
-        self._batcher.close()
-        self._pool.shutdown(cancel_futures=True)
+        self.batcher.close()
+        self.pool.close()
 
 
 class Serving(Hook):
@@ -194,3 +226,15 @@ class Serving(Hook):
             call.engines.append(engine)
             engine.take(call)
         return engine
+
+
+def _is_quick(question: Question[Answer]) -> bool:
+    """Whether beginning and answering it takes less time than going to a thread."""
+    asks_one = type(question) in {Verify, Embed}
+    return asks_one and not any(isinstance(each, StoredItem) for each in question.sources)
+
+
+def _account() -> tuple[str, float | None, bool]:
+    """Who pays for work of the current call, how many seconds it has left, and whether it waits for room."""
+    call = CURRENT.get()
+    return ("", None, False) if call is None else (call.payer, call.seconds_left, call.streams)

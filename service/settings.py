@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from embedding.errors import InvalidInput
 from embedding.images import MAX_PIXELS
+from embedding.runtime import Precision, Runtime
 
 MiB = 2**20
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -90,6 +91,82 @@ class Settings(BaseModel):
     """The database of Milvus; its default one unless set."""
     milvus_prefix: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")] = "lookalike"
     """How the names of its collections begin."""
+    keys: Path | None = None
+    """File of API keys, as `lookalike keys` makes it, read anew when it changes; without it and `jwt_keys` nobody is
+    asked who they are."""
+    jwt_keys: Path | None = None
+    """File of an identity provider's public keys, a JWK set; with it, its tokens count beside API keys."""
+    jwt_issuer: str | None = None
+    """The `iss` of tokens that count."""
+    jwt_audience: str | None = None
+    """The `aud` of tokens that count: this service, as the provider knows it."""
+    jwt_algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
+    """Signatures that count."""
+    jwt_leeway_seconds: Annotated[float, Field(ge=0, le=600)] = 30.0
+    """How far the provider's clock may be off."""
+    jwt_scopes_claim: str = "scope"
+    """The claim that holds scopes, as a list or as words of one string."""
+    jwt_scope_prefix: str = "lookalike:"
+    """What precedes read, write and admin in that claim."""
+    jwt_galleries_claim: str = "lookalike_galleries"
+    """The claim that holds patterns of galleries, as a list or as words of one string."""
+    jwt_galleries: tuple[str, ...] = ()
+    """Patterns of galleries for tokens without that claim."""
+    audit_log: Path | None = None
+    """File that writes, administration and refusals are appended to, a line of JSON each."""
+    reflection: bool | None = None
+    """Whether the server describes its methods to whoever asks; unset, only when it listens on loopback."""
+
+    runtime: Runtime = "auto"
+    """What runs the network: auto, torch or onnx (ONNX Runtime: convolutional networks on the CPU; extra `onnx`)."""
+    precision: Precision = "float32"
+    """What the network computes in on CUDA: float32 or bfloat16, which is faster and agrees to about 1e-2."""
+    max_batch_delay_seconds: Annotated[float, Field(ge=0, le=1)] = 0.005
+    """Longest that images wait for others that are being decoded, to be embedded together."""
+    embedding_cache_bytes: Annotated[int, Field(ge=0)] = 32 * MiB
+    """Embeddings of images seen lately, kept by the hash of the image's bytes, a model; 0 embeds every image anew."""
+    max_queue_seconds: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    """Calls that would wait longer for the encoder or the galleries are refused when they come."""
+    max_waiting_images: Annotated[int, Field(ge=1)] = 256
+    """Images on their way to their embedding, of all calls and for each model; who comes then is refused."""
+    max_waiting_bytes: Annotated[int, Field(ge=1024)] = 256 * MiB
+    """The bytes of these images."""
+    max_waiting_tasks: Annotated[int, Field(ge=1)] = 512
+    """Searches, reads and writes of galleries that wait or run, for each model."""
+    max_calls: Annotated[int, Field(ge=1)] = 1024
+    """Calls in flight."""
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 512 * MiB
+    """The bytes of the requests of calls in flight."""
+
+    max_connections: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1024
+    """Connections at once; further ones are closed."""
+    max_streams: Annotated[int, Field(ge=1, le=2**31 - 1)] = 256
+    """Calls at once over one connection; further ones wait in the client."""
+    max_metadata_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 16 * 1024
+    """Metadata of one call."""
+    handshake_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
+    """How long a new connection may take to begin to speak HTTP/2."""
+    keepalive_seconds: Annotated[float, Field(ge=1, le=86400)] = 60.0
+    """A connection that is silent for so long is asked whether its other end is still there."""
+    keepalive_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
+    """And is closed when there is no answer for so long."""
+    min_ping_seconds: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """Clients that ping more often without a call are cut off, after `max_ping_strikes`."""
+    max_ping_strikes: Annotated[int, Field(ge=0, le=1000)] = 2
+    """Pings too early that are forgiven; 0 forgives all."""
+    max_connection_idle_seconds: Annotated[float, Field(ge=0, le=86400)] = 1800.0
+    """A connection without calls for so long is closed; 0 keeps it. Clients connect again by themselves."""
+    max_connection_age_seconds: Annotated[float, Field(ge=0, le=7 * 86400)] = 0.0
+    """A connection so old takes no new calls, and ends with those it has after as long again; 0 for never. It bounds
+    calls that never end, and balances load over servers; no stream then lasts longer than twice this."""
+    stream_window: Annotated[int, Field(ge=1, le=4096)] = 256
+    """Most elements of one stream that are worked on together."""
+    max_stream_bytes: Annotated[int, Field(ge=1024)] = 256 * MiB
+    """The bytes of elements of all streams that are read ahead; each stream may always hold one element."""
+    max_batch: Annotated[int, Field(ge=1, le=4096)] = 1024
+    """Most elements of one batch call; some calls take fewer (see the reference of the API)."""
+    max_k: Annotated[int, Field(ge=1)] = 10_000
+    """Most neighbours of one search."""
 
     @classmethod
     def checked(cls, **values: Any) -> Self:

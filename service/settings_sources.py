@@ -26,7 +26,21 @@ SETTINGS_FILE = "LOOKALIKE_SETTINGS"
 """The variable that names the settings file."""
 
 OF_OTHERS = frozenset(
-    {SETTINGS_FILE, "LOOKALIKE_TARGET", "LOOKALIKE_DATA", "LOOKALIKE_WEIGHTS", "LOOKALIKE_MILVUS_SERVER"}
+    {
+        SETTINGS_FILE,
+        "LOOKALIKE_TARGET",
+        "LOOKALIKE_TLS",
+        "LOOKALIKE_TLS_CA",
+        "LOOKALIKE_TLS_SERVER_NAME",
+        "LOOKALIKE_CLIENT_CERTIFICATE",
+        "LOOKALIKE_CLIENT_KEY",
+        "LOOKALIKE_API_KEY",
+        "LOOKALIKE_API_KEY_FILE",
+        "LOOKALIKE_ALLOW_INSECURE_KEY",
+        "LOOKALIKE_DATA",
+        "LOOKALIKE_WEIGHTS",
+        "LOOKALIKE_MILVUS_SERVER",
+    }
 )
 """Variables that clients, training and tests read: known, and no settings of a server."""
 

@@ -36,6 +36,8 @@ class GivenEmbedding:
 
     values: Vectors | bytes = field(repr=False)
     path: str | None = None
+    model: str = ""
+    """The name of the model that made it, where that was said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -104,7 +104,10 @@ class Stock:
         if self._folder is None:
             return []
         try:
-            return sorted(path for path in self._folder.iterdir() if (path / MANIFEST).is_file())
+            # Those whose name begins with a dot are being written.
+            return sorted(
+                path for path in self._folder.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()
+            )
         except FileNotFoundError as error:
             raise InvalidInput(
                 f"there is no folder of models at {self._folder}; make it, or leave --models out", field="models"

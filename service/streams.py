@@ -13,6 +13,7 @@ from typing import Generic, Self, TypeVar
 from google.protobuf.message import Message
 
 from embedding.errors import InvalidInput
+from service.call import limits
 
 T = TypeVar("T", bound=Message)
 
@@ -32,7 +33,9 @@ class Elements(Generic[T]):
 
     def __init__(self, requests: AsyncIterator[T], *, window: int, window_bytes: int = WINDOW_BYTES) -> None:
         self._requests = requests
-        self._window = window
+        of_call = limits()
+        self._window = window = min(window, of_call.window)
+        self._of_all = of_call.stream_bytes
         self._window_bytes = window_bytes
         self._read: asyncio.Queue[T | None] = asyncio.Queue(maxsize=window)
         self._held = 0  # bytes read and not done with
@@ -52,6 +55,7 @@ class Elements(Generic[T]):
                 await self._linger(self._reader)
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+        self._release(self._held)
 
     async def _linger(self, reader: asyncio.Task[None]) -> None:
         self._unused = True
@@ -65,6 +69,8 @@ class Elements(Generic[T]):
         element = await self._read.get()
         if element is not None:
             self._release(element.ByteSize())
+        elif self._reader is not None:
+            await self._reader  # raises what broke the reading
         return element
 
     async def batches(self) -> AsyncIterator[list[T]]:
@@ -88,17 +94,22 @@ class Elements(Generic[T]):
     def _release(self, size: int) -> None:
         self._held -= size
         self._room.set()
+        self._of_all.give_back(size)
+
+    def _is_full(self, size: int) -> bool:
+        return self._held + size > self._window_bytes or self._of_all.is_full(size)
 
     async def _fill(self) -> None:
         try:
             async for request in self._requests:
                 size = request.ByteSize()
-                while not self._unused and self._held and self._held + size > self._window_bytes:
+                while not self._unused and self._held and self._is_full(size):
                     self._room.clear()
-                    await self._room.wait()
+                    await self._of_all.wait(self._room)
                 if self._unused:
                     continue
                 self._held += size
+                self._of_all.take(size)
                 await self._read.put(request)
         except Exception:
             await self._read.put(None)

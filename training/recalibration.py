@@ -123,7 +123,7 @@ def recalibrate(base: Calibration, found: Reviewed) -> Calibration:
     if base.held_out is None:
         raise InvalidDataset(
             "this bundle was written before calibrations kept their held-out pairs, which feedback is learned on top "
-            "of; train or calibrate it again with this version, then record feedback on its decisions"
+            "of; train it again with this version, then record feedback on its decisions"
         )
     matching = _mixed(base.held_out.matching, found, of_matches=True)
     impostor = _mixed(base.held_out.impostor, found, of_matches=False)

@@ -7,7 +7,22 @@ from collections.abc import Sequence
 
 import typer
 
-from lookalike.cli import ask, batch, compare, demo, feedback, gallery, model, one_shot, serve, train, upkeep
+from lookalike.cli import (
+    ask,
+    batch,
+    compare,
+    connection,
+    demo,
+    doctor,
+    feedback,
+    gallery,
+    keys,
+    model,
+    one_shot,
+    serve,
+    train,
+    upkeep,
+)
 
 app = typer.Typer(
     name="lookalike",
@@ -17,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.callback()(connection.choose)
 app.command()(train.train)
 app.command()(train.evaluate)
 app.command()(feedback.calibrate)
@@ -31,6 +47,8 @@ app.command(name="batch-search")(batch.batch_search)
 app.add_typer(model.app, name="model")
 app.add_typer(feedback.app, name="feedback")
 app.command()(serve.health)
+app.add_typer(keys.app, name="keys")
+app.command()(doctor.doctor)
 app.command()(demo.demo)
 
 # typer exports BadParameter alone of the errors it raises for a command line that does not parse; the others share

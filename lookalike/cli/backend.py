@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from embedding.errors import InvalidInput
-from lookalike.client import Client
+from lookalike.cli.connection import connect
 from lookalike.types import (
     Alias,
     Decision,
@@ -136,7 +136,7 @@ def open_backend(
             )
         bundle = None if target else Path(named or "")
     if target:
-        with Client(target) as client:
+        with connect(target) as client:
             yield client
     elif bundle:
         from lookalike.cli.local import LocalBackend

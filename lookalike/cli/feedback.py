@@ -10,7 +10,7 @@ import typer
 
 from embedding.errors import InvalidInput
 from lookalike.cli import options
-from lookalike.client import Client
+from lookalike.cli.connection import connect
 
 if TYPE_CHECKING:
     from embedding.feedback import Feedback
@@ -112,7 +112,7 @@ def _of_folder(data: Path) -> Iterator[Feedback]:
 def _of_server(target: str) -> Iterator[Feedback]:
     from embedding.feedback import Feedback
 
-    with Client(target) as client:
+    with connect(target) as client:
         for case in client.list_feedback():
             decision = case.decision
             yield Feedback(

@@ -27,6 +27,7 @@ from lookalike.types import (
     Alias,
     Decision,
     Effort,
+    EmbeddingOf,
     Gallery,
     ImageLike,
     IndexSettings,
@@ -284,6 +285,8 @@ def _source(image: ImageLike, path: str | None = None) -> Source:
             return EncodedImage(data=image, path=path)
         case ItemName():
             return StoredItem(gallery=image.gallery, item=image.id, path=path)
+        case EmbeddingOf():
+            return GivenEmbedding(values=np.asarray(image.embedding, dtype=np.float32), path=path, model=image.model)
         case np.ndarray():
             return GivenEmbedding(values=np.asarray(image, dtype=np.float32), path=path)
         case str() | os.PathLike():

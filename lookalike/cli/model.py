@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lookalike.cli import options, show
-from lookalike.client import Client
+from lookalike.cli.connection import connect
 from lookalike.types import Model, ModelChange
 
 app = typer.Typer(help="Describe models, and swap which of them a server answers with.", no_args_is_help=True)
@@ -38,7 +38,7 @@ def show_(
         raise typer.BadParameter("Give a bundle, or --target HOST:PORT.")
     learned: Mapping[str, float] = {}
     if target is not None:
-        with Client(target) as client:
+        with connect(target) as client:
             described = client.get_model()
     else:
         from lookalike.cli.local import describe_bundle, learned_in
@@ -54,7 +54,7 @@ def show_(
 @app.command(name="list")
 def list_(target: Server = "127.0.0.1:50051", json: options.Json = False) -> None:
     """List the models that a server has loaded or could load."""
-    with Client(target) as client:
+    with connect(target) as client:
         models = list(client.list_models())
     if json:
         print(show.as_json(models))
@@ -86,7 +86,7 @@ def activate(
     json: options.Json = False,
 ) -> None:
     """Let a model answer from now on; no call fails meanwhile."""
-    with Client(target, timeout=LOADING_SECONDS) as client:
+    with connect(target, timeout=LOADING_SECONDS) as client:
         change = client.activate_model(
             name, calibration=calibration, keep_previous=keep_previous, force=force, validate_only=dry_run
         )
@@ -102,7 +102,7 @@ def deactivate(
     json: options.Json = False,
 ) -> None:
     """Unload a model once the calls that use it have ended."""
-    with Client(target) as client:
+    with connect(target) as client:
         change = client.deactivate_model(name, force=force, validate_only=dry_run)
     _say(change, "would be unloaded" if dry_run else "is unloaded", json)
 

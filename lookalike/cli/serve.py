@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lookalike.client import Client
+from lookalike.cli.connection import connect
 from lookalike.errors import CallFailed
 
 NOT_SERVING = 1
@@ -85,6 +85,20 @@ def serve(
     print_settings: Annotated[
         bool, typer.Option("--print-settings", help="Print every setting and where it comes from, and end.")
     ] = False,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--keys", metavar="FILE", help="Ask for API keys: those of `lookalike keys create`. [env: LOOKALIKE_KEYS]"
+        ),
+    ] = None,
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-log",
+            metavar="FILE",
+            help="Append who wrote, administered, was refused. [env: LOOKALIKE_AUDIT_LOG]",
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle and its galleries over gRPC until stopped; SIGTERM lets running calls end first.
 
@@ -111,6 +125,8 @@ def serve(
             Flag("tls_key", "--tls-key", tls_key),
             Flag("tls_client_ca", "--tls-client-ca", tls_client_ca),
             Flag("insecure", "--insecure", insecure),
+            Flag("keys", "--keys", keys),
+            Flag("audit_log", "--audit-log", audit_log),
         ],
     )
     if print_settings:
@@ -132,7 +148,7 @@ def health(
     timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
     """Exit with 0 when the server is SERVING, else with 1."""
-    with Client(target, timeout=timeout) as client:
+    with connect(target, timeout=timeout) as client:
         try:
             is_serving = client.is_serving()
         except CallFailed as error:

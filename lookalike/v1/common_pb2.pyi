@@ -54,22 +54,28 @@ class ImageInput(_message.Message):
     ENCODED_FIELD_NUMBER: _builtins.int
     ITEM_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
     """The bytes of an image file: JPEG, PNG, WebP, BMP, GIF (first frame), PBM/PGM/PPM or TIFF (first page)."""
     item: _builtins.str
     """Name of a stored item, `galleries/{gallery}/items/{item}`; its stored embedding is used."""
     embedding: _builtins.bytes
-    """An embedding of the serving model: little-endian float32 values, 4 × embedding_dim bytes, of unit length."""
+    """An embedding of the model that answers: little-endian float32 values, 4 × embedding_dim bytes, of unit length."""
+    model: _builtins.str
+    """The model that made `embedding`, `models/{model}`. When given, the image is refused with FAILED_PRECONDITION unless that
+    model answers: an embedding that was kept must not be compared under another model after a swap.
+    """
     def __init__(
         self,
         *,
         encoded: _builtins.bytes = ...,
         item: _builtins.str = ...,
         embedding: _builtins.bytes = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "item", b"item", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "item", b"item", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "encoded", b"encoded", "item", b"item", "model", b"model", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["encoded", "item", "embedding"]  # noqa: Y015
     _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015

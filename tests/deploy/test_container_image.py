@@ -12,7 +12,11 @@ from pathlib import Path
 import pytest
 import typer
 
+from embedding.errors import InvalidInput
 from lookalike.cli import app
+from service.settings import Settings
+from service.settings_sources import OF_OTHERS, PREFIX
+from service.tls import certificates
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = Path("deploy/requirements.py")
@@ -68,6 +72,32 @@ def test_the_command_line_accepts_the_command_of_the_image(serving: list[Instruc
     assert parameters["host"] == "0.0.0.0", "a loopback address cannot be reached from outside a container"
     assert str(parameters["port"]) == only(serving, "EXPOSE")
     assert str(parameters["data"]) == only(serving, "VOLUME")
+
+
+def test_the_image_does_not_choose_plain_text_and_every_documented_run_says_what_it_wants(
+    serving: list[Instruction], tmp_path: Path
+) -> None:
+    assert not [rest for _, rest in serving if "insecure" in rest.lower()]
+    parameters = accepted(json.loads(only(serving, "CMD"))).params
+    names = ("host", "insecure", "tls_certificate", "tls_key", "tls_client_ca")
+    named = {name: parameters[name] for name in names if parameters[name] is not None}
+    with pytest.raises(InvalidInput, match="--insecure"):
+        certificates(Settings(bundle=tmp_path, galleries=tmp_path, **named))
+    documentation = (ROOT / "docs" / "deployment.md").read_text()
+    runs = [block for block in documentation.split("```") if "docker run --detach" in block]
+    assert len(runs) == 3
+    for run in runs:
+        words = shlex.split(run.replace("\\\n", " "))
+        given = {word.partition("=")[0] for word in words if word.startswith("LOOKALIKE_")}
+        (published,) = [words[at + 1] for at, word in enumerate(words) if word == "--publish"]
+        assert "LOOKALIKE_INSECURE" in given or {"LOOKALIKE_TLS_CERTIFICATE", "LOOKALIKE_TLS_KEY"} <= given
+        assert published.startswith("127.0.0.1:") == ("LOOKALIKE_INSECURE" in given)
+        assert given <= variables()
+
+
+def variables() -> set[str]:
+    """Those that servers and commands read."""
+    return {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | OF_OTHERS
 
 
 def test_the_health_check_asks_the_port_that_is_served(serving: list[Instruction]) -> None:

@@ -109,3 +109,19 @@ def test_the_gpu_agrees_with_the_cpu(bundle: Bundle, encoder: Encoder) -> None:
     np.testing.assert_allclose(
         Encoder(bundle, device="cuda").encode_pixels(pixels), encoder.encode_pixels(pixels), atol=1e-4
     )
+
+
+def test_bfloat16_on_the_gpu_agrees_to_its_precision(bundle: Bundle, encoder: Encoder) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pixels = random_pixels(9)
+    half = Encoder(bundle, device="cuda", precision="bfloat16").encode_pixels(pixels)
+    assert half.dtype == np.float32
+    np.testing.assert_allclose(half, encoder.encode_pixels(pixels), atol=3e-2)
+    np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
+
+
+def test_bfloat16_is_left_alone_on_the_cpu(bundle: Bundle, encoder: Encoder) -> None:
+    pixels = random_pixels(3)
+    other = Encoder(bundle, device="cpu", precision="bfloat16")
+    assert other.encode_pixels(pixels).tobytes() == encoder.encode_pixels(pixels).tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from embedding.bundle import Bundle
+from embedding.decision import Vectors
 from embedding.encoder import Encoder
-from embedding.errors import InvalidImage
-from service.batching import Batcher
+from embedding.errors import DeadlineExceeded, InvalidImage, Overloaded
+from service.batching import Batcher, Bounds
+from service.sources import value_of
 from tests.service.harness import png
 
 Pixels = NDArray[np.uint8]
@@ -26,9 +29,14 @@ class HeldEncoder(Encoder):
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, device="cpu")
         self.batches: list[int] = []
+        self.decoded: list[bytes] = []
         self.entered = threading.Semaphore(0)
         self.let_go = threading.Event()
         self.failure: Exception | None = None
+
+    def prepare(self, data: bytes) -> Pixels:
+        self.decoded.append(data)
+        return super().prepare(data)
 
     def encode_pixels(self, pixels_BCHW: Pixels) -> NDArray[np.float32]:
         self.batches.append(len(pixels_BCHW))
@@ -51,9 +59,22 @@ async def entered(encoder: HeldEncoder) -> None:
     assert await asyncio.to_thread(encoder.entered.acquire, timeout=20)
 
 
-def run(encoder: HeldEncoder, story: Callable[[Batcher], Coroutine[Any, Any, None]], *, batch_size: int = 8) -> None:
+def run(
+    encoder: HeldEncoder,
+    story: Callable[[Batcher], Coroutine[Any, Any, None]],
+    *,
+    batch_size: int = 8,
+    decode_threads: int = 2,
+    **bounds: float,
+) -> None:
     async def told() -> None:
-        batcher = Batcher(encoder, batch_size=batch_size, decode_threads=2, encode_threads=1)
+        batcher = Batcher(
+            encoder,
+            batch_size=batch_size,
+            decode_threads=decode_threads,
+            encode_threads=1,
+            bounds=Bounds(**bounds),  # type: ignore[arg-type]
+        )
         try:
             await asyncio.wait_for(story(batcher), timeout=30)
         finally:
@@ -63,9 +84,13 @@ def run(encoder: HeldEncoder, story: Callable[[Batcher], Coroutine[Any, Any, Non
     asyncio.run(told())
 
 
+async def embed(batcher: Batcher, data: bytes, caller: str = "", seconds_left: float | None = None) -> Vectors:
+    return value_of((await batcher.embed_all([data], caller=caller, seconds_left=seconds_left))[data])
+
+
 async def queued(batcher: Batcher, seeds: range) -> list[asyncio.Task[NDArray[np.float32]]]:
     """Tasks whose images are decoded and wait for the encoder."""
-    tasks = [asyncio.create_task(batcher.embed(png(seed))) for seed in seeds]
+    tasks = [asyncio.create_task(embed(batcher, png(seed))) for seed in seeds]
     while batcher.waiting < len(tasks):
         await asyncio.sleep(0)  # lets the decoders' results in
     return tasks
@@ -73,7 +98,7 @@ async def queued(batcher: Batcher, seeds: range) -> list[asyncio.Task[NDArray[np
 
 def test_what_arrives_during_a_batch_shares_the_next(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
-        first = asyncio.create_task(batcher.embed(png(0)))
+        first = asyncio.create_task(embed(batcher, png(0)))
         await entered(encoder)
         rest = await queued(batcher, range(1, 12))
         encoder.let_go.set()
@@ -87,7 +112,7 @@ def test_what_arrives_during_a_batch_shares_the_next(encoder: HeldEncoder) -> No
 
 def test_a_cancelled_caller_costs_nothing_and_breaks_nothing(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
-        running = asyncio.create_task(batcher.embed(png(0)))
+        running = asyncio.create_task(embed(batcher, png(0)))
         await entered(encoder)
         gone, *rest = await queued(batcher, range(1, 4))
         gone.cancel()
@@ -96,7 +121,7 @@ def test_a_cancelled_caller_costs_nothing_and_breaks_nothing(encoder: HeldEncode
         encoder.let_go.set()
         await asyncio.gather(*rest)
         assert encoder.batches == [1, 2]
-        assert (await batcher.embed(png(9))).shape == (encoder.embedding_dim,)
+        assert (await embed(batcher, png(9))).shape == (encoder.embedding_dim,)
 
     run(encoder, story)
 
@@ -104,13 +129,13 @@ def test_a_cancelled_caller_costs_nothing_and_breaks_nothing(encoder: HeldEncode
 def test_a_failing_batch_is_told_to_its_callers_and_the_next_goes_on(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
         encoder.failure = RuntimeError("out of memory")
-        first = asyncio.create_task(batcher.embed(png(0)))
+        first = asyncio.create_task(embed(batcher, png(0)))
         await entered(encoder)
         encoder.let_go.set()
         with pytest.raises(RuntimeError, match="out of memory"):
             await first
         encoder.failure = None
-        await batcher.embed(png(1))
+        await embed(batcher, png(1))
 
     run(encoder, story)
 
@@ -125,3 +150,164 @@ def test_a_bad_image_fails_alone(encoder: HeldEncoder) -> None:
         assert sum(encoder.batches) == 2
 
     run(encoder, story)
+
+
+async def settled() -> None:
+    """Let everything go on that can without the encoder."""
+    for _ in range(5):
+        await asyncio.to_thread(lambda: None)
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("cache_bytes", "batches"), [(10**6, [1]), (0, [1, 1])])
+def test_an_image_seen_moments_ago_is_embedded_once_unless_told_otherwise(
+    encoder: HeldEncoder, cache_bytes: int, batches: list[int]
+) -> None:
+    async def story(batcher: Batcher) -> None:
+        encoder.let_go.set()
+        first = await embed(batcher, png(1))
+        again = await embed(batcher, bytes(bytearray(png(1))))
+        assert again.tobytes() == first.tobytes()
+        assert encoder.batches == batches
+
+    run(encoder, story, cache_bytes=cache_bytes)
+
+
+def test_the_same_image_of_several_callers_is_embedded_once_and_as_long_as_one_waits(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        running = asyncio.create_task(embed(batcher, png(0)))
+        await entered(encoder)
+        same = [asyncio.create_task(embed(batcher, png(1), f"caller {i}")) for i in range(4)]
+        gone = [asyncio.create_task(embed(batcher, png(2), f"caller {i}")) for i in range(2)]
+        await settled()
+        for task in (same[0], same[2], *gone):
+            task.cancel()
+        await settled()
+        assert batcher.waiting == 1
+        encoder.let_go.set()
+        found = await asyncio.gather(running, same[1], same[3])
+        assert found[1].tobytes() == found[2].tobytes()
+        assert encoder.batches == [1, 1]
+        assert (batcher.room.count, batcher.room.bytes) == (0, 0)
+
+    run(encoder, story)
+
+
+def test_what_has_no_time_left_is_not_decoded(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        encoder.let_go.set()
+        with pytest.raises(DeadlineExceeded):
+            await embed(batcher, png(1), seconds_left=0.0)
+        assert encoder.decoded == []
+        await embed(batcher, png(1), seconds_left=60.0)
+        assert encoder.decoded == [png(1)]
+
+    run(encoder, story)
+
+
+def test_what_waits_too_long_is_not_embedded_unless_somebody_else_has_time(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        running = asyncio.create_task(embed(batcher, png(0)))
+        await entered(encoder)
+        late = asyncio.create_task(embed(batcher, png(1), seconds_left=0.05))
+        shared = [asyncio.create_task(embed(batcher, png(2), seconds_left=left)) for left in (0.05, None)]
+        while batcher.waiting < 2 or len(encoder.decoded) < 3:
+            await settled()
+        began = time.monotonic()
+        while time.monotonic() < began + 0.06:
+            await settled()
+        encoder.let_go.set()
+        await asyncio.gather(running, *shared)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert encoder.batches == [1, 1]
+
+    run(encoder, story)
+
+
+def test_too_many_images_are_refused_before_they_cost_anything(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        running = asyncio.create_task(embed(batcher, png(0)))
+        await entered(encoder)
+        rest = await queued(batcher, range(1, 4))
+        with pytest.raises(Overloaded) as caught:
+            await embed(batcher, png(9))
+        assert caught.value.subject == "images"
+        assert png(9) not in encoder.decoded
+        rest[0].cancel()
+        await settled()
+        rest.append(asyncio.create_task(embed(batcher, png(9))))  # there is room again
+        encoder.let_go.set()
+        await asyncio.gather(running, *rest[1:])
+        assert batcher.room.count == 0
+
+    run(encoder, story, images=4)
+
+
+def test_a_large_call_enters_batch_by_batch_and_holds_no_more_than_there_is_room_for(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        images = [png(seed) for seed in range(30)]
+        large = asyncio.create_task(batcher.embed_all(images))
+        await entered(encoder)
+        await settled()
+        assert batcher.room.count == 11  # one caller's share of 12
+        encoder.let_go.set()
+        assert list(await large) == images
+        assert sum(encoder.batches) == 30
+        assert max(encoder.batches) <= 4
+
+    run(encoder, story, batch_size=4, images=12)
+
+
+def test_callers_take_turns_at_the_decoders(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        first = asyncio.create_task(embed(batcher, png(0)))
+        await entered(encoder)
+        # Twice the batch size may be decoded ahead; what comes then waits for its turn.
+        many = [asyncio.create_task(embed(batcher, png(seed), "a")) for seed in range(1, 20)]
+        await settled()
+        one = asyncio.create_task(embed(batcher, png(99), "b"))
+        await settled()
+        assert png(99) not in encoder.decoded
+        encoder.let_go.set()
+        await asyncio.gather(first, one, *many)
+        assert encoder.decoded.index(png(99)) <= 1 + 4 + 2
+
+    run(encoder, story, batch_size=2, decode_threads=1)
+
+
+def test_one_call_s_images_share_a_batch(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        encoder.let_go.set()
+        await batcher.embed_all([png(1), png(2)])
+        assert encoder.batches == [2]
+
+    run(encoder, story)
+
+
+def test_a_batch_waits_for_what_is_being_decoded_and_not_for_ever(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        slow = threading.Event()
+        prepare = encoder.prepare
+
+        def held(data: bytes) -> Pixels:
+            if data == png(2):
+                assert slow.wait(timeout=20)
+            return prepare(data)
+
+        encoder.prepare = held  # type: ignore[method-assign]
+        first = asyncio.create_task(embed(batcher, png(0)))
+        await entered(encoder)
+        began = time.monotonic()
+        while time.monotonic() < began + 0.05:  # a batch is known to take long
+            await settled()
+        encoder.let_go.set()
+        await first
+        waiting = asyncio.create_task(embed(batcher, png(2), "a"))
+        await settled()
+        await embed(batcher, png(1), "b")  # does not wait for it for ever
+        assert encoder.batches == [1, 1]
+        slow.set()
+        await waiting
+
+    run(encoder, story, delay_seconds=0.01)

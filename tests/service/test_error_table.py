@@ -106,6 +106,6 @@ def test_every_call_is_one_log_line_without_content(stubs: Stubs) -> None:
         ("call", "/lookalike.v1.MatchService/Embed", "INVALID_ARGUMENT"),
     ]
     for line in logs:
-        assert line.keys() == {"event", "method", "code", "ms", "request_id", "log_level"}
+        assert line.keys() == {"event", "method", "code", "ms", "request_id", "caller", "log_level"}
         assert line["ms"] > 0
         assert line["request_id"]

@@ -19,6 +19,7 @@ from embedding import errors as domain
 from embedding.bundle import WEIGHTS, Bundle
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service import errors, operations
+from service.admission import Room
 from service.server import Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, make_bundle, png, refused, rich, served
@@ -29,6 +30,12 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 UNMET = {
     "CANCELLED": "gRPC answers a caller who leaves itself; an operation's status is tested with operations",
     "DEADLINE_EXCEEDED": "gRPC ends the call at its deadline itself",
+    **dict.fromkeys(
+        ("CREDENTIALS_MISSING", "CREDENTIALS_INVALID", "SCOPE_MISSING", "GALLERY_FORBIDDEN", "RATE_LIMITED"),
+        "of servers that ask who calls: tested by every method in test_rights.py, and in test_keys.py",
+    ),
+    "UNAUTHENTICATED": "stands for the more exact ones",
+    "PERMISSION_DENIED": "stands for the more exact ones",
     "NOT_SUPPORTED": "of galleries in Milvus, and tested with them",
     "INVALID_RECIPE": "of commands",
     "INVALID_DATASET": "of commands",
@@ -146,6 +153,11 @@ def busy(place: Place, monkeypatch: pytest.MonkeyPatch) -> status_pb2.Status:
     return place.ask("upkeep", "ReindexGallery", upkeep_pb2.ReindexGalleryRequest(name="galleries/g"))
 
 
+def overloaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> status_pb2.Status:
+    monkeypatch.setattr(Room, "_is_full", lambda *_: True)
+    return verify(place, encoded(1))
+
+
 def not_ready(place: Place, monkeypatch: pytest.MonkeyPatch) -> status_pb2.Status:
     monkeypatch.setattr(place.server._serving, "_line_up", ())
     return verify(place, encoded(1))
@@ -209,6 +221,7 @@ PROVOKED = {
     "GALLERY_ALIASED": lambda place, _: delete_gallery(place, "g"),
     "IMAGES_NEEDED": images_needed,
     "BUSY": busy,
+    "OVERLOADED": overloaded,
     "NOT_READY": not_ready,
     "DAMAGED_DATA": damaged,
     "STORAGE_FAILED": disk_is_full,

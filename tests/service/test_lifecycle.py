@@ -136,11 +136,12 @@ def test_draining_ends_after_its_time(loop: Loop, own: Settings, monkeypatch: py
 
 
 def test_a_cancelled_call_leaves_the_server_answering(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = match_pb2.VerifyRequest(a=encoded(901), b=encoded(902))  # embedded by no other test
     with monkeypatch.context() as patched:
         held = Held(patched, "encode_pixels")
-        running = stubs.match.Verify.future(VERIFY)
+        running = stubs.match.Verify.future(fresh)
         assert held.entered.wait(timeout=20)
-        waiting = [stubs.match.Verify.future(VERIFY) for _ in range(8)]
+        waiting = [stubs.match.Verify.future(fresh) for _ in range(8)]
         for call in (running, *waiting[::2]):
             call.cancel()
         held.let_go.set()
@@ -201,7 +202,7 @@ def test_reflection_lists_the_services(stubs: Stubs) -> None:
     listed = {service.name for service in response.list_services_response.service}
     assert set(SERVICES) | {"grpc.health.v1.Health", "google.longrunning.Operations"} <= listed
     assert set(SERVICES) == {
-        f"lookalike.v1.{name}Service" for name in ("Alias", "Gallery", "Match", "Model", "Search", "Upkeep")
+        f"lookalike.v1.{name}Service" for name in ("Alias", "Feedback", "Gallery", "Match", "Model", "Search", "Upkeep")
     }
 
 

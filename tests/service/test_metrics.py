@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from embedding.bundle import Bundle
 from embedding.errors import Busy, InvalidInput
+from index.live import STORE
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
 from service import metrics_collected
 from service.server import SERVICES, Server
@@ -179,7 +180,7 @@ def test_galleries_are_told_in_numbers(watched: Watched, gallery: str) -> None:
 
 def test_a_damaged_gallery_is_counted(watched: Watched, settings: Settings, loop: Loop, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "store.db").write_bytes(b"no database")
+    (tmp_path / "broken" / STORE).write_bytes(b"no database")
     own = settings.model_copy(update={"galleries": tmp_path, "metrics_port": 0})
     with served(loop, own) as server:
         assert server.metrics_port

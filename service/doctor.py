@@ -1,0 +1,329 @@
+"""What is wrong with a deployment: its settings, bundle, galleries, certificates and machine, each looked at alone.
+
+Every check answers with findings and raises nothing; a finding that is no `ok` says what to do. Nothing is changed: the
+galleries are opened for reading, beside a server that may hold them. What a running server says is asked by
+`doctor_server.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from embedding.bundle import Bundle
+from embedding.errors import InvalidInput, LookalikeError
+from index import Catalog
+from index.engine import GalleryEngine
+from service.certificate_dates import NotValid, expiry
+from service.settings import Settings
+from service.tls import certificates
+
+State = Literal["ok", "warn", "fail"]
+
+LEAST_FREE_BYTES = 1 << 30
+"""Free disk below which a warning is due, and a tenth of it below which writes are about to fail."""
+
+LEAST_FILES = 1024
+"""Open files that a server should be allowed: connections, and a few for each gallery and thread."""
+
+CERTIFICATE_WARNING = timedelta(days=14)
+
+_FUTURE = timedelta(minutes=5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one check saw."""
+
+    check: str
+    state: State
+    what: str
+    do: str = ""
+    """What to do about it; empty where nothing is wrong."""
+
+
+def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = None) -> Iterator[Finding]:
+    """Every check that needs no running server; `full` reads galleries whole, which takes as long as reading them."""
+    now = now or datetime.now(UTC)
+    yield from _packages()
+    yield from _files_limit()
+    yield from _tls(settings, now)
+    bundles: list[Bundle] = []
+    for path in (settings.bundle, *settings.other_bundles):
+        yield from _bundle(path, bundles)
+    yield from _folder(settings.galleries)
+    opened: list[GalleryEngine] = []
+    if settings.engine == "embedded" and settings.galleries.is_dir():
+        yield from _galleries(settings, bundles, opened, full=full)
+    yield from _memory(bundles, opened)
+    yield from _clock(bundles, opened, now)
+    for gallery in opened:
+        gallery.close()
+
+
+def _packages() -> Iterator[Finding]:
+    wrong = list(_outdated(metadata.requires("lookalike") or (), _installed))
+    if wrong:
+        yield Finding(
+            check="packages", state="fail", what="; ".join(wrong), do="run pip install --upgrade 'lookalike[serve]'"
+        )
+    else:
+        version = metadata.version("lookalike")
+        yield Finding(check="packages", state="ok", what=f"lookalike {version} on Python {sys.version.split()[0]}")
+
+
+def _outdated(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[str]:
+    """Those of the server's requirements, as `name>=version; extra == "serve"`, that are not met."""
+    for requirement in requirements:
+        wanted, _, marker = requirement.partition(";")
+        extras = {"serve", "cli", "embedding"}
+        if "extra ==" in marker and not any(f"'{extra}'" in marker.replace('"', "'") for extra in extras):
+            continue
+        name, _, least = wanted.strip().partition(">=")
+        if "[" in name or ("sys_platform" in marker and sys.platform == "win32"):
+            continue  # an extra of our own, whose requirements are listed too
+        found = installed(name)
+        if found is None:
+            yield f"{name} is not installed"
+        elif least and _numbers(found) < _numbers(least):
+            yield f"{name} is {found}, and at least {least} is needed"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        parts.append(int(part))
+    return tuple(parts)
+
+
+def _files_limit() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < LEAST_FILES:
+        yield Finding(
+            check="open files",
+            state="fail" if soft < LEAST_FILES // 4 else "warn",
+            what=f"a process may have {soft} files open, and each connection is one",
+            do=f"raise it to {LEAST_FILES} or more, with `ulimit -n` or LimitNOFILE of systemd (allowed: {hard})",
+        )
+    else:
+        yield Finding(check="open files", state="ok", what=f"up to {soft}")
+
+
+def _tls(settings: Settings, now: datetime) -> Iterator[Finding]:
+    try:
+        if certificates(settings) is None:
+            yield Finding(check="TLS", state="ok", what=f"none, on {settings.host}")
+            return
+    except InvalidInput as error:
+        yield Finding(check="TLS", state="fail", what=str(error), do=f"correct {error.field}")
+        return
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate is None or key is None:
+        return  # refused above
+    if key.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        yield Finding(check="TLS", state="warn", what=f"others may read the key {key}", do=f"run chmod 600 {key}")
+    try:
+        until = expiry(certificate, key)
+    except NotValid as error:
+        yield Finding(
+            check="TLS",
+            state="fail",
+            what=f"the certificate {certificate} is not valid now: {error}",
+            do="renew it; a running server reads it anew by itself",
+        )
+        return
+    if until - now < CERTIFICATE_WARNING:
+        yield Finding(
+            check="TLS",
+            state="warn",
+            what=f"the certificate {certificate} ends on {until:%Y-%m-%d %H:%M} UTC",
+            do="renew it; a running server reads it anew by itself",
+        )
+    else:
+        yield Finding(check="TLS", state="ok", what=f"the certificate is valid until {until:%Y-%m-%d}")
+
+
+def _bundle(path: Path, found: list[Bundle]) -> Iterator[Finding]:
+    try:
+        bundle = Bundle.load(path)
+        bundle.network()
+    except LookalikeError as error:
+        yield Finding(
+            check="bundle", state="fail", what=str(error), do="restore the bundle from a copy, or correct its path"
+        )
+        return
+    found.append(bundle)
+    calibration = bundle.calibration
+    yield Finding(
+        check="bundle",
+        state="ok",
+        what=f"{bundle.name}: sums agree, {calibration.identities} identities calibrated, "
+        f"learned margin {calibration.learned_margin:.4f}",
+    )
+    if calibration.protocol != "identity-disjoint":
+        yield Finding(
+            check="calibration",
+            state="warn",
+            what=f"{bundle.name} was calibrated on identities that it was trained on: its rates flatter",
+            do="train with an identity-disjoint split before relying on the rates of its decisions",
+        )
+    if bundle.reference is None:
+        yield Finding(
+            check="drift reference",
+            state="warn",
+            what=f"{bundle.name} was made by an earlier version and has no reference.json: drift is not measured",
+            do="train it anew with this version, or leave it and do without",
+        )
+    else:
+        yield Finding(
+            check="drift reference", state="ok", what=f"{bundle.name}: of {bundle.reference.images} held-out images"
+        )
+
+
+def _folder(folder: Path) -> Iterator[Finding]:
+    if not folder.is_dir():
+        there = next(parent for parent in folder.absolute().parents if parent.exists())
+        if folder.exists() or not os.access(there, os.W_OK | os.X_OK):
+            yield Finding(
+                check="galleries",
+                state="fail",
+                what=f"{folder} is no folder, and cannot be made",
+                do=f"make it, owned by the server's user, or correct `galleries`; looked in {there}",
+            )
+            return
+        yield Finding(check="galleries", state="ok", what=f"{folder} will be made")
+        folder = there
+    elif not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        yield Finding(
+            check="galleries",
+            state="fail",
+            what=f"{folder} cannot be written to",
+            do="give it to the user who runs the server (and this command): chown",
+        )
+    yield _free_space(folder)
+
+
+def _free_space(folder: Path) -> Finding:
+    usage = shutil.disk_usage(folder)
+    what = f"{usage.free / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB free under {folder}"
+    if usage.free >= LEAST_FREE_BYTES:
+        return Finding(check="disk", state="ok", what=what)
+    return Finding(
+        check="disk",
+        state="fail" if usage.free < LEAST_FREE_BYTES // 10 else "warn",
+        what=what,
+        do="free space or move the galleries: a full disk ends writes with RESOURCE_EXHAUSTED, searches go on",
+    )
+
+
+def _galleries(
+    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
+) -> Iterator[Finding]:
+    try:
+        found, damaged = Catalog(settings.galleries, read_only=True).survey()
+    except LookalikeError as error:
+        yield Finding(check="galleries", state="fail", what=str(error), do="correct the rights of the folder")
+        return
+    for name, why in damaged.items():
+        yield Finding(
+            check=f"gallery {name}",
+            state="fail",
+            what=str(why),
+            do=f"restore it from a snapshot: lookalike gallery restore {name} SNAPSHOT NEW",
+        )
+    models = {bundle.fingerprint: bundle.name for bundle in bundles}
+    for gallery in found:
+        opened.append(gallery)
+        yield from _gallery(gallery, models, full=full)
+    if not found and not damaged:
+        yield Finding(check="galleries", state="ok", what=f"none yet in {settings.galleries}")
+
+
+def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
+    check = f"gallery {gallery.id}"
+    if models and gallery.model.fingerprint not in models:
+        yield Finding(
+            check=check,
+            state="fail",
+            what=f"it holds embeddings of {gallery.model.name}, and the settings name {', '.join(models.values())}",
+            do="serve that model too (`other_bundles`), or migrate the gallery: lookalike gallery migrate",
+        )
+        return
+    if full:
+        problems = gallery.verify().problems
+        for problem in problems:
+            yield Finding(
+                check=check,
+                state="fail",
+                what=f"{problem.path}: {problem.what}",
+                do="stop the server and start it again, which writes segments anew from the store; "
+                "where the store itself is damaged, restore a snapshot",
+            )
+        if problems:
+            return
+    read = "every item agrees" if full else "opens"
+    yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
+
+
+def _memory(bundles: Sequence[Bundle], opened: Sequence[GalleryEngine]) -> Iterator[Finding]:
+    available = _available_memory()
+    if available is None:
+        return
+    weights = sum((bundle.path / "weights.safetensors").stat().st_size for bundle in bundles)
+    needed = 2 * weights + sum(gallery.stats().memory_bytes for gallery in opened)
+    what = f"{available / 1e9:.1f} GB available; models and galleries take about {needed / 1e9:.2f} GB"
+    if needed > available:
+        yield Finding(
+            check="memory",
+            state="warn",
+            what=what,
+            do="give the server more memory, or bound galleries: lookalike gallery configure NAME --memory-bytes",
+        )
+    else:
+        yield Finding(check="memory", state="ok", what=what)
+
+
+def _available_memory() -> int | None:
+    """Bytes that this machine, or the control group that we are in, still has; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    try:
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return available if most == "max" else min(available, int(most) - used)
+    except (OSError, ValueError):
+        return available
+
+
+def _clock(bundles: Sequence[Bundle], opened: Sequence[GalleryEngine], now: datetime) -> Iterator[Finding]:
+    dates = [bundle.lineage.created for bundle in bundles] + [gallery.created for gallery in opened]
+    if dates and max(dates) > now + _FUTURE:
+        yield Finding(
+            check="clock",
+            state="fail",
+            what=f"it says {now:%Y-%m-%d %H:%M} UTC, and something here was made on {max(dates):%Y-%m-%d %H:%M}",
+            do="set the clock (NTP): certificates and tokens are judged by it",
+        )
+    else:
+        yield Finding(check="clock", state="ok", what=f"{now:%Y-%m-%d %H:%M} UTC")

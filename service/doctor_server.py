@@ -1,0 +1,172 @@
+"""What a running server says of itself: whether it is reached, healthy, and answers with the model of the settings."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from embedding.bundle import Bundle
+from embedding.errors import LookalikeError
+from lookalike.v1 import model_pb2, model_pb2_grpc
+from service.doctor import Finding
+from service.settings import Settings
+
+_SECONDS = 5.0
+
+
+def asked(settings: Settings, *, target: str | None = None, services: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """What the server at `target`, by default the settings' own address, says; `services` are to be SERVING."""
+    host, port = _address(target) if target else (_reachable(settings.host), settings.port)
+    try:
+        socket.create_connection((host, port), timeout=_SECONDS).close()
+    except OSError as error:
+        yield Finding(
+            check="server",
+            state="fail" if target else "warn",
+            what=f"nothing answers on {host}:{port}: {error.strerror or error}",
+            do="start it: lookalike serve; if it has been started, look at its log and at `host` and `port`",
+        )
+        if not target:
+            yield from _bindable(settings)
+        return
+    if settings.tls_certificate is not None:
+        yield from _encrypted(host, port, settings)
+    else:
+        yield from _healthy(host, port, settings, services)
+    if settings.metrics_port:
+        yield from _ready(_reachable(settings.metrics_host), settings.metrics_port)
+
+
+def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...]) -> Iterator[Finding]:
+    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs lack the methods
+        for service in ("", *services):
+            name = service or "server"
+            try:
+                status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=_SECONDS).status
+            except grpc.RpcError as error:
+                yield Finding(
+                    check=name,
+                    state="fail",
+                    what=f"{host}:{port} does not answer health checks: {error.code().name}",
+                    do="something else listens there, or it serves TLS: choose another port, or name tls_certificate",
+                )
+                return
+            if status == health_pb2.HealthCheckResponse.SERVING:
+                yield Finding(check=name, state="ok", what=f"SERVING on {host}:{port}")
+            else:
+                yield Finding(
+                    check=name,
+                    state="fail",
+                    what=f"NOT_SERVING on {host}:{port}",
+                    do="it loads its model, or drains: look at its log, and again in a minute",
+                )
+                return
+        yield from _same_model(channel, settings)
+
+
+def _same_model(channel: grpc.Channel, settings: Settings) -> Iterator[Finding]:
+    try:
+        wanted = Bundle.load(settings.bundle).name
+        response = model_pb2_grpc.ModelServiceStub(channel).GetModel(
+            model_pb2.GetModelRequest(name="models/active"), timeout=_SECONDS
+        )
+    except LookalikeError:
+        return  # the bundle has its own finding
+    except grpc.RpcError as error:
+        yield Finding(
+            check="model",
+            state="warn",
+            what=f"the server does not say which model answers: {error.code().name}",
+            do="give this command a key that may read, or look at `lookalike model show --target`",
+        )
+        return
+    serving = response.model.name.removeprefix("models/")
+    if serving == wanted:
+        yield Finding(check="model", state="ok", what=f"{serving} answers")
+    else:
+        yield Finding(
+            check="model",
+            state="warn",
+            what=f"{serving} answers, and the settings name {wanted}",
+            do="another model was activated, or the settings changed after the start: restart, or correct `bundle`",
+        )
+
+
+def _encrypted(host: str, port: int, settings: Settings) -> Iterator[Finding]:
+    """Whether the certificate of the files is the one that is served; who may call is not known here."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_verify_locations(settings.tls_certificate)
+        with socket.create_connection((host, port), timeout=_SECONDS) as connection:
+            context.wrap_socket(connection).close()
+    except (OSError, ValueError) as error:
+        yield Finding(
+            check="server",
+            state="fail",
+            what=f"{host}:{port} does not show the certificate {settings.tls_certificate}: {error}",
+            do="if it was just renewed, look in the log for `certificates renewed`; else something else listens there",
+        )
+        return
+    yield Finding(check="server", state="ok", what=f"{host}:{port} shows the certificate of the settings")
+
+
+def _ready(host: str, port: int) -> Iterator[Finding]:
+    connection = http.client.HTTPConnection(host, port, timeout=_SECONDS)
+    try:
+        connection.request("GET", "/readyz")
+        response = connection.getresponse()
+        state = response.read(100).decode("ascii", "replace").strip()
+    except (OSError, http.client.HTTPException) as error:
+        yield Finding(
+            check="metrics",
+            state="fail",
+            what=f"nothing answers on {host}:{port}: {error}",
+            do="restart the server with these settings, or correct metrics_port",
+        )
+        return
+    finally:
+        connection.close()
+    if response.status == http.client.OK:
+        yield Finding(check="metrics", state="ok", what=f"http://{host}:{port}/readyz says {state}")
+    else:
+        yield Finding(
+            check="metrics",
+            state="fail",
+            what=f"http://{host}:{port}/readyz says {response.status} {state}",
+            do="it loads its model, or drains: look at its log, and again in a minute",
+        )
+
+
+def _bindable(settings: Settings) -> Iterator[Finding]:
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        yield Finding(
+            check="port",
+            state="fail",
+            what=f"{settings.host}:{settings.port} cannot be listened on: {error.strerror or error}",
+            do="choose a free port above 1023 and an address of this machine",
+        )
+    else:
+        yield Finding(check="port", state="ok", what=f"{settings.host}:{settings.port} is free")
+
+
+def _reachable(host: str) -> str:
+    """An address that reaches a server listening on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _address(target: str) -> tuple[str, int]:
+    host, _, port = target.rpartition(":")
+    return host.strip("[]") or "127.0.0.1", int(port) if port.isdigit() else 0

@@ -1,0 +1,200 @@
+"""Who calls, and whether they may: the hook that admits calls.
+
+A caller shows an API key or a token as `authorization: Bearer …` (a key as `x-api-key` too), or a registered client
+certificate; a key or token goes before the certificate. Health checks and reflection pass by: `Calls` tells hooks of
+our own services alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from embedding.errors import (
+    CredentialsInvalid,
+    CredentialsMissing,
+    GalleryForbidden,
+    NotFound,
+    PermissionDenied,
+    ScopeMissing,
+)
+from service.call import Call
+from service.calls import Hook
+from service.keys import PREFIX, Keys
+from service.operations import Operations
+from service.principal import ANYBODY, Principal, Scope
+from service.rate_limits import RateLimits
+from service.rights import RULES, Rule, elements, named
+from service.serving import Serving
+from service.settings import Settings
+from service.tokens import Tokens
+
+MAX_NAMES = 16
+"""Most resources of one call that are kept for the audit log."""
+
+_BEARER = "bearer "
+
+
+class Security(Hook):
+    """Admits calls by the keys, tokens and certificates that the settings name; anybody when they name none.
+
+    Raises InvalidInput, DamagedData or StorageFailed for files that cannot be used.
+    """
+
+    def __init__(self, settings: Settings, serving: Serving, operations: Operations) -> None:
+        self._serving, self._operations = serving, operations
+        self._keys = None if settings.keys is None else Keys(settings.keys)
+        self._tokens = _tokens(settings)
+        self._certificates = settings.tls_client_ca is not None
+        self._audited = settings.audit_log is not None
+        self._limits = RateLimits()
+
+    @property
+    def asks(self) -> bool:
+        """Whether callers have to say who they are."""
+        return self._keys is not None or self._tokens is not None
+
+    def begun(self, call: Call) -> None:
+        if not self.asks:
+            call.principal = self._somebody(call.context) if self._certificates else ANYBODY
+            return
+        call.principal = self._authenticated(call.context)
+        self._limits.admit(call.principal)
+        _require(call.principal, _rule(call.method).scope)
+
+    def received(self, call: Call, request: Message) -> None:
+        if not self.asks and not self._audited:
+            return
+        rule = _rule(call.method)
+        if self.asks:
+            if call.requests:
+                self._still(call.principal)
+            # The call itself took a token, and so its first request is paid for.
+            call.pause = self._limits.charge(call.principal, elements(rule, request) - (not call.requests))
+        call.requests += 1
+        listed = self._audited and rule.scope != "read" and len(call.names) < MAX_NAMES
+        if call.principal.may_all((rule.scope, "read")) and not listed:
+            return
+        for each in named(rule, request):
+            if len(call.names) < MAX_NAMES:
+                call.names.append(each.resource)
+            scope, gallery = each.scope or rule.scope, each.gallery or self._worked_on(each.operation)
+            if gallery:
+                self._check(call.principal, gallery, scope)
+                if call.requests == 1:
+                    call.galleries.append((gallery, scope))
+        if call.requests > 1:
+            for gallery, scope in call.galleries:
+                self._check(call.principal, gallery, scope)  # an alias may have moved since the stream began
+
+    def _authenticated(self, context: grpc.aio.ServicerContext[Any, Any]) -> Principal:
+        shown = _credential(context)
+        if shown:
+            if self._keys is not None and shown.startswith(PREFIX):
+                principal = self._keys.of_key(shown)
+            elif self._tokens is not None:
+                principal = self._tokens.of_token(shown)
+            else:
+                raise CredentialsInvalid(f"not an API key of this server; they begin with {PREFIX}")
+        else:
+            registered = self._keys.of_certificate(_names(context)) if self._keys and self._certificates else None
+            if registered is None:
+                raise CredentialsMissing(
+                    "this server asks who calls: send an API key as metadata `authorization: Bearer KEY`; the "
+                    "command and the client take it from LOOKALIKE_API_KEY"
+                )
+            principal = registered
+        return _unexpired(principal)
+
+    def _still(self, principal: Principal) -> None:
+        """Raises CredentialsInvalid unless the caller has the rights still that the stream began with."""
+        if self._keys is not None and principal.key and self._keys.still(principal) != principal:
+            raise CredentialsInvalid("the key was revoked, or its rights changed, while the call lasted; call again")
+        _unexpired(principal)
+
+    def _somebody(self, context: grpc.aio.ServicerContext[Any, Any]) -> Principal:
+        """Whoever the certificate names: where no keys are asked for, every certificate that leads to a root counts."""
+        name = next(_names(context), "")
+        return Principal(name=f"certificate:{name}", scopes=ANYBODY.scopes, galleries=ANYBODY.galleries)
+
+    def _worked_on(self, operation: str) -> str:
+        """The gallery that an operation works on; empty when there is none, which the servicer then says."""
+        try:
+            return self._operations.get(operation).target if operation else ""
+        except NotFound:
+            return ""
+
+    def _check(self, principal: Principal, gallery: str, scope: Scope) -> None:
+        """Raises PermissionDenied without rights on this name, and on the gallery that it stands for as an alias."""
+        _require(principal, scope)
+        if principal.allows(gallery) and (
+            "*" in principal.galleries or principal.allows(self._serving.current.engine.aliases.resolve(gallery))
+        ):
+            return
+        raise GalleryForbidden(
+            f"{principal.name!r} may not {scope} gallery {gallery!r}, or what it stands for: ask for a key that may",
+            needed={"scope": scope, "gallery": gallery},
+        )
+
+
+def _rule(method: str) -> Rule:
+    try:
+        return RULES[method]
+    except KeyError:
+        raise PermissionDenied(f"{method} is not in the table of rights, and so is nobody's") from None
+
+
+def _require(principal: Principal, scope: Scope) -> None:
+    if scope not in principal.scopes:
+        has = ", ".join(sorted(principal.scopes)) or "none"
+        raise ScopeMissing(
+            f"this needs the scope {scope!r}; {principal.name!r} has {has}: ask for a key that has it",
+            needed={"scope": scope},
+        )
+
+
+def _unexpired(principal: Principal) -> Principal:
+    if principal.expires is not None and principal.expires <= time.time():
+        raise CredentialsInvalid("the key or token has expired; ask for a new one")
+    return principal
+
+
+def _credential(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The key or token that the call carries; empty when it has none. Raises CredentialsInvalid for another kind."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization" and isinstance(value, str):
+            if value[: len(_BEARER)].lower() != _BEARER:
+                raise CredentialsInvalid("authorization must be `Bearer` and a key or token")
+            return value[len(_BEARER) :].strip()
+        if key == "x-api-key" and isinstance(value, str):
+            return value.strip()
+    return ""
+
+
+def _names(context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[str]:
+    """What the client's certificate says it is: alternative names, then its common name."""
+    shown: dict[str, Iterable[bytes]] = dict(context.auth_context())
+    for name in shown.get("x509_subject_alternative_name", ()):
+        yield name.decode("utf-8", "replace")
+    for name in shown.get("x509_common_name", ()):
+        yield f"CN={name.decode('utf-8', 'replace')}"
+
+
+def _tokens(settings: Settings) -> Tokens | None:
+    if settings.jwt_keys is None:
+        return None
+    return Tokens(
+        settings.jwt_keys,
+        issuer=settings.jwt_issuer or "",
+        audience=settings.jwt_audience or "",
+        algorithms=settings.jwt_algorithms,
+        leeway=settings.jwt_leeway_seconds,
+        scopes_claim=settings.jwt_scopes_claim,
+        scope_prefix=settings.jwt_scope_prefix,
+        galleries_claim=settings.jwt_galleries_claim,
+        galleries=settings.jwt_galleries,
+    )

@@ -1,0 +1,39 @@
+"""What gRPC itself is told: how much a connection may carry, and when one that does nothing is closed."""
+
+from __future__ import annotations
+
+from service.settings import Settings
+
+
+def channel_options(settings: Settings) -> list[tuple[str, int]]:
+    """Options of the server, as gRPC's C core names them (grpc/impl/channel_arg_names.h)."""
+    return [
+        ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_streams),
+        # Between the two sizes the core refuses by chance, the more often the larger.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        # Who has connected must speak HTTP/2 soon, and who is silent afterwards must answer a ping.
+        ("grpc.server_handshake_timeout_ms", _milliseconds(settings.handshake_seconds)),
+        ("grpc.keepalive_time_ms", _milliseconds(settings.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
+        # The timeout above alone lets the core wait a minute for the answer.
+        ("grpc.http2.ping_timeout_ms", _milliseconds(settings.keepalive_timeout_seconds)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", _milliseconds(settings.min_ping_seconds)),
+        ("grpc.http2.max_ping_strikes", settings.max_ping_strikes),
+        *_if_any("grpc.max_connection_idle_ms", settings.max_connection_idle_seconds),
+        *_if_any("grpc.max_connection_age_ms", settings.max_connection_age_seconds),
+        *_if_any("grpc.max_connection_age_grace_ms", settings.max_connection_age_seconds),
+    ]
+
+
+def _if_any(name: str, seconds: float) -> list[tuple[str, int]]:
+    return [(name, _milliseconds(seconds))] if seconds else []
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(round(1000 * seconds), 2**31 - 1)

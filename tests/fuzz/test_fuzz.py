@@ -1,0 +1,28 @@
+"""The fuzzer's targets on a fixed set of inputs; `make fuzz` goes on from there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz.mutate import mutated
+from tests.fuzz.targets import TARGETS
+
+QUICK = {"image": 1500, "request": 1500, "filter": 600, "bundle": 40, "segment": 250}
+ACCEPTED = {"image": 0.1, "request": 0.05, "filter": 0.03, "bundle": 0.01, "segment": 0.01}
+"""The least share of inputs that must get past all checks: were all refused at once, nothing would be found."""
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_input_breaks_it(name: str) -> None:
+    target = TARGETS[name]
+    assert all(map(target.run, target.seeds()))
+    outcomes = [target.run(data) for data in mutated(target.seeds(), QUICK[name], seed=1)]
+    assert sum(outcomes) / len(outcomes) > ACCEPTED[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_input_breaks_it_for_longer(name: str) -> None:
+    target = TARGETS[name]
+    for data in mutated(target.seeds(), 40 * QUICK[name], seed=2):
+        target.run(data)

@@ -1,0 +1,284 @@
+"""The doctor on deployments broken in one way each, and on a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedding.bundle import Bundle
+from index import Catalog, ModelRef
+from index.items import Item
+from index.live import SEGMENTS, STORE
+from service import doctor
+from service.certificate_dates import NotValid, expiry
+from service.doctor import Finding, looked_at
+from service.doctor_server import asked
+from service.server import SERVICES, Server
+from service.settings import Settings
+from tests.authority import Authority
+from tests.processes import COMMAND, environment
+from tests.service.harness import DIM, Loop, Stubs, make_bundle, served
+from tests.service.test_drift import referenced
+
+__all__ = ["referenced"]  # a fixture of another module
+
+
+def wrong(findings: Iterator[Finding]) -> dict[str, Finding]:
+    """The findings that are not ok, by check; each says what to do."""
+    found = {finding.check: finding for finding in findings if finding.state != "ok"}
+    assert all(finding.do for finding in found.values())
+    return found
+
+
+@pytest.fixture
+def whole(settings: Settings, referenced: Bundle, tmp_path: Path) -> Settings:
+    """A deployment with nothing wrong: a bundle, a gallery of its model, a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    galleries = tmp_path / "deployed"
+    model = ModelRef(name=referenced.name, fingerprint=referenced.fingerprint, embedding_dim=referenced.embedding_dim)
+    with Catalog(galleries) as catalog:
+        catalog.create("kept", model)
+    return settings.model_copy(update={"bundle": referenced.path, "galleries": galleries, "port": port})
+
+
+def test_nothing_is_found_where_nothing_is_wrong(whole: Settings) -> None:
+    findings = list(looked_at(whole, full=True))
+    assert wrong(iter(findings)) == {}
+    assert {finding.check for finding in findings} == {
+        "packages", "open files", "TLS", "bundle", "drift reference", "disk", "gallery kept", "memory", "clock"
+    }  # fmt: skip
+
+
+def test_a_bundle_that_was_edited(whole: Settings) -> None:
+    file = whole.bundle / "calibration.json"
+    file.write_text(file.read_text().replace('"version": 3', '"version": 4'))
+    found = wrong(looked_at(whole))
+    assert set(found) == {"bundle"}
+    assert found["bundle"].state == "fail"
+    assert "calibration.json" in found["bundle"].what
+
+
+def test_a_bundle_that_is_not_there_or_truncated(whole: Settings, tmp_path: Path) -> None:
+    assert wrong(looked_at(whole.model_copy(update={"bundle": tmp_path / "no"})))["bundle"].state == "fail"
+    weights = whole.bundle / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "weights.safetensors" in wrong(looked_at(whole))["bundle"].what
+
+
+def test_a_bundle_without_a_reference_is_a_warning(whole: Settings, bundle: Bundle) -> None:
+    found = wrong(looked_at(whole.model_copy(update={"bundle": bundle.path})))
+    assert set(found) == {"drift reference"}
+    assert found["drift reference"].state == "warn"
+
+
+def test_a_gallery_of_another_model(whole: Settings, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "other", seed=9)
+    swapped = whole.model_copy(update={"bundle": other.path})
+    found = wrong(looked_at(swapped))
+    assert found["gallery kept"].state == "fail"
+    assert other.name in found["gallery kept"].what
+    both = whole.model_copy(update={"other_bundles": (other.path,)})
+    assert "gallery kept" not in wrong(looked_at(both))
+
+
+def test_a_damaged_store(whole: Settings) -> None:
+    kept, cut = whole.galleries / "kept", whole.galleries / "cut"
+    shutil.copytree(kept, cut)
+    (cut / STORE).write_bytes((kept / STORE).read_bytes()[:1000])
+    found = wrong(looked_at(whole))
+    assert set(found) == {"gallery cut"}
+    assert "restore" in found["gallery cut"].do
+
+
+def test_a_damaged_segment_is_found_by_reading_it_all(whole: Settings) -> None:
+    with Catalog(whole.galleries) as catalog:
+        gallery = catalog.get("kept")
+        vector = np.eye(DIM, dtype=np.float32)[0]
+        gallery.upsert([Item(name="one", embedding=vector)])
+        gallery.seal()
+    assert wrong(looked_at(whole, full=True)) == {}
+    (file,) = (whole.galleries / "kept" / SEGMENTS).rglob("*vectors*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "gallery kept" not in wrong(looked_at(whole))  # it answers from the store
+    assert wrong(looked_at(whole, full=True))["gallery kept"].state == "fail"
+
+
+def test_a_folder_that_cannot_be_made(whole: Settings, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = wrong(looked_at(whole.model_copy(update={"galleries": tmp_path / "file"})))
+    assert found["galleries"].state == "fail"
+    new = tmp_path / "new" / "deep"
+    assert "galleries" not in wrong(looked_at(whole.model_copy(update={"galleries": new})))
+    assert not new.exists()
+
+
+@pytest.mark.parametrize(("free", "state"), [(10**9, "warn"), (10**8, "fail")])
+def test_a_disk_that_is_nearly_full(whole: Settings, monkeypatch: pytest.MonkeyPatch, free: int, state: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 10**10 - free, free))  # type: ignore[attr-defined]
+    assert wrong(looked_at(whole))["disk"].state == state
+
+
+@pytest.mark.parametrize(("soft", "state"), [(512, "warn"), (128, "fail")])
+def test_too_few_open_files(whole: Settings, monkeypatch: pytest.MonkeyPatch, soft: int, state: str) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, 4096))
+    found = wrong(looked_at(whole))["open files"]
+    assert found.state == state
+    assert "4096" in found.do
+
+
+def test_too_little_memory(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_available_memory", lambda: 1000)
+    assert wrong(looked_at(whole))["memory"].state == "warn"
+
+
+def test_a_clock_that_is_wrong(whole: Settings) -> None:
+    found = wrong(looked_at(whole, now=datetime(2020, 1, 1, tzinfo=UTC)))
+    assert found["clock"].state == "fail"
+
+
+def test_packages_that_are_missing_or_too_old() -> None:
+    required = [
+        'faiss-cpu>=1.15; extra == "serve"', 'grpcio>=1.71', 'tensorboard>=2; extra == "tensorboard"',
+        'lookalike[cli]; extra == "serve"', "numpy>=1.26",
+    ]  # fmt: skip
+    versions = {"grpcio": "1.8.0", "numpy": "2.0.0rc1"}
+    assert list(doctor._outdated(required, versions.get)) == [
+        "faiss-cpu is not installed",
+        "grpcio is 1.8.0, and at least 1.71 is needed",
+    ]
+
+
+def test_certificates(whole: Settings, tmp_path: Path) -> None:
+    authority = Authority()
+    certificate, key = authority.issue("server").write(tmp_path, "server")
+    key.chmod(0o600)
+    secure = whole.model_copy(update={"tls_certificate": certificate, "tls_key": key})
+    found = wrong(looked_at(secure))  # valid for a day
+    assert found["TLS"].state == "warn"
+    assert "ends on" in found["TLS"].what
+    key.chmod(0o644)
+    assert "others may read" in [f.what for f in looked_at(secure) if f.check == "TLS"][0]  # noqa: RUF015
+    _, other_key = authority.issue("other").write(tmp_path, "other")
+    assert wrong(looked_at(secure.model_copy(update={"tls_key": other_key})))["TLS"].state == "fail"
+    assert wrong(looked_at(whole.model_copy(update={"host": "0.0.0.0"})))["TLS"].state == "fail"
+
+
+def test_when_a_certificate_ends(tmp_path: Path) -> None:
+    certificate, key = Authority().issue("server").write(tmp_path, "server")
+    left = expiry(certificate, key) - datetime.now(UTC)
+    assert timedelta(hours=23) < left <= timedelta(days=1)
+
+
+def test_an_expired_certificate(whole: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tests.authority as authority_module
+
+    class Past(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+            return datetime.now(UTC) - timedelta(days=10)
+
+    monkeypatch.setattr(authority_module, "datetime", Past)
+    certificate, key = Authority().issue("server").write(tmp_path, "server")
+    with pytest.raises(NotValid, match="expired"):
+        expiry(certificate, key)
+    secure = whole.model_copy(update={"tls_certificate": certificate, "tls_key": key})
+    assert [f.state for f in looked_at(secure) if f.check == "TLS"][-1] == "fail"
+
+
+def test_a_server_that_is_well(loop: Loop, whole: Settings) -> None:
+    running = whole.model_copy(update={"metrics_port": 0})
+    with served(loop, running) as server:
+        told = running.model_copy(update={"port": server.port, "metrics_port": server.metrics_port})
+        findings = list(asked(told, services=SERVICES))
+    assert wrong(iter(findings)) == {}
+    assert {finding.check for finding in findings} >= {"server", "model", "metrics", *SERVICES}
+
+
+def test_a_server_that_is_not_there(whole: Settings) -> None:
+    assert {check: f.state for check, f in wrong(asked(whole)).items()} == {"server": "warn"}
+    assert wrong(asked(whole, target=f"127.0.0.1:{whole.port}"))["server"].state == "fail"
+
+
+def test_a_server_that_serves_another_model(server: Server, whole: Settings, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "another", seed=11)
+    told = whole.model_copy(update={"port": server.port, "bundle": other.path})
+    assert {check: f.state for check, f in wrong(asked(told)).items()} == {"model": "warn"}
+
+
+def test_a_server_that_drains(loop: Loop, server: Server, stubs: Stubs, whole: Settings) -> None:
+    loop.run(server._say(2))  # NOT_SERVING
+    try:
+        found = wrong(asked(whole, target=server.address))
+    finally:
+        loop.run(server._say(1))
+    assert found["server"].state == "fail"
+    assert "NOT_SERVING" in found["server"].what
+
+
+def test_something_else_on_the_port(whole: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    other.accept()[0].close()
+                except OSError:
+                    return
+
+        answering = threading.Thread(target=hang_up)
+        answering.start()
+        port = other.getsockname()[1]
+        found = wrong(asked(whole.model_copy(update={"port": port, "metrics_port": port})))
+        other.shutdown(socket.SHUT_RDWR)
+    answering.join()
+    assert {check: finding.state for check, finding in found.items()} == {"server": "fail", "metrics": "fail"}
+
+
+def test_a_server_with_tls(loop: Loop, whole: Settings, tmp_path: Path) -> None:
+    authority = Authority()
+    certificate, key = authority.issue("server").write(tmp_path, "server")
+    secure = whole.model_copy(update={"tls_certificate": certificate, "tls_key": key, "port": 0})
+    with served(loop, secure) as server:
+        told = secure.model_copy(update={"port": server.port})
+        assert wrong(asked(told)) == {}
+        renewed, _ = authority.issue("other").write(tmp_path, "renewed")
+        stale = wrong(asked(told.model_copy(update={"tls_certificate": renewed})))
+        assert stale["server"].state == "fail"
+        assert wrong(asked(whole.model_copy(update={"port": server.port})))["server"].state == "fail"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    variables = {**environment(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    ran = subprocess.run(
+        [*COMMAND, "doctor", *arguments], env=variables, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert not ran.stderr, ran.stderr
+    return ran.returncode, ran.stdout
+
+
+def test_the_command(whole: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f'bundle = "{whole.bundle}"\ngalleries = "{whole.galleries}"\nport = {whole.port}\n')
+    code, text = run("--settings", str(file))
+    assert code == 0, text
+    assert text.splitlines()[-1].endswith("0 failed, 1 with a warning")  # no server runs
+    file.write_text(file.read_text() + "prot = 3\n")
+    code, text = run("--settings", str(file), "--json")
+    assert code == 1
+    (finding,) = json.loads(text)
+    assert (finding["check"], finding["state"]) == ("settings", "fail")
+    assert "did you mean port?" in finding["what"]

@@ -1,0 +1,202 @@
+"""A full server over the wire: what it says, whom it lets in all the same, and what it gives back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from embedding.encoder import Encoder
+from index.gallery import Gallery
+from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
+from service.server import Server
+from service.settings import Settings
+from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, unit
+
+
+@pytest.fixture(scope="module")
+def small(loop: Loop, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with little room."""
+    few = {
+        "galleries": tmp_path_factory.mktemp("galleries"),
+        "max_waiting_images": 4,
+        "max_calls": 12,
+        "max_request_bytes": 64 * 1024,
+        "max_waiting_tasks": 3,
+        "gallery_threads": 1,
+        "max_batch": 3,
+        "max_k": 7,
+        "max_metadata_bytes": 4096,
+    }
+    with served(loop, settings.model_copy(update=few)) as server:
+        yield server
+
+
+@pytest.fixture
+def stubs(small: Server) -> Iterator[Stubs]:
+    with connected(small.address) as stubs:
+        yield stubs
+
+
+class HeldUp:
+    """The encoder, held up until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        encode = Encoder.encode_pixels
+
+        def held(*args: Any) -> Any:
+            self.entered.set()
+            assert self.let_go.wait(timeout=20)
+            return encode(*args)
+
+        monkeypatch.setattr(Encoder, "encode_pixels", held)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldUp]:
+    held = HeldUp(monkeypatch)
+    yield held
+    held.let_go.set()
+
+
+def pair(seed: int) -> match_pb2.VerifyRequest:
+    return match_pb2.VerifyRequest(a=encoded(seed), b=encoded(seed + 1))
+
+
+def detail(status: status_pb2.Status, kind: Any) -> Any:
+    (found,) = [each for each in status.details if each.Is(kind.DESCRIPTOR)]
+    found.Unpack(kind)
+    return kind
+
+
+def check_overloaded(error: grpc.RpcError, subject: str) -> None:
+    status = rich(error)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert info(status).reason == "OVERLOADED"
+    assert 0 < detail(status, error_details_pb2.RetryInfo()).retry_delay.ToTimedelta().total_seconds() <= 30
+    (violation,) = detail(status, error_details_pb2.QuotaFailure()).violations
+    assert violation.subject == subject
+    assert "try again in" in status.message
+
+
+def test_a_full_encoder_refuses_calls_and_holds_streams_back(stubs: Stubs, held: HeldUp) -> None:
+    first = stubs.match.Verify.future(pair(2000))
+    assert held.entered.wait(timeout=20)
+    second = stubs.match.Verify.future(pair(2002))
+    errors = []
+    while not errors:  # until the second has arrived
+        probe = stubs.match.Embed.future(match_pb2.EmbedRequest(image=encoded(2004)))
+        try:
+            error = probe.exception(timeout=0.5)
+            errors.append(error)
+        except grpc.FutureTimeoutError:
+            probe.cancel()
+    check_overloaded(errors[0], "images")
+    gallery, search = "g-streams", stubs.search.StreamSearch
+    stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+
+    def requests() -> Iterator[search_pb2.StreamSearchRequest]:
+        yield search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery=f"galleries/{gallery}"))
+        for i in range(9):
+            yield search_pb2.StreamSearchRequest(id=str(i), query=encoded(2010 + i))
+
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(lambda: [(each.id, each.WhichOneof("result")) for each in search(requests())])
+        held.let_go.set()
+        assert answers.result(timeout=20) == [(str(i), "neighbors") for i in range(9)]
+    assert first.result(timeout=20).decision.distance > 0
+    assert second.result(timeout=20).decision.distance > 0
+    stubs.match.Verify(pair(2004))
+
+
+def test_of_many_calls_some_are_refused_and_the_rest_answered(stubs: Stubs, held: HeldUp) -> None:
+    calls = [stubs.match.Verify.future(pair(2100 + 2 * i)) for i in range(12)]
+    refused = [call.exception(timeout=20) for call in calls if call.done() or _ends(call)]
+    assert held.entered.is_set()
+    assert refused
+    for error in refused:
+        check_overloaded(error, "images" if "images" in error.details() else "calls")
+    assert len(refused) < len(calls)
+    held.let_go.set()
+    assert all(call.result(timeout=20).decision.distance > 0 for call in calls if call.exception(timeout=20) is None)
+
+
+def _ends(call: Any) -> bool:
+    try:
+        call.exception(timeout=0.5)
+    except grpc.FutureTimeoutError:
+        return False
+    return True
+
+
+def test_the_bytes_of_requests_in_flight_are_bounded(stubs: Stubs, held: HeldUp) -> None:
+    first = stubs.match.Verify.future(pair(2200))
+    assert held.entered.wait(timeout=20)
+    large = match_pb2.VerifyRequest(a=common_pb2.ImageInput(encoded=bytes(70_000)), b=encoded(1))
+    check_overloaded(refused(stubs.match.Verify, large), "requests")
+    held.let_go.set()
+    first.result(timeout=20)
+    assert refused(stubs.match.Verify, large).code() is grpc.StatusCode.INVALID_ARGUMENT  # alone it may be as large
+
+
+def test_a_full_pool_refuses_searches(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs.fill("g-pool", {"x": encoded(1)})
+    entered, let_go = threading.Event(), threading.Event()
+    search = Gallery.search
+
+    def slow(*args: Any, **options: Any) -> Any:
+        entered.set()
+        assert let_go.wait(timeout=20)
+        return search(*args, **options)
+
+    monkeypatch.setattr(Gallery, "search", slow)
+    query = common_pb2.ImageInput(embedding=unit(1.0))
+    request = search_pb2.SearchRequest(gallery="galleries/g-pool", query=query)
+    calls = [stubs.search.Search.future(request) for _ in range(3)]
+    assert entered.wait(timeout=20)
+    error = None
+    while error is None:
+        calls.append(stubs.search.Search.future(request))
+        error = calls[-1].exception(timeout=20) if _ends(calls[-1]) else None
+    check_overloaded(error, "searches, reads and writes")
+    let_go.set()
+    assert all(len(call.result(timeout=20).neighbors) == 1 for call in calls[:3])
+
+
+def test_cancelled_calls_give_back_what_they_held(stubs: Stubs, held: HeldUp) -> None:
+    for _ in range(5):
+        calls = [stubs.match.Verify.future(pair(2300 + 2 * i)) for i in range(6)]
+        assert held.entered.wait(timeout=20)
+        for call in calls:
+            call.cancel()
+    held.let_go.set()
+    codes = [grpc.StatusCode.RESOURCE_EXHAUSTED]
+    while codes[-1] is grpc.StatusCode.RESOURCE_EXHAUSTED:  # until the end of all has been heard of
+        call = stubs.match.Verify.future(pair(2400), timeout=20)
+        codes.append(call.code())
+    assert codes[-1] is grpc.StatusCode.OK
+
+
+def test_limits_of_batches_and_neighbours_are_settings(stubs: Stubs) -> None:
+    pairs = [match_pb2.ImagePair(a=encoded(1), b=encoded(1))] * 4
+    error = refused(stubs.match.BatchVerify, match_pb2.BatchVerifyRequest(pairs=pairs))
+    assert "1 to 3 elements" in error.details()
+    query = common_pb2.ImageInput(embedding=unit(1.0))
+    stubs.fill("g-limits", {"x": encoded(1)})
+    request = search_pb2.SearchRequest(gallery="galleries/g-limits", query=query, k=8)
+    assert "1..7" in refused(stubs.search.Search, request).details()
+    request.k = 0
+    assert len(stubs.search.Search(request).neighbors) == 1
+
+
+def test_large_metadata_is_refused(stubs: Stubs) -> None:
+    stubs.models.ListModels(model_pb2.ListModelsRequest(), metadata=(("note", "x" * 2000),))
+    with pytest.raises(grpc.RpcError) as caught:
+        stubs.models.ListModels(model_pb2.ListModelsRequest(), metadata=(("note", "x" * 5000),))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
