@@ -16,8 +16,10 @@ import grpc.aio
 from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
-from lookalike import _calls
-from lookalike._calls import Batch, Call, Collected, Page, Stream
+from lookalike._calls.items import GALLERY
+from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
+from lookalike._calls.models import is_serving
+from lookalike._calls.upkeep import OPERATIONS
 from lookalike._secure import Access
 from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
@@ -40,7 +42,7 @@ _POLL_SECONDS = 0.1
 # What is repeated while the server is unavailable. Reads may be; and so may writes, because each carries a request_id
 # under which the server does it once and answers a repetition as the first time. An import tells how far it came: to
 # begin again is the caller's decision.
-_NEVER_REPEATED = {(_calls.GALLERY, "ImportItems"), (_calls.OPERATIONS, "DeleteOperation")}
+_NEVER_REPEATED = {(GALLERY, "ImportItems"), (OPERATIONS, "DeleteOperation")}
 _REPEATED = [
     {"service": method.containing_service.full_name, "method": method.name}
     for module in (alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, operations_pb2, search_pb2, upkeep_pb2)
@@ -183,7 +185,7 @@ class Transport(_Settings):
         return self._channel.unary_unary(f"/{call.method}")
 
     def _serving_by(self, give_up: float) -> bool:
-        call = _calls.is_serving()
+        call = is_serving()
         patience = max(give_up - time.monotonic(), 0.001)
         try:
             response = self._method(call)(call.request, timeout=patience, wait_for_ready=True)
@@ -260,7 +262,7 @@ class AsyncTransport(_Settings):
         return self._channel.unary_unary(f"/{call.method}")
 
     async def _serving_by(self, give_up: float) -> bool:
-        call = _calls.is_serving()
+        call = is_serving()
         patience = max(give_up - time.monotonic(), 0.001)
         try:
             response = await self._method(call)(call.request, timeout=patience, wait_for_ready=True)
