@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable
 
 from lookalike import _messages as messages
 from lookalike._calls.kinds import PAGE_SIZE, Batch, Call, Page, Stream, call, new_id
@@ -80,22 +80,25 @@ def update_item(gallery: str, item: NewItem, *, fields: Iterable[str] = (), allo
     )
 
 
-def import_items(gallery: str, items: Iterable[NewItem], *, existing_only: bool = False) -> Stream[Imported]:
+def import_items(
+    gallery: str, items: Iterable[NewItem] | AsyncIterable[NewItem], *, existing_only: bool = False
+) -> Stream[Imported]:
     """Store any number of items over one call and tell, again and again, how many are durable.
 
-    Items are read ahead of the acknowledgements. It has no time limit; iterate to its end.
+    At most a window of items is read ahead of the acknowledgements. It has no time limit; iterate to its end.
     """
     config = gallery_pb2.ImportItemsConfig(parent=messages.gallery_name(gallery), existing_only=existing_only)
 
-    def requests() -> Iterator[bytes]:
-        yield gallery_pb2.ImportItemsRequest(config=config).SerializeToString()
-        for item in items:
-            yield gallery_pb2.ImportItemsRequest(item=messages.update_request(gallery, item)).SerializeToString()
+    def pack(item: NewItem) -> bytes:
+        return gallery_pb2.ImportItemsRequest(item=messages.update_request(gallery, item)).SerializeToString()
 
     return Stream(
         f"{GALLERY}/ImportItems",
-        requests(),
+        gallery_pb2.ImportItemsRequest(config=config).SerializeToString(),
+        items,
+        pack,
         lambda data: messages.imported(gallery_pb2.ImportItemsResponse.FromString(data)),
+        lambda told, before: told.acknowledged,
     )
 
 

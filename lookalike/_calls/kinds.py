@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
@@ -46,9 +46,15 @@ class Stream(Generic[ResultT]):
     """A call that sends any number of messages and gives a result for each that comes back."""
 
     method: str
-    requests: Iterator[bytes]
-    """Made one at a time, as they are sent."""
+    first: bytes
+    """The message that precedes those of the elements."""
+    elements: Iterable[Any] | AsyncIterable[Any]
+    """Taken one at a time, as they are sent."""
+    pack: Callable[[Any], bytes]
+    """The message of an element."""
     parse: Callable[[bytes], ResultT]
+    answered: Callable[[ResultT, int], int] = lambda result, before: before + 1
+    """How many elements are answered once a result is there, from how many were before."""
 
 
 @dataclass(frozen=True, slots=True)

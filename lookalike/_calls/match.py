@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, Iterable
 
 from lookalike import _messages as messages
 from lookalike._calls.kinds import Batch, Call, Stream, call
@@ -51,23 +51,26 @@ def verify_batch(
 
 
 def verify_stream(
-    pairs: Iterable[tuple[ImageLike, ImageLike]], *, operating_point: OperatingPoint | None = None
+    pairs: Iterable[tuple[ImageLike, ImageLike]] | AsyncIterable[tuple[ImageLike, ImageLike]],
+    *,
+    operating_point: OperatingPoint | None = None,
 ) -> Stream[Decision | CallFailed]:
     """Decide any number of pairs over one call: for each, in order and as soon as it is there, the decision, or the
-    error that this pair alone met. Pairs are read ahead of the answers. It has no time limit."""
+    error that this pair alone met. At most a window of pairs is read ahead of the answers. It has no time limit."""
     config = match_pb2.StreamVerifyConfig(operating_point=messages.operating_point(operating_point))
 
-    def requests() -> Iterator[bytes]:
-        yield match_pb2.StreamVerifyRequest(config=config).SerializeToString()
-        for a, b in pairs:
-            pair = match_pb2.ImagePair(a=messages.image_input(a), b=messages.image_input(b))
-            yield match_pb2.StreamVerifyRequest(pair=pair).SerializeToString()
+    def pack(images: tuple[ImageLike, ImageLike]) -> bytes:
+        a, b = images
+        pair = match_pb2.ImagePair(a=messages.image_input(a), b=messages.image_input(b))
+        return match_pb2.StreamVerifyRequest(pair=pair).SerializeToString()
 
     def parse(data: bytes) -> Decision | CallFailed:
         response = match_pb2.StreamVerifyResponse.FromString(data)
         return from_status(response.error) if response.HasField("error") else messages.decision(response.decision)
 
-    return Stream(f"{MATCH}/StreamVerify", requests(), parse)
+    return Stream(
+        f"{MATCH}/StreamVerify", match_pb2.StreamVerifyRequest(config=config).SerializeToString(), pairs, pack, parse
+    )
 
 
 def embed(image: ImageLike) -> Call[Embedding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Iterable, Sequence
 
 import grpc
 
@@ -129,7 +129,7 @@ def search_matches(
 
 def search_stream(
     gallery: str,
-    queries: Iterable[ImageLike],
+    queries: Iterable[ImageLike] | AsyncIterable[ImageLike],
     *,
     k: int = 10,
     operating_point: OperatingPoint | None = None,
@@ -138,7 +138,7 @@ def search_stream(
     metadata: bool = True,
 ) -> Stream[Neighbors | CallFailed]:
     """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
-    error that this image alone met. Images are read ahead of the answers. It has no time limit."""
+    error that this image alone met. At most a window of images is read ahead of the answers. It has no time limit."""
     config = search_pb2.StreamSearchConfig(
         gallery=messages.gallery_name(gallery),
         k=_checked_k(k),
@@ -148,16 +148,20 @@ def search_stream(
         read_mask=messages.neighbor_mask(metadata),
     )
 
-    def requests() -> Iterator[bytes]:
-        yield search_pb2.StreamSearchRequest(config=config).SerializeToString()
-        for query in queries:
-            yield search_pb2.StreamSearchRequest(query=messages.image_input(query)).SerializeToString()
+    def pack(query: ImageLike) -> bytes:
+        return search_pb2.StreamSearchRequest(query=messages.image_input(query)).SerializeToString()
 
     def parse(data: bytes) -> Neighbors | CallFailed:
         response = search_pb2.StreamSearchResponse.FromString(data)
         return from_status(response.error) if response.HasField("error") else messages.neighbors(response.neighbors)
 
-    return Stream(f"{SEARCH}/StreamSearch", requests(), parse)
+    return Stream(
+        f"{SEARCH}/StreamSearch",
+        search_pb2.StreamSearchRequest(config=config).SerializeToString(),
+        queries,
+        pack,
+        parse,
+    )
 
 
 def _checked_k(k: int) -> int:

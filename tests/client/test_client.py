@@ -79,8 +79,8 @@ class TestVerify:
             client.verify(png(1), png(2), operating_point=OperatingPoint(target_far=0.1, threshold=1.0))
 
     def test_an_array_that_is_no_embedding_is_refused(self, client: Client) -> None:
-        with pytest.raises(ValueError, match="floating-point array"):
-            client.verify(np.zeros((8, 8), np.uint8), png(2))
+        with pytest.raises(ValueError, match=r"floating-point \[D\]"):
+            client.verify(np.zeros((8, 8)), png(2))
 
     def test_a_missing_file_is_an_ordinary_error(self, client: Client, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
