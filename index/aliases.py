@@ -17,16 +17,34 @@ FILE = ".aliases.json"
 
 class Aliases:
     """The aliases of one folder of galleries; every method may be called from any thread, `put` and `delete` by the
-    process alone that holds the folder for writing. Opened read-only they are those of the moment of opening.
+    process alone that holds the folder for writing. Opened read-only they are those of the moment of opening, and those
+    of the moment of asking when they `follow`.
 
     Raises DamagedData when the file cannot be understood.
     """
 
-    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False, follow: bool = False) -> None:
+        read_only = read_only or follow
+        self._follow = follow
         self._path = root / FILE
         self._read_only = read_only
         self._changing = threading.Lock()
-        self._targets: Mapping[str, str] = _read(self._path)
+        self._seen = self._look()
+        self._read_targets: Mapping[str, str] = _read(self._path)
+
+    @property
+    def _targets(self) -> Mapping[str, str]:
+        if self._follow and (now := self._look()) != self._seen:
+            self._read_targets, self._seen = _read(self._path), now
+        return self._read_targets
+
+    def _look(self) -> tuple[int, int]:
+        """Changes with every replacement of the file."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return 0, 0
+        return found.st_ino, found.st_mtime_ns
 
     def resolve(self, name: str) -> str:
         """The gallery that `name` stands for; itself when it is no alias."""
@@ -74,7 +92,7 @@ class Aliases:
             sync_folder(self._path.parent)
         except OSError as error:
             raise StorageFailed(f"the disk refused {self._path}: {error.strerror or error}") from error
-        self._targets = targets
+        self._read_targets = targets
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -50,11 +50,23 @@ class Catalog:
     """The galleries of one folder, opened when first asked for; every method may be called from any thread.
 
     A writer makes the folder where it is missing. Raises Busy, naming the process, when another writes to it, and
-    StorageFailed when the disk refuses. A read-only catalog shows each gallery as it was when it was opened.
+    StorageFailed when the disk refuses. A read-only catalog shows each gallery as it was when it was opened; one that
+    follows shows all that was acknowledged before it is asked, by a writer that is told that it is `followed`.
     """
 
-    def __init__(self, root: Path, *, read_only: bool = False, seal_after: int = SEAL_AFTER) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        read_only: bool = False,
+        seal_after: int = SEAL_AFTER,
+        follow: bool = False,
+        followed: bool = False,
+    ) -> None:
+        read_only = read_only or follow
         self.root = root
+        self._follow = follow
+        self._followed = followed
         self._read_only = read_only
         self._seal_after = seal_after
         self._open: dict[str, Gallery] = {}
@@ -96,12 +108,12 @@ class Catalog:
 
         Raises NotFound, ModelMismatch, or DamagedData for a gallery that cannot be opened.
         """
-        gallery = self._open.get(gallery_id)
-        if gallery is None or gallery.closed:
+        gallery = self.opened(gallery_id)
+        if gallery is None:
             path = self._path(gallery_id)
             with self._changing:
-                gallery = self._open.get(gallery_id)
-                if gallery is None or gallery.closed:
+                gallery = self.opened(gallery_id)
+                if gallery is None:
                     gallery = self._opened(gallery_id, path)
         if model is not None:
             gallery.check_model(model)
@@ -110,7 +122,9 @@ class Catalog:
     def opened(self, gallery_id: str) -> Gallery | None:
         """The gallery of this name if it is open."""
         gallery = self._open.get(gallery_id)
-        return None if gallery is None or gallery.closed else gallery
+        if gallery is None or gallery.closed or (self._follow and not gallery.is_there()):
+            return None
+        return gallery
 
     def list(self) -> Galleries:
         """The galleries that can be opened, by name; `survey` tells of the others too."""
@@ -202,7 +216,14 @@ class Catalog:
     def _opened(self, gallery_id: str, path: Path) -> Gallery:
         if not path.is_dir():
             raise _no_gallery(gallery_id)
-        gallery = Gallery(gallery_id, path, read_only=self._read_only, seal_after=self._seal_after)
+        gallery = Gallery(
+            gallery_id,
+            path,
+            read_only=self._read_only,
+            seal_after=self._seal_after,
+            follow=self._follow,
+            followed=self._followed,
+        )
         self._open[gallery_id] = gallery
         return gallery
 

@@ -34,6 +34,7 @@ from index.engine import (
     Verification,
 )
 from index.exact import Keys
+from index.follow import Following
 from index.items import (
     MAX_K,
     MAX_MATCHES,
@@ -66,9 +67,22 @@ _ALONE_BELOW = 8  # queries, below which other threads would not pay
 class Gallery:
     """One gallery in its folder; implements `index.engine.GalleryEngine`."""
 
-    def __init__(self, gallery_id: str, folder: Path, *, read_only: bool = False, seal_after: int = SEAL_AFTER) -> None:
+    def __init__(
+        self,
+        gallery_id: str,
+        folder: Path,
+        *,
+        read_only: bool = False,
+        seal_after: int = SEAL_AFTER,
+        follow: bool = False,
+        followed: bool = False,
+    ) -> None:
         limit_blas()
-        self._live = Live(gallery_id, folder, read_only=read_only, seal_after=seal_after)
+        self._live = (
+            Following(gallery_id, folder)
+            if follow
+            else Live(gallery_id, folder, read_only=read_only, seal_after=seal_after, followed=followed)
+        )
 
     @staticmethod
     def create(
@@ -97,17 +111,21 @@ class Gallery:
     @property
     def size(self) -> int:
         """Items in the gallery."""
-        return self._live.snapshot.size
+        return self._live.newest().size
 
     @property
     def generation(self) -> int:
         """Counts writes; a search answers from this generation or a later one."""
-        return self._live.snapshot.generation
+        return self._live.newest().generation
 
     @property
     def closed(self) -> bool:
         """Whether `close` has been called; the catalog then opens the gallery anew."""
         return self._live.closed
+
+    def is_there(self) -> bool:
+        """Whether its folder still holds it: another process may have deleted it, or made another of its name."""
+        return self._live.is_there()
 
     def check_model(self, model: ModelRef) -> None:
         """Raises ModelMismatch unless this gallery holds embeddings of `model`."""
@@ -116,7 +134,9 @@ class Gallery:
 
     def is_quick(self, *, k: int, effort: Effort | None = None) -> bool:
         """Whether a search without a filter takes well under a millisecond, so that another thread would not pay."""
-        return k <= _QUICK_K and self._live.snapshot.search(self._effort(effort), k).is_quick
+        if k > _QUICK_K or not self._live.is_newest():
+            return False
+        return self._live.snapshot.search(self._effort(effort), k).is_quick
 
     # Searching. A snapshot that a local variable refers to keeps the item versions that it shows from being purged.
 
@@ -137,7 +157,7 @@ class Gallery:
         query_D = checked_embedding(query_D, self.model.embedding_dim, field="query")
         excluded = frozenset(exclude)
         enough = k + len(excluded)
-        snapshot = self._live.snapshot
+        snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(self._effort(effort), enough, rows)
         (answer,) = search.nearest(query_D[None], enough, deadline)
@@ -167,7 +187,7 @@ class Gallery:
             return []
         excluded = [frozenset(names) for names in exclude] if exclude else [frozenset[str]()] * len(checked)
         enough = k + max(map(len, excluded))
-        snapshot = self._live.snapshot
+        snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(self._effort(effort), enough, rows)
         exact = snapshot.search(Exact(), enough, rows) if search.ways else search
@@ -210,7 +230,7 @@ class Gallery:
         check_count(limit, MAX_MATCHES, field="limit")
         self._check_judge(judge)
         query_D = checked_embedding(query_D, self.model.embedding_dim, field="query")
-        snapshot = self._live.snapshot
+        snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(effort or Exact(), None, rows)
         answer = search.within(query_D, judge.threshold, deadline)

@@ -43,6 +43,9 @@ from index.threads import step_back
 SEAL_AFTER = 4096
 """Fresh rows that are worth a new segment."""
 
+FOLLOWED_SECONDS = 10.0
+"""How long what died is kept for readers in other processes: the most that one of their searches may take."""
+
 STORE = "store.sqlite"
 SEGMENTS = "segments"
 SUMS = "sums.json"
@@ -64,7 +67,9 @@ _log = logging.getLogger(__name__)
 class Live:
     """The state of one gallery in its folder; every method may be called from any thread."""
 
-    def __init__(self, gallery_id: str, folder: Path, *, read_only: bool, seal_after: int) -> None:
+    def __init__(
+        self, gallery_id: str, folder: Path, *, read_only: bool, seal_after: int, followed: bool = False
+    ) -> None:
         self.id = gallery_id
         self.folder = folder
         self.read_only = read_only
@@ -81,7 +86,9 @@ class Live:
         self._waiting: deque[_Ticket] = deque()
         self._sealer: threading.Thread | None = None
         self._shown: list[weakref.ref[Snapshot]] = []  # every snapshot that a reader may still use
-        self.store = Store(folder / STORE, read_only=read_only)
+        self._followed = followed
+        self._lately: deque[tuple[float, Snapshot]] = deque()  # what followers in other processes may still use
+        self.store = self._opened_store()
         try:
             self.settings = _settings(self.store)
             self._load()
@@ -92,6 +99,18 @@ class Live:
     @property
     def segments_folder(self) -> Path:
         return self.folder / SEGMENTS
+
+    def newest(self) -> Snapshot:
+        """What readers see, all that was acknowledged before the call included."""
+        return self.snapshot
+
+    def is_there(self) -> bool:
+        """Whether the folder holds this gallery; only another process could change that."""
+        return True
+
+    def is_newest(self) -> bool:
+        """Whether `newest` returns at once."""
+        return True
 
     # Writing
 
@@ -255,6 +274,9 @@ class Live:
 
     # Within
 
+    def _opened_store(self) -> Store:
+        return Store(self.folder / STORE, read_only=self.read_only)
+
     def _load(self) -> None:
         """Show what the store holds, taking vectors from segments where these are sound."""
         self._sums = Sums(self.folder / SUMS)
@@ -299,6 +321,10 @@ class Live:
 
     def _show(self, snapshot: Snapshot) -> None:
         self._shown.append(weakref.ref(snapshot))
+        if self._followed:
+            self._lately.append((time.monotonic(), snapshot))
+            while self._lately[0][0] < time.monotonic() - FOLLOWED_SECONDS:
+                self._lately.popleft()
         self.snapshot = snapshot
         """What readers see: one reference, replaced as a whole."""
 

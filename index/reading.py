@@ -59,15 +59,16 @@ class SealedRange:
 class Reading:
     """The reading half of a store; it also opens and closes the file."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, pinned: bool = True) -> None:
         self._path = path
-        self._read_only = read_only
+        pinned = read_only and pinned
         self._own = connect(path, read_only=read_only)  # the writer's, or the one that a read-only store pins
-        self._readers = Readers(path, pinned=self._own if read_only else None)
+        self._readers = Readers(path, pinned=self._own if pinned else None)
+        self._is_pinned = pinned
         try:
             with translated(path):
                 check_tables(self._own, path, read_only=read_only)
-                if read_only:
+                if pinned:
                     self._own.execute("BEGIN")
                 self.header = self._header()
         except BaseException:
@@ -77,12 +78,18 @@ class Reading:
     def close(self) -> None:
         """Close all connections; those in use by reading threads close as these finish."""
         self._readers.close()
-        if not self._read_only:
+        if not self._is_pinned:
             self._own.close()
 
     @property
     def path(self) -> Path:
         return self._path
+
+    def version(self) -> int:
+        """Changes whenever another process has committed anything."""
+        with translated(self._path):
+            version: int = self._own.execute("PRAGMA data_version").fetchone()[0]
+        return version
 
     def get(self, name: str) -> Item:
         """Raises NotFound."""
@@ -165,7 +172,7 @@ class Reading:
     def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
         condition, parameters = allowed.sql()
-        with self._readers.lend() as connection, interrupted_by(None if self._read_only else deadline, connection):
+        with self._readers.lend() as connection, interrupted_by(None if self._is_pinned else deadline, connection):
             rows = connection.execute(
                 f"SELECT key FROM items WHERE generation <= ? AND (died IS NULL OR died > ?) AND ({condition})",
                 (generation, generation, *parameters),
@@ -180,10 +187,12 @@ class Reading:
             rows = connection.execute("SELECT digest, first_key, last_key, generation FROM segments ORDER BY position")
             return [SealedRange(digest=d, first_key=f, last_key=last, generation=g) for d, f, last, g in rows]
 
-    def tombstones(self) -> Keys:
-        """Keys of items that died since their segment was written."""
+    def tombstones(self, *, since: int = -1) -> Keys:
+        """Keys of items that died since their segment was written, and after generation `since`."""
         with self._readers.lend() as connection:
-            return np.fromiter((key for (key,) in connection.execute("SELECT key FROM tombstones")), np.int64)
+            return np.fromiter(
+                (key for (key,) in connection.execute("SELECT key FROM tombstones WHERE died > ?", (since,))), np.int64
+            )
 
     def vectors(self, first_key: int, last_key: int | None = None) -> Iterator[tuple[Keys, Vectors]]:
         """Keys and embeddings of the living items with a key in this range, rising, a block at a time."""

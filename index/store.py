@@ -86,11 +86,12 @@ Outcome = Written | LookalikeError | sqlite3.Error
 class Store(Reading):
     """One gallery's SQLite file. Reads come from any thread; writes from one at a time.
 
-    Opened read-only it shows the moment of opening, whatever another process writes afterwards.
+    Opened read-only it shows the moment of opening, whatever another process writes afterwards, unless it is not
+    `pinned`: then each read shows the newest commit.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        super().__init__(path, read_only=read_only)
+    def __init__(self, path: Path, *, read_only: bool = False, pinned: bool = True) -> None:
+        super().__init__(path, read_only=read_only, pinned=pinned)
         self._book = Book(self._own)
 
     def write(self, writes: Sequence[Write], *, oldest_read: int) -> list[Outcome]:
