@@ -6,12 +6,16 @@ INSTALLED := $(VENV)/.installed
 PROTO_VENV := .venv-proto
 PROTO_INSTALLED := $(PROTO_VENV)/.installed
 STUBS := lookalike/v1
+# The package carries the server's binary; of what it asks for, the server needs nothing.
+MILVUS_VENV := .venv-milvus
+MILVUS_INSTALLED := $(MILVUS_VENV)/.installed
+MILVUS := milvus==2.3.5
 # Stubs of this generator import on every protobuf and grpcio from 5.29 and 1.71 on, so users need no upgrade. The list is
 # whole and installed as it is: the generator asks for an older protobuf than its typing plugin, and runs on the newer.
 PROTO_TOOLS := grpcio-tools==1.71.2 grpcio==1.85.1 mypy-protobuf==5.1.0 protobuf==7.36.2 setuptools==80.9.0 \
 	types-protobuf==7.35.1.20260906 typing-extensions==4.16.0
 
-.PHONY: help demo test test-slow test-hostile fuzz check format proto proto-check breaking clean
+.PHONY: help demo test test-slow test-hostile test-milvus fuzz check format proto proto-check breaking clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +28,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PROTO_INSTALLED): Makefile
 	$(PROTO_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(PROTO_VENV)
 	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PROTO_TOOLS)
+	touch $@
+
+$(MILVUS_INSTALLED): Makefile
+	$(MILVUS_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(MILVUS_VENV)
+	$(MILVUS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MILVUS)
 	touch $@
 
 demo: $(INSTALLED) ## train, calibrate, index, serve and ask, on handwritten digits
@@ -41,6 +50,10 @@ fuzz: $(INSTALLED) ## look for inputs that break decoders and parsers, two minut
 
 test-hostile: $(INSTALLED) ## the longer tests of clients that dawdle, vanish, cancel and send nonsense
 	$(BIN)/python -m pytest -m slow tests/service/test_hostile.py
+
+test-milvus: $(INSTALLED) $(MILVUS_INSTALLED) ## the contract of gallery engines on a Milvus server
+	LOOKALIKE_MILVUS_SERVER=$(CURDIR)/$(MILVUS_VENV)/bin/milvus-server OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -m milvus tests/index/test_milvus_server.py
 
 check: $(INSTALLED) proto-check breaking ## format, lint, types, import arrows, the wire contract
 	$(BIN)/ruff format --check .
@@ -74,4 +87,4 @@ breaking: $(INSTALLED) ## refuse wire changes that break clients of main
 	else echo "no branch main here to compare the wire contract with"; fi
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(PROTO_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PROTO_VENV) $(MILVUS_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

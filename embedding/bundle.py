@@ -297,8 +297,10 @@ def _read_verified(path: Path, only: Sequence[str] | None = None) -> dict[str, b
         raise DamagedData(
             f"the bundle at {path} lacks {Path(error.filename).name}; restore it or train again"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise StorageFailed(f"cannot read the bundle at {path}: {error}") from error
+    except ValueError as error:  # not ASCII, or a name that no file can have
+        raise DamagedData(f"{path / SUMS} is no list of checksums: {error}; restore the bundle") from error
     for name, content in files.items():
         if sums.get(name) != hashlib.sha256(content).hexdigest():
             raise DamagedData(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections import deque
@@ -77,10 +78,34 @@ def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
     if not path.is_file():
         raise DamagedData(f"{path} is missing; restore it from a copy")
     uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
+    if read_only and _is_frozen(path):
+        uri += "&immutable=1"
     with translated(path):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous = FULL")
     return connection
+
+
+def _is_frozen(path: Path) -> bool:
+    """Whether nobody can change the file. SQLite then needs none of the files that it keeps beside a shared one.
+
+    Raises StorageFailed where it can neither be shared nor be taken as it is.
+    """
+    beside = path.with_name(f"{path.name}-shm")
+    if beside.exists() or os.access(path.parent, os.W_OK):
+        return False
+    journal = path.with_name(f"{path.name}-wal")
+    if journal.exists() and journal.stat().st_size:
+        raise StorageFailed(
+            f"{path} cannot be read from a folder that is not writable: its last writes still stand in {journal.name}; "
+            "open it for writing once, which moves them, or copy the folder to where it can be written"
+        )
+    if not os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise StorageFailed(
+            f"{path} cannot be read safely from a folder that this user may not write to and others may; let this user "
+            "write to it, mount it read-only, or read a snapshot restored elsewhere"
+        )
+    return True
 
 
 @contextmanager

@@ -141,6 +141,8 @@ def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadlin
     dist_P = distances_of_pairs(queries_QD[query_P], gather([span.vectors_ND for span in spans], rows_P))
     ends_Q = np.searchsorted(query_P, np.arange(len(queries_QD) + 1))
     for query, query_D in enumerate(queries_QD):
+        if deadline:
+            deadline.check()
         if whole_Q[query]:
             here = slice(ends_Q[query], ends_Q[query + 1])
             yield _cut(rows_P[here], dist_P[here], k)

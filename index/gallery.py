@@ -60,6 +60,7 @@ _Ints = list[int]
 _Floats = list[float]
 
 _QUICK_K = 100  # neighbours, whose items take longer than half a millisecond to read and form
+_ITEMS_AT_ONCE = 250  # read and judged between two looks at the deadline: about 5 ms
 _ALONE_BELOW = 8  # queries, below which other threads would not pay
 
 
@@ -163,7 +164,7 @@ class Gallery:
         if search.ways and len(answer[0]) < min(enough, snapshot.size if rows is None else rows.size):
             search = snapshot.search(Exact(), enough, rows)
             (answer,) = search.nearest(query_D[None], enough, deadline)
-        return self._found(search, answer, k, judge, excluded)
+        return self._found(search, answer, k, judge, excluded, deadline)
 
     def search_batch(
         self,
@@ -199,7 +200,7 @@ class Gallery:
                 used, one = search, keys_and_distances
                 if len(one[0]) < wanted:
                     used, (one,) = exact, exact.nearest(some_QD[at : at + 1], enough, deadline)
-                found.append(self._found(used, one, k, judge, excluded[start + at]))
+                found.append(self._found(used, one, k, judge, excluded[start + at], deadline))
             return found
 
         share = -(-len(checked) // max(1, threads or CORES))
@@ -233,7 +234,7 @@ class Gallery:
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(effort or Exact(), None, rows)
         answer = search.within(query_D, judge.threshold, deadline)
-        return self._found(search, answer, limit, judge, frozenset(exclude), all_of_them=True)
+        return self._found(search, answer, limit, judge, frozenset(exclude), deadline, all_of_them=True)
 
     # Reading
 
@@ -291,10 +292,10 @@ class Gallery:
         return len(self._live.write(write).died_R)
 
     def purge(self, allowed: Filter, *, deadline: Deadline | None = None, receipt: Receipt | None = None) -> int:
-        """Delete every accepted item in one write, and return how many there were."""
+        """Delete every accepted item in one write, and return how many there were; none when the deadline passes."""
         if deadline:
             deadline.check()
-        return len(self._live.write(Purge(allowed=allowed, receipt=receipt)).died_R)
+        return len(self._live.write(Purge(allowed=allowed, deadline=deadline, receipt=receipt), deadline).died_R)
 
     def configure(self, settings: IndexSettings, *, token: Token | None = None) -> None:
         """Store how the gallery is to be indexed; it holds from the next sealing on."""
@@ -356,19 +357,27 @@ class Gallery:
         most: int,
         judge: Judge,
         excluded: frozenset[str],
+        deadline: Deadline | None,
         *,
         all_of_them: bool = False,
     ) -> Found:
         """The `most` nearest, with their items and decisions, without the excluded."""
         keys_R, dist_R = answer
         enough = most + len(excluded)
-        keys, dists = self._first(keys_R, dist_R, enough + all_of_them)
-        items = self._live.store.items(np.array(keys, np.int64))
-        neighbors = [
-            Neighbor(item=item, decision=judge.judge(distance))
-            for key, distance in zip(keys, dists, strict=True)
-            if (item := items[key]).name not in excluded
-        ]
+        keys_R, dist_R = self._first(keys_R, dist_R, enough + all_of_them)
+        order_R = np.argsort(dist_R)  # so that the sort by name has little left to do
+        keys_R, dist_R = keys_R[order_R], dist_R[order_R]
+        neighbors: list[Neighbor] = []
+        for start in range(0, len(keys_R), _ITEMS_AT_ONCE):
+            if deadline and start:
+                deadline.check()
+            here = slice(start, start + _ITEMS_AT_ONCE)
+            items = self._live.store.items(keys_R[here])
+            neighbors += [
+                Neighbor(item=item, decision=judge.judge(distance))
+                for key, distance in zip(keys_R[here].tolist(), dist_R[here].tolist(), strict=True)
+                if (item := items[key]).name not in excluded
+            ]
         neighbors.sort(key=lambda neighbor: (neighbor.decision.distance, neighbor.item.name))
         return Found(
             neighbors=neighbors[:most],
@@ -377,7 +386,7 @@ class Gallery:
             truncated=all_of_them and len(neighbors) > most,
         )
 
-    def _first(self, keys_R: Keys, dist_R: Vectors, most: int) -> tuple[_Ints, _Floats]:
+    def _first(self, keys_R: Keys, dist_R: Vectors, most: int) -> Answer:
         """The `most` nearest of these, those that tie for the last places by name."""
         if len(keys_R) > most:
             farthest = np.partition(dist_R, most - 1)[most - 1]
@@ -386,7 +395,7 @@ class Gallery:
             tied_R = np.array(sorted(tied_R, key=lambda row: names[int(keys_R[row])]), np.intp)
             kept_R = np.concatenate([nearer_R, tied_R[: most - len(nearer_R)]])
             keys_R, dist_R = keys_R[kept_R], dist_R[kept_R]
-        return keys_R.tolist(), dist_R.tolist()
+        return keys_R, dist_R
 
     def _check_judge(self, judge: Judge) -> None:
         if judge.model != self.model.name:

@@ -15,9 +15,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,15 +26,17 @@ import numpy as np
 
 from embedding.decision import Vectors
 from embedding.errors import Busy, DamagedData, LookalikeError, NotFound, StorageFailed
+from index.deadline import Deadline
 from index.engine import IndexSettings, OnProgress, Progress
 from index.exact import Keys
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
 from index.receipts import Token
 from index.rows import LiveRows
-from index.segments import ROWS_AT_ONCE, Segment, open_segment, remove_segments, write_segment
+from index.segments import ROWS_AT_ONCE, Planned, Segment, open_segment, remove_segments, write_segment
 from index.snapshot import Part, Snapshot
 from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
+from index.structures import Plan
 from index.sums import Sums
 from index.threads import step_back
 
@@ -51,6 +54,7 @@ _DEAD_SHARE = 0.25  # of a segment, from which it is written anew
 _LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merged with that
 _MOST_WRITES = 1024  # in one transaction
 _TELL_EVERY = 0.1  # seconds
+_LOOK_SECONDS = 0.02  # between two looks at the deadline of a write that waits
 
 # How long the leader of a group waits for more: at most this long, and this share of what the last commit took.
 _GATHER_SECONDS, _GATHER_SHARE, _GATHER_STEP = 0.002, 0.2, 2e-5
@@ -110,10 +114,10 @@ class Live:
 
     # Writing
 
-    def write(self, write: Write) -> Written:
+    def write(self, write: Write, deadline: Deadline | None = None) -> Written:
         """Carry out a write, durably, together with those of other threads; readers see it when this returns.
 
-        Raises what refused it.
+        Raises what refused it, or what the deadline raises where it passes before the write's turn comes.
         """
         self._check_writable()
         ticket = _Ticket(write)
@@ -126,11 +130,24 @@ class Live:
                 finally:
                     self._writing.release()
                     self._wake_next()
-            else:
+            elif deadline is None:
                 ticket.woken.acquire()
+            elif not ticket.woken.acquire(timeout=_LOOK_SECONDS):
+                self._withdraw_if_late(ticket, deadline)
         if isinstance(ticket.outcome, Written):
             return ticket.outcome
         raise ticket.outcome
+
+    def _withdraw_if_late(self, ticket: _Ticket, deadline: Deadline) -> None:
+        try:
+            deadline.check()
+        except LookalikeError:
+            try:
+                self._waiting.remove(ticket)
+            except ValueError:
+                return  # it is being carried out, and looks at the deadline by itself
+            self._wake_next()
+            raise
 
     def note_margin(self, margin: float) -> None:
         """Tune the recall of matches at this distance from the next segment on, unless one is set already."""
@@ -216,12 +233,36 @@ class Live:
             self.seals += not merges
 
     def rebuild(self, *, on_progress: OnProgress | None = None) -> None:
-        """Forget all segments and write them anew from the store; writers wait while it is read."""
+        """Write all segments anew from the store, a block at a time; writers wait for the first and the last step.
+
+        First without a structure, which takes no longer than reading the store, so that what is damaged answers no
+        longer than that.
+        """
         with self._sealing:
+            step = _Telling(self, on_progress)
             with self.write_lock():
-                self.store.record_segments([])
-                self._adopt(self._loaded([], []), [], self.snapshot.generation)
-            self.seal(everything=True, on_progress=on_progress)
+                generation, size = self.snapshot.generation, self.snapshot.size
+                last_key = self.store.header.next_key - 1
+                blocks = self.store.vectors(0, last_key)
+                first = next(blocks, None)  # from here on what it reads is of this generation
+            ranges: list[SealedRange] = []
+            segments: list[Segment] = []
+            self.busy = "rebuilding"
+            try:
+                if first is not None:
+                    rows = _told(chain([first], blocks), size, step)
+                    segments = [self._write(rows, generation, lambda vectors_ND, path: Plan())]
+                    ranges = [
+                        SealedRange(digest=segments[0].digest, first_key=0, last_key=last_key, generation=generation)
+                    ]
+                with self.write_lock():
+                    self.store.record_segments(ranges)
+                    self._adopt(self._loaded(segments, ranges), ranges, self.snapshot.generation)
+            except OSError as error:
+                raise StorageFailed(f"gallery {self.id!r} cannot be rebuilt: {error}") from error
+            finally:
+                self.busy = ""
+            self.seal(everything=True, anew=True, on_progress=on_progress)
             remove_segments(self.segments_folder, except_for=[one.digest for one in self._sealed])
 
     def close(self) -> None:
@@ -305,6 +346,9 @@ class Live:
         self._gather()
         batch: list[_Ticket] = []
         while self._waiting and len(batch) < _MOST_WRITES:
+            # A purge goes alone: to undo it within a transaction would take as long as it took.
+            if batch and any(isinstance(each.write, Purge) for each in (batch[-1], self._waiting[0])):
+                break
             batch.append(self._waiting.popleft())
         begun = time.monotonic()
         try:
@@ -389,15 +433,22 @@ class Live:
 
     def _write_segment(self, parts: Sequence[Part], generation: int, step: _Telling) -> Segment:
         settings = self.settings
+        return self._write(
+            _living_rows(parts, step),
+            generation,
+            lambda vectors_ND, path: plan_segment(
+                vectors_ND, path, settings=settings, margin=settings.margin, step=step
+            ),
+        )
+
+    def _write(self, rows: Iterable[tuple[Keys, Vectors]], generation: int, planned: Planned) -> Segment:
         digest = write_segment(
             self.segments_folder,
-            _living_rows(parts, step),
+            rows,
             gallery=self.store.header.uid,
             model_fingerprint=self.store.header.model.fingerprint,
             generation=generation,
-            planned=lambda vectors_ND, path: plan_segment(
-                vectors_ND, path, settings=settings, margin=settings.margin, step=step
-            ),
+            planned=planned,
         )
         return open_segment(self.segments_folder, digest, sums=self._sums)
 
@@ -466,6 +517,14 @@ def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, 
             keep_n = living_N[here]
             done += len(keep_n)
             yield part.keys_N[here][keep_n], part.vectors_ND[here][keep_n]
+
+
+def _told(blocks: Iterable[tuple[Keys, Vectors]], total: int, step: _Telling) -> Iterator[tuple[Keys, Vectors]]:
+    done = 0
+    for keys_N, vectors_ND in blocks:
+        step("copying", done, total)
+        done += len(keys_N)
+        yield keys_N, vectors_ND
 
 
 def _settings(store: Store) -> IndexSettings:

@@ -172,7 +172,7 @@ class Reading:
     def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
         condition, parameters = allowed.sql()
-        with self._readers.lend() as connection, _interrupted_by(None if self._is_pinned else deadline, connection):
+        with self._readers.lend() as connection, interrupted_by(None if self._is_pinned else deadline, connection):
             rows = connection.execute(
                 f"SELECT key FROM items WHERE generation <= ? AND (died IS NULL OR died > ?) AND ({condition})",
                 (generation, generation, *parameters),
@@ -247,7 +247,7 @@ class Reading:
 
 
 @contextmanager
-def _interrupted_by(deadline: Deadline | None, connection: sqlite3.Connection) -> Iterator[None]:
+def interrupted_by(deadline: Deadline | None, connection: sqlite3.Connection) -> Iterator[None]:
     """Statements end soon after the deadline has passed. Raises what the deadline raises.
 
     Not for a connection that threads share: it would end the statements of all.

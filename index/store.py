@@ -20,13 +20,15 @@ import numpy as np
 from embedding.decision import Vectors
 from embedding.errors import LookalikeError, NotFound, StaleEtag
 from index.connections import translated
+from index.deadline import Deadline
 from index.engine import Filter
 from index.exact import Keys
 from index.items import Item
-from index.reading import LIVING, Reading, SealedRange
+from index.reading import LIVING, Reading, SealedRange, interrupted_by
 from index.receipts import Book, Receipt, Token, find
 from index.schema import as_datetime, now_us
 
+_BURIED_AT_ONCE = 500  # items, between two looks at the deadline: about 10 ms
 _KEYS_GIVEN = "key IN (SELECT value FROM json_each(?))"
 
 
@@ -54,9 +56,10 @@ class Delete:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Purge:
-    """Delete whatever a filter accepts."""
+    """Delete whatever a filter accepts; nothing when the deadline passes first."""
 
     allowed: Filter
+    deadline: Deadline | None = None
     receipt: Receipt | None = None
 
 
@@ -173,15 +176,23 @@ class Store(Reading):
             if not self._own.in_transaction:  # a disk error has ended the whole transaction
                 raise
             if alone:
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, sqlite3.Error) or isinstance(write, Purge):  # which may end half-way
                     raise
                 return error
             self._own.execute("ROLLBACK TO one")
             self._own.execute("RELEASE one")
-            return error
+            return self._told(error)
         if not alone:
             self._own.execute("RELEASE one")
         return written
+
+    def _told(self, error: LookalikeError | sqlite3.Error) -> LookalikeError | sqlite3.Error:
+        """The disk's refusals in our words, as they are told where they end the whole transaction."""
+        try:
+            with translated(self._path):
+                raise error
+        except (LookalikeError, sqlite3.Error) as told:
+            return told
 
     def _done(self, write: Write) -> Written:
         match write:
@@ -264,12 +275,17 @@ class Store(Reading):
 
     def _purge(self, write: Purge) -> Written:
         condition, parameters = write.allowed.sql()
-        found = self._own.execute(f"SELECT key FROM items WHERE {LIVING} AND ({condition})", parameters)
-        return self._died(np.array(sorted(key for (key,) in found), np.int64))
+        # Interrupted while it reads alone: an interrupted change would take the other writes of the group with it.
+        with interrupted_by(write.deadline, self._own):
+            found = self._own.execute(f"SELECT key FROM items WHERE {LIVING} AND ({condition})", parameters).fetchall()
+        return self._died(np.array(sorted(key for (key,) in found), np.int64), write.deadline)
 
-    def _died(self, died_R: Keys) -> Written:
+    def _died(self, died_R: Keys, deadline: Deadline | None = None) -> Written:
         generation = self.header.generation + 1
-        self._bury(died_R, generation)
+        for start in range(0, len(died_R), _BURIED_AT_ONCE):
+            if deadline:
+                deadline.check()
+            self._bury(died_R[start : start + _BURIED_AT_ONCE], generation)
         self._advance(generation, born=0, died=len(died_R))
         return Written(generation=generation, died_R=died_R, born_N=np.empty(0, np.int64), items=[])
 

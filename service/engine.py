@@ -6,9 +6,9 @@ the same questions without blocking an event loop. Swapping a model is replacing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -34,6 +34,7 @@ from index.aliases import Aliases
 from index.engine import OnProgress
 from index.receipts import Token
 from index.shelf import Shelf
+from service.gate import Gate
 from service.sources import (
     Embedded,
     EncodedImage,
@@ -77,6 +78,8 @@ class Engine:
     """Side, in pixels, of the thumbnails stored with new items; 0 stores none."""
     max_pixels: int = MAX_PIXELS
     """Largest width × height of an image."""
+    gate: Gate = field(default_factory=Gate)
+    """Writes to galleries pass it; shared by the engines of all models of a server."""
 
     @classmethod
     def open(
@@ -154,6 +157,12 @@ class Engine:
         """
         with naming(path):
             return self.catalog.get(self.aliases.resolve(name), model=None if any_model else self.model)
+
+    @contextmanager
+    def written(self, name: str, *, path: str | None = None, any_model: bool = False) -> Iterator[GalleryEngine]:
+        """`gallery`, to write to: an alias that moves does so before or after what is written within."""
+        with self.gate.passing():
+            yield self.gallery(name, path=path, any_model=any_model)
 
     def create_gallery(
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from embedding.errors import AlreadyExists, DamagedData, InvalidInput, LookalikeError
-from index import GalleryCatalog, IndexSettings
+from index import Deadline, GalleryCatalog, IndexSettings
 from index.filters import parse_filter
 from index.items import name_of_page_token, page_token_after
 from index.receipts import Token
@@ -240,9 +240,9 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             serving = self._serving.current
 
             def delete(token: Token | None) -> pb.DeleteItemResponse:
-                gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
                 etags = {item_id: request.etag} if request.etag else None
-                with naming("name"):
+                written = serving.engine.written(gallery_id, path="name", any_model=True)
+                with written as gallery, naming("name"):
                     writes.delete(
                         gallery, [item_id], lambda _: b"", allow_missing=request.allow_missing, etags=etags, token=token
                     )
@@ -260,7 +260,8 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             with wrong:
                 allowed = parse.purge_filter(request.filter)
             wrong.check()
-            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force)
+            deadline = Deadline(context.time_remaining())
+            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force, deadline=deadline)
             serving = self._serving.current
 
             def answer(token: Token | None) -> pb.PurgeItemsResponse:
@@ -273,9 +274,12 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                     purge_sample=[wire.item_name(purged.gallery, name) for name in purged.sample],
                 )
 
-            return await self._once.written(
-                request, pb.PurgeItemsResponse, serving, purge.gallery, lambda token: serving.run(answer, token)
-            )
+            try:
+                return await self._once.written(
+                    request, pb.PurgeItemsResponse, serving, purge.gallery, lambda token: serving.run(answer, token)
+                )
+            finally:
+                deadline.cancel()  # a caller that has gone wants nothing deleted
 
     async def BatchDeleteItems(
         self, request: pb.BatchDeleteItemsRequest, context: Context
@@ -290,8 +294,8 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             ]
 
             def delete(token: Token | None) -> pb.BatchDeleteItemsResponse:
-                gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
-                with naming("names"):
+                written = serving.engine.written(gallery_id, path="parent", any_model=True)
+                with written as gallery, naming("names"):
                     answer = writes.delete(gallery, names, _deleted, allow_missing=request.allow_missing, token=token)
                 return pb.BatchDeleteItemsResponse.FromString(answer)
 

@@ -202,13 +202,15 @@ class Server:
         Raises Busy when the port or the folder of galleries is taken, and whatever `Engine.open` raises.
         """
         self._certificates = certificates(self._settings)
+        # One of several listens when it can answer: the system would give it connections that the others could serve.
+        engine = None if self._part is None else await self._rollout.start()
         self._register()
         self.port = self._bind()
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         await self._observe()
-        engine = await self._rollout.start()
+        engine = engine or await self._rollout.start()
         if self._state == "loading":
             self._state = "serving"
             await self._say(health_pb2.HealthCheckResponse.SERVING)

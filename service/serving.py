@@ -87,9 +87,12 @@ class AsyncEngine:
                 images, caller=caller, seconds_left=seconds_left, patient=patient
             ) as admitted:
                 if _is_quick(question):
-                    answer = question.begin(self.engine)
+                    answer = Work().run("store", question.begin, self.engine)
                     outcomes = await admitted.embed_all()
-                    return form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes))))
+                    return Work().run(
+                        "search",
+                        lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
+                    )
                 answer = await self.run(question.begin, self.engine)
                 outcomes = await admitted.embed_all()
             return await self._run(

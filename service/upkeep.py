@@ -48,8 +48,9 @@ class Migration:
 
     Items that the new gallery holds when the migration begins are taken as they are: they were imported with their
     images. Everything else needs a stored thumbnail. The old gallery may be written to meanwhile; passes are repeated
-    until one begins and ends at the same generation. Writes in the very moment in which the alias moves still go to the
-    old gallery. A migration that was broken off goes on where it ended.
+    until one begins and ends at the same generation; then writes wait while the last of them is copied and the alias
+    moves, so that each is in the gallery that the alias stands for. A migration that was broken off goes on where it
+    ended.
     """
 
     def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
@@ -100,6 +101,7 @@ class Migration:
             seen |= self._copy(target, since, f"embedding, pass {turn}", tell)
             self._drop_deleted(target, seen)
             if source.generation == generation:
+                since = generation
                 break
             if turn == _MAX_PASSES:
                 raise Busy(
@@ -108,7 +110,12 @@ class Migration:
                 )
             since = generation
         if self._alias:
-            self._engine.put_alias(self._alias, target.id)
+            # Writes wait: those before are copied, those after find the alias moved.
+            with self._engine.gate.closed():
+                if source.generation != since:
+                    seen |= self._copy(target, since, "embedding, last pass", tell)
+                    self._drop_deleted(target, seen)
+                self._engine.put_alias(self._alias, target.id)
         return target
 
     def check_images(self, tell: OnProgress = lambda _: None) -> None:

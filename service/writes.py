@@ -11,7 +11,7 @@ from typing import TypeAlias
 from embedding.decision import Vectors
 from embedding.errors import InvalidInput, LookalikeError, NotFound, StaleEtag
 from embedding.thumbnails import thumbnail
-from index import JSON, Filter, GalleryEngine, IndexSettings, Item
+from index import JSON, Deadline, Filter, GalleryEngine, IndexSettings, Item
 from index.items import check_identity, check_item_name, metadata_json
 from index.receipts import Receipt, Token
 from service.engine import Engine
@@ -75,7 +75,7 @@ class UpdateItems:
         return [source for draft in self.drafts if (source := _source(draft)) is not None]
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Stored]]:
-        gallery = engine.gallery(self.gallery, path="parent")
+        engine.gallery(self.gallery, path="parent")  # is there, and is of this model
         self._check_distinct()
 
         def answer(embedded: Sequence[Embedded]) -> list[Stored]:
@@ -91,7 +91,9 @@ class UpdateItems:
                     good[row] = (draft, _item(draft, emb_D, engine))
                 except LookalikeError as error:
                     outcomes[row] = error
-            outcomes |= self._store(gallery, good, outcomes)
+            # Named anew: an alias may have moved while the images were embedded.
+            with engine.written(self.gallery, path="parent") as gallery:
+                outcomes |= self._store(gallery, good, outcomes)
             return [] if self.answered else [outcomes[row] for row in range(len(self.drafts))]
 
         return answer
@@ -234,18 +236,23 @@ class PurgeItems:
     form: Callable[[int], bytes] = lambda _: b""
     """Makes the answer of how many there were."""
     answered: list[bytes] = field(default_factory=list)
+    deadline: Deadline | None = None
 
     def write(self, engine: Engine) -> Purged:
-        gallery = engine.gallery(self.gallery, path="parent", any_model=True)
-        if self.force and self.token is not None:
-            receipt = Receipt(self.token, lambda _, died: self.form(died))
-            count = receipting(gallery).purge(self.allowed, receipt=receipt)
-            self.answered.append(receipt.answer or b"")
-            return Purged(gallery=gallery.id, count=count, sample=())
         if self.force:
-            return Purged(gallery=gallery.id, count=gallery.purge(self.allowed), sample=())
+            with engine.written(self.gallery, path="parent", any_model=True) as gallery:
+                return Purged(gallery=gallery.id, count=self._purged(gallery), sample=())
+        gallery = engine.gallery(self.gallery, path="parent", any_model=True)
         items, _ = gallery.list(page_size=SAMPLE, allowed=self.allowed)
         return Purged(gallery=gallery.id, count=gallery.count(self.allowed), sample=[item.name for item in items])
+
+    def _purged(self, gallery: GalleryEngine) -> int:
+        if self.token is None:
+            return gallery.purge(self.allowed, deadline=self.deadline)
+        receipt = Receipt(self.token, lambda _, died: self.form(died))
+        count = receipting(gallery).purge(self.allowed, deadline=self.deadline, receipt=receipt)
+        self.answered.append(receipt.answer or b"")
+        return count
 
 
 def delete(

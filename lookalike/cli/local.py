@@ -181,7 +181,8 @@ class LocalBackend:
         ]
 
     def delete_items(self, gallery: str, ids: Iterable[str], *, allow_missing: bool = False) -> int:
-        return self._engine.gallery(gallery, any_model=True).delete(list(ids), allow_missing=allow_missing)
+        with self._engine.written(gallery, any_model=True) as found:
+            return found.delete(list(ids), allow_missing=allow_missing)
 
     def purge_items(self, gallery: str, filter: str, *, force: bool = False) -> Purged:
         purge = PurgeItems(gallery=gallery, allowed=parse.purge_filter(filter), force=force)

@@ -20,6 +20,17 @@ def test_no_input_breaks_it(name: str) -> None:
     assert sum(outcomes) / len(outcomes) > ACCEPTED[name]
 
 
+FOUND = [
+    ("bundle", b"\0" + b"0" * 64 + b"  weights\0.safetensors\n"),  # SHA256SUMS with a name that no file can have
+]
+"""What the fuzzer found, and was mended."""
+
+
+@pytest.mark.parametrize(("name", "data"), FOUND)
+def test_what_was_found_stays_mended(name: str, data: bytes) -> None:
+    TARGETS[name].run(data)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_input_breaks_it_for_longer(name: str) -> None:

@@ -25,7 +25,7 @@ CALLS = ["os.fsync", "os.fdatasync", "os.open", "pathlib.Path.mkdir", "pathlib.P
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_each_call_that_a_disk_can_refuse(
     catalog: Catalog,
     filled: Gallery,

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from embedding.decision import Vectors
-from embedding.errors import LookalikeError, NotFound, StaleEtag
-from index import Catalog, Gallery, Item
+from embedding.decision import Judge, Vectors
+from embedding.errors import DeadlineExceeded, LookalikeError, NotFound, StaleEtag
+from index import Catalog, Deadline, Gallery, Item
+from index.filters import parse_filter
+from index.store import Purge, Upsert
+from tests.index.contract import pairs
 
 
 @pytest.fixture
@@ -101,3 +104,48 @@ def test_closing_refuses_what_waits(gallery: Gallery, pool: Vectors, tmp_path: P
         for one in waiting:
             with pytest.raises(NotFound, match="deleted or closed"):
                 one.result()
+
+
+def test_a_purge_gives_up_at_its_deadline_wherever_it_is(
+    filled: Gallery, pool: Vectors, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waits for its turn, while it reads, and half-way through its deletions: then none is deleted, and the
+    writes that share its commit are kept."""
+    everything = parse_filter("name:*")
+    assert everything is not None
+    live, store = filled._live, filled._live.store
+    before = pairs(filled.search(pool[0], k=100, judge=judge))
+    monkeypatch.setattr("index.store._BURIED_AT_ONCE", 7)
+
+    class At(Deadline):
+        """Passes at the n-th look."""
+
+        def __init__(self, looks: int) -> None:
+            super().__init__()
+            self.looks = looks
+
+        def check(self) -> None:
+            self.looks -= 1
+            if self.looks < 0:
+                raise DeadlineExceeded("passed")
+
+    for looks in range(7):
+        with pytest.raises(DeadlineExceeded):
+            filled.purge(everything, deadline=At(looks))
+        assert pairs(filled.search(pool[0], k=100, judge=judge)) == before
+    assert filled.verify().problems == []
+
+    with live.write_lock():  # another writer at work
+        with pytest.raises(DeadlineExceeded):
+            filled.purge(everything, deadline=Deadline(0.05))
+        assert not live._waiting
+
+    writes = [
+        Upsert(items=[Item(name="a", embedding=pool[1])], metadata=["{}"], vectors_ND=pool[1:2], allow_missing=True),
+        Purge(allowed=everything, deadline=At(3)),
+        Upsert(items=[Item(name="b", embedding=pool[2])], metadata=["{}"], vectors_ND=pool[2:3], allow_missing=True),
+    ]
+    outcomes = store.write(writes, oldest_read=0)
+    assert [type(outcome).__name__ for outcome in outcomes] == ["Written", "DeadlineExceeded", "Written"]
+    assert store.header.size == len(pool) + 2
+    assert {"a", "b"} < {item.name for item in filled.iterate()}

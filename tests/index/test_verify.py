@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,3 +154,38 @@ def test_norms_are_those_of_the_vectors(catalog: Catalog, sealed: Gallery) -> No
     vectors_ND = np.fromfile(folder / "vectors.f32", "<f4").reshape(sealed.size, -1)
     norms_N = np.fromfile(folder / "norms.f32", "<f4")
     assert np.abs(norms_N - (vectors_ND.astype(np.float64) ** 2).sum(axis=1)).max() < 1e-6
+
+
+def test_a_repair_reads_the_store_a_block_at_a_time(
+    catalog: Catalog, sealed: Gallery, pool: Vectors, judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but fresh rows is held in memory, and what is written meanwhile is not lost."""
+    monkeypatch.setattr("index.reading._ROWS_AT_ONCE", 5)
+    live = sealed._live
+    real, held, blocks = live._write, 0, 0
+
+    def beside(rows: Any, generation: int, planned: Any) -> Any:
+        if blocks:
+            return real(rows, generation, planned)  # from the first one's mapped files
+
+        def counted() -> Iterator[Any]:
+            nonlocal held, blocks
+            for keys_N, vectors_ND in rows:
+                held, blocks = max(held, len(keys_N)), blocks + 1
+                yield keys_N, vectors_ND
+
+        sealed.delete(["item-03"])
+        sealed.upsert([Item(name="item-40", embedding=pool[0]), Item(name="new", embedding=pool[1])])
+        return real(counted(), generation, planned)
+
+    monkeypatch.setattr(live, "_write", beside)
+    (path,) = (catalog.root / "shapes" / "segments").glob("*/vectors.f32")
+    flip_in_place(path, 100)
+    assert sealed.verify(repair=True).sound
+    assert (held, blocks > 9) == (5, True)
+    assert sealed.stats().fresh == 0
+    assert sealed.verify().problems == []
+    left = {item.name: item.embedding for item in items_of(pool)} | {"item-40": pool[0], "new": pool[1]}
+    del left["item-03"]
+    expected = ranked(pool[2], [Item(name=name, embedding=vector) for name, vector in left.items()])
+    assert pairs(sealed.search(pool[2], k=100, judge=judge)) == expected

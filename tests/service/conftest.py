@@ -43,6 +43,7 @@ def settings(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Settin
         encode_threads=1,
         gallery_threads=4,
         drain_seconds=20,
+        embedding_cache_bytes=0,  # tests send the same images and look at what becomes of them
     )
 
 

@@ -112,7 +112,7 @@ def test_a_bad_pair_fails_alone_with_the_status_that_verify_gives(stubs: Stubs) 
     assert results[0].decision == verify(stubs, encoded(1), encoded(2))
     assert [fields(results[i].error) for i in (1, 2, 3)] == [
         ["pairs[1].b.encoded"],
-        ["pairs[2].a.encoded"],
+        ["pairs[2].a.encoded", "pairs[2].b"],
         ["pairs[3].b"],
     ]
     alone = rich(refused(stubs.match.Verify, match_pb2.VerifyRequest(a=encoded(1), b=bad)))

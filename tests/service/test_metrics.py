@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent import futures
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import grpc
@@ -262,6 +265,42 @@ def test_probes_follow_the_servers_life(loop: Loop, settings: Settings, tmp_path
             stopping.result(timeout=20)
     with pytest.raises(ConnectionRefusedError):
         get(port, "/healthz")
+
+
+def test_draining_under_load_ends_every_call_it_took_well(loop: Loop, settings: Settings, tmp_path: Path) -> None:
+    own = settings.model_copy(update={"galleries": tmp_path / "g", "metrics_port": 0, "drain_seconds": 60})
+    codes: list[grpc.StatusCode] = []
+    answered = threading.Semaphore(0)
+
+    def keep_asking(address: str, first: int) -> None:
+        with connected(address) as stubs:
+            for seed in count(first, 8):
+                try:
+                    stubs.match.Verify(match_pb2.VerifyRequest(a=encoded(seed), b=encoded(seed + 1)), timeout=60)
+                except grpc.RpcError as error:
+                    codes.append(error.code())
+                    return
+                codes.append(grpc.StatusCode.OK)
+                answered.release()
+
+    with served(loop, own) as server, futures.ThreadPoolExecutor(8) as callers:
+        asking = [callers.submit(keep_asking, server.address, 100 * at) for at in range(8)]
+        for _ in range(40):
+            assert answered.acquire(timeout=30)
+        loop.run(server.stop())
+        for each in asking:
+            each.result(timeout=60)
+        assert server._metrics is not None
+        ended = {
+            (sample.labels["method"], sample.labels["code"]): sample.value
+            for metric in server._metrics.registry.collect()
+            for sample in metric.samples
+            if sample.name == "lookalike_calls_total"
+        }
+    # What the server took it answered; what came too late was refused before it began, as gRPC refuses.
+    assert ended == {(f"{MATCH}/Verify", "OK"): codes.count(grpc.StatusCode.OK)}
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert len(codes) == codes.count(grpc.StatusCode.OK) + 8
 
 
 def health(stubs: Stubs, service: str) -> int:

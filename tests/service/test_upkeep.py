@@ -12,7 +12,7 @@ import pytest
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
-from embedding.errors import Busy, Cancelled, ImagesNeeded, NotFound
+from embedding.errors import Busy, Cancelled, ImagesNeeded, ModelMismatch, NotFound
 from index import Progress
 from index.engine import OnProgress
 from service import operations, upkeep
@@ -217,3 +217,61 @@ def test_thumbnails_survive_an_update_of_other_fields(old: Engine) -> None:
     (outcome,) = old.ask(UpdateItems(gallery="old", drafts=[draft]))
     assert not isinstance(outcome, Exception)
     assert old.gallery("old").thumbnail("item-0") == png(0)
+
+
+def test_no_write_is_lost_in_the_moment_in_which_an_alias_moves(
+    old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writers that came through the alias: one is in the midst of its write when the migration has caught up and wants
+    to move the alias; another comes while it moves, and a third has named its gallery before and stores afterwards."""
+    new.put_alias("now", "old")
+    inside, go_on = threading.Event(), threading.Event()
+    source = old.gallery("old")
+    real_upsert, real_closed, real_put = type(source).upsert, new.gate.closed, Engine.put_alias
+    refused: list[Exception] = []
+    deletions: list[int] = []
+
+    def slow(self: object, items: object, **more: object) -> object:
+        if self is source:
+            inside.set()
+            assert go_on.wait(timeout=20)
+        return real_upsert(self, items, **more)  # type: ignore[arg-type]
+
+    def closing() -> object:
+        go_on.set()
+        return real_closed()
+
+    late = UpdateItems(gallery="now", drafts=[Draft(name="late", image=EncodedImage(data=png(30)))])
+    answer = late.begin(old)
+    emb_D = old.encoder.encode([png(30)])[0]
+
+    def deleting() -> None:
+        with old.written("now", any_model=True) as gallery:
+            deletions.append(gallery.delete(["item-1"]))
+
+    deleter = threading.Thread(target=deleting)
+
+    def moving(self: Engine, *names: str, **more: object) -> None:
+        deleter.start()  # held up until the alias has moved
+        real_put(self, *names, **more)  # type: ignore[arg-type]
+
+    drafts = [Draft(name="amid", image=EncodedImage(data=png(20)))]
+    writer = threading.Thread(target=old.ask, args=(UpdateItems(gallery="now", drafts=drafts),))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(source), "upsert", slow)
+        patch.setattr(new.gate, "closed", closing)
+        patch.setattr(Engine, "put_alias", moving)
+        writer.start()
+        assert inside.wait(timeout=20)
+        upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+        writer.join(timeout=20)
+        deleter.join(timeout=20)
+    try:
+        answer([emb_D])
+    except ModelMismatch as error:
+        refused.append(error)
+    assert len(refused) == 1, "an embedding of the old model was stored as one of the new"
+    assert deletions == [1]
+    assert old.gallery("old", any_model=True).size == 7
+    seeds = {f"item-{seed}": seed for seed in (0, 2, 3, 4, 5)} | {"amid": 20}
+    assert held(new, "now") == expected(new, seeds)
