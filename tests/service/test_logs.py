@@ -124,7 +124,7 @@ def test_a_failed_call_tells_its_id_too(stubs: Stubs) -> None:
 
 def test_a_call_has_the_line_that_any_logger_would_write() -> None:
     stream = configured("info", "json", io.StringIO())
-    said: dict[str, Any] = {"method": "/a/B", "code": "OK", "ms": 1.5, "request_id": "a-b:c/d+e=", "caller": 'k"1'}
+    said: dict[str, Any] = {"method": "/a/B", "code": "OK", "ms": 1.5, "request_id": "a-b:c/d+e=", "caller": 'a"\nb'}
     token = CURRENT.set(Call("/a/B", cast("Any", None), request_id="a-b:c/d+e=", trace_id="0" * 32))
     try:
         logs.call(structlog.get_logger("service.calls"), **said)
