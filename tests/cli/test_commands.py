@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import structlog
 from PIL import Image
 
 from embedding.bundle import MANIFEST, Bundle, learned_metrics
@@ -202,7 +203,9 @@ class TestServe:
     def test_bad_input(
         self, run: Run, bundle: Bundle, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.logs.configure", lambda: None)  # it is for a process of its own
+        # The log is configured for a process of its own; here it is to stay out of the output.
+        quiet = structlog.ReturnLoggerFactory()
+        monkeypatch.setattr("service.logs.configure", lambda **_: structlog.configure(logger_factory=quiet))
         port = target.rpartition(":")[2]
         run("serve", "--bundle", bundle.path, "--port", "70000").failed_with("port")
         run("serve", "--bundle", bundle.path, "--data", tmp_path / "g", "--port", port).failed_with("in use")

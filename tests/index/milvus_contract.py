@@ -215,6 +215,8 @@ class MilvusContract(GalleryContract):
         assert again.verify().problems == []
         again.upsert([Item(name="item-00", embedding=pool[7])])
         assert again.size == len(after)
+        assert again.verify().problems == []
+        assert [item.name for item in again.iterate()] == [item.name for item in after]
 
     def test_a_purge_heeds_its_deadline_to_the_last(
         self, engine: GalleryEngine, monkeypatch: pytest.MonkeyPatch
