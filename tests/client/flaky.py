@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ class Flaky(grpc.GenericRpcHandler):
         self._answer = answer
         self.seen: Counter[str] = Counter()
         self.peers: set[str] = set()
-        self.cancelled = 0
+        self.given_up = threading.Event()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         name = details.method.rpartition("/")[2]
@@ -38,7 +39,7 @@ class Flaky(grpc.GenericRpcHandler):
             try:
                 return await self._answer(before, request, context)
             except asyncio.CancelledError:
-                self.cancelled += 1
+                self.given_up.set()
                 raise
 
         return grpc.unary_unary_rpc_method_handler(answer)
