@@ -36,7 +36,6 @@ from benchmarks.soak_events import Events
 from benchmarks.soak_load import CHURNED, GALLERY, SHARES, STREAM_RATE, Load, random_vectors
 from benchmarks.soak_watch import Sample, Watch, draw, sample
 from embedding.bundle import Bundle, recalibrated
-from embedding.decision import Vectors
 from lookalike.v1 import common_pb2, gallery_pb2
 from service.key_ring import KeyRing
 from tests.authority import Authority
@@ -49,6 +48,10 @@ KEPT = 8_000
 IMAGES = 4096
 CACHE_BYTES = 2**20
 """Of embeddings seen lately: about a thousand, so that the cache is soon full, and no image is found in it."""
+
+QUEUE_SECONDS = 5.0
+"""For which a call may wait before it is refused: neighbours on the machine make everything wait for a second at times,
+and what is looked for is failures of our own."""
 
 IN_FLIGHT = 16
 """Callers that take the service to its capacity."""
@@ -245,6 +248,9 @@ async def _running(folder: Path | None) -> AsyncIterator[Running]:
                 audit_log=root / "audit.jsonl",
                 metrics_port=port,
                 embedding_cache_bytes=CACHE_BYTES,
+                decode_threads=2,
+                gallery_threads=4,
+                max_queue_seconds=QUEUE_SECONDS,
                 log_level="warning",
             ) as server,
         ):

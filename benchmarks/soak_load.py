@@ -241,7 +241,7 @@ class Load:
             before = self._distances.setdefault((decision.model, pair), decision.distance)
             if abs(before - decision.distance) > _SAME:
                 self.outcomes.wrong["Verify: another distance than before by the same model"] += 1
-            margin = self._thresholds.get(f"{decision.model}/{decision.calibration}")
+            margin = self._thresholds.get(f"{decision.model.removeprefix('models/')}/{decision.calibration}")
             if margin is None or abs(decision.threshold - margin) > 1e-6:
                 self.outcomes.wrong[
                     f"Verify: threshold {decision.threshold:.3g} of {decision.model}, calibration "

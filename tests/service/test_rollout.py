@@ -16,11 +16,25 @@ from google.rpc import error_details_pb2
 
 from embedding.bundle import CALIBRATION, SUMS, WEIGHTS, Bundle
 from embedding.encoder import Encoder
+from index import Gallery
 from lookalike import Client, EmbeddingOf, FailedPrecondition
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
 from service import standing
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, make_bundle, png, refused, rich, served
+from tests.service.harness import (
+    Loop,
+    Stubs,
+    connected,
+    encoded,
+    fields,
+    info,
+    make_bundle,
+    png,
+    refused,
+    rich,
+    served,
+    unit,
+)
 
 AVAILABLE, LOADED, ACTIVE = (
     model_pb2.MODEL_STATE_AVAILABLE,
@@ -146,6 +160,27 @@ def test_a_gallery_without_its_model_is_named_and_keeps_the_swap_back(loop: Loop
         assert info(rich(refused(stubs.search.Search, search_request("g")))).reason == "MODEL_MISMATCH"
         assert list(activate(stubs, place.one, calibration=3).incompatible_galleries) == []
         assert search(stubs, "g").neighbors
+
+
+def test_a_quick_search_beside_another_model_waits_for_no_thread(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.served(loop, gallery_threads=1) as server, connected(server.address) as stubs:
+        stubs.fill("g-one", {"x": encoded(1)})
+        activate(stubs, place.two, keep_previous=True)
+        search(stubs, "g-one")  # which opens the gallery for both
+        entered, let_go = threading.Event(), threading.Event()
+        monkeypatch.setattr(Gallery, "list", lambda *args, **options: entered.set() or let_go.wait(20) or [])
+        listing = stubs.galleries.ListItems.future(gallery_pb2.ListItemsRequest(parent="galleries/g-one"))
+        try:
+            assert entered.wait(timeout=20)
+            query = common_pb2.ImageInput(embedding=unit(1.0))
+            found = stubs.search.Search(search_pb2.SearchRequest(gallery="galleries/g-one", query=query), timeout=20)
+            assert found.neighbors[0].decision.model == f"models/{place.one.name}"
+            assert not listing.done()
+        finally:
+            let_go.set()
+            listing.exception(timeout=20)
 
 
 def search_request(gallery: str) -> search_pb2.SearchRequest:
