@@ -12,6 +12,9 @@ from pathlib import Path
 
 from benchmarks.soak_load import Outcomes
 
+MARKS = ("grey", "gold", "turquoise", "hotpink", "yellowgreen")
+"""Colours of events in the picture."""
+
 SCRAPE_SECONDS = 5.0
 """How often its metrics are fetched, as Prometheus would."""
 
@@ -86,7 +89,7 @@ def draw(path: Path, outcomes: Outcomes, samples: Sequence[Sample], events: Sequ
     memory.plot([each.at for each in samples], [each.proportional / 2**20 for each in samples], label="proportional")
     memory.set_ylim(bottom=0)
     memory.set_ylabel("memory of the server, MiB")
-    memory.legend(loc="lower left")
+    memory.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
     for method, found in sorted(outcomes.latencies.items()):
         width = max(1.0, samples[-1].at / 120)
         slots: dict[int, list[float]] = {}
@@ -103,12 +106,12 @@ def draw(path: Path, outcomes: Outcomes, samples: Sequence[Sample], events: Sequ
     latency.set_yscale("log")
     latency.set_ylabel("99th percentile, ms")
     latency.set_xlabel("seconds")
-    latency.legend(loc="upper left", ncols=4, fontsize="small")
-    kinds = sorted({kind for _, kind in events})
+    latency.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    kinds = dict(zip(sorted({kind for _, kind in events}), MARKS, strict=False))
     for at, kind in events:
         for axes in (memory, latency):
-            axes.axvline(at, color=f"C{5 + kinds.index(kind)}", linewidth=0.6, alpha=0.5, zorder=0)
-    marks = [memory.plot([], [], color=f"C{5 + number}", label=kind)[0] for number, kind in enumerate(kinds)]
+            axes.axvline(at, color=kinds[kind], linewidth=0.6, alpha=0.7, zorder=0)
+    marks = [memory.plot([], [], color=mark, label=kind)[0] for kind, mark in kinds.items()]
     figure.legend(handles=marks, loc="outside upper center", ncols=len(kinds), fontsize="small")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

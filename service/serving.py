@@ -217,6 +217,7 @@ class Serving(Hook):
         call.over = True
         for engine in call.engines:
             engine.give_back(call)
+        call.engines.clear()  # the call may be remembered for longer than a model should be
 
     def _ready(self) -> tuple[AsyncEngine, ...]:
         line_up = self._line_up
