@@ -102,7 +102,9 @@ def checked_embedding(vector: NDArray[np.generic] | bytes, width: int, *, field:
         array = np.ascontiguousarray(vector, dtype=np.float32)
         if array.shape != (width,):
             raise InvalidVector(f"an embedding of this model has shape ({width},); got {array.shape}", field=field)
-    if abs(float(np.dot(array, array)) - 1) < UNIT_TOLERANCE:  # far within the tolerance of the length; never with NaN
+    with np.errstate(over="ignore", invalid="ignore"):  # of what is no unit vector, and refused below
+        square = float(np.dot(array, array))
+    if abs(square - 1) < UNIT_TOLERANCE:  # far within the tolerance of the length; never with NaN
         return array
     if not np.isfinite(array).all():
         raise InvalidVector("the embedding holds NaN or infinite values; send finite numbers", field=field)

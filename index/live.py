@@ -85,9 +85,12 @@ class Live:
         self._sealing = threading.RLock()  # taken before _writing
         self._waiting: deque[_Ticket] = deque()
         self._sealer: threading.Thread | None = None
+        self.snapshot: Snapshot
+        """What readers see: one reference, replaced as a whole."""
         self._shown: list[weakref.ref[Snapshot]] = []  # every snapshot that a reader may still use
         self._followed = followed
-        self._lately: deque[tuple[float, Snapshot]] = deque()  # what followers in other processes may still use
+        self._lately: deque[tuple[float, Snapshot]] = deque()
+        """What followers in other processes may still use, with the time from when on they see a later one."""
         self.store = self._opened_store()
         try:
             self.settings = _settings(self.store)
@@ -321,12 +324,12 @@ class Live:
 
     def _show(self, snapshot: Snapshot) -> None:
         self._shown.append(weakref.ref(snapshot))
-        if self._followed:
-            self._lately.append((time.monotonic(), snapshot))
-            while self._lately[0][0] < time.monotonic() - FOLLOWED_SECONDS:
+        if self._followed and hasattr(self, "snapshot"):
+            now = time.monotonic()
+            self._lately.append((now, self.snapshot))  # a follower may have taken it until this moment
+            while self._lately[0][0] < now - FOLLOWED_SECONDS:
                 self._lately.popleft()
         self.snapshot = snapshot
-        """What readers see: one reference, replaced as a whole."""
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

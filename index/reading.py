@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Reading:
 
     def __init__(self, path: Path, *, read_only: bool = False, pinned: bool = True) -> None:
         self._path = path
+        self._looking = threading.Lock()
         pinned = read_only and pinned
         self._own = connect(path, read_only=read_only)  # the writer's, or the one that a read-only store pins
         self._readers = Readers(path, pinned=self._own if pinned else None)
@@ -87,9 +89,10 @@ class Reading:
 
     def version(self) -> int:
         """Changes whenever another process has committed anything."""
-        with translated(self._path):
-            version: int = self._own.execute("PRAGMA data_version").fetchone()[0]
-        return version
+        # One at a time: a statement that another thread has not read to its end would hold back what this one sees.
+        with self._looking, translated(self._path):
+            ((version,),) = self._own.execute("PRAGMA data_version").fetchall()
+        return int(version)
 
     def get(self, name: str) -> Item:
         """Raises NotFound."""

@@ -22,7 +22,7 @@ from embedding.errors import DamagedData
 from index.engine import CurvePoint, Raw
 from index.engine import Structure as Kind
 from index.exact import Rows
-from index.threads import all_cores, one_thread
+from index.threads import one_thread
 
 Step = Callable[[str, int, int], None]
 """Told the stage, how much is done, and of how much; what it raises ends the building."""
@@ -172,7 +172,7 @@ class Living:
 def build_hnsw(vectors_ND: Vectors, path: Path, step: Step) -> None:
     """A graph over vectors rounded to float16: candidates are measured again from the segment's own."""
     index = faiss.IndexHNSWSQ(vectors_ND.shape[1], faiss.ScalarQuantizer.QT_fp16, _HNSW_LINKS)
-    with all_cores():
+    with one_thread():
         index.train(np.ascontiguousarray(vectors_ND[:1]))
         _add(index, vectors_ND, step)
         faiss.write_index(index, str(path))
@@ -181,7 +181,7 @@ def build_hnsw(vectors_ND: Vectors, path: Path, step: Step) -> None:
 def build_ivf(kind: Kind, vectors_ND: Vectors, sample_SD: Vectors, lists: int, path: Path, step: Step) -> None:
     """Inverted lists; rows are stored whole, as 8 bits a value, or as 4 bits a pair of values (Jégou et al. 2011)."""
     width = vectors_ND.shape[1]
-    with all_cores():
+    with one_thread():
         quantizer = faiss.IndexFlatL2(width)
         quantizer.add(_centroids(sample_SD, lists, step))
         if kind == "ivf-pq":

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 
 import faiss
@@ -32,17 +31,6 @@ class one_thread:  # noqa: N801  # used as a context manager; a generator would 
     def __exit__(self, *_: object) -> None:
         if self._before != 1:
             faiss.omp_set_num_threads(self._before)
-
-
-@contextmanager
-def all_cores() -> Iterator[None]:
-    """FAISS calls of this thread within use every core; their helpers have the priority of this thread."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(CORES)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 @cache

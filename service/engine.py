@@ -88,6 +88,7 @@ class Engine:
         galleries: Path | str,
         *,
         read_only: bool = False,
+        follow: bool = False,
         catalog: Callable[[Path], GalleryCatalog] | None = None,
         device: str = "auto",
         batch_size: int = 64,
@@ -99,7 +100,8 @@ class Engine:
     ) -> Self:
         """Load a bundle and open a folder of galleries; close it after use, or use it in a `with` statement.
 
-        `catalog` opens galleries that lie elsewhere; aliases lie in the folder all the same.
+        `catalog` opens galleries that lie elsewhere, or in another way; aliases lie in the folder all the same, and are
+        another process's to write when `follow` is set.
 
         Raises NotFound, DamagedData, StorageFailed, or Busy when another process writes to the galleries and
         `read_only` is not set.
@@ -116,7 +118,7 @@ class Engine:
         root = Path(galleries)
         opened = catalog(root) if catalog else Catalog(root, read_only=read_only)
         try:
-            aliases = Aliases(root, read_only=read_only)
+            aliases = Aliases(root, read_only=read_only, follow=follow)
         except BaseException:
             opened.close()
             raise

@@ -13,7 +13,7 @@ import structlog
 
 from embedding.bundle import Bundle, Described
 from embedding.encoder import Encoder
-from embedding.errors import GalleriesIncompatible, LookalikeError, ModelActive, NotFound
+from embedding.errors import GalleriesIncompatible, LookalikeError, ModelActive, NotFound, NotSupported
 from embedding.runtime import trim_malloc
 from service import standing
 from service.engine import Engine
@@ -22,6 +22,7 @@ from service.settings import Settings
 from service.standing import Standing
 from service.stock import Choice, Model, Stock
 from service.storage import catalog_of
+from service.workers import Part
 
 NAMED = 5
 """Galleries that the message of an error names."""
@@ -43,8 +44,9 @@ class Change:
 class Rollout:
     """Decides which engines `serving` holds. For one event loop."""
 
-    def __init__(self, settings: Settings, serving: Serving) -> None:
+    def __init__(self, settings: Settings, serving: Serving, part: Part | None = None) -> None:
         self._settings = settings
+        self._part = part
         self._serving = serving
         self._stock = Stock([settings.bundle, *settings.other_bundles], settings.models)
         self._changing = asyncio.Lock()  # one change at a time; others wait
@@ -61,7 +63,8 @@ class Rollout:
             Engine.open,
             first.path,
             self._settings.galleries,
-            catalog=catalog_of(self._settings),
+            catalog=catalog_of(self._settings, self._part),
+            follow=self._part is not None and not self._part.writes,
             device=self._settings.device,
             batch_size=self._settings.batch_size,
             max_pixels=self._settings.max_pixels,
@@ -126,6 +129,7 @@ class Rollout:
 
         Raises NotFound, ModelAmbiguous, DamagedData, and GalleriesIncompatible unless `force`.
         """
+        self._check_alone()
         async with self._changing:
             previous = self._serving.current
             if model == "active":
@@ -154,8 +158,16 @@ class Rollout:
             _log.info("model activated", model=bundle.name, calibration=bundle.calibration.version)
             return Change(model=await self._told(bundle), incompatible=left)
 
+    def _check_alone(self) -> None:
+        if self._part is not None:
+            raise NotSupported(
+                "this server has several workers, which change their model together: start it anew with the other "
+                "bundle, or with workers = 1"
+            )
+
     async def deactivate(self, model: str, *, force: bool = False, validate_only: bool = False) -> Change:
         """Unload a model. Raises NotFound, ModelActive, and GalleriesIncompatible unless `force`."""
+        self._check_alone()
         async with self._changing:
             current = self._serving.current
             if model in {"active", current.engine.bundle.name}:

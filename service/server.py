@@ -37,7 +37,7 @@ from lookalike.v1 import (
     upkeep_pb2,
     upkeep_pb2_grpc,
 )
-from service import logs
+from service import logs, workers
 from service.admission import Admission
 from service.alias import AliasService
 from service.audit import Audit
@@ -45,6 +45,7 @@ from service.call import Limits, StreamBytes
 from service.calls import Calls
 from service.feedback import FeedbackService
 from service.feedback_store import FeedbackStore
+from service.forwarding import Forwarding
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
@@ -62,6 +63,7 @@ from service.settings import Settings
 from service.settings_sources import Origins
 from service.tls import Certificates, certificates, is_loopback
 from service.transport import channel_options
+from service.workers import Part
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -98,6 +100,10 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
 
     For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
     """
+    if settings.workers > 1:
+        logs.configure(level=settings.log_level, form=settings.log_format)
+        workers.run(settings, on_ready)
+        return
     tune_malloc()
     logs.configure(level=settings.log_level, form=settings.log_format)
     told = origins or Origins(settings=settings, of={})
@@ -116,17 +122,27 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
-    await Server(settings).serve_until_signal(on_ready)
+def run_part(settings: Settings, part: Part, on_ready: Callable[[str], None] | None = None) -> None:
+    """`run` for one of several processes."""
+    tune_malloc()
+    logs.configure(level=settings.log_level, form=settings.log_format)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings.model_copy(update={"port": part.port}), on_ready, part))
+
+
+async def _serve(settings: Settings, on_ready: Callable[[str], None] | None, part: Part | None = None) -> None:
+    await Server(settings, part).serve_until_signal(on_ready)
 
 
 class Server:
     """One server of one event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, part: Part | None = None) -> None:
         self._settings = settings
+        self._part = part
+        self._forwarding: Forwarding | None = None
         self._serving = Serving()
-        self._rollout = Rollout(settings, self._serving)
+        self._rollout = Rollout(settings, self._serving, part)
         self._operations = Operations()
         admission = Admission(most_calls=settings.max_calls, most_bytes=settings.max_request_bytes)
         limits = Limits(
@@ -150,7 +166,7 @@ class Server:
         self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
-            options=channel_options(settings),
+            options=channel_options(settings, shares_port=part is not None),
             # A backstop for calls whose requests never come whole: those that have come are counted by `Admission`.
             maximum_concurrent_rpcs=4 * settings.max_calls,
         )
@@ -186,13 +202,15 @@ class Server:
         Raises Busy when the port or the folder of galleries is taken, and whatever `Engine.open` raises.
         """
         self._certificates = certificates(self._settings)
+        # One of several listens when it can answer: the system would give it connections that the others could serve.
+        engine = None if self._part is None else await self._rollout.start()
         self._register()
         self.port = self._bind()
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
         await self._observe()
-        engine = await self._rollout.start()
+        engine = engine or await self._rollout.start()
         if self._state == "loading":
             self._state = "serving"
             await self._say(health_pb2.HealthCheckResponse.SERVING)
@@ -205,13 +223,15 @@ class Server:
         self._state = "draining"
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         draining = asyncio.create_task(self._server.stop(self._settings.drain_seconds))
-        finishing = asyncio.create_task(self._calls.finished())
+        finishing = asyncio.create_task(self._finished())
         # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
         await asyncio.wait((draining, finishing), return_when=asyncio.FIRST_COMPLETED)
         finishing.cancel()
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)
+        if self._forwarding is not None:
+            await self._forwarding.close()
         if self._audit is not None:
             await asyncio.to_thread(self._audit.close)
         await asyncio.to_thread(self._once.close)
@@ -226,10 +246,23 @@ class Server:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 
+    async def _finished(self) -> None:
+        await self._calls.finished()
+        if self._forwarding is not None:
+            await self._forwarding.finished()
+
     def _register(self) -> None:
         server = self._calls.around(self._server)
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._reflect()
+        if self._part is not None and not self._part.writes:
+            own = {match_pb2.DESCRIPTOR.package + ".MatchService", search_pb2.DESCRIPTOR.package + ".SearchService"}
+            others = (*(name for name in SERVICES if name not in own), OPERATIONS)
+            self._forwarding = Forwarding(self._part.writer, others, self._settings)
+            self._server.add_generic_rpc_handlers([self._forwarding])
+            return
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(self._rollout, self._serving, self._once), server
@@ -240,7 +273,8 @@ class Server:
         upkeep = UpkeepService(self._serving, self._operations, self._once)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    def _reflect(self) -> None:
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         described = self._settings.reflection
         if is_loopback(self._settings.host) if described is None else described:
@@ -264,7 +298,10 @@ class Server:
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
-        _check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
+        if self._part is not None and self._part.writes:
+            self._server.add_insecure_port(self._part.writer)
+        elif self._part is None:
+            check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
             if self._certificates is not None:
                 return self._server.add_secure_port(_joined(host, port), self._certificates.credentials())
@@ -289,7 +326,7 @@ def _traced(settings: Settings) -> Tracing:
     return tracing.Tracing(tracing.processor(settings), share=settings.trace_share)
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int) -> None:
     """Raises Busy when another process listens there, InvalidInput when this machine has no such address."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -67,6 +67,8 @@ class Settings(BaseModel):
     """Searches, reads and writes of galleries made at the same time; each uses one thread."""
     thumbnails: Annotated[int, Field(ge=0, le=1024)] = 0
     """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that share the port: one writes, the others answer searches and matches from the same galleries."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls in flight may take to finish once the server is told to stop."""
     tls_certificate: Path | None = None

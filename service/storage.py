@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from embedding.errors import InvalidInput
-from index import GalleryCatalog
+from index import Catalog, GalleryCatalog
 from service.settings import Settings
+from service.workers import Part
 
 
-def catalog_of(settings: Settings) -> Callable[[Path], GalleryCatalog] | None:
+def catalog_of(settings: Settings, part: Part | None = None) -> Callable[[Path], GalleryCatalog] | None:
     """What opens the galleries beside the folder that a server keeps; None for the folder's own.
 
     Raises InvalidInput when the settings of Milvus lack its address, or the extra is not installed.
     """
     if settings.engine == "embedded":
-        return None
+        if part is None:
+            return None
+        return partial(Catalog, followed=True) if part.writes else partial(Catalog, follow=True)
     uri = settings.milvus_uri
     if not uri:
         raise InvalidInput(

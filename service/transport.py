@@ -5,10 +5,10 @@ from __future__ import annotations
 from service.settings import Settings
 
 
-def channel_options(settings: Settings) -> list[tuple[str, int]]:
+def channel_options(settings: Settings, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """Options of the server, as gRPC's C core names them (grpc/impl/channel_arg_names.h)."""
     return [
-        ("grpc.so_reuseport", 0),  # or a second server would share the port unnoticed
+        ("grpc.so_reuseport", int(shares_port)),  # or a second server would share the port unnoticed
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),

@@ -74,6 +74,13 @@ def serve(
         bool | None,
         typer.Option("--insecure", help="Let other machines connect without TLS. [env: LOOKALIKE_INSECURE]"),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            help="Processes that share the port; one of them writes. [env: LOOKALIKE_WORKERS] [default: 1]",
+        ),
+    ] = None,
     settings_file: Annotated[
         Path | None,
         typer.Option("--settings", metavar="FILE", help="A TOML file of settings. [env: LOOKALIKE_SETTINGS]"),
@@ -125,6 +132,7 @@ def serve(
             Flag("tls_key", "--tls-key", tls_key),
             Flag("tls_client_ca", "--tls-client-ca", tls_client_ca),
             Flag("insecure", "--insecure", insecure),
+            Flag("workers", "--workers", workers),
             Flag("keys", "--keys", keys),
             Flag("audit_log", "--audit-log", audit_log),
         ],

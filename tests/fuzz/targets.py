@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from PIL import Image
 
 from embedding.bundle import SUMS, Bundle
+from embedding.decision import UNIT_TOLERANCE, checked_embedding
 from embedding.errors import DamagedData, InvalidFilter, InvalidInput, LookalikeError
 from embedding.images import FORMATS, decode
 from index.filters import parse_filter
@@ -31,7 +32,7 @@ from index.structures import Plan
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, search_pb2, upkeep_pb2
 from service import parse
 from service.rights import RULES, elements, named
-from tests.service.harness import encoded, make_bundle, stored, unit
+from tests.service.harness import DIM, encoded, make_bundle, stored, unit
 
 MAX_PIXELS = 100_000
 
@@ -82,6 +83,23 @@ def _variants(name: str) -> Sequence[dict[str, object]]:
         "WEBP": [{"lossless": True}],
         "GIF": [{"interlace": 1, "comment": b"hello"}],
     }.get(name, [])
+
+
+def vector(data: bytes) -> bool:
+    """Any bytes as an embedding: of unit length, or refused, and never a warning in the log."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            found = checked_embedding(data, DIM)
+        except InvalidInput as error:
+            return _told(error)
+    assert found.shape == (DIM,)
+    assert abs(np.linalg.norm(found.astype(np.float64)) - 1) <= UNIT_TOLERANCE
+    return True
+
+
+def vectors() -> Sequence[bytes]:
+    return [unit(1), unit(3, -4), unit(*range(1, DIM + 1))]
 
 
 REQUESTS: Sequence[tuple[str, Message]] = [
@@ -339,6 +357,7 @@ def segments() -> Sequence[bytes]:
 
 TARGETS = {
     "image": Target(image, images),
+    "vector": Target(vector, vectors),
     "request": Target(request, requests),
     "filter": Target(filter_, filters),
     "bundle": Target(bundle, bundles),

@@ -124,7 +124,7 @@ def test_a_failed_call_tells_its_id_too(stubs: Stubs) -> None:
 
 def test_a_call_has_the_line_that_any_logger_would_write() -> None:
     stream = configured("info", "json", io.StringIO())
-    said: dict[str, Any] = {"method": "/a/B", "code": "OK", "ms": 1.5, "request_id": "a-b:c/d+e="}
+    said: dict[str, Any] = {"method": "/a/B", "code": "OK", "ms": 1.5, "request_id": "a-b:c/d+e=", "caller": 'a"\nb'}
     token = CURRENT.set(Call("/a/B", cast("Any", None), request_id="a-b:c/d+e=", trace_id="0" * 32))
     try:
         logs.call(structlog.get_logger("service.calls"), **said)
@@ -139,6 +139,6 @@ def test_a_call_has_the_line_that_any_logger_would_write() -> None:
 @pytest.mark.parametrize(("level", "form", "lines"), [("warning", "json", 0), ("info", "console", 1)])
 def test_a_call_is_logged_as_configured(level: logs.Level, form: logs.Format, lines: int) -> None:
     stream = configured(level, form, io.StringIO())
-    logs.call(structlog.get_logger("service.calls"), method="/a/B", code="OK", ms=1.5, request_id="abc")
+    logs.call(structlog.get_logger("service.calls"), method="/a/B", code="OK", ms=1.5, request_id="abc", caller="")
     assert len(stream.getvalue().splitlines()) == lines
     assert "{" not in stream.getvalue()

@@ -1,0 +1,121 @@
+"""Several processes on one port: one writes, the others follow, and what dies is started anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from embedding.bundle import Bundle
+from embedding.errors import InvalidInput
+from lookalike import Client, NewItem
+from lookalike.errors import CallFailed
+from service import workers
+from service.settings import Settings
+from tests.processes import serving
+from tests.service.harness import DIM
+
+T = TypeVar("T")
+
+ENOUGH_SECONDS = 120  # on a busy machine; a worker takes a few seconds to load
+
+
+@dataclass
+class Running:
+    """A server of two workers."""
+
+    process: Popen[str]
+    address: str
+    log: Path
+
+    def pid(self, number: int) -> int:
+        """Of the worker that was started last under this number: 0 writes, 1 follows."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [int(line["pid"]) for line in lines if line["event"] == "worker started" and line["number"] == number][
+            -1
+        ]
+
+    def patiently(self, call: Callable[[Client], T]) -> T:
+        """What a call answers over a connection of its own, once it is answered."""
+        ends = time.monotonic() + ENOUGH_SECONDS
+        while True:
+            try:
+                with Client(self.address, timeout=10) as client:
+                    return call(client)
+            except CallFailed:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("workers")
+    log = folder / "log"
+    with serving(bundle.path, folder / "galleries", log=log, options=["--set", "workers=2"]) as (process, address):
+        yield Running(process, address, log)
+
+
+def vectors(count: int) -> np.ndarray:
+    vectors_ND = np.random.default_rng(7).normal(size=(count, DIM)).astype(np.float32)
+    return vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+
+
+def test_reads_see_every_write_whichever_process_answers(running: Running) -> None:
+    emb_ND = vectors(24)
+    with Client(running.address) as client:
+        client.create_gallery("read-your-writes")
+    for i, emb_D in enumerate(emb_ND):
+        # The system gives each new connection to either process: of 24 pairs some cross over, all but surely.
+        with Client(running.address) as writer:
+            writer.update_item("read-your-writes", NewItem(id=f"i{i}", image=emb_D))
+        with Client(running.address) as reader:
+            found = reader.search("read-your-writes", emb_D, k=1)
+        assert found[0].item.id == f"i{i}"
+
+
+def test_a_follower_that_is_killed_comes_back(running: Running) -> None:
+    follower = running.pid(1)
+    os.kill(follower, signal.SIGKILL)
+    ends = time.monotonic() + ENOUGH_SECONDS
+    while running.pid(1) == follower:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    assert running.patiently(lambda client: client.is_serving())
+
+
+def test_a_writer_that_is_killed_comes_back_with_what_it_acknowledged(running: Running) -> None:
+    emb_ND = vectors(2)
+    running.patiently(lambda client: client.create_gallery("survivor"))
+    running.patiently(lambda client: client.update_item("survivor", NewItem(id="before", image=emb_ND[0])))
+    os.kill(running.pid(0), signal.SIGKILL)
+    running.patiently(lambda client: client.update_item("survivor", NewItem(id="after", image=emb_ND[1])))
+    for emb_D, name in zip(emb_ND, ("before", "after"), strict=True):
+        assert running.patiently(lambda client, emb_D=emb_D: client.search("survivor", emb_D, k=1))[0].item.id == name
+
+
+def test_all_drain_on_a_signal(running: Running) -> None:
+    processes = [running.pid(0), running.pid(1)]
+    running.process.send_signal(signal.SIGTERM)
+    assert running.process.wait(ENOUGH_SECONDS) == 0
+    for pid in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("metrics_port", 0), ("engine", "milvus")], ids=["metrics", "milvus"])
+def test_what_several_processes_cannot_share_is_refused(tmp_path: Path, setting: str, value: object) -> None:
+    further = {"milvus_uri": "http://127.0.0.1:1"} if value == "milvus" else {}
+    settings = Settings.checked(bundle=tmp_path, galleries=tmp_path, workers=2, **{setting: value}, **further)
+    with pytest.raises(InvalidInput) as refused:
+        workers.check(settings)
+    assert refused.value.field in {setting, "workers"}
