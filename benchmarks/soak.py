@@ -14,15 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
-import socket
 import statistics
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,27 +26,9 @@ import uvloop
 
 from benchmarks.measure import machine
 from benchmarks.report import Report
-from benchmarks.service_server import Served, drawings, make_bundle, serving
-from benchmarks.soak_events import Events
-from benchmarks.soak_load import CHURNED, GALLERY, SHARES, STREAM_RATE, Load, random_vectors
+from benchmarks.soak_load import SHARES, STREAM_RATE, Load
+from benchmarks.soak_place import Running, running_in
 from benchmarks.soak_watch import Sample, Watch, draw, sample
-from embedding.bundle import Bundle, recalibrated
-from lookalike.v1 import common_pb2, gallery_pb2
-from service.key_ring import KeyRing
-from tests.authority import Authority
-
-MODEL, OTHER = "mnist", "soak-other"
-SIDE = 28
-KEPT = 8_000
-"""Items that stay in the gallery."""
-
-IMAGES = 4096
-CACHE_BYTES = 2**20
-"""Of embeddings seen lately: about a thousand, so that the cache is soon full, and no image is found in it."""
-
-QUEUE_SECONDS = 5.0
-"""For which a call may wait before it is refused: neighbours on the machine make everything wait for a second at times,
-and what is looked for is failures of our own."""
 
 IN_FLIGHT = 16
 """Callers that take the service to its capacity."""
@@ -104,18 +81,6 @@ def _run(work: Coroutine[object, object, object]) -> None:
         runner.run(work)
 
 
-@dataclass
-class Running:
-    """A server and what calls it."""
-
-    server: Served
-    load: Load
-    events: Events
-    stream_key: str
-    metrics: str
-    log: Path
-
-
 async def soak(
     report: Report,
     *,
@@ -130,7 +95,7 @@ async def soak(
     Each `again` seconds the capacity is measured again, for 2 seconds: a machine that others use gives now more, now
     less.
     """
-    async with _running(folder) as running:
+    async with running_in(folder) as running:
         calls, events = running.load, running.events
         capacity, at_capacity = await _capacity(running, turns=3, seconds=min(8.0, max(2.0, seconds / 30)))
         capacities = [capacity]
@@ -184,7 +149,7 @@ async def soak(
 
 async def activations(report: Report, number: int, *, folder: Path | None = None) -> None:
     """Models activated by turns, two calibrations and another model, with a call after each."""
-    async with _running(folder) as running:
+    async with running_in(folder) as running:
         events, steps = running.events, 10
         await events.once()
         resident: list[int] = []
@@ -210,85 +175,6 @@ async def activations(report: Report, number: int, *, folder: Path | None = None
         failed = running.load.outcomes.failed.total()
     report.at_most("activations: failed calls", failed, 0)
     report.at_most("activations: resident memory x", resident[-1] / resident[1], GROWTH)
-
-
-@asynccontextmanager
-async def _running(folder: Path | None) -> AsyncIterator[Running]:
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
-        root = Path(place)
-        bundle = Bundle.load(make_bundle(root / "first", MODEL))
-        (root / "models").mkdir()
-        other = Bundle.load(make_bundle(root / "models" / "other", MODEL, name=OTHER, seed=1))
-        second = bundle.calibration.model_copy(
-            update={
-                "version": bundle.calibration.version + 1,
-                "learned_margin": 0.6,
-                "probability": bundle.calibration.probability.model_copy(update={"midpoint": 0.6}),
-                "named_points": {"learned-margin": 0.6},
-            }
-        )
-        recalibrated(bundle, root / "models" / "second", calibration=second, learned_from={}, note="Another margin.")
-        authority = Authority()
-        authority.issue("localhost").write(root, "server")
-        ring = KeyRing(root / "keys.json")
-        _, key = ring.create("load", scopes=("read", "write"), galleries=("*",))
-        _, stream_key = ring.create("stream", scopes=("read",), galleries=("*",))
-        _, admin = ring.create("admin", scopes=("read", "write", "admin"), galleries=("*",))
-        port = _free_port()
-        log = root / "server.log"
-        with (
-            serving(
-                bundle.path,
-                log=log,
-                on=os.sched_getaffinity(0),
-                models=root / "models",
-                tls_certificate=root / "server.crt",
-                tls_key=root / "server.key",
-                keys=root / "keys.json",
-                audit_log=root / "audit.jsonl",
-                metrics_port=port,
-                embedding_cache_bytes=CACHE_BYTES,
-                decode_threads=2,
-                gallery_threads=4,
-                max_queue_seconds=QUEUE_SECONDS,
-                log_level="warning",
-            ) as server,
-        ):
-            first = bundle.calibration
-            load = Load(
-                server.address,
-                authority.root,
-                key,
-                vectors=random_vectors(KEPT, bundle.embedding_dim),
-                images=drawings(IMAGES, SIDE),
-                thresholds={
-                    f"{bundle.name}/{first.version}": first.learned_margin,
-                    f"{bundle.name}/{second.version}": second.learned_margin,
-                    f"{other.name}/{first.version}": first.learned_margin,
-                },
-            )
-            events = Events(load, admin, root, authority, ring, bundle.name, other.name)
-            try:
-                await _fill(events, load)
-                async with load.connected():
-                    yield Running(server, load, events, stream_key, f"http://127.0.0.1:{port}/metrics", log)
-            finally:
-                await events.close()
-
-
-async def _fill(events: Events, load: Load) -> None:
-    """The gallery, with the items that stay and those that will be churned."""
-    made = gallery_pb2.CreateGalleryRequest(gallery_id=GALLERY)
-    await events.ask("/lookalike.v1.GalleryService/CreateGallery", made.SerializeToString())
-    names = [f"kept-{at:06}" for at in range(KEPT)] + [f"churned-{at:05}" for at in range(CHURNED)]
-    churned = random_vectors(CHURNED, load.vectors.shape[1], seed=1)
-    rows = np.concatenate([load.vectors, churned])
-    for start in range(0, len(names), 500):
-        request = gallery_pb2.BatchUpdateItemsRequest(parent=f"galleries/{GALLERY}", allow_missing=True)
-        for name, row in zip(names[start : start + 500], rows[start : start + 500], strict=True):
-            each = request.requests.add(image=common_pb2.ImageInput(embedding=row.tobytes()))
-            each.item.name = f"galleries/{GALLERY}/items/{name}"
-        await events.ask("/lookalike.v1.GalleryService/BatchUpdateItems", request.SerializeToString())
 
 
 async def _offered(calls: Load, capacities: list[float], load: float, seconds: float, again: float | None) -> None:
@@ -345,12 +231,6 @@ def _tell_memory(report: Report, watch: Watch) -> None:
 
 def _mix() -> str:
     return ", ".join(f"{100 * share:g} % {method}" for method, share in SHARES.items())
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -92,6 +92,31 @@ class Events:
                 await self.load.call("Verify", now, channel, name="Connect")
             await asyncio.sleep(max(0.0, 1.0 - (time.perf_counter() - now)))
 
+    async def stored(self) -> dict[str, int]:
+        """The version of every churned item that the gallery holds."""
+        found: dict[str, int] = {}
+        token = ""
+        while True:
+            request = gallery_pb2.ListItemsRequest(parent=f"galleries/{GALLERY}", page_size=1000, page_token=token)
+            answer = await self.ask("/lookalike.v1.GalleryService/ListItems", request.SerializeToString())
+            page = gallery_pb2.ListItemsResponse.FromString(answer)
+            found |= {item.name.rpartition("/")[2]: int(item.identity) for item in page.items if item.identity}
+            token = page.next_page_token
+            if not token:
+                return found
+
+    async def ask(self, method: str, request: bytes, *, key: str = "") -> bytes:
+        """A call of administration, or with another key."""
+        if self._channel is None:
+            self._channel = self.load.channel()
+        metadata = (("authorization", f"Bearer {key or self.admin_key}"),)
+        made: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(method)
+        return await made(request, timeout=TIMEOUT, metadata=metadata)
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
     # Kinds
 
     async def swap_calibration(self) -> None:
@@ -120,10 +145,10 @@ class Events:
 
     async def reindex(self) -> None:
         request = upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{GALLERY}", request_id=str(uuid.uuid4()))
-        begun = upkeep_pb2.ReindexGalleryResponse.FromString(await self._ask(REINDEX, request.SerializeToString()))
+        begun = upkeep_pb2.ReindexGalleryResponse.FromString(await self.ask(REINDEX, request.SerializeToString()))
         wait = operations_pb2.WaitOperationRequest(name=begun.operation.name)
         wait.timeout.FromSeconds(60)
-        done = operations_pb2.Operation.FromString(await self._ask(WAIT, wait.SerializeToString()))
+        done = operations_pb2.Operation.FromString(await self.ask(WAIT, wait.SerializeToString()))
         if not done.done or done.HasField("error"):
             self.load.outcomes.wrong[f"ReindexGallery: {done.error.message or 'not done'}"] += 1
 
@@ -143,26 +168,13 @@ class Events:
         await asyncio.to_thread(self.keys.revoke, old)
         await asyncio.sleep(1.5 * LOOK_SECONDS)
         try:
-            await self._ask(FULL_METHODS["Verify"], match_pb2.VerifyRequest().SerializeToString(), key=old_key)
+            await self.ask(FULL_METHODS["Verify"], match_pb2.VerifyRequest().SerializeToString(), key=old_key)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 return
         self.load.outcomes.wrong["keys: a revoked key was not refused"] += 1
 
     # Within
-
-    async def stored(self) -> dict[str, int]:
-        """The version of every churned item that the gallery holds."""
-        found: dict[str, int] = {}
-        token = ""
-        while True:
-            request = gallery_pb2.ListItemsRequest(parent=f"galleries/{GALLERY}", page_size=1000, page_token=token)
-            answer = await self._ask("/lookalike.v1.GalleryService/ListItems", request.SerializeToString())
-            page = gallery_pb2.ListItemsResponse.FromString(answer)
-            found |= {item.name.rpartition("/")[2]: int(item.identity) for item in page.items if item.identity}
-            token = page.next_page_token
-            if not token:
-                return found
 
     async def _activate(self, model: str, calibration: int = 0, *, keep_previous: bool = False) -> None:
         request = model_pb2.ActivateModelRequest(
@@ -171,22 +183,7 @@ class Events:
             keep_previous=keep_previous,
             request_id=str(uuid.uuid4()),
         )
-        await self._ask(ACTIVATE, request.SerializeToString())
-
-    async def ask(self, method: str, request: bytes) -> bytes:
-        """A call of administration."""
-        return await self._ask(method, request)
-
-    async def _ask(self, method: str, request: bytes, *, key: str = "") -> bytes:
-        if self._channel is None:
-            self._channel = self.load.channel()
-        metadata = (("authorization", f"Bearer {key or self.admin_key}"),)
-        made: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(method)
-        return await made(request, timeout=TIMEOUT, metadata=metadata)
-
-    async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
+        await self.ask(ACTIVATE, request.SerializeToString())
 
     def _shown(self) -> bytes:
         """The certificate that a new connection is shown."""
