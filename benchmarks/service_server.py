@@ -165,6 +165,7 @@ def serving(
     finally:
         process.terminate()
         process.wait(timeout=30)
+        process.stdout.close()
 
 
 @dataclass
