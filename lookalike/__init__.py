@@ -1,5 +1,7 @@
 """lookalike answers two questions: are these two images a match, and what in my gallery matches this image?"""
 
+from lookalike._arrays import stacked
+from lookalike._retry import Retry
 from lookalike._secure import Tls
 from lookalike.client import AsyncClient, Client
 from lookalike.errors import (
@@ -85,10 +87,12 @@ __all__ = [
     "Purged",
     "RecordedFeedback",
     "ResourceExhausted",
+    "Retry",
     "Segment",
     "ServerError",
     "Snapshot",
     "Tls",
     "Unavailable",
     "Verdict",
+    "stacked",
 ]

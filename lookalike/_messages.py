@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from lookalike._arrays import encoded_picture, png
 from lookalike.errors import from_status
 from lookalike.types import (
     JSON,
@@ -67,7 +69,7 @@ _VERDICT_NUMBERS = {verdict: number for number, verdict in _VERDICTS.items()}
 
 
 def image_input(image: ImageLike) -> common_pb2.ImageInput:
-    """Raises OSError when the path of an image cannot be read, ValueError for an array that is no embedding."""
+    """Raises OSError when the path of an image cannot be read, ValueError for an array that is no image, TypeError."""
     if isinstance(image, bytes):
         return common_pb2.ImageInput(encoded=image)
     if isinstance(image, ItemName):
@@ -77,13 +79,17 @@ def image_input(image: ImageLike) -> common_pb2.ImageInput:
         message.model = model_name(image.model)
         return message
     if isinstance(image, np.ndarray):
-        if image.ndim != 1 or not np.issubdtype(image.dtype, np.floating):
-            raise ValueError(
-                f"an embedding is a floating-point array [D]; got {image.dtype} {list(image.shape)}: "
-                "send a picture as the bytes of an image file"
-            )
-        return common_pb2.ImageInput(embedding=image.astype("<f4").tobytes())
-    return common_pb2.ImageInput(encoded=Path(image).read_bytes())
+        if image.ndim == 1 and np.issubdtype(image.dtype, np.floating):
+            return common_pb2.ImageInput(embedding=image.astype("<f4").tobytes())
+        return common_pb2.ImageInput(encoded=png(image))
+    if isinstance(image, str | os.PathLike):
+        return common_pb2.ImageInput(encoded=Path(image).read_bytes())
+    if hasattr(image, "getexif"):
+        return common_pb2.ImageInput(encoded=encoded_picture(image))
+    raise TypeError(
+        "an image is bytes, a path, an array, a picture of Pillow, an EmbeddingOf or an ItemName; got "
+        f"{type(image).__name__}"
+    )
 
 
 def operating_point(point: OperatingPoint | None) -> common_pb2.OperatingPoint | None:

@@ -1,6 +1,6 @@
 """The API's methods, each defined once for both clients.
 
-A descriptor binds a function of `_calls.py` to a client. Bound to a synchronous client it gives a function that
+A descriptor binds a function of `_calls` to a client. Bound to a synchronous client it gives a function that
 returns the result, bound to an asynchronous one a function whose result is awaited or iterated asynchronously.
 """
 
@@ -12,8 +12,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from google.protobuf.message import Message
 
-from lookalike import _calls
-from lookalike._calls import Batch, Call, Collected, Page, Stream
+from lookalike._calls import feedback, galleries, items, match, models, upkeep
+from lookalike._calls import search as searches
+from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
 from lookalike._transport import AsyncTransport, Transport
 
 P = ParamSpec("P")
@@ -133,47 +134,47 @@ class _Shown:
 class Methods:
     """Every call of the API."""
 
-    verify = Unary(_calls.verify)
-    verify_batch = Batched(_calls.verify_batch)
-    verify_stream = Streamed(_calls.verify_stream)
-    embed = Unary(_calls.embed)
-    embed_batch = Batched(_calls.embed_batch)
-    search = Unary(_calls.search)
-    search_batch = Batched(_calls.search_batch)
-    search_matches = Collecting(_calls.search_matches)
-    search_stream = Streamed(_calls.search_stream)
-    create_gallery = Unary(_calls.create_gallery)
-    get_gallery = Unary(_calls.get_gallery)
-    list_galleries = Paged(_calls.list_galleries)
-    update_gallery = Unary(_calls.update_gallery)
-    delete_gallery = Unary(_calls.delete_gallery)
-    get_item = Unary(_calls.get_item)
-    list_items = Paged(_calls.list_items)
-    update_items = Batched(_calls.update_items)
-    update_item = Unary(_calls.update_item)
-    import_items = Streamed(_calls.import_items)
-    delete_item = Unary(_calls.delete_item)
-    delete_items = Unary(_calls.delete_items)
-    purge_items = Unary(_calls.purge_items)
-    put_alias = Unary(_calls.put_alias)
-    get_alias = Unary(_calls.get_alias)
-    list_aliases = Paged(_calls.list_aliases)
-    delete_alias = Unary(_calls.delete_alias)
-    reindex_gallery = Unary(_calls.reindex_gallery)
-    migrate_gallery = Unary(_calls.migrate_gallery)
-    create_snapshot = Unary(_calls.create_snapshot)
-    list_snapshots = Paged(_calls.list_snapshots)
-    delete_snapshot = Unary(_calls.delete_snapshot)
-    restore_gallery = Unary(_calls.restore_gallery)
-    get_operation = Unary(_calls.get_operation)
-    wait_operation = Unary(_calls.wait_operation)
-    cancel_operation = Unary(_calls.cancel_operation)
-    list_operations = Paged(_calls.list_operations)
-    get_model = Unary(_calls.get_model)
-    list_models = Paged(_calls.list_models)
-    activate_model = Unary(_calls.activate_model)
-    deactivate_model = Unary(_calls.deactivate_model)
-    record_feedback = Batched(_calls.record_feedback)
-    list_feedback = Paged(_calls.list_feedback)
-    delete_feedback = Unary(_calls.delete_feedback)
-    is_serving = Unary(_calls.is_serving)
+    verify = Unary(match.verify)
+    verify_batch = Batched(match.verify_batch)
+    verify_stream = Streamed(match.verify_stream)
+    embed = Unary(match.embed)
+    embed_batch = Batched(match.embed_batch)
+    search = Unary(searches.search)
+    search_batch = Batched(searches.search_batch)
+    search_matches = Collecting(searches.search_matches)
+    search_stream = Streamed(searches.search_stream)
+    create_gallery = Unary(galleries.create_gallery)
+    get_gallery = Unary(galleries.get_gallery)
+    list_galleries = Paged(galleries.list_galleries)
+    update_gallery = Unary(galleries.update_gallery)
+    delete_gallery = Unary(galleries.delete_gallery)
+    get_item = Unary(items.get_item)
+    list_items = Paged(items.list_items)
+    update_items = Batched(items.update_items)
+    update_item = Unary(items.update_item)
+    import_items = Streamed(items.import_items)
+    delete_item = Unary(items.delete_item)
+    delete_items = Unary(items.delete_items)
+    purge_items = Unary(items.purge_items)
+    put_alias = Unary(galleries.put_alias)
+    get_alias = Unary(galleries.get_alias)
+    list_aliases = Paged(galleries.list_aliases)
+    delete_alias = Unary(galleries.delete_alias)
+    reindex_gallery = Unary(upkeep.reindex_gallery)
+    migrate_gallery = Unary(upkeep.migrate_gallery)
+    create_snapshot = Unary(upkeep.create_snapshot)
+    list_snapshots = Paged(upkeep.list_snapshots)
+    delete_snapshot = Unary(upkeep.delete_snapshot)
+    restore_gallery = Unary(upkeep.restore_gallery)
+    get_operation = Unary(upkeep.get_operation)
+    wait_operation = Unary(upkeep.wait_operation)
+    cancel_operation = Unary(upkeep.cancel_operation)
+    list_operations = Paged(upkeep.list_operations)
+    get_model = Unary(models.get_model)
+    list_models = Paged(models.list_models)
+    activate_model = Unary(models.activate_model)
+    deactivate_model = Unary(models.deactivate_model)
+    record_feedback = Batched(feedback.record_feedback)
+    list_feedback = Paged(feedback.list_feedback)
+    delete_feedback = Unary(feedback.delete_feedback)
+    is_serving = Unary(models.is_serving)

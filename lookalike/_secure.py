@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import grpc
 
@@ -36,6 +37,15 @@ class Tls:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a client certificate needs its key, and a key its certificate: give both")
         return grpc.ssl_channel_credentials(_content(self.ca), _content(self.key), _content(self.certificate))
+
+
+class Server(TypedDict):
+    """Arguments of a client that say whom it calls, and as whom."""
+
+    target: str
+    tls: Tls | bool
+    api_key: str | None
+    allow_insecure_key: bool
 
 
 class Access:
@@ -86,3 +96,39 @@ def is_loopback(target: str) -> bool:
 
 def _content(pem: Pem | None) -> bytes | None:
     return pem if pem is None or isinstance(pem, bytes) else Path(pem).read_bytes()
+
+
+def from_environment(environment: Mapping[str, str]) -> Server:
+    """Whom to call and how, by the variables that the command line reads.
+
+    Raises ValueError, naming the variable, when one is missing or senseless; OSError for a key's file that cannot be
+    read.
+    """
+
+    def given(name: str) -> str | None:
+        return environment.get(f"LOOKALIKE_{name}") or None
+
+    target, key_file = given("TARGET"), given("API_KEY_FILE")
+    if target is None:
+        raise ValueError("LOOKALIKE_TARGET is not set: name the server, such as localhost:50051")
+    pems = {
+        "ca": given("TLS_CA"),
+        "server_name": given("TLS_SERVER_NAME"),
+        "certificate": given("CLIENT_CERTIFICATE"),
+        "key": given("CLIENT_KEY"),
+    }
+    return {
+        "target": target,
+        "tls": Tls(**pems) if any(pems.values()) else _flag(environment, "LOOKALIKE_TLS"),
+        "api_key": given("API_KEY") if key_file is None else Path(key_file).read_text(encoding="utf-8"),
+        "allow_insecure_key": _flag(environment, "LOOKALIKE_ALLOW_INSECURE_KEY"),
+    }
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name, "").strip().lower()
+    if text in {"1", "true", "t", "yes", "y", "on"}:
+        return True
+    if text in {"", "0", "false", "f", "no", "n", "off"}:
+        return False
+    raise ValueError(f"{name} is 1 or 0, true or false, yes or no; got {text!r}")

@@ -1,4 +1,4 @@
-"""How calls travel: the channel, its options and retries; blocking and asyncio.
+"""How calls travel over the channels of a client; blocking and asyncio.
 
 Only what must differ between the two is written twice: the call itself, and what waits for it.
 """
@@ -6,133 +6,56 @@ Only what must differ between the two is written twice: the call itself, and wha
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
+import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
-from lookalike import _calls
-from lookalike._calls import Batch, Call, Collected, Page, Stream
-from lookalike._secure import Access
-from lookalike.errors import CallFailed, ResourceExhausted, Unavailable, from_call
-from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
+from lookalike._calls.models import is_serving
+from lookalike._retry import is_final
+from lookalike._settings import DEFAULT_TIMEOUT, Configured
+from lookalike._window import AsyncWindow, Window
+from lookalike.errors import ResourceExhausted
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
 
-DEFAULT_TIMEOUT = 30.0
-"""Seconds that a call may take, retries included."""
-
-DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20
-"""The server's own default limit on a message."""
-
-_ENVELOPE_BYTES = 4096
-"""Room that a batch leaves for the rest of its message, beside the elements."""
-_ELEMENT_BYTES = 8
-"""Tag and length that precede an element."""
 _POLL_SECONDS = 0.1
 
-# What is repeated while the server is unavailable. Reads may be; and so may writes, because each carries a request_id
-# under which the server does it once and answers a repetition as the first time. An import tells how far it came: to
-# begin again is the caller's decision.
-_NEVER_REPEATED = {(_calls.GALLERY, "ImportItems"), (_calls.OPERATIONS, "DeleteOperation")}
-_REPEATED = [
-    {"service": method.containing_service.full_name, "method": method.name}
-    for module in (alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, operations_pb2, search_pb2, upkeep_pb2)
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-    if (service.full_name, method.name) not in _NEVER_REPEATED
-]
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": _REPEATED,
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 3,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    # When most calls fail, repeating them would only load a struggling server further.
-    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
-}
 
-
-class _Settings:
-    def __init__(self, target: str, *, timeout: float, max_message_bytes: int, access: Access) -> None:
-        if timeout <= 0:
-            raise ValueError(f"timeout must be positive, in seconds; got {timeout}")
-        if max_message_bytes <= 2 * _ENVELOPE_BYTES:
-            raise ValueError(f"max_message_bytes must be above {2 * _ENVELOPE_BYTES}; got {max_message_bytes}")
-        self.target = target
-        self.timeout = timeout
-        self._max_message_bytes = max_message_bytes
-        self._access = access
-
-    def _channel_options(self) -> list[tuple[str, Any]]:
-        return [
-            ("grpc.max_send_message_length", self._max_message_bytes),
-            ("grpc.max_receive_message_length", self._max_message_bytes),
-            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-            # A call is repeated from this buffer; larger requests would silently not be repeated.
-            ("grpc.per_rpc_retry_buffer_size", self._max_message_bytes),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            # For all its name, how long one attempt to connect may take: a busy server is slow to greet.
-            ("grpc.min_reconnect_backoff_ms", 5000),
-            ("grpc.max_reconnect_backoff_ms", 5000),
-            *self._access.options,
-        ]
-
-    def _packed(self, batch: Batch[E, R]) -> Iterator[tuple[int, Call[list[R]]]]:
-        """Calls of the batch, each with its number of elements."""
-        chunk: list[E] = []
-        room = self._max_message_bytes - _ENVELOPE_BYTES
-        size = 0
-        for element in batch.elements:
-            bytes_needed = element.ByteSize() + _ELEMENT_BYTES
-            if chunk and (len(chunk) == batch.most or size + bytes_needed > room):
-                yield len(chunk), batch.call(chunk)
-                chunk, size = [], 0
-            chunk.append(element)
-            size += bytes_needed
-        if chunk:
-            yield len(chunk), batch.call(chunk)
-
-    def _failed(self, error: Any) -> CallFailed:
-        return from_call(error, target=self.target, timeout=self.timeout)
-
-    def _not_ready(self, seconds: float) -> Unavailable:
-        return Unavailable(
-            f"{self.target} was not serving after {seconds:g} s; start it with `lookalike serve`, or wait longer",
-            code=grpc.StatusCode.UNAVAILABLE,
-        )
-
-
-class Transport(_Settings):
+class Transport(Configured):
     """Calls that block; may be used from several threads."""
 
-    def __init__(self, target: str, *, timeout: float, max_message_bytes: int, access: Access) -> None:
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
-        options, credentials = self._channel_options(), access.credentials
-        self._channel = (
-            grpc.insecure_channel(target, options=options)
+    def _open(self) -> None:
+        options, credentials = self._channel_options(), self._access.credentials
+        self._channels = [
+            grpc.insecure_channel(self.target, options=options)
             if credentials is None
-            else grpc.secure_channel(target, credentials, options=options)
-        )
+            else grpc.secure_channel(self.target, credentials, options=options)
+            for _ in range(self._connections)
+        ]
+        self._turns = itertools.cycle(self._channels)
 
     def unary(self, call: Call[R]) -> R:
-        try:
-            response = self._method(call)(call.request, timeout=self.timeout, metadata=self._access.metadata)
-        except grpc.RpcError as error:
-            raise self._failed(error) from None
+        give_up = time.monotonic() + self.timeout
+        for attempt in itertools.count(1):
+            try:
+                response = self._answer(call, max(give_up - time.monotonic(), 0.001))
+            except grpc.RpcError as error:
+                failed = self._failed(error)
+                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
+                if pause is None:
+                    raise failed from None
+                time.sleep(pause)
+            else:
+                self._patience.succeeded()
+                break
         return call.parse(response)
 
     def pages(self, call: Callable[[str], Call[Page[R]]]) -> Iterator[R]:
@@ -146,24 +69,26 @@ class Transport(_Settings):
         return [result for size, call in self._packed(batch) for result in _complete(self.unary(call), size)]
 
     def collected(self, call: Collected[R]) -> R:
+        made: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
         try:
-            parts = list(self._streaming(call)(call.request, timeout=self.timeout, metadata=self._access.metadata))
+            parts = list(made(call.request, timeout=self.timeout, metadata=self._access.metadata))
         except grpc.RpcError as error:
             raise self._failed(error) from None
         return call.parse(parts)
 
     def stream(self, call: Stream[R]) -> Iterator[R]:
-        requests = _Requests(call.requests)
-        made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{call.method}")
-        responses = made(requests, metadata=self._access.metadata)
+        window = Window(call, self._window)
+        made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
+        responses = made(window, metadata=self._access.metadata)
         try:
             for data in responses:
-                yield call.parse(data)
+                yield window.parsed(data)
         except grpc.RpcError as error:
             raise self._failed(error) from None
         finally:
+            window.close()
             responses.cancel()  # for a caller who stops iterating
-        requests.raise_failure()
+        window.raise_failure()
 
     def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
@@ -174,16 +99,49 @@ class Transport(_Settings):
             time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
-    def _streaming(self, call: Collected[R]) -> grpc.UnaryStreamMultiCallable[bytes, bytes]:
-        return self._channel.unary_stream(f"/{call.method}")
+    def _channel(self) -> grpc.Channel:
+        return next(self._turns)
 
     def _method(self, call: Call[R]) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
-        return self._channel.unary_unary(f"/{call.method}")
+        return self._channel().unary_unary(f"/{call.method}")
+
+    def _answer(self, call: Call[R], seconds: float) -> bytes:
+        hedge_after = self._patience.hedge_after(call.method)
+        if hedge_after is None:
+            return self._method(call)(call.request, timeout=seconds, metadata=self._access.metadata)
+        return self._hedged(call, seconds, hedge_after)
+
+    def _hedged(self, call: Call[R], seconds: float, hedge_after: float) -> bytes:
+        """The answer of whichever copy succeeds first, a second one being sent when the first is slow."""
+        give_up = time.monotonic() + seconds
+        ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        copies: list[Any] = []
+
+        def send() -> None:
+            left = max(give_up - time.monotonic(), 0.001)
+            copies.append(self._method(call).future(call.request, timeout=left, metadata=self._access.metadata))
+            copies[-1].add_done_callback(ended.put)
+
+        try:
+            send()
+            try:
+                copy = ended.get(timeout=hedge_after)
+            except queue.Empty:
+                if self._patience.may_hedge():
+                    send()
+                copy = ended.get()
+            if len(copies) == 2 and not is_final(copy.code()):
+                copy = ended.get()
+            return bytes(copy.result())
+        finally:
+            for copy in copies:
+                copy.cancel()
 
     def _serving_by(self, give_up: float) -> bool:
-        call = _calls.is_serving()
+        call = is_serving()
         patience = max(give_up - time.monotonic(), 0.001)
         try:
             response = self._method(call)(call.request, timeout=patience, wait_for_ready=True)
@@ -192,23 +150,33 @@ class Transport(_Settings):
         return call.parse(response)
 
 
-class AsyncTransport(_Settings):
+class AsyncTransport(Configured):
     """Calls that are awaited; belongs to the event loop it was first used in."""
 
-    def __init__(self, target: str, *, timeout: float, max_message_bytes: int, access: Access) -> None:
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
-        options, credentials = self._channel_options(), access.credentials
-        self._channel = (
-            grpc.aio.insecure_channel(target, options=options)
+    def _open(self) -> None:
+        options, credentials = self._channel_options(), self._access.credentials
+        self._channels = [
+            grpc.aio.insecure_channel(self.target, options=options)
             if credentials is None
-            else grpc.aio.secure_channel(target, credentials, options=options)
-        )
+            else grpc.aio.secure_channel(self.target, credentials, options=options)
+            for _ in range(self._connections)
+        ]
+        self._turns = itertools.cycle(self._channels)
 
     async def unary(self, call: Call[R]) -> R:
-        try:
-            response = await self._method(call)(call.request, timeout=self.timeout, metadata=self._access.metadata)
-        except grpc.aio.AioRpcError as error:
-            raise self._failed(error) from None
+        give_up = time.monotonic() + self.timeout
+        for attempt in itertools.count(1):
+            try:
+                response = await self._answer(call, max(give_up - time.monotonic(), 0.001))
+            except grpc.aio.AioRpcError as error:
+                failed = self._failed(error)
+                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
+                if pause is None:
+                    raise failed from None
+                await asyncio.sleep(pause)
+            else:
+                self._patience.succeeded()
+                break
         return call.parse(response)
 
     async def pages(self, call: Callable[[str], Call[Page[R]]]) -> AsyncIterator[R]:
@@ -224,8 +192,8 @@ class AsyncTransport(_Settings):
         return [result for size, call in self._packed(batch) for result in _complete(await self.unary(call), size)]
 
     async def collected(self, call: Collected[R]) -> R:
+        made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
         try:
-            made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{call.method}")
             responses = made(call.request, timeout=self.timeout, metadata=self._access.metadata)
             parts = [data async for data in responses]
         except grpc.aio.AioRpcError as error:
@@ -233,17 +201,18 @@ class AsyncTransport(_Settings):
         return call.parse(parts)
 
     async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
-        requests = _Requests(call.requests)
-        made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{call.method}")
-        responses = made(requests.asynchronously(), metadata=self._access.metadata)
+        window = AsyncWindow(call, self._window)
+        made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
+        responses = made(window.messages(), metadata=self._access.metadata)
         try:
             async for data in responses:
-                yield call.parse(data)
+                yield window.parsed(data)
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
         finally:
+            window.close()
             responses.cancel()
-        requests.raise_failure()
+        window.raise_failure()
 
     async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
@@ -254,13 +223,48 @@ class AsyncTransport(_Settings):
             await asyncio.sleep(_POLL_SECONDS)
 
     async def close(self) -> None:
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
+
+    def _channel(self) -> grpc.aio.Channel:
+        return next(self._turns)
 
     def _method(self, call: Call[R]) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
-        return self._channel.unary_unary(f"/{call.method}")
+        return self._channel().unary_unary(f"/{call.method}")
+
+    async def _answer(self, call: Call[R], seconds: float) -> bytes:
+        hedge_after = self._patience.hedge_after(call.method)
+        if hedge_after is None:
+            return await self._method(call)(call.request, timeout=seconds, metadata=self._access.metadata)
+        return await self._hedged(call, seconds, hedge_after)
+
+    async def _hedged(self, call: Call[R], seconds: float, hedge_after: float) -> bytes:
+        """The answer of whichever copy succeeds first, a second one being sent when the first is slow."""
+        give_up = time.monotonic() + seconds
+
+        async def send() -> bytes:
+            left = max(give_up - time.monotonic(), 0.001)
+            return await self._method(call)(call.request, timeout=left, metadata=self._access.metadata)
+
+        copies = {asyncio.create_task(send())}
+        try:
+            ended, _ = await asyncio.wait(copies, timeout=hedge_after)
+            if not ended and self._patience.may_hedge():
+                copies.add(asyncio.create_task(send()))
+            waiting = set(copies)
+            while waiting:
+                ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                answer = next((copy for copy in ended if _answers(copy)), None)
+                if answer is not None:
+                    return answer.result()
+            return ended.pop().result()
+        finally:
+            for copy in copies:
+                copy.cancel()
+            await asyncio.gather(*copies, return_exceptions=True)
 
     async def _serving_by(self, give_up: float) -> bool:
-        call = _calls.is_serving()
+        call = is_serving()
         patience = max(give_up - time.monotonic(), 0.001)
         try:
             response = await self._method(call)(call.request, timeout=patience, wait_for_ready=True)
@@ -269,31 +273,9 @@ class AsyncTransport(_Settings):
         return call.parse(response)
 
 
-class _Requests(Iterator[bytes]):
-    """The messages of a stream. When making one fails, the stream ends there and the failure is kept: gRPC would only
-    log it."""
-
-    def __init__(self, requests: Iterator[bytes]) -> None:
-        self._requests = requests
-        self._failure: BaseException | None = None
-
-    def __next__(self) -> bytes:
-        try:
-            return next(self._requests)
-        except StopIteration:
-            raise
-        except BaseException as error:
-            self._failure = error
-            raise StopIteration from None
-
-    async def asynchronously(self) -> AsyncIterator[bytes]:
-        """The same, made in threads: an image may be read from a slow disk."""
-        while (request := await asyncio.to_thread(next, self, None)) is not None:
-            yield request
-
-    def raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+def _answers(copy: asyncio.Task[bytes]) -> bool:
+    error = copy.exception()
+    return not isinstance(error, grpc.aio.AioRpcError) or is_final(error.code())
 
 
 def _complete(results: list[R], size: int) -> list[R]:

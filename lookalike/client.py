@@ -12,8 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from lookalike._methods import Methods
-from lookalike._secure import Access, Tls
-from lookalike._transport import DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT, AsyncTransport, Transport
+from lookalike._transport import AsyncTransport, Transport
 
 
 class Client(Methods, Transport):
@@ -24,20 +23,14 @@ class Client(Methods, Transport):
 
     `tls` encrypts: True trusts the public roots, `Tls(ca=...)` those of your own. `api_key` is a key of the server, or
     a token; it is never sent in plain text to another machine unless `allow_insecure_key` says that this is meant.
-    """
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        timeout: float = DEFAULT_TIMEOUT,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        tls: Tls | bool = False,
-        api_key: str | None = None,
-        allow_insecure_key: bool = False,
-    ) -> None:
-        access = Access(target, tls, api_key, allow_insecure_key)
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
+    `retry` says how often calls are repeated, None for never. With `hedge_after`, a call that only reads and has no
+    answer after so many seconds is sent a second time, and the answer that comes first counts; one call in ten at most.
+    Calls take turns on `connections`; a server works on 256 calls of one connection at a time. `window` is how many
+    elements of a stream are sent ahead of the answers.
+
+    Raises ValueError for a setting that makes no sense, and OSError for a file of `tls` that cannot be read.
+    """
 
     def __enter__(self) -> Self:
         return self
@@ -50,19 +43,6 @@ class Client(Methods, Transport):
 
 class AsyncClient(Methods, AsyncTransport):
     """`Client` for asyncio: the same methods, awaited; listings are iterated with `async for`."""
-
-    def __init__(
-        self,
-        target: str,
-        *,
-        timeout: float = DEFAULT_TIMEOUT,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-        tls: Tls | bool = False,
-        api_key: str | None = None,
-        allow_insecure_key: bool = False,
-    ) -> None:
-        access = Access(target, tls, api_key, allow_insecure_key)
-        super().__init__(target, timeout=timeout, max_message_bytes=max_message_bytes, access=access)
 
     async def __aenter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,32 @@ class EmbeddingOf:
     embedding: Embedding = field(repr=False)
 
 
-ImageLike: TypeAlias = bytes | str | os.PathLike[str] | NDArray[np.floating[Any]] | EmbeddingOf | ItemName
-"""An image: the bytes of an image file, the path of one, an embedding [D], with or without the model that made it, or
-the name of a stored item."""
+class PillowImage(Protocol):
+    """What is used of `PIL.Image.Image`, so that Pillow need not be there."""
+
+    @property
+    def mode(self) -> str: ...
+
+    def convert(self, mode: str, /) -> Any: ...
+
+    def getexif(self) -> Any: ...
+
+    def save(self, fp: Any, format: str, /, **options: Any) -> None: ...
+
+
+ImageLike: TypeAlias = (
+    bytes
+    | str
+    | os.PathLike[str]
+    | NDArray[np.floating[Any]]
+    | NDArray[np.uint8]
+    | PillowImage
+    | EmbeddingOf
+    | ItemName
+)
+"""An image: the bytes of an image file or the path of one; its pixels, uint8 [H, W] or [H, W, 1 to 4] (grey, grey and
+alpha, RGB, RGBA), or as a picture of Pillow, both of which travel as PNG; an embedding [D], with or without the model
+that made it; or the name of a stored item."""
 
 
 class Verdict(Enum):

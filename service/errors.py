@@ -83,8 +83,14 @@ class translated_errors:  # noqa: N801  # used as a context manager; a generator
         if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             return
         # The boundary: everything is answered, and what nobody foresaw is logged.
-        rich = rpc_status.to_status(status(error))
-        trailing = (*rich.trailing_metadata, *(self._context.trailing_metadata() or ()), *_challenge(error))
+        found = status(error)
+        rich = rpc_status.to_status(found)
+        trailing = (
+            *rich.trailing_metadata,
+            *(self._context.trailing_metadata() or ()),
+            *_challenge(error),
+            *_pushback(found, self._context.time_remaining()),
+        )
         await self._context.abort(rich.code, rich.details, trailing)  # abort forgets what was set before
 
 
@@ -146,6 +152,20 @@ def _challenge(error: BaseException) -> tuple[tuple[str, str], ...]:
         return ()
     invalid = ', error="invalid_token"' if isinstance(error, domain.CredentialsInvalid) else ""
     return (("www-authenticate", f'Bearer realm="{DOMAIN}"{invalid}'),)
+
+
+def _pushback(found: status_pb2.Status, seconds_left: float | None) -> tuple[tuple[str, str], ...]:
+    """RetryInfo for clients that repeat by a service config, which read no details: gRFC A6.
+
+    Negative, which forbids it, where the deadline comes first: they would sleep through it and never tell their caller
+    what this call ended with.
+    """
+    retry = error_details_pb2.RetryInfo()
+    if not any(detail.Unpack(retry) for detail in found.details):
+        return ()
+    milliseconds = retry.retry_delay.ToMilliseconds()
+    late = seconds_left is not None and seconds_left * 1000 <= milliseconds
+    return (("grpc-retry-pushback-ms", "-1" if late else str(milliseconds)),)
 
 
 def _when_to_retry(error: domain.Overloaded | domain.RateLimited, message: str) -> list[Message]:

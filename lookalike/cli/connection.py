@@ -11,7 +11,7 @@ import typer
 
 from embedding.errors import InvalidInput
 from lookalike._secure import Tls
-from lookalike._transport import DEFAULT_TIMEOUT
+from lookalike._settings import DEFAULT_TIMEOUT
 from lookalike.client import Client
 
 _chosen: dict[str, Any] = {}

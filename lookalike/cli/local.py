@@ -288,10 +288,12 @@ def _source(image: ImageLike, path: str | None = None) -> Source:
             return StoredItem(gallery=image.gallery, item=image.id, path=path)
         case EmbeddingOf():
             return GivenEmbedding(values=np.asarray(image.embedding, dtype=np.float32), path=path, model=image.model)
-        case np.ndarray():
+        case np.ndarray() if image.ndim == 1:
             return GivenEmbedding(values=np.asarray(image, dtype=np.float32), path=path)
         case str() | os.PathLike():
             return EncodedImage(data=Path(image).read_bytes(), path=path)
+        case _:
+            return EncodedImage(data=messages.image_input(image).encoded, path=path)
 
 
 def _point(point: OperatingPoint | None) -> engine_decision.OperatingPoint | None:

@@ -30,9 +30,9 @@ from lookalike import (
     ServerError,
     Unavailable,
     Verdict,
-    _calls,
     _methods,
 )
+from lookalike._calls import match
 from lookalike.errors import from_status
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
@@ -257,5 +257,5 @@ def test_importing_the_client_brings_in_nothing_heavy() -> None:
 def test_methods_show_their_parameters() -> None:
     with Client("127.0.0.1:1") as client:
         assert list(inspect.signature(client.list_items).parameters) == ["gallery", "filter", "metadata", "embedding"]
-        assert client.verify.__doc__ == _calls.verify.__doc__
+        assert client.verify.__doc__ == match.verify.__doc__
     assert isinstance(Client.verify, _methods.Unary)

@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 from embedding import errors as domain
 from lookalike.v1 import common_pb2, match_pb2
 from service import errors
-from tests.service.harness import Stubs, encoded, info, refused, rich
+from tests.client.flaky import Context, Flaky, serving
+from tests.service.harness import Loop, Stubs, encoded, info, refused, rich
 
 
 def kinds(root: type[domain.LookalikeError]) -> Iterator[type[domain.LookalikeError]]:
@@ -109,3 +110,28 @@ def test_every_call_is_one_log_line_without_content(stubs: Stubs) -> None:
         assert line.keys() == {"event", "method", "code", "ms", "request_id", "caller", "log_level"}
         assert line["ms"] > 0
         assert line["request_id"]
+
+
+@pytest.mark.parametrize(
+    ("error", "timeout", "told"),
+    [
+        (domain.Busy("another"), 20, "1000"),
+        (domain.Busy("another"), None, "1000"),
+        (domain.Busy("another"), 0.9, "-1"),
+        (domain.NotFound("nothing"), 20, None),
+    ],
+)
+def test_clients_that_read_no_details_are_told_when_to_repeat(
+    loop: Loop, error: Exception, timeout: float | None, told: str | None
+) -> None:
+    async def refuse(before: int, request: bytes, context: Context) -> bytes:
+        async with errors.translated_errors(context):
+            raise error
+
+    with (
+        serving(loop, Flaky(refuse)) as address,
+        grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        channel.unary_unary("/a.B/C")(b"", timeout=timeout)
+    assert dict(caught.value.trailing_metadata()).get("grpc-retry-pushback-ms") == told

@@ -1,0 +1,84 @@
+"""The kinds of calls, ready to be sent."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+ResultT = TypeVar("ResultT")
+ElementT = TypeVar("ElementT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+PAGE_SIZE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[ResultT]):
+    """A call ready to be sent."""
+
+    method: str
+    """`package.Service/Method`."""
+    request: bytes
+    parse: Callable[[bytes], ResultT]
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[ResultT]):
+    elements: list[ResultT]
+    next_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collected(Generic[ResultT]):
+    """A call whose answer comes in parts, taken together."""
+
+    method: str
+    request: bytes
+    parse: Callable[[Sequence[bytes]], ResultT]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Generic[ResultT]):
+    """A call that sends any number of messages and gives a result for each that comes back."""
+
+    method: str
+    first: bytes
+    """The message that precedes those of the elements."""
+    elements: Iterable[Any] | AsyncIterable[Any]
+    """Taken one at a time, as they are sent."""
+    pack: Callable[[Any], bytes]
+    """The message of an element."""
+    parse: Callable[[bytes], ResultT]
+    answered: Callable[[ResultT, int], int] = lambda result, before: before + 1
+    """How many elements are answered once a result is there, from how many were before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[ElementT, ResultT]):
+    """Any number of elements, to be sent in as many calls as the limits on count and bytes ask for."""
+
+    elements: Iterator[ElementT]
+    """Made one at a time, so that images are read only when they are sent."""
+    most: int
+    """Elements that one call takes."""
+    call: Callable[[Sequence[ElementT]], Call[list[ResultT]]]
+
+
+def call(
+    method: str, request: Message, response_type: type[ResponseT], parse: Callable[[ResponseT], ResultT]
+) -> Call[ResultT]:
+    def parse_bytes(data: bytes) -> ResultT:
+        response = response_type()
+        response.ParseFromString(data)
+        return parse(response)
+
+    return Call(method, request.SerializeToString(), parse_bytes)
+
+
+def new_id() -> str:
+    """Of a request that writes: made once, so that the server knows a repetition by it."""
+    return str(uuid.uuid4())

@@ -1,0 +1,171 @@
+"""The calls of SearchService: what in a gallery is near an image."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Iterable, Sequence
+
+import grpc
+
+from lookalike import _messages as messages
+from lookalike._calls.kinds import Batch, Call, Collected, Stream, call
+from lookalike.errors import CallFailed, ServerError, from_status
+from lookalike.types import Effort, ImageLike, ItemName, Neighbors, OperatingPoint
+from lookalike.v1 import common_pb2, search_pb2
+
+SEARCH = "lookalike.v1.SearchService"
+
+MAX_QUERIES = 1024
+MAX_NEIGHBORS = 200_000
+"""Of all queries of one BatchSearch."""
+MAX_MATCHES = 100_000
+
+
+def search(
+    gallery: str,
+    query: ImageLike,
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+    exclude: Iterable[ItemName] = (),
+    metadata: bool = True,
+) -> Call[Neighbors]:
+    """The k items of a gallery nearest to an image, nearest first, each with its decision.
+
+    An item of the searched gallery is left out of its own results, as are those in `exclude`; a smaller gallery returns
+    all it has. `filter` says which items may be found, such as `metadata.brand = "acme"`. Without an `effort` the
+    search reaches the recall that the gallery was tuned to. Without `metadata` large answers are much faster.
+    """
+    return call(
+        f"{SEARCH}/Search",
+        search_pb2.SearchRequest(
+            gallery=messages.gallery_name(gallery),
+            query=messages.image_input(query),
+            k=_checked_k(k),
+            operating_point=messages.operating_point(operating_point),
+            filter=filter,
+            effort=messages.effort(effort),
+            exclude=map(str, exclude),
+            read_mask=messages.neighbor_mask(metadata),
+        ),
+        search_pb2.SearchResponse,
+        messages.neighbors,
+    )
+
+
+def search_batch(
+    gallery: str,
+    queries: Iterable[ImageLike],
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+    metadata: bool = True,
+) -> Batch[common_pb2.ImageInput, Neighbors | CallFailed]:
+    """Search many images: for each, in order, its neighbours, or the error that this image alone met."""
+    point, wanted = messages.operating_point(operating_point), messages.effort(effort)
+    name = messages.gallery_name(gallery)
+    return Batch(
+        (messages.image_input(query) for query in queries),
+        max(1, min(MAX_QUERIES, MAX_NEIGHBORS // _checked_k(k))),
+        lambda chunk: call(
+            f"{SEARCH}/BatchSearch",
+            search_pb2.BatchSearchRequest(
+                gallery=name,
+                queries=chunk,
+                k=k,
+                operating_point=point,
+                filter=filter,
+                effort=wanted,
+                read_mask=messages.neighbor_mask(metadata),
+            ),
+            search_pb2.BatchSearchResponse,
+            lambda response: [
+                from_status(result.error) if result.HasField("error") else messages.neighbors(result.neighbors)
+                for result in response.results
+            ],
+        ),
+    )
+
+
+def search_matches(
+    gallery: str,
+    query: ImageLike,
+    *,
+    operating_point: OperatingPoint | None = None,
+    limit: int = MAX_MATCHES,
+    filter: str = "",
+    effort: Effort | None = None,
+    exclude: Iterable[ItemName] = (),
+    metadata: bool = True,
+) -> Collected[Neighbors]:
+    """All items of a gallery within the threshold, nearest first; `truncated` when there are more than `limit`.
+
+    Complete, unless an `effort` is given.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1; got {limit}")
+    request = search_pb2.SearchMatchesRequest(
+        gallery=messages.gallery_name(gallery),
+        query=messages.image_input(query),
+        operating_point=messages.operating_point(operating_point),
+        limit=limit,
+        filter=filter,
+        effort=messages.effort(effort),
+        exclude=map(str, exclude),
+        read_mask=messages.neighbor_mask(metadata),
+    )
+
+    def parse(parts: Sequence[bytes]) -> Neighbors:
+        found = messages.matches([search_pb2.SearchMatchesResponse.FromString(part) for part in parts])
+        if found is None:
+            raise ServerError("the answer broke off before its summary; ask again", code=grpc.StatusCode.UNKNOWN)
+        return found
+
+    return Collected(f"{SEARCH}/SearchMatches", request.SerializeToString(), parse)
+
+
+def search_stream(
+    gallery: str,
+    queries: Iterable[ImageLike] | AsyncIterable[ImageLike],
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+    metadata: bool = True,
+) -> Stream[Neighbors | CallFailed]:
+    """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
+    error that this image alone met. At most a window of images is read ahead of the answers. It has no time limit."""
+    config = search_pb2.StreamSearchConfig(
+        gallery=messages.gallery_name(gallery),
+        k=_checked_k(k),
+        operating_point=messages.operating_point(operating_point),
+        filter=filter,
+        effort=messages.effort(effort),
+        read_mask=messages.neighbor_mask(metadata),
+    )
+
+    def pack(query: ImageLike) -> bytes:
+        return search_pb2.StreamSearchRequest(query=messages.image_input(query)).SerializeToString()
+
+    def parse(data: bytes) -> Neighbors | CallFailed:
+        response = search_pb2.StreamSearchResponse.FromString(data)
+        return from_status(response.error) if response.HasField("error") else messages.neighbors(response.neighbors)
+
+    return Stream(
+        f"{SEARCH}/StreamSearch",
+        search_pb2.StreamSearchRequest(config=config).SerializeToString(),
+        queries,
+        pack,
+        parse,
+    )
+
+
+def _checked_k(k: int) -> int:
+    """0 means "unset" on the wire and would be answered with the default, so it is refused here."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1; got {k}")
+    return k

@@ -1,0 +1,169 @@
+"""When a call is sent again: after a failure (`Retry`), or beside a slow first try (hedging).
+
+What ends with UNAVAILABLE is repeated by gRPC itself, by a service config (gRFC A6) made here. It waits as long as the
+server asks for, and knows no status details, which is why refusals for want of room are waited out here instead. gRPC's
+core does not implement the hedging of A6, so that is done by the clients too.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.longrunning import operations_pb2
+
+from lookalike._calls.items import GALLERY
+from lookalike._calls.upkeep import OPERATIONS
+from lookalike.errors import CallFailed
+from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+
+_METHODS = [
+    (service.full_name, method.name)
+    for module in (alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, operations_pb2, search_pb2, upkeep_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
+
+# Reads may be repeated; and so may writes, because each carries a request_id under which the server does it once and
+# answers a repetition as the first time. An import tells how far it came: to begin again is the caller's decision.
+_NEVER_REPEATED = {(GALLERY, "ImportItems"), (OPERATIONS, "DeleteOperation")}
+
+_READS = ("Get", "List", "Search", "Verify", "Embed", "BatchSearch", "BatchVerify", "BatchEmbed")
+HEDGED = frozenset(
+    f"{service}/{method}" for service, method in _METHODS if method.startswith(_READS) and method != "SearchMatches"
+)
+"""Calls that only read and give one answer."""
+
+_ROOM = frozenset({"OVERLOADED", "RATE_LIMITED"})
+"""Reasons of refusals before anything was begun, which waiting mends; a full disk is none of them."""
+
+_SPREAD = 0.25
+"""Who is told to wait waits up to this share longer, so that not all come back at the same moment."""
+
+_HEDGES = 10
+_HEDGE_SHARE = 0.1
+"""At most so many second copies in a row, and of all calls this share: a server that is slow because it has too much to
+do must not get twice as much."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retry:
+    """How often and how fast calls are repeated, within their timeout.
+
+    A call that ends with UNAVAILABLE is repeated after a pause that grows by `multiplier` and is jittered, or the one
+    that the server asks for. One that is refused for want of room (OVERLOADED, RATE_LIMITED) is repeated after the
+    pause that the server asks for, when that ends before the timeout.
+    """
+
+    attempts: int = 4
+    """Tries in all, 2 to 5."""
+    initial_backoff: float = 0.1
+    """First pause, in seconds."""
+    max_backoff: float = 2.0
+    """Longest pause, in seconds."""
+    multiplier: float = 3.0
+    budget: int = 10
+    """Failures in a row after which nothing is repeated: when most calls fail, repeating them would only load a
+    struggling server further. At most 500."""
+    refund: float = 0.5
+    """What a call that succeeds gives back to the budget: repetitions stay below this share of all calls."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.attempts <= 5:
+            raise ValueError(
+                f"attempts lies between 2 and 5, gRPC's own bound; got {self.attempts} (None for no retries)"
+            )
+        if not 0 < self.initial_backoff <= self.max_backoff or self.multiplier <= 0:
+            raise ValueError("initial_backoff and multiplier are positive, and max_backoff at least initial_backoff")
+        if not 1 <= self.budget <= 500 or not 0.001 <= self.refund <= self.budget:
+            raise ValueError(
+                f"budget lies between 1 and 500 and refund between 0.001 and it; got {self.budget} and {self.refund}"
+            )
+
+
+def service_config(retry: Retry) -> dict[str, Any]:
+    """The service config of a channel, as gRFC A6 has it: repetitions stop while half of `maxTokens` are gone."""
+    return {
+        "methodConfig": [
+            {
+                "name": [
+                    {"service": service, "method": method}
+                    for service, method in _METHODS
+                    if (service, method) not in _NEVER_REPEATED
+                ],
+                "retryPolicy": {
+                    "maxAttempts": retry.attempts,
+                    "initialBackoff": f"{retry.initial_backoff:.9f}s",
+                    "maxBackoff": f"{retry.max_backoff:.9f}s",
+                    "backoffMultiplier": retry.multiplier,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ],
+        "retryThrottling": {"maxTokens": 2 * retry.budget, "tokenRatio": retry.refund},
+    }
+
+
+class Budget:
+    """A bucket of tokens, full at first; for use from any thread."""
+
+    def __init__(self, most: float, refund: float) -> None:
+        self._most = self._tokens = most
+        self._refund = refund
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Take a token, if one is there."""
+        with self._lock:
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+    def succeeded(self) -> None:
+        with self._lock:
+            self._tokens = min(self._most, self._tokens + self._refund)
+
+
+class Patience:
+    """What a client knows of all its calls when it decides to send one again."""
+
+    def __init__(self, retry: Retry | None, hedge_after: float | None) -> None:
+        """Raises ValueError for a `hedge_after` that is not positive."""
+        if hedge_after is not None and hedge_after <= 0:
+            raise ValueError(f"hedge_after must be positive, in seconds, or None; got {hedge_after}")
+        self._retry = retry
+        self._hedge_after = hedge_after
+        self._retries = Budget(retry.budget, retry.refund) if retry else None
+        self._hedges = Budget(_HEDGES, _HEDGE_SHARE)
+
+    def succeeded(self) -> None:
+        if self._retries is not None:
+            self._retries.succeeded()
+        self._hedges.succeeded()
+
+    def pause(self, failed: CallFailed, attempt: int, seconds_left: float) -> float | None:
+        """Seconds after which a call that failed in this attempt, from 1, is sent again; None when it is not."""
+        if self._retry is None or self._retries is None or attempt >= self._retry.attempts:
+            return None
+        if failed.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or failed.reason not in _ROOM:
+            return None
+        if failed.retry_after is None:
+            return None
+        seconds = failed.retry_after * random.uniform(1, 1 + _SPREAD)
+        return seconds if seconds < seconds_left and self._retries.take() else None
+
+    def hedge_after(self, method: str) -> float | None:
+        """Seconds after which a second copy of a call may be sent; None for never."""
+        return self._hedge_after if method in HEDGED else None
+
+    def may_hedge(self) -> bool:
+        return self._hedges.take()
+
+
+def is_final(code: grpc.StatusCode) -> bool:
+    """Whether what ended with this code leaves nothing to wait for from the other copy of the call."""
+    return code not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}

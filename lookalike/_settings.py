@@ -1,0 +1,146 @@
+"""What a client is made with: the options of its channels, and how batches are cut to fit a message."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+
+import grpc
+from google.protobuf.message import Message
+
+from lookalike._calls.kinds import Batch, Call
+from lookalike._retry import Patience, Retry, service_config
+from lookalike._secure import Access, Tls, from_environment
+from lookalike.errors import CallFailed, Unavailable, from_call
+
+R = TypeVar("R")
+E = TypeVar("E", bound=Message)
+
+DEFAULT_TIMEOUT = 30.0
+"""Seconds that a call may take, retries included."""
+
+DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20
+"""The server's own default limit on a message."""
+
+DEFAULT_WINDOW = 512
+"""Elements of a stream that are not answered yet: as many as a server works on together, and as many on their way."""
+
+_ENVELOPE_BYTES = 4096
+"""Room that a batch leaves for the rest of its message, beside the elements."""
+_ELEMENT_BYTES = 8
+"""Tag and length that precede an element."""
+
+_MOST_CONNECTIONS = 64
+
+_DEFAULT_RETRY = Retry()
+
+
+class Tuning(TypedDict, total=False):
+    """Arguments of a client that say how it calls, not whom."""
+
+    timeout: float
+    max_message_bytes: int
+    retry: Retry | None
+    hedge_after: float | None
+    connections: int
+    window: int
+
+
+class Configured:
+    """A client of the server at `target`, such as "localhost:50051"."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        tls: Tls | bool = False,
+        api_key: str | None = None,
+        allow_insecure_key: bool = False,
+        retry: Retry | None = _DEFAULT_RETRY,
+        hedge_after: float | None = None,
+        connections: int = 1,
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
+        if timeout <= 0:
+            raise ValueError(f"timeout must be positive, in seconds; got {timeout}")
+        if max_message_bytes <= 2 * _ENVELOPE_BYTES:
+            raise ValueError(f"max_message_bytes must be above {2 * _ENVELOPE_BYTES}; got {max_message_bytes}")
+        if not 1 <= connections <= _MOST_CONNECTIONS:
+            raise ValueError(f"connections must be 1 to {_MOST_CONNECTIONS}; got {connections}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1; got {window}")
+        self.target = target
+        self.timeout = timeout
+        self._max_message_bytes = max_message_bytes
+        self._retry = retry
+        self._connections = connections
+        self._window = window
+        self._access = Access(target, tls, api_key, allow_insecure_key)
+        self._patience = Patience(retry, hedge_after)
+        self._open()
+
+    @classmethod
+    def from_env(cls, **tuning: Unpack[Tuning]) -> Self:
+        """A client of the server in LOOKALIKE_TARGET, by the variables that the command line reads too:
+
+        LOOKALIKE_TLS, LOOKALIKE_TLS_CA, LOOKALIKE_TLS_SERVER_NAME, LOOKALIKE_CLIENT_CERTIFICATE, LOOKALIKE_CLIENT_KEY,
+        LOOKALIKE_API_KEY or LOOKALIKE_API_KEY_FILE, and LOOKALIKE_ALLOW_INSECURE_KEY. An empty one counts as unset.
+
+        Raises ValueError, naming the variable, when one is missing or senseless; OSError for a file that cannot be
+        read.
+        """
+        return cls(**from_environment(os.environ), **tuning)
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _channel_options(self) -> list[tuple[str, Any]]:
+        options = [
+            ("grpc.max_send_message_length", self._max_message_bytes),
+            ("grpc.max_receive_message_length", self._max_message_bytes),
+            # A call is repeated from this buffer; larger requests would silently not be repeated.
+            ("grpc.per_rpc_retry_buffer_size", self._max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            # For all its name, how long one attempt to connect may take: a busy server is slow to greet.
+            ("grpc.min_reconnect_backoff_ms", 5000),
+            ("grpc.max_reconnect_backoff_ms", 5000),
+            # Streams have no deadline: this finds out that their server has vanished without a word.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+            *self._access.options,
+        ]
+        if self._retry is None:
+            options.append(("grpc.enable_retries", 0))
+        else:
+            options.append(("grpc.service_config", json.dumps(service_config(self._retry))))
+        if self._connections > 1:
+            options.append(("grpc.use_local_subchannel_pool", 1))  # channels alike would share one connection
+        return options
+
+    def _packed(self, batch: Batch[E, R]) -> Iterator[tuple[int, Call[list[R]]]]:
+        """Calls of the batch, each with its number of elements."""
+        chunk: list[E] = []
+        room = self._max_message_bytes - _ENVELOPE_BYTES
+        size = 0
+        for element in batch.elements:
+            bytes_needed = element.ByteSize() + _ELEMENT_BYTES
+            if chunk and (len(chunk) == batch.most or size + bytes_needed > room):
+                yield len(chunk), batch.call(chunk)
+                chunk, size = [], 0
+            chunk.append(element)
+            size += bytes_needed
+        if chunk:
+            yield len(chunk), batch.call(chunk)
+
+    def _failed(self, error: Any) -> CallFailed:
+        return from_call(error, target=self.target, timeout=self.timeout)
+
+    def _not_ready(self, seconds: float) -> Unavailable:
+        return Unavailable(
+            f"{self.target} was not serving after {seconds:g} s; start it with `lookalike serve`, or wait longer",
+            code=grpc.StatusCode.UNAVAILABLE,
+        )

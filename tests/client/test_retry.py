@@ -1,0 +1,270 @@
+"""Retries, their budget, what the server says about them, and hedging: both clients against servers that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import grpc
+import pytest
+
+from lookalike import AsyncClient, Client, NotFound, ResourceExhausted, Retry, Unavailable
+from lookalike._retry import HEDGED, Budget, service_config
+from lookalike.types import Neighbors
+from lookalike.v1 import match_pb2
+from service.rights import RULES
+from tests.client.flaky import Context, Flaky, refuse, serving
+from tests.service.harness import Loop
+
+FAST = Retry(initial_backoff=0.005, max_backoff=0.01, multiplier=1)
+Ask: TypeAlias = Callable[..., Any]
+
+
+def blocking(address: str, ask: Ask, **settings: Any) -> Any:
+    with Client(address, timeout=settings.pop("timeout", 20), **settings) as client:
+        return ask(client)
+
+
+def awaited(address: str, ask: Ask, **settings: Any) -> Any:
+    async def run() -> Any:
+        async with AsyncClient(address, timeout=settings.pop("timeout", 20), **settings) as client:
+            answer = ask(client)
+            return await answer if inspect.isawaitable(answer) else answer
+
+    return asyncio.run(run())
+
+
+both = pytest.mark.parametrize("through", [blocking, awaited])
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+def search(client: Any) -> Any:
+    return client.search("g", b"image")
+
+
+def embed(client: Any) -> Any:
+    return client.embed(b"image")
+
+
+@both
+def test_a_server_that_is_full_is_asked_again_when_it_says(loop: Loop, through: Ask) -> None:
+    times: list[float] = []
+
+    async def full_twice(before: int, request: bytes, context: Context) -> bytes:
+        times.append(asyncio.get_running_loop().time())
+        if before < 2:
+            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED", seconds=0.2)
+        return b""
+
+    with serving(loop, handler := Flaky(full_twice)) as address:
+        assert through(address, search, retry=FAST) == Neighbors()
+    assert handler.seen["Search"] == 3
+    assert min(second - first for first, second in itertools.pairwise(times)) >= 0.2
+
+
+@both
+@pytest.mark.parametrize(
+    ("reason", "seconds"), [("STORAGE_FAILED", 0.01), ("OVERLOADED", None), ("OVERLOADED", 100), ("", 0.01)]
+)
+def test_what_waiting_does_not_mend_is_not_waited_for(
+    loop: Loop, through: Ask, reason: str, seconds: float | None
+) -> None:
+    async def full(before: int, request: bytes, context: Context) -> bytes:
+        await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason=reason, seconds=seconds)
+        return b""
+
+    with serving(loop, handler := Flaky(full)) as address, pytest.raises(ResourceExhausted) as caught:
+        through(address, search, retry=FAST)
+    assert handler.seen["Search"] == 1
+    assert caught.value.retry_after == seconds
+
+
+@both
+def test_attempts_are_counted_and_can_be_forbidden(loop: Loop, through: Ask) -> None:
+    async def down(before: int, request: bytes, context: Context) -> bytes:
+        await refuse(context, grpc.StatusCode.UNAVAILABLE)
+        return b""
+
+    async def full(before: int, request: bytes, context: Context) -> bytes:
+        await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, reason="RATE_LIMITED", seconds=0.001)
+        return b""
+
+    for answer, error in ((down, Unavailable), (full, ResourceExhausted)):
+        for retry, tries in ((None, 1), (Retry(attempts=2, initial_backoff=0.01), 2)):
+            with serving(loop, handler := Flaky(answer)) as address, pytest.raises(error):
+                through(address, search, retry=retry)
+            assert handler.seen["Search"] == tries
+
+
+@both
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+def test_a_budget_ends_repetition(loop: Loop, through: Ask, code: grpc.StatusCode) -> None:
+    async def always(before: int, request: bytes, context: Context) -> bytes:
+        await refuse(context, code, reason="OVERLOADED", seconds=0.001)
+        return b""
+
+    async def ask_often(client: AsyncClient) -> list[BaseException | Neighbors]:
+        return [(await asyncio.gather(client.search("g", b""), return_exceptions=True))[0] for _ in range(10)]
+
+    def ask(client: Any) -> Any:
+        if isinstance(client, AsyncClient):
+            return ask_often(client)
+        for _ in range(10):
+            with pytest.raises((Unavailable, ResourceExhausted)):
+                search(client)
+        return None
+
+    with serving(loop, handler := Flaky(always)) as address:
+        through(address, ask, retry=Retry(initial_backoff=0.005, max_backoff=0.01, budget=5))
+    assert 10 < handler.seen["Search"] <= 15  # 40 without a budget
+
+
+def test_a_budget_is_refilled_by_success() -> None:
+    budget = Budget(2, 0.5)
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+    budget.succeeded()
+    assert not budget.take()
+    for _ in range(9):
+        budget.succeeded()
+    assert [budget.take() for _ in range(3)] == [True, True, False]
+
+
+def test_the_pause_that_the_server_asks_for_is_kept(loop: Loop) -> None:
+    times: list[float] = []
+
+    async def down_once(before: int, request: bytes, context: Context) -> bytes:
+        times.append(asyncio.get_running_loop().time())
+        if not before:
+            await refuse(context, grpc.StatusCode.UNAVAILABLE, pushback="300")
+        return b""
+
+    with serving(loop, Flaky(down_once)) as address:
+        blocking(address, search, retry=FAST)
+    assert times[1] - times[0] >= 0.29
+
+
+def test_a_server_may_forbid_repetition(loop: Loop) -> None:
+    async def down(before: int, request: bytes, context: Context) -> bytes:
+        await refuse(context, grpc.StatusCode.UNAVAILABLE, pushback="-1")
+        return b""
+
+    with serving(loop, handler := Flaky(down)) as address, pytest.raises(Unavailable):
+        blocking(address, search, retry=FAST)
+    assert handler.seen["Search"] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attempts": 1},
+        {"attempts": 6},
+        {"initial_backoff": 0},
+        {"max_backoff": 0.01},
+        {"multiplier": 0},
+        {"budget": 0},
+        {"refund": 11},
+        {"refund": 0},
+    ],
+)
+def test_senseless_retries_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"between|positive"):
+        Retry(**wrong)
+
+
+def test_the_service_config_says_what_retry_says() -> None:
+    config = service_config(Retry(attempts=3, initial_backoff=1e-5, budget=7, refund=0.25))
+    policy = config["methodConfig"][0]["retryPolicy"]
+    assert (policy["maxAttempts"], policy["initialBackoff"]) == (3, "0.000010000s")
+    assert config["retryThrottling"] == {"maxTokens": 14, "tokenRatio": 0.25}
+
+
+@both
+def test_a_slow_read_is_sent_again_and_the_first_answer_counts(loop: Loop, through: Ask) -> None:
+    async def slow_once(before: int, request: bytes, context: Context) -> bytes:
+        if not before:
+            await asyncio.sleep(30)
+        return match_pb2.EmbedResponse(embedding=b"\0\0\0\0").SerializeToString()
+
+    with serving(loop, handler := Flaky(slow_once)) as address:
+        assert through(address, embed, hedge_after=0.05, connections=2).shape == (1,)
+        assert handler.seen["Embed"] == 2
+        assert len(handler.peers) == 2  # over another connection
+    assert handler.cancelled == 1  # the slow one is given up
+
+
+@both
+def test_hedging_is_off_by_default_and_never_done_for_writes(loop: Loop, through: Ask) -> None:
+    async def slow(before: int, request: bytes, context: Context) -> bytes:
+        await asyncio.sleep(0.2)
+        return b""
+
+    with serving(loop, handler := Flaky(slow)) as address:
+        through(address, embed)
+        through(address, lambda client: client.delete_items("g", ["a"]), hedge_after=0.01)
+    assert handler.seen == {"Embed": 1, "BatchDeleteItems": 1}
+
+
+@both
+def test_a_failure_that_is_final_ends_both_copies_and_another_waits(loop: Loop, through: Ask) -> None:
+    def failing(code: grpc.StatusCode) -> Flaky:
+        async def answer(before: int, request: bytes, context: Context) -> bytes:
+            if before:
+                await refuse(context, code)
+            await asyncio.sleep(0.3)
+            return b""
+
+        return Flaky(answer)
+
+    with serving(loop, handler := failing(grpc.StatusCode.NOT_FOUND)) as address, pytest.raises(NotFound):
+        through(address, embed, hedge_after=0.05)
+    assert handler.seen["Embed"] == 2
+    with serving(loop, handler := failing(grpc.StatusCode.RESOURCE_EXHAUSTED)) as address:
+        assert through(address, embed, hedge_after=0.05).shape == (0,)
+    assert handler.seen["Embed"] == 2
+
+
+def test_second_copies_are_few(loop: Loop) -> None:
+    async def slow(before: int, request: bytes, context: Context) -> bytes:
+        await asyncio.sleep(0.02)
+        return b""
+
+    def ask(client: Any) -> None:
+        for _ in range(40):
+            embed(client)
+
+    with serving(loop, handler := Flaky(slow)) as address:
+        blocking(address, ask, hedge_after=0.001)
+    assert 41 <= handler.seen["Embed"] <= 40 + 10 + 4
+
+
+def test_only_what_reads_is_hedged() -> None:
+    reads = {method.removeprefix("/") for method, rule in RULES.items() if rule.scope == "read"}
+    assert HEDGED & reads == HEDGED - {name for name in HEDGED if RULES[f"/{name}"].scope == "admin"}
+    assert all(name.rpartition("/")[2].startswith(("Get", "List")) for name in HEDGED - reads)
+    assert "lookalike.v1.SearchService/Search" in HEDGED
+    assert not any("Wait" in name or "Stream" in name for name in HEDGED)
+
+
+@pytest.mark.parametrize("settings", [{"hedge_after": 0}, {"connections": 0}, {"connections": 65}, {"window": 0}])
+def test_senseless_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Client("127.0.0.1:1", **settings)
+
+
+def test_one_connection_serves_all_calls_and_more_share_them(loop: Loop) -> None:
+    async def answer(before: int, request: bytes, context: Context) -> bytes:
+        return b""
+
+    for connections in (1, 3):
+        with serving(loop, handler := Flaky(answer)) as address:
+            blocking(address, lambda client: [embed(client) for _ in range(9)], connections=connections)
+        assert len(handler.peers) == connections

@@ -1,0 +1,160 @@
+"""Streams keep a window full and no more: both clients against a server that answers only when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lookalike import AsyncClient, CallFailed, Client, Imported, NewItem
+from lookalike.types import Decision
+from lookalike.v1 import gallery_pb2, match_pb2
+from tests.client.flaky import Slow, serving
+from tests.service.harness import Loop, png
+
+WINDOW = 4
+ANSWER = match_pb2.StreamVerifyResponse()
+ANSWER.decision.verdict = 1
+PAIR = (np.ones(2, np.float32), np.ones(2, np.float32))
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+class Pairs:
+    """So many pairs, counted as they are taken; `taken` waits for a number of them."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._lock = threading.Condition()
+        self.number = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self._count):
+            with self._lock:
+                self.number += 1
+                self._lock.notify_all()
+            yield PAIR
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for pair in self.__iter__():
+            yield pair
+
+    def taken(self, count: int) -> bool:
+        with self._lock:
+            return self._lock.wait_for(lambda: self.number >= count, timeout=10)
+
+
+class Plain:
+    """The pairs as a plain iterable alone."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._pairs = pairs
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._pairs)
+
+
+def told(loop: Loop, slow: Slow, count: int) -> None:
+    async def allow() -> None:
+        slow.allow(count)
+
+    loop.run(allow())
+
+
+def test_the_blocking_client_keeps_a_window_full_and_no_more(loop: Loop) -> None:
+    slow, pairs = Slow(ANSWER.SerializeToString()), Pairs(11)
+    with serving(loop, slow) as address, Client(address, window=WINDOW) as client:
+        answers = client.verify_stream(Plain(pairs))
+        for answered in range(8):
+            told(loop, slow, 1)
+            assert isinstance(next(answers), Decision)
+            assert pairs.taken(min(answered + 1 + WINDOW, 11))
+            assert pairs.number <= answered + 1 + WINDOW
+        told(loop, slow, 3)
+        assert len(list(answers)) == 3
+
+
+@pytest.mark.parametrize("kind", [Plain, lambda pairs: pairs])
+def test_the_asynchronous_client_keeps_a_window_full_and_no_more(loop: Loop, kind: Callable[[Pairs], Any]) -> None:
+    slow, pairs = Slow(ANSWER.SerializeToString()), Pairs(11)
+
+    async def ask(address: str) -> None:
+        async with AsyncClient(address, window=WINDOW) as client:
+            answers = client.verify_stream(kind(pairs))
+            for answered in range(8):
+                await asyncio.to_thread(told, loop, slow, 1)
+                assert isinstance(await anext(answers), Decision)
+                assert await asyncio.to_thread(pairs.taken, min(answered + 1 + WINDOW, 11))
+                assert pairs.number <= answered + 1 + WINDOW
+            await asyncio.to_thread(told, loop, slow, 3)
+            assert len([answer async for answer in answers]) == 3
+
+    with serving(loop, slow) as address:
+        asyncio.run(ask(address))
+
+
+def test_a_stream_left_with_its_window_full_leaves_no_thread_behind(loop: Loop) -> None:
+    slow, pairs = Slow(ANSWER.SerializeToString()), Pairs(1000)
+    before = set(threading.enumerate())
+    with serving(loop, slow) as address, Client(address, window=WINDOW) as client:
+        answers = client.verify_stream(Plain(pairs))
+        told(loop, slow, 1)
+        next(answers)
+        assert pairs.taken(1 + WINDOW)
+        answers.close()  # type: ignore[attr-defined]
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+        assert set(threading.enumerate()) <= before
+    assert pairs.number <= 2 + WINDOW
+
+
+def test_an_import_counts_what_is_acknowledged(loop: Loop) -> None:
+    slow = Slow(gallery_pb2.ImportItemsResponse(acknowledged_count=3).SerializeToString())
+    made: list[int] = []
+    seen = threading.Condition()
+
+    def items() -> Iterator[NewItem]:
+        for number in range(20):
+            with seen:
+                made.append(number)
+                seen.notify_all()
+            yield NewItem(id=f"{number}", image=b"")
+
+    with serving(loop, slow) as address, Client(address, window=WINDOW) as client:
+        answers = client.import_items("g", items())
+        told(loop, slow, 1)
+        assert isinstance(next(answers), Imported)
+        with seen:
+            assert seen.wait_for(lambda: len(made) >= 3 + WINDOW, timeout=10)
+        assert len(made) == 3 + WINDOW
+        answers.close()  # type: ignore[attr-defined]
+
+
+def test_an_asynchronous_iterable_is_refused_by_the_blocking_client() -> None:
+    async def pairs() -> AsyncIterator[Any]:
+        yield PAIR
+
+    with Client("127.0.0.1:1") as client, pytest.raises(TypeError, match="AsyncClient"):
+        list(client.verify_stream(pairs()))
+
+
+@pytest.mark.parametrize("window", [1, 3, 512])
+def test_order_holds_for_every_window(client: Client, gallery: str, window: int) -> None:
+    with Client(client.target, window=window) as other:
+        stored = [
+            told.stored for told in other.import_items(gallery, [NewItem(id=f"{n}", image=png(n)) for n in range(9)])
+        ]
+        assert stored[-1] == 9
+        found = list(other.search_stream(gallery, [png(n % 9) for n in range(40)], k=1))
+    assert [each if isinstance(each, CallFailed) else each[0].item.id for each in found] == [
+        f"{n % 9}" for n in range(40)
+    ]
