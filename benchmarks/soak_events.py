@@ -16,6 +16,7 @@ import grpc
 from google.longrunning import operations_pb2
 
 from benchmarks.soak_load import FULL_METHODS, GALLERY, Load
+from benchmarks.soak_load import TIMEOUT as CALL_TIMEOUT
 from lookalike.v1 import gallery_pb2, match_pb2, model_pb2, upkeep_pb2
 from service.key_ring import KeyRing
 from service.keys import LOOK_SECONDS
@@ -24,8 +25,8 @@ from tests.authority import Authority
 TIMEOUT = 120.0
 """Seconds that one call of administration may take."""
 
-OVERLAP = 3.0
-"""Seconds for which an old key counts beside the new one."""
+OVERLAP = 1.2 * CALL_TIMEOUT
+"""Seconds for which an old key counts beside the new one: calls that were sent with it must have come."""
 
 ACTIVATE = "/lookalike.v1.ModelService/ActivateModel"
 REINDEX = "/lookalike.v1.UpkeepService/ReindexGallery"
