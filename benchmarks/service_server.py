@@ -52,13 +52,16 @@ def pinned(to: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def make_bundle(path: Path, recipe: str) -> Path:
-    """A bundle of this recipe's network and preprocessing, of random weights: as fast as one that has learned."""
+def make_bundle(path: Path, recipe: str, *, name: str = "", seed: int = 0) -> Path:
+    """A bundle of this recipe's network and preprocessing, of random weights: as fast as one that has learned.
+
+    It is named as the recipe unless it has a name of its own; another seed is another model.
+    """
     of = load_recipe(Path(__file__).parents[1] / "recipes" / f"{recipe}.toml")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     write_bundle(
         path,
-        name=recipe,
+        name=name or recipe,
         network=build(of.architecture),
         preprocessing=of.preprocessing,
         calibration=Calibration(
@@ -122,9 +125,14 @@ class Served:
 
 
 @contextmanager
-def serving(bundle: Path, **settings: object) -> Iterator[Served]:
-    """A server of this bundle with one thread of each kind, on its core; nothing is remembered between calls."""
-    own, _ = cores()
+def serving(
+    bundle: Path, *, log: Path | None = None, on: set[int] | None = None, **settings: object
+) -> Iterator[Served]:
+    """A server of this bundle with one thread of each kind, on its core, or `on` others; nothing is remembered between
+    calls.
+
+    What it logs goes to the file `log`, or nowhere.
+    """
     values = Settings(
         bundle=bundle,
         galleries=Path(tempfile.mkdtemp(dir=bundle.parent)),
@@ -136,12 +144,12 @@ def serving(bundle: Path, **settings: object) -> Iterator[Served]:
         embedding_cache_bytes=0,
         drain_seconds=1,
     ).model_copy(update=settings)
-    with pinned(own):
+    with pinned(on or cores()[0]), (log or Path(os.devnull)).open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.service_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
@@ -157,6 +165,7 @@ def serving(bundle: Path, **settings: object) -> Iterator[Served]:
     finally:
         process.terminate()
         process.wait(timeout=30)
+        process.stdout.close()
 
 
 @dataclass

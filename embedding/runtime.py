@@ -28,10 +28,21 @@ def tune_malloc() -> bool:
 
     Feature maps are larger than glibc's threshold for mmap, so by default each is mapped, page-faulted and unmapped
     at every step, which takes about half of a convolutional network's time on the CPU. The price: the process
-    stays as large as it once was. Call it before the first large allocation; calling it again does nothing.
+    stays as large as it once was, until `trim_malloc`. Call it before the first large allocation; calling it again does
+    nothing.
     """
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _INT_MAX), (_M_TOP_PAD, _TOP_PAD_BYTES))
     return all(libc.mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+def trim_malloc() -> None:
+    """Return freed memory to the system, from all arenas, as far as whole pages of it are free; where glibc allocates.
+
+    For when much was freed that will not be needed soon, as with a model: otherwise each thread that loads one leaves
+    the pages of another arena behind. It takes some ten milliseconds, and what is allocated next is page-faulted again.
+    """
+    if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -100,14 +100,16 @@ class Batcher:
         """Most images embedded in one forward pass."""
         self._delay = bounds.delay_seconds
         self._decode_threads = decode_threads
-        self._decode_pace, self._embed_pace, self._batch_pace = Pace(), Pace(), Pace()
+        # What follows refers to these and not to the batcher, which would else outlive its use, and its model with it,
+        # until the garbage collector comes by.
+        self._decode_pace, self._embed_pace, self._batch_pace = decode_pace, embed_pace, _ = Pace(), Pace(), Pace()
         self.room = Room(
             "images",
             most=bounds.images,
             most_bytes=bounds.image_bytes,
             most_seconds=bounds.seconds,
             free_of_time=batch_size,
-            seconds_each=lambda: max(self._embed_pace.seconds, self._decode_pace.seconds / decode_threads),
+            seconds_each=lambda: max(embed_pace.seconds, decode_pace.seconds / decode_threads),
         )
         """What is held by images from when their call is admitted until they are embedded."""
         self.recent = Recent(most_bytes=bounds.cache_bytes)

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 from embedding.errors import Busy, Cancelled, LookalikeError, NotFound, RequestIdReused
+from embedding.runtime import trim_malloc
 from index import Progress
 from index.engine import OnProgress
 from index.receipts import Token
@@ -66,6 +67,7 @@ class Operation(Generic[R]):
         finally:
             self.ended = datetime.now(UTC)
             self._finished.set()
+            trim_malloc()  # indexing takes several times what the index does, and gives it back at once
 
     def _tell(self, progress: Progress) -> None:
         if self._cancelled.is_set():

@@ -33,14 +33,14 @@ class Pool:
         self._threads = threads
         self._running = 0
         self._queue: FairQueue[_Task] = FairQueue()
-        self._pace = Pace()
+        self._pace = pace = Pace()  # named so that the room does not keep the pool alive, in a circle
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="gallery")
         self.room = Room(
             "searches, reads and writes",
             most=most,
             most_seconds=seconds,
             free_of_time=4 * threads,
-            seconds_each=lambda: self._pace.seconds / threads,
+            seconds_each=lambda: pace.seconds / threads,
         )
         """What is held by tasks that have not been done."""
 

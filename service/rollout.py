@@ -14,6 +14,7 @@ import structlog
 from embedding.bundle import Bundle, Described
 from embedding.encoder import Encoder
 from embedding.errors import GalleriesIncompatible, LookalikeError, ModelActive, NotFound, NotSupported
+from embedding.runtime import trim_malloc
 from service import standing
 from service.engine import Engine
 from service.serving import AsyncEngine, Serving
@@ -248,9 +249,10 @@ class Rollout:
     async def _retire(self, engine: AsyncEngine) -> None:
         await engine.unused()
         await asyncio.to_thread(engine.close)
-        _log.info(
-            "model unloaded", model=engine.engine.bundle.name, calibration=engine.engine.bundle.calibration.version
-        )
+        bundle = engine.engine.bundle
+        _log.info("model unloaded", model=bundle.name, calibration=bundle.calibration.version)
+        del engine, bundle
+        await asyncio.to_thread(trim_malloc)
 
     async def _check_galleries(self, served: Collection[str], model: str, force: bool) -> Mapping[str, str]:
         """The galleries of models that are not among `served`, by fingerprint. Damaged ones answer nobody as it is."""

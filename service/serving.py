@@ -208,13 +208,16 @@ class Serving(Hook):
             except LookalikeError:
                 return ""
 
-        wanted = await current.run(fingerprint)
+        opened = current.engine.catalog.opened(current.engine.aliases.resolve(name))
+        # Where nothing has to be read from a disk, a search does not wait for a thread, among writes that do.
+        wanted = await current.run(fingerprint) if opened is None else opened.model.fingerprint
         return next((each for each in line_up if each.engine.model.fingerprint == wanted), current)
 
     def ended(self, call: Call, code: grpc.StatusCode) -> None:
         call.over = True
         for engine in call.engines:
             engine.give_back(call)
+        call.engines.clear()  # the call may be remembered for longer than a model should be
 
     def _ready(self) -> tuple[AsyncEngine, ...]:
         line_up = self._line_up

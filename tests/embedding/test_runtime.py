@@ -22,6 +22,23 @@ for _ in range(8):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+GIVE_BACK = """
+from pathlib import Path
+import numpy as np
+from embedding.runtime import trim_malloc, tune_malloc
+
+def resident_pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+assert tune_malloc()
+rows = [np.ones(4096) for _ in range(2000)]
+kept = rows[-1]
+del rows
+before = resident_pages()
+trim_malloc()
+print(before - resident_pages())
+"""
+
 
 def faults(how: str) -> int:
     run = subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True)
@@ -32,6 +49,12 @@ def faults(how: str) -> int:
 def test_freed_memory_is_used_again_instead_of_mapped_anew() -> None:
     # numpy asks for huge pages, so that 96 MB may fault only a few times as it comes
     assert faults("tuned") < faults("as it comes") / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's")
+def test_freed_memory_can_be_given_back_though_something_above_it_is_kept() -> None:
+    run = subprocess.run([sys.executable, "-c", GIVE_BACK], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 0.9 * 2000 * 8  # pages of 4 kB; each row takes eight
 
 
 def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -16,11 +19,25 @@ from google.rpc import error_details_pb2
 
 from embedding.bundle import CALIBRATION, SUMS, WEIGHTS, Bundle
 from embedding.encoder import Encoder
+from index import Gallery
 from lookalike import Client, EmbeddingOf, FailedPrecondition
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
-from service import standing
+from service import rollout, standing
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, make_bundle, png, refused, rich, served
+from tests.service.harness import (
+    Loop,
+    Stubs,
+    connected,
+    encoded,
+    fields,
+    info,
+    make_bundle,
+    png,
+    refused,
+    rich,
+    served,
+    unit,
+)
 
 AVAILABLE, LOADED, ACTIVE = (
     model_pb2.MODEL_STATE_AVAILABLE,
@@ -148,6 +165,27 @@ def test_a_gallery_without_its_model_is_named_and_keeps_the_swap_back(loop: Loop
         assert search(stubs, "g").neighbors
 
 
+def test_a_quick_search_beside_another_model_waits_for_no_thread(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.served(loop, gallery_threads=1) as server, connected(server.address) as stubs:
+        stubs.fill("g-one", {"x": encoded(1)})
+        activate(stubs, place.two, keep_previous=True)
+        search(stubs, "g-one")  # which opens the gallery for both
+        entered, let_go = threading.Event(), threading.Event()
+        monkeypatch.setattr(Gallery, "list", lambda *args, **options: entered.set() or let_go.wait(20) or [])
+        listing = stubs.galleries.ListItems.future(gallery_pb2.ListItemsRequest(parent="galleries/g-one"))
+        try:
+            assert entered.wait(timeout=20)
+            query = common_pb2.ImageInput(embedding=unit(1.0))
+            found = stubs.search.Search(search_pb2.SearchRequest(gallery="galleries/g-one", query=query), timeout=20)
+            assert found.neighbors[0].decision.model == f"models/{place.one.name}"
+            assert not listing.done()
+        finally:
+            let_go.set()
+            listing.exception(timeout=20)
+
+
 def search_request(gallery: str) -> search_pb2.SearchRequest:
     return search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=encoded(1))
 
@@ -217,6 +255,27 @@ def test_a_call_that_has_begun_ends_with_the_model_it_began_with(
         assert decided(stubs).model == f"models/{place.two.name}"
         let_go.set()
         assert in_flight.result(timeout=20).decision.model == f"models/{place.one.name}"
+
+
+def test_a_model_that_was_swapped_out_is_gone_when_its_memory_is_given_back(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: queue.Queue[object] = queue.Queue()
+    with place.served(loop) as server, connected(server.address) as stubs:
+        gc.collect()
+        gc.disable()  # nothing in a circle keeps it until the collector comes by
+        try:
+            for bundle in (place.two, place.one):
+                decided(stubs)
+                engine = server._serving.every[0]
+                encoder = engine.engine.encoder
+                parts = [weakref.ref(each) for each in (engine, encoder, encoder._unnormalised.__self__)]
+                del engine, encoder
+                monkeypatch.setattr(rollout, "trim_malloc", lambda parts=parts: found.put([part() for part in parts]))
+                activate(stubs, bundle)
+                assert found.get(timeout=20) == [None, None, None]
+        finally:
+            gc.enable()
 
 
 def test_an_embedding_that_was_kept_is_not_compared_under_another_model(loop: Loop, place: Place) -> None:

@@ -53,6 +53,13 @@ def test_an_operation_tells_its_progress_and_its_result(running: Operations) -> 
         running.get(operation.id)
 
 
+def test_the_memory_of_an_operation_is_given_back(running: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back = threading.Event()
+    monkeypatch.setattr(operations, "trim_malloc", given_back.set)
+    running.start("reindex", "g", lambda tell: None)
+    assert given_back.wait(timeout=20)
+
+
 def test_an_operation_is_cancelled_at_its_next_progress(running: Operations) -> None:
     cancelled = threading.Event()
     begun = threading.Event()
