@@ -74,7 +74,11 @@ class Catalog:
         self._changing = threading.Lock()  # guards additions to and removals from _open
         self._held: HeldFolder | None = None
         if read_only:
-            if not root.is_dir():
+            try:
+                is_there = root.is_dir()
+            except OSError as error:
+                raise StorageFailed(f"cannot look into {root}: {error.strerror}; let this user read it") from error
+            if not is_there:
                 raise NotFound(f"there is no folder of galleries at {root}; create a gallery first")
             return
         try:
