@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own on a free port of this machine; where it cannot start, there is nothing to hold the engine to."""
+    """A server of its own on a free port of this machine. Where it cannot start, the tests are skipped and say why."""
     for fixed in FIXED_PORTS:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", fixed)) == 0:
