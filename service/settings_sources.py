@@ -40,9 +40,10 @@ OF_OTHERS = frozenset(
         "LOOKALIKE_DATA",
         "LOOKALIKE_WEIGHTS",
         "LOOKALIKE_MILVUS_SERVER",
+        "LOOKALIKE_PEERS",
     }
 )
-"""Variables that clients, training and tests read: known, and no settings of a server."""
+"""Variables that clients, training, tests and benchmarks read: known, and no settings of a server."""
 
 # Kubernetes sets these for a Service named `lookalike`, LOOKALIKE_PORT=tcp://… among them.
 _SERVICE_LINK = re.compile(r"LOOKALIKE_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
