@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from embedding.errors import NotFound
 from embedding.feedback import Feedback
 from index.connections import connect, translated
 from index.receipts import Book, Token, find
-from index.schema import RECEIPTS, as_datetime, now_us
+from index.schema import as_datetime, now_us
+from service.side_store import RECEIPTS_IF_NEEDED, SideStore
 
 FILE = ".feedback.sqlite"
 
 _TABLES = f"""
-PRAGMA journal_mode = WAL;
 CREATE TABLE IF NOT EXISTS feedback (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,     -- rising with first recording, never used again
     fingerprint TEXT NOT NULL,
@@ -35,7 +34,7 @@ CREATE TABLE IF NOT EXISTS feedback (
     updated_us INTEGER NOT NULL,
     UNIQUE (fingerprint, case_id)
 ) STRICT;
-{RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")}
+{RECEIPTS_IF_NEEDED}
 """
 
 _COLUMNS = (
@@ -54,9 +53,7 @@ class FeedbackStore:
     """
 
     def __init__(self, galleries: Path) -> None:
-        self._path = galleries / FILE
-        self._using = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
+        self._store = SideStore(galleries / FILE, _TABLES)
 
     def record(
         self, feedback: Sequence[Feedback], form: Callable[[Sequence[Kept]], bytes], token: Token | None = None
@@ -65,7 +62,7 @@ class FeedbackStore:
 
         `time` is set to now. Raises RequestIdReused.
         """
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             if token is not None and (answer := find(connection, token)) is not None:
                 return answer
             now = now_us()
@@ -102,37 +99,17 @@ class FeedbackStore:
 
     def page(self, after: int, size: int, model: str = "") -> list[Kept]:
         """Up to `size` by rising number, those after `after`; of one model, when it is named."""
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             return [(row[0], _feedback(row[1:])) for row in _select(connection, after, size, model)]
 
     def delete(self, number: int) -> None:
         """Raises NotFound."""
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             if not connection.execute("DELETE FROM feedback WHERE seq = ?", (number,)).rowcount:
                 raise NotFound(f"no feedback {number} here", field="name")
 
     def close(self) -> None:
-        with self._using:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._using, translated(self._path):
-            if self._connection is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch()
-                self._connection = connect(self._path, read_only=False)
-                self._connection.executescript(_TABLES)
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+        self._store.close()
 
 
 def read_feedback(galleries: Path) -> Iterator[Feedback]:

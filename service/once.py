@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import sqlite3
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,19 +19,18 @@ from google.protobuf.message import Message
 
 from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused
 from index import GalleryEngine
-from index.connections import connect, translated
 from index.engine import Receipting
 from index.receipts import Book, Token, find
-from index.schema import RECEIPTS, now_us
+from index.schema import now_us
 from service.serving import AsyncEngine
+from service.side_store import RECEIPTS_IF_NEEDED, SideStore
 
 FILE = ".requests.sqlite"
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
 
 _TABLES = f"""
-PRAGMA journal_mode = WAL;
-{RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")}
+{RECEIPTS_IF_NEEDED}
 CREATE TABLE IF NOT EXISTS begun (     -- requests that have begun and not been answered
     id TEXT PRIMARY KEY,
     digest BLOB NOT NULL,
@@ -70,13 +67,11 @@ class Ledger:
     """
 
     def __init__(self, galleries: Path) -> None:
-        self._path = galleries / FILE
-        self._using = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
+        self._store = SideStore(galleries / FILE, _TABLES)
 
     def begin(self, token: Token) -> tuple[bytes | None, bool]:
         """What the request was answered; else None, and whether it had begun before. Raises RequestIdReused."""
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             answer = find(connection, token)
             if answer is not None:
                 return answer, False
@@ -93,33 +88,13 @@ class Ledger:
 
     def end(self, token: Token, answer: bytes | None) -> None:
         """The request is answered; or, with None, has failed and may be made again."""
-        with self._transaction() as connection:
+        with self._store.transaction() as connection:
             connection.execute("DELETE FROM begun WHERE id = ?", (token.id,))
             if answer is not None:
                 Book(connection).keep(token, answer)
 
     def close(self) -> None:
-        with self._using:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._using, translated(self._path):
-            if self._connection is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch()
-                self._connection = connect(self._path, read_only=False)
-                self._connection.executescript(_TABLES)
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
+        self._store.close()
 
 
 class Once:
