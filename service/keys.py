@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import re
 import secrets
-import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -22,11 +21,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 
 from embedding.errors import CredentialsInvalid, DamagedData, InvalidInput, LookalikeError, StorageFailed
 from service.principal import PATTERN, SCOPES, Principal, Scope
+from service.watched import Watched
 
 PREFIX = "lk_"
 SECRET_BYTES = 32
-LOOK_SECONDS = 1.0
-"""How often the file is looked at: a revoked key is refused at the latest so long after."""
 
 _KEY = re.compile(rf"{PREFIX}([0-9a-f]{{16}})_[A-Za-z0-9_-]{{43}}")
 _NOBODY = hashlib.sha256(b"nobody").hexdigest()
@@ -89,9 +87,7 @@ class Keys:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stamp = _stamp(path)
-        self._looked = time.monotonic()
+        self._file = Watched(path)
         self._take(read(path))
 
     def of_key(self, key: str) -> Principal:
@@ -118,20 +114,14 @@ class Keys:
         return None if record is None else record.principal
 
     def _look(self, *, at_once: bool = False) -> None:
-        now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS and not at_once:
+        if not self._file.has_changed(at_once=at_once):
             return
-        self._looked = now
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp  # said once, if it cannot be used
         try:
-            self._take(read(self._path))
+            self._take(read(self._file.path))
         except LookalikeError as error:
             _log.error("keys not read; those in force stay", reason=str(error))
             return
-        _log.info("keys read", file=str(self._path), keys=len(self._by_id))
+        _log.info("keys read", file=str(self._file.path), keys=len(self._by_id))
 
     def _take(self, file: KeyFile) -> None:
         self._by_id: Mapping[str, Record] = {record.id: record for record in file.keys}
@@ -179,11 +169,3 @@ def scopes_of(names: Iterable[str]) -> frozenset[Scope]:
     """The scopes among `names`."""
     wanted = set(names)
     return frozenset(scope for scope in SCOPES if scope in wanted)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_mtime_ns, state.st_size, state.st_ino

@@ -6,7 +6,6 @@ Nothing is fetched: the server reaches no network. The file, a JWK set, is read 
 from __future__ import annotations
 
 import json
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from embedding.errors import CredentialsInvalid, InvalidInput, LookalikeError
-from service.keys import LOOK_SECONDS, scopes_of
+from service.keys import scopes_of
 from service.principal import Principal
+from service.watched import Watched
 
 if TYPE_CHECKING:
     import jwt
@@ -64,14 +64,12 @@ class Tokens:
             raise InvalidInput(
                 "tokens need jwt_issuer and jwt_audience: others' tokens must not count", field="jwt_issuer"
             )
-        self._jwks = jwks
+        self._jwks = Watched(jwks)
         self._issuer, self._audience = issuer, audience
         self._algorithms, self._leeway = list(algorithms), leeway
         self._scopes_claim, self._prefix = scopes_claim, scope_prefix
         self._galleries_claim, self._galleries = galleries_claim, galleries
         self._known: OrderedDict[str, Principal] = OrderedDict()
-        self._looked = time.monotonic()
-        self._stamp = _stamp(jwks)
         self._keys = _read(jwks)
 
     def of_token(self, token: str) -> Principal:
@@ -124,21 +122,15 @@ class Tokens:
         )
 
     def _look(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if not self._jwks.has_changed():
             return
-        self._looked = now
-        stamp = _stamp(self._jwks)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
         try:
-            self._keys = _read(self._jwks)
+            self._keys = _read(self._jwks.path)
         except LookalikeError as error:
             _log.error("keys of tokens not read; those in use stay", reason=str(error))
             return
         self._known.clear()  # who was known by a key that is gone is known no longer
-        _log.info("keys of tokens read", file=str(self._jwks), keys=len(self._keys))
+        _log.info("keys of tokens read", file=str(self._jwks.path), keys=len(self._keys))
 
 
 def _read(path: Path) -> dict[str, jwt.PyJWK]:
@@ -167,11 +159,3 @@ def _words(claim: Any) -> tuple[str, ...]:
 
 def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_mtime_ns, state.st_size, state.st_ino

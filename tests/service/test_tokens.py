@@ -26,7 +26,7 @@ from tests.service.harness import Loop, connected, info, rich, served
 
 @pytest.fixture(autouse=True)
 def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.tokens.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("service.watched.LOOK_SECONDS", 0.0)
 
 
 @dataclass
