@@ -56,9 +56,6 @@ from index.store import Delete, Purge, Upsert
 from index.threads import CORES, limit_blas, searchers
 from index.verify import verify
 
-_Ints = list[int]
-_Floats = list[float]
-
 _QUICK_K = 100  # neighbours, whose items take longer than half a millisecond to read and form
 _ITEMS_AT_ONCE = 250  # read and judged between two looks at the deadline: about 5 ms
 _ALONE_BELOW = 8  # queries, below which other threads would not pay

@@ -21,11 +21,6 @@ class Recent:
     def __len__(self) -> int:
         return len(self._found)
 
-    @property
-    def held_bytes(self) -> int:
-        """Of all entries together."""
-        return self._bytes
-
     def get(self, key: bytes) -> Vectors | None:
         """The embedding [D], which thereby becomes the most recent; None when it is not there."""
         emb_D = self._found.get(key)
