@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,8 @@ from embedding.decision import Decision, Judge, OperatingPoint, Vectors, distanc
 from embedding.errors import InvalidInput, LookalikeError
 from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine
 from index.engine import Effort
-from service.engine import Engine
-from service.sources import Embedded, GivenEmbedding, Source, StoredItem, value_of
+from service.engine import Engine, Question
+from service.sources import Embedded, EncodedImage, GivenEmbedding, Source, StoredItem, value_of
 
 MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
@@ -118,16 +119,6 @@ class Search:
     def sources(self) -> Sequence[Source]:
         return (self.query,)
 
-    def is_quick(self, engine: Engine) -> bool:
-        """Whether it takes well under a millisecond and waits for nothing, so that a thread of its own would not pay.
-
-        True only of a given embedding without a filter, in a gallery that is open.
-        """
-        if not isinstance(self.query, GivenEmbedding) or self.scope.allowed is not None:
-            return False
-        gallery = engine.catalog.opened(engine.aliases.resolve(self.scope.gallery))
-        return gallery is not None and gallery.is_quick(k=self.k + len(self.exclude), effort=self.scope.effort)
-
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Found]:
         judge, gallery = self.scope.begin(engine)
         exclude = (*self.exclude, *_itself(self.query, gallery, engine))
@@ -218,6 +209,23 @@ class SearchBatch:
             return [outcomes[row] for row in range(len(self.queries))]
 
         return answer
+
+
+def is_quick(question: Question[Any], engine: Engine) -> bool:
+    """Whether beginning and answering it takes less time than going to a thread, once its images are embedded.
+
+    True of what compares or embeds one image and reads no gallery, and of a search by a given embedding, without a
+    filter, where `Gallery.is_quick`.
+    """
+    match question:
+        case Verify() | Embed():
+            kinds = {type(source) for source in question.sources}
+            return EncodedImage in kinds and StoredItem not in kinds
+        case Search(query=GivenEmbedding(), scope=Scope(allowed=None) as scope):
+            gallery = engine.catalog.opened(engine.aliases.resolve(scope.gallery))
+            return gallery is not None and gallery.is_quick(k=question.k + len(question.exclude), effort=scope.effort)
+        case _:
+            return False
 
 
 def _decision(a: Embedded, b: Embedded, judge: Judge) -> Decision:

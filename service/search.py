@@ -58,7 +58,6 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 question,
                 lambda found: wire.search_response(found, resolve(scope.gallery), fields),
                 deadline=scope.deadline,
-                is_quick=question.is_quick(serving.engine),
             )
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:

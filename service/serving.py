@@ -16,9 +16,9 @@ from service.call import CURRENT, Call
 from service.calls import Hook
 from service.engine import Answer, Engine, Question
 from service.pool import Pool
-from service.questions import Embed, Verify
+from service.questions import is_quick
 from service.settings import Settings
-from service.sources import StoredItem, distinct_images
+from service.sources import distinct_images
 from service.stages import Work
 from service.watch import ModelWatch
 
@@ -67,38 +67,28 @@ class AsyncEngine:
         form: Callable[[Answer], R],
         *,
         deadline: Deadline | None = None,
-        is_quick: bool = False,
     ) -> R:
         """The answer as `form` makes it, in the pool too: formatting thousands of neighbours takes time.
 
-        A question that `is_quick` is answered at once, on the event loop: the way to a thread and back would take as
+        A question that `is_quick` is begun and answered on the event loop: the way to a thread and back would take as
         long, and make all others wait for the interpreter.
         `deadline`, which the question must carry too, is cancelled when the caller goes. Raises LookalikeError, of
         which Overloaded before anything is worked on.
         """
-        if is_quick:
-            return Work().run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
+        quick = is_quick(question, self.engine)
+        images = distinct_images(question.sources)
         try:
-            images = distinct_images(question.sources)
             if not images:
-                return await self._run("search", lambda: form(self.watch.answered(self.engine.ask(question))))
+                return await self._answered(quick, lambda: self.engine.ask(question), form)
             caller, seconds_left, patient = _account()
             async with self.batcher.admitted(
                 images, caller=caller, seconds_left=seconds_left, patient=patient
             ) as admitted:
-                if _is_quick(question):
-                    answer = Work().run("store", question.begin, self.engine)
-                    outcomes = await admitted.embed_all()
-                    return Work().run(
-                        "search",
-                        lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
-                    )
-                answer = await self.run(question.begin, self.engine)
+                begin = partial(question.begin, self.engine)
+                answer = Work().run("store", begin) if quick else await self.run(begin)
                 outcomes = await admitted.embed_all()
-            return await self._run(
-                "search",
-                lambda: form(self.watch.answered(answer(self.engine.embedded(question.sources, outcomes)))),
-                admitted=True,
+            return await self._answered(
+                quick, lambda: answer(self.engine.embedded(question.sources, outcomes)), form, admitted=True
             )
         except asyncio.CancelledError:
             if deadline is not None:
@@ -108,6 +98,14 @@ class AsyncEngine:
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool. Raises Overloaded."""
         return await self._run("store", partial(function, *args, **kwargs))
+
+    async def _answered(
+        self, quick: bool, answer: Callable[[], Answer], form: Callable[[Answer], R], *, admitted: bool = False
+    ) -> R:
+        def formed() -> R:
+            return form(self.watch.answered(answer()))
+
+        return Work().run("search", formed) if quick else await self._run("search", formed, admitted=admitted)
 
     async def _run(self, stage: str, function: Callable[[], R], *, admitted: bool = False) -> R:
         """The same as this stage; a call that is `admitted` has been worked on and is not refused any more."""
@@ -232,12 +230,6 @@ class Serving(Hook):
             call.engines.append(engine)
             engine.take(call)
         return engine
-
-
-def _is_quick(question: Question[Answer]) -> bool:
-    """Whether beginning and answering it takes less time than going to a thread."""
-    asks_one = type(question) in {Verify, Embed}
-    return asks_one and not any(isinstance(each, StoredItem) for each in question.sources)
 
 
 def _account() -> tuple[str, float | None, bool]:

@@ -14,7 +14,6 @@ from google.rpc import error_details_pb2, status_pb2
 from embedding.encoder import Encoder
 from index.gallery import Gallery
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
-from service import questions
 from service.server import Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, unit
@@ -157,7 +156,7 @@ def test_a_full_pool_refuses_searches(stubs: Stubs, monkeypatch: pytest.MonkeyPa
         return search(*args, **options)
 
     monkeypatch.setattr(Gallery, "search", slow)
-    monkeypatch.setattr(questions.Search, "is_quick", lambda *_: False)  # quick ones never wait in the pool
+    monkeypatch.setattr(Gallery, "is_quick", lambda *_, **__: False)  # quick ones never wait in the pool
     query = common_pb2.ImageInput(embedding=unit(1.0))
     request = search_pb2.SearchRequest(gallery="galleries/g-pool", query=query)
     calls = [stubs.search.Search.future(request) for _ in range(3)]
