@@ -30,10 +30,10 @@ from benchmarks.data import Data  # noqa: E402
 from benchmarks.index_growth import beside_compaction, growth, plot  # noqa: E402
 from benchmarks.index_memory import resident_of_ours, resident_of_raw  # noqa: E402
 from benchmarks.index_servers import beside_servers  # noqa: E402
+from benchmarks.made import CALIBRATION  # noqa: E402
 from benchmarks.measure import alternating_medians, machine  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.servers.remote import PEERS, SLOW_TO_START  # noqa: E402
-from embedding.calibration import Calibration, ErrorRates, MatchProbability  # noqa: E402
 from embedding.decision import Judge, Vectors  # noqa: E402
 from index import Catalog, Exact, Gallery, Item, ModelRef, Recall  # noqa: E402
 from index.rows import LiveRows  # noqa: E402
@@ -140,17 +140,7 @@ def filled(catalog: Catalog, vectors_ND: Vectors) -> tuple[Gallery, Judge]:
         gallery.upsert(
             [Item(name=str(start + i), embedding=vector) for i, vector in enumerate(vectors_ND[start : start + 2000])]
         )
-    worst = ErrorRates(threshold=2, far=1, far_upper95=1, frr=0, frr_upper95=1)
-    calibration = Calibration(
-        protocol="identity-disjoint",
-        identities=2,
-        matching_pairs=1,
-        impostor_pairs=1,
-        learned_margin=0.6,
-        probability=MatchProbability(midpoint=0.6, slope=8),
-        curve=(worst.model_copy(update={"threshold": 0.1, "far": 0.5, "frr": 0.5}), worst),
-    )
-    return gallery, Judge(calibration, model="bench")
+    return gallery, Judge(CALIBRATION, model="bench")
 
 
 def recall_of_keys(search: Any, queries_QD: Vectors, truth_QK: np.ndarray) -> float:

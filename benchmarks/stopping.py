@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.made import CALIBRATION
 from benchmarks.measure import machine
-from embedding.calibration import Calibration, ErrorRates, MatchProbability
 from embedding.decision import Judge, OperatingPoint, Vectors
 from embedding.errors import Cancelled, DeadlineExceeded
 from index import Catalog, Deadline, Exact, Gallery, IndexSettings, Item, ModelRef
@@ -166,19 +166,7 @@ class _GivenUp:
 
 
 def _judge(threshold: float) -> Judge:
-    calibration = Calibration(
-        protocol="identity-disjoint",
-        identities=10,
-        matching_pairs=100,
-        impostor_pairs=1000,
-        learned_margin=0.5,
-        probability=MatchProbability(midpoint=0.5, slope=8),
-        curve=(
-            ErrorRates(threshold=0.3, far=0.001, far_upper95=0.01, frr=0.3, frr_upper95=0.4),
-            ErrorRates(threshold=2, far=1, far_upper95=1, frr=0, frr_upper95=0.1),
-        ),
-    )
-    return Judge(calibration, OperatingPoint(threshold=threshold), model="bench-0")
+    return Judge(CALIBRATION, OperatingPoint(threshold=threshold), model="bench-0")
 
 
 def _unit(rng: np.random.Generator, rows: int) -> Vectors:

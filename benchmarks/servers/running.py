@@ -25,27 +25,18 @@ def make_bundle(path: Path, width: int) -> tuple[str, str]:
     """A bundle of random weights whose embeddings have this width; its name and fingerprint."""
     import torch
 
+    from benchmarks.made import CALIBRATION
     from embedding.bundle import Lineage, write_bundle
-    from embedding.calibration import Calibration, ErrorRates, MatchProbability
     from embedding.images import Preprocessing
     from embedding.networks import Architecture, build
 
     torch.manual_seed(0)
-    worst = ErrorRates(threshold=2, far=1, far_upper95=1, frr=0, frr_upper95=1)
     made = write_bundle(
         path,
         name="bench",
         network=build(Architecture(network="small_cnn", image_size=32, channels=1, embedding_dim=width, width=8)),
         preprocessing=Preprocessing(image_size=32, channels=1),
-        calibration=Calibration(
-            protocol="identity-disjoint",
-            identities=2,
-            matching_pairs=1,
-            impostor_pairs=1,
-            learned_margin=0.6,
-            probability=MatchProbability(midpoint=0.6, slope=8),
-            curve=(worst.model_copy(update={"threshold": 0.1, "far": 0.5, "frr": 0.5}), worst),
-        ),
+        calibration=CALIBRATION,
         lineage=Lineage(created=datetime.now(UTC), recipe={}, data={}, metrics={}, environment={}),
     )
     return made.name, made.fingerprint
