@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.training.test_losses import LOSSES, gradient, off_diagonal, unit_rows
+from tests.training.loss_oracles import LOSSES, gradient, off_diagonal, unit_rows
 from training import cosines, losses, losses_pairs
 from training.distances import euclidean_matrix
 from training.losses import Comparison, PairLoss
