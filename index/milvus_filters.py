@@ -149,6 +149,8 @@ def _metadata(node: Comparison) -> Expression:
         case Operator.UNEQUAL:
             return EVERYTHING
         case Operator.HAS:
+            if value.startswith("-"):
+                return EVERYTHING  # Lite's json_contains takes no sign
             choices = [f"{place} == {value}", f"json_contains({place}, {value})"]
             if isinstance(node.value, str):
                 if not _KEY.fullmatch(node.value):

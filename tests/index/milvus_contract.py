@@ -106,7 +106,9 @@ class MilvusContract(GalleryContract):
             assert gallery.count(allowed) == len(wanted), text
 
         agree()
-        for text in ("name >= a", 'name:"a*"', "NOT identity = one", "identity:*", "metadata.a < 2.5", "metadata.a:1"):
+        comparisons = ("name >= a", 'name:"a*"', "NOT identity = one", "identity:*", "metadata.a < 2.5", "metadata.a:1")
+        signs = ("metadata.a:-1", "metadata.a:-0.5", "metadata.a > -1.5", "metadata.a:1e-7", "metadata.a < 1e22")
+        for text in (*comparisons, *signs):
             allowed = parse_filter(text)
             assert allowed is not None
             assert [item.name for item in gallery.iterate(allowed=allowed)] == sorted(
