@@ -47,11 +47,16 @@ def work(gallery: Gallery, pool: Vectors, first: int) -> None:
             gallery.delete(names, allow_missing=True)
         else:
             gallery.upsert([Item(name=name, embedding=pool[row]) for name, row in zip(names, rows, strict=True)])
-        print(n, flush=True)
+        _tell(n)
         if n % 5 == 1:
             gallery.seal()
         if n % 13 == 2:
             gallery.compact()
+
+
+def _tell(what: object) -> None:
+    """In one write, which a kill cannot cut: `print` makes two of it where PYTHONUNBUFFERED is set."""
+    os.write(sys.stdout.fileno(), f"{what}\n".encode())
 
 
 def main(root: Path, pool_file: Path) -> None:
@@ -59,11 +64,11 @@ def main(root: Path, pool_file: Path) -> None:
     for line in sys.stdin:
         process = os.fork()
         if not process:
-            print(os.getpid(), flush=True)
+            _tell(os.getpid())
             with Catalog(root, seal_after=SEAL_AFTER) as catalog:
                 work(catalog.get("g"), pool, int(line))
         os.waitpid(process, 0)
-        print("gone", flush=True)
+        _tell("gone")
 
 
 if __name__ == "__main__":
