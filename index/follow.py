@@ -32,7 +32,7 @@ class Following(Live):
     def newest(self) -> Snapshot:
         """What readers see, all that was acknowledged before the call included. Raises Busy and DamagedData."""
         if not self.is_newest():
-            with self._writing:
+            with self._writes.held():
                 if not self.is_newest():
                     self._load()
         return self.snapshot

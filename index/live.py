@@ -1,34 +1,32 @@
 """A gallery that is written to: the store, what readers see of it, and the sealing that goes on behind.
 
-Readers take one reference to an immutable snapshot and never wait. Writers queue; the first that gets hold of the lock
-commits for all that wait, in one transaction, and publishes the next snapshot. Fresh rows live in memory; past a number
+Readers take one reference to an immutable snapshot and never wait. Writers queue, are committed in groups, and then
+the next snapshot is published. Fresh rows live in memory; past a number
 of them a background thread seals them into a segment, merging it with those of like size, and publishes that.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
-import sqlite3
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from embedding.decision import Vectors
-from embedding.errors import Busy, DamagedData, LookalikeError, NotFound, StorageFailed
+from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
 from index.deadline import Deadline
 from index.engine import IndexSettings, OnProgress, Progress
 from index.exact import Keys
+from index.group_commit import WriteQueue
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
 from index.receipts import Token
@@ -52,14 +50,7 @@ SUMS = "sums.json"
 
 _DEAD_SHARE = 0.25  # of a segment, from which it is written anew
 _LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merged with that
-_MOST_WRITES = 1024  # in one transaction
 _TELL_EVERY = 0.1  # seconds
-_LOOK_SECONDS = 0.02  # between two looks at the deadline of a write that waits
-
-# How long the leader of a group waits for more: at most this long, and this share of what the last commit took.
-_GATHER_SECONDS, _GATHER_SHARE, _GATHER_STEP = 0.002, 0.2, 2e-5
-
-_Refusal = TypeVar("_Refusal", bound=LookalikeError | sqlite3.Error | MemoryError)
 
 _log = logging.getLogger(__name__)
 
@@ -79,11 +70,9 @@ class Live:
         self.seals = 0
         self.compactions = 0
         self._failed_at = 0
-        self._last_group, self._last_seconds = 1, 0.0
         self._seal_after = seal_after
-        self._writing = threading.Lock()
-        self._sealing = threading.RLock()  # taken before _writing
-        self._waiting: deque[_Ticket] = deque()
+        self._writes = WriteQueue()
+        self._sealing = threading.RLock()  # taken before the lock of `_writes`
         self._sealer: threading.Thread | None = None
         self.snapshot: Snapshot
         """What readers see: one reference, replaced as a whole."""
@@ -123,34 +112,7 @@ class Live:
         Raises what refused it, or what the deadline raises where it passes before the write's turn comes.
         """
         self._check_writable()
-        ticket = _Ticket(write)
-        self._waiting.append(ticket)
-        while ticket.outcome is None:
-            if self._writing.acquire(blocking=False):
-                try:
-                    if ticket.outcome is None:
-                        self._commit_waiting()
-                finally:
-                    self._writing.release()
-                    self._wake_next()
-            elif deadline is None:
-                ticket.woken.acquire()
-            elif not ticket.woken.acquire(timeout=_LOOK_SECONDS):
-                self._withdraw_if_late(ticket, deadline)
-        if isinstance(ticket.outcome, Written):
-            return ticket.outcome
-        raise ticket.outcome
-
-    def _withdraw_if_late(self, ticket: _Ticket, deadline: Deadline) -> None:
-        try:
-            deadline.check()
-        except LookalikeError:
-            try:
-                self._waiting.remove(ticket)
-            except ValueError:
-                return  # it is being carried out, and looks at the deadline by itself
-            self._wake_next()
-            raise
+        return self._writes.carry_out(write, self._committed, deadline)
 
     def note_margin(self, margin: float) -> None:
         """Tune the recall of matches at this distance from the next segment on, unless one is set already."""
@@ -168,14 +130,14 @@ class Live:
     def write_lock(self) -> Iterator[None]:
         """No write is committed within. Raises NotFound once closed."""
         self._check_writable()
-        with self._locked():
+        with self._writes.held():
             self._check_open()
             yield
 
     @contextmanager
     def pause(self) -> Iterator[Snapshot]:
         """What readers see, while no write is committed."""
-        with self._locked():
+        with self._writes.held():
             self._check_open()
             yield self.snapshot
 
@@ -270,9 +232,9 @@ class Live:
 
     def close(self) -> None:
         """Refuse new writes, let running ones end, break off sealing, and close the files."""
-        with self._locked():
+        with self._writes.held():
             self.closed = True
-        with self._sealing, self._locked():
+        with self._sealing, self._writes.held():
             self.store.close()
 
     # Within
@@ -331,49 +293,9 @@ class Live:
                 self._lately.popleft()
         self.snapshot = snapshot
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            with self._writing:
-                yield
-        finally:
-            self._wake_next()
-
-    def _wake_next(self) -> None:
-        """Have a write that waits try to lead; called whenever the write lock has been released."""
-        with suppress(IndexError):
-            self._waiting[0].wake()
-
-    def _commit_waiting(self) -> None:
-        """Commit what waits, for all; the caller holds the write lock."""
-        self._gather()
-        batch: list[_Ticket] = []
-        while self._waiting and len(batch) < _MOST_WRITES:
-            # A purge goes alone: to undo it within a transaction would take as long as it took.
-            if batch and any(isinstance(each.write, Purge) for each in (batch[-1], self._waiting[0])):
-                break
-            batch.append(self._waiting.popleft())
-        begun = time.monotonic()
-        try:
-            self._check_open()
-            outcomes: Sequence[Outcome | MemoryError] = self._committed([ticket.write for ticket in batch])
-        except (LookalikeError, sqlite3.Error, MemoryError) as error:
-            outcomes = [_copied(error) for _ in batch]
-        except BaseException:
-            self._waiting.extendleft(reversed(batch))  # their own threads will try
-            raise
-        self._last_group, self._last_seconds = len(batch), time.monotonic() - begun
-        for ticket, outcome in zip(batch, outcomes, strict=True):
-            ticket.outcome = outcome
-            ticket.wake()
-
-    def _gather(self) -> None:
-        """Wait a little for the writers of the last group to come again: one sync of the disk serves them all."""
-        until = time.monotonic() + min(_GATHER_SECONDS, _GATHER_SHARE * self._last_seconds)
-        while len(self._waiting) < self._last_group and time.monotonic() < until:
-            time.sleep(_GATHER_STEP)
-
     def _committed(self, writes: Sequence[Write]) -> list[Outcome]:
+        """Commit these and publish what readers see then; the caller holds the write lock."""
+        self._check_open()
         born = sum(len(write.items) for write in writes if isinstance(write, Upsert))
         self._rows.reserve(born, deaths=sum(self._most_deaths(write) for write in writes))
         outcomes = self.store.write(writes, oldest_read=self._oldest_read())
@@ -469,23 +391,6 @@ class Live:
             raise NotFound(f"gallery {self.id!r} has been deleted or closed")
 
 
-class _Ticket:
-    """A write that waits, and what became of it."""
-
-    __slots__ = ("outcome", "woken", "write")
-
-    def __init__(self, write: Write) -> None:
-        self.write = write
-        self.outcome: Outcome | MemoryError | None = None
-        self.woken = threading.Lock()
-        """Held until the ticket's thread should look again; a lock is the cheapest event."""
-        self.woken.acquire()
-
-    def wake(self) -> None:
-        with suppress(RuntimeError):  # it is awake already
-            self.woken.release()
-
-
 class _Telling:
     """Passes on how far sealing is, and ends it when the gallery is closed."""
 
@@ -500,13 +405,6 @@ class _Telling:
         if self._on_progress and time.monotonic() - self._told >= _TELL_EVERY:
             self._told = time.monotonic()
             self._on_progress(Progress(stage=stage, done=done, total=total))
-
-
-def _copied(error: _Refusal) -> _Refusal:
-    """The same error for another thread: threads that raise one error write into one traceback."""
-    copied = copy.copy(error)
-    copied.__cause__ = error.__cause__
-    return copied
 
 
 def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Vectors]]:

@@ -54,7 +54,7 @@ def test_a_group_is_one_transaction_and_each_write_stands_alone(
     names = [*(f"n{i}" for i in range(12)), "stale", "missing"]
     with ThreadPoolExecutor(len(names)) as threads:
         waiting = [threads.submit(attempt, name) for name in names]
-        while len(gallery._live._waiting) < len(names) - 1:  # one leads, and waits for the store
+        while len(gallery._live._writes) < len(names) - 1:  # one leads, and waits for the store
             threading.Event().wait(0.01)
         blocker.execute("ROLLBACK")
         for one in waiting:
@@ -79,7 +79,7 @@ def test_what_a_trigger_refuses_does_not_take_others_with_it(
     with ThreadPoolExecutor(4) as threads:
         good = [threads.submit(gallery.upsert, [Item(name=f"yes-{i}", embedding=pool[i])]) for i in range(2)]
         bad = [threads.submit(gallery.upsert, [Item(name=n, embedding=pool[3]) for n in ("half", "no")]) for _ in "ab"]
-        while len(gallery._live._waiting) < 3:
+        while len(gallery._live._writes) < 3:
             threading.Event().wait(0.01)
         blocker.execute("ROLLBACK")
         for one in bad:
@@ -98,7 +98,7 @@ def test_closing_refuses_what_waits(gallery: Gallery, pool: Vectors, tmp_path: P
     with ThreadPoolExecutor(8) as threads:
         with live.write_lock():
             waiting = [threads.submit(gallery.upsert, [Item(name=f"{i}", embedding=pool[i])]) for i in range(8)]
-            while len(live._waiting) < 8:
+            while len(live._writes) < 8:
                 threading.Event().wait(0.01)
             live.closed = True
         for one in waiting:
@@ -138,7 +138,7 @@ def test_a_purge_gives_up_at_its_deadline_wherever_it_is(
     with live.write_lock():  # another writer at work
         with pytest.raises(DeadlineExceeded):
             filled.purge(everything, deadline=Deadline(0.05))
-        assert not live._waiting
+        assert not len(live._writes)
 
     writes = [
         Upsert(items=[Item(name="a", embedding=pool[1])], metadata=["{}"], vectors_ND=pool[1:2], allow_missing=True),
