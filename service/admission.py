@@ -44,6 +44,11 @@ class Pace:
         """Of one piece; 0 while nothing is known."""
         return self._seconds if time.monotonic() < self._until else 0.0
 
+    @property
+    def latest(self) -> float:
+        """The same, however long ago it was measured: for what nobody is refused by."""
+        return self._seconds
+
     def record(self, seconds: float, pieces: int = 1) -> None:
         """`pieces` were done in `seconds`, together or one after the other."""
         known = self.seconds

@@ -60,7 +60,7 @@ class Settings(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most images embedded in one forward pass."""
     decode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
-    """Images decoded at the same time."""
+    """Images decoded at the same time; small ones are decoded by the thread that embeds them."""
     encode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
     """Threads of one forward pass on the CPU."""
     gallery_threads: Annotated[int, Field(ge=1, le=256)] = 2 * _CORES
