@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,12 +102,14 @@ class _Answers:
 
     def pieces(self, neighbors: Neighbors) -> list[bytes]:
         """Each neighbour as an element of a list of them."""
-        records = self._of_all(neighbors.decisions)
+        first = neighbors.first
+        records = self._of_all(neighbors.decisions)[first : first + len(neighbors)]
         form = self._form
-        return [
-            (item.formed.get(form) or form.of(item)) + record
-            for item, record in zip(neighbors.items, records[neighbors.first :], strict=False)
-        ]
+        try:
+            heads = [item.formed[form] for item in neighbors.items]
+        except KeyError:
+            heads = [item.formed.get(form) or form.of(item) for item in neighbors.items]
+        return list(map(add, heads, records))
 
     def _of_all(self, decisions: Decisions) -> list[bytes]:
         if decisions is not self._decisions:
@@ -194,7 +197,12 @@ def _template(judge: Judge) -> NDArray[np.void]:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    return b"%b%b%b" % (_key(number, _LENGTH), _varint(len(value)), value)
+    return _before(number, len(value)) + value
+
+
+@lru_cache(maxsize=4096)
+def _before(number: int, size: int) -> bytes:
+    return _key(number, _LENGTH) + _varint(size)
 
 
 @lru_cache
