@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from operator import add
 
 import numpy as np
@@ -44,30 +45,47 @@ def search_responses(
 
 def batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str]) -> bytes:
     """A BatchSearchResponse."""
-    of, number = _Answers(gallery_id, fields).of, search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER
-    return b"".join(
-        _field(
-            number,
-            search_pb2.SearchResult(error=errors.status(outcome)).SerializeToString()
-            if isinstance(outcome, LookalikeError)
-            else _field(search_pb2.SearchResult.NEIGHBORS_FIELD_NUMBER, of(outcome)),
-        )
-        for outcome in outcomes
-    )
+    return _results(outcomes, _Answers(gallery_id, fields))
 
 
 def stream_responses(
-    ids: Sequence[str], outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str]
+    elements: Sequence[tuple[str, int | None]],
+    outcomes: Sequence[Found | LookalikeError],
+    gallery_id: str,
+    fields: frozenset[str],
 ) -> list[bytes]:
-    """A StreamSearchResponse for each element."""
-    of, number = _Answers(gallery_id, fields).of, search_pb2.StreamSearchResponse.NEIGHBORS_FIELD_NUMBER
-    return [
-        search_pb2.StreamSearchResponse(
-            id=element, error=errors.status(outcome) if isinstance(outcome, LookalikeError) else None
-        ).SerializeToString()
-        + (b"" if isinstance(outcome, LookalikeError) else _field(number, of(outcome)))
-        for element, outcome in zip(ids, outcomes, strict=True)
-    ]
+    """A StreamSearchResponse for each element, of which its id is known, and of how many images it has results.
+
+    An element of one image, or one that failed as a whole, has None for their number.
+    """
+    answers, message = _Answers(gallery_id, fields), search_pb2.StreamSearchResponse
+    responses: list[bytes] = []
+    left = iter(outcomes)
+    for element, count in elements:
+        said = _field(message.ID_FIELD_NUMBER, element.encode()) if element else b""
+        if count is not None:
+            responses.append(said + _field(message.RESULTS_FIELD_NUMBER, _results(list(islice(left, count)), answers)))
+            continue
+        outcome = next(left)
+        if isinstance(outcome, LookalikeError):
+            responses.append(said + _field(message.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString()))
+        else:
+            responses.append(said + _field(message.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)))
+    return responses
+
+
+def _results(outcomes: Sequence[Found | LookalikeError], answers: _Answers) -> bytes:
+    """SearchResults, as a BatchSearchResponse and StreamSearchResults hold them."""
+    number, result = search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER, search_pb2.SearchResult
+    return b"".join(
+        _field(
+            number,
+            _field(result.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString())
+            if isinstance(outcome, LookalikeError)
+            else _field(result.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)),
+        )
+        for outcome in outcomes
+    )
 
 
 def match_responses(found: Neighbors, gallery_id: str, fields: frozenset[str], *, most_bytes: int) -> list[bytes]:
