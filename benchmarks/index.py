@@ -219,8 +219,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         durable_writes(report, data, Path(folder), quick=options.quick)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = 20_000 if options.quick else 1_000_000
-        beside_compaction(report, data, rows, Path(folder), seconds=seconds)
+        rows, turns = (20_000, 5) if options.quick else (1_000_000, 2)
+        beside_compaction(report, data, rows, Path(folder), seconds=seconds / 2, turns=turns)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         Path(folder).chmod(0o755)  # PostgreSQL may run as another user
         rows = 5_000 if options.quick else 100_000
