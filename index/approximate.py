@@ -12,7 +12,7 @@ import numpy as np
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
 from index.engine import Raw
-from index.exact import Hit, Rows, slack
+from index.exact import Hit, Rows
 from index.structures import Living, Structure
 
 DEFAULT_RESCORE = 4
@@ -50,8 +50,11 @@ def _nearest_of_one(
 ) -> Hit:
     count = min(k * (effort.rescore or DEFAULT_RESCORE), structure.rows)
     rows_1C, squared_1C = structure.refined(query_1D, min(k + _SPARE, count), count, effort, living)
-    rows_C = rows_1C[0]
-    if not _is_whole(squared_1C[0], k, count, query_1D.shape[1]):
+    rows_C, squared_C = rows_1C[0], squared_1C[0]
+    if len(rows_C) > k and squared_C.item(k - 1) + 2 * structure.slack < min(squared_C.item(k), _FAR):
+        near_K = rows_C[:k]  # certainly, and alone: the next one lies farther, whatever the errors of both
+        return near_K, distances(query_1D[0], vectors_ND.take(near_K, 0))
+    if not _is_whole(squared_C, k, count, structure.slack):
         rows_C = structure.candidates(query_1D, count, effort, living)[0]
     if rows_C[-1] < 0:
         rows_C = rows_C[rows_C >= 0]
@@ -81,19 +84,19 @@ def _nearest_of_many(
         for at, (rows_C, squared_C, dist_C, kept_C) in enumerate(
             zip(rows_qC, squared_qC, dist_qC, kept_qC, strict=True)
         ):
-            if _is_whole(squared_C, k, count, queries_QD.shape[1]):
+            if _is_whole(squared_C, k, count, structure.slack):
                 yield rows_C[kept_C], dist_C[kept_C]
             else:
                 yield _nearest_of_one(structure, vectors_ND, some_qD[at : at + 1], k, effort, living)
 
 
-def _is_whole(squared_C: Vectors, k: int, count: int, width: int) -> bool:
+def _is_whole(squared_C: Vectors, k: int, count: int, slack: float) -> bool:
     """Whether the k nearest of `count` candidates, and what ties with them, are certainly among those kept."""
     if len(squared_C) == count:
         return True
     # A row that was not kept lies no nearer than the last one kept, but for the errors of both.
     kth, last = squared_C.item(k - 1), squared_C.item(-1)
-    return last > _NONE or kth + 2 * slack(width) < min(last, _FAR)
+    return last > _NONE or kth + 2 * slack < min(last, _FAR)
 
 
 def within(
@@ -132,5 +135,7 @@ def _pairs(queries_qD: Vectors, vectors_ND: Vectors, rows_qC: Rows) -> Vectors:
 def _cut(rows_C: Rows, dist_C: Vectors, k: int) -> Hit:
     if len(dist_C) <= k:
         return rows_C, dist_C
-    kept_C = dist_C <= np.partition(dist_C, k - 1)[k - 1]
+    risen_C = dist_C.copy()
+    risen_C.partition(k - 1)  # of so few, numpy's function takes twice as long as its method
+    kept_C = dist_C <= risen_C[k - 1]
     return rows_C[kept_C], dist_C[kept_C]

@@ -26,9 +26,6 @@ Rows = NDArray[np.intp]
 Hit = tuple[Rows, Vectors]
 """Rows and their exact distances, of one query."""
 
-# FAISS takes its matrix product from this number of queries on; its own default is over a thousand, and 5 times slower.
-faiss.cvar.distance_compute_blas_threshold = 1
-
 _PRODUCT_FROM = 4  # queries, below which a product of one query with all rows is faster
 _PAIRS_AT_ONCE = 2**21  # candidates of all queries of one product
 _STEP = 5 * 10**8  # multiplications between two looks at the deadline: below 25 ms in one thread
@@ -76,6 +73,18 @@ def slack(embedding_dim: int) -> float:
     sides together, comparing with the bound included. All of that is below 5·(D + 32)·u.
     """
     return 5 * (embedding_dim + 32) * 2.0**-24
+
+
+def take_products_from_few(embedding_dim: int) -> None:
+    """Let FAISS measure `_PRODUCT_FROM` queries or more by a matrix product, fewer one by one; for the process.
+
+    It compares queries times width. By its own default batches below a thousand are measured one by one, 5 times
+    slower; by a product one query is 3 to 6 times slower, such as a choice of lists. Galleries of other widths may set
+    it otherwise meanwhile: that costs time alone.
+    """
+    least = _PRODUCT_FROM * embedding_dim
+    if faiss.cvar.distance_compute_blas_threshold != least:
+        faiss.cvar.distance_compute_blas_threshold = least
 
 
 def squared_lengths(vectors_ND: Vectors) -> Vectors:
@@ -157,6 +166,7 @@ def _product(queries_QD: Vectors, vectors_ND: Vectors, norms_N: Vectors, count: 
     rows_QC = np.empty((queries, count), np.int64)
     vectors_ND, norms_N = np.ascontiguousarray(vectors_ND), np.ascontiguousarray(norms_N)
     pointers = [faiss.swig_ptr(array) for array in (squared_QC, rows_QC, norms_N)]
+    take_products_from_few(queries_QD.shape[1])
     with one_thread():
         faiss.knn_L2sqr(
             faiss.swig_ptr(queries_QD), faiss.swig_ptr(vectors_ND), queries_QD.shape[1], queries, rows, count, *pointers

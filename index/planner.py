@@ -29,6 +29,10 @@ CROSSOVER = 20_000
 The times cross near 4,000 rows. See docs/performance.md.
 """
 
+WHOLE_BYTES = 64 * 2**20
+"""Bytes of float32 rows up to which a second copy of them, in lists, is worth its memory: no codes are read, nothing is
+refined, and a search takes two thirds of the time."""
+
 HNSW_MOST = 250_000
 """Rows beyond which a graph takes minutes to build; asked for by name it is built all the same."""
 
@@ -41,6 +45,7 @@ _MATCHED = 100  # queries whose matches are looked for
 _TIMED = 25
 _RESCORES = {10: (1, 2, 4, 8, 16, 32), 100: (1, 2, 4)}
 _WORTHWHILE = 0.5  # of the time of exact search
+_WHOLE_WORTHWHILE = 0.1  # the same for lists of whole rows: where more of these are read, codes are read faster
 _Z = 1.645  # one-sided 95 %
 _PERFECT = 0.9999
 
@@ -59,7 +64,8 @@ def plan_segment(vectors_ND: Vectors, path: Path, *, settings: IndexSettings, ma
     for kind in kinds:
         plan = trial.of(kind, path)
         point = cheapest(plan, settings.min_recall)
-        if asked_for or (point and point.microseconds <= _WORTHWHILE * plan.exact_microseconds):
+        most = _WHOLE_WORTHWHILE if kind == "ivf-flat" else _WORTHWHILE
+        if asked_for or (point and point.microseconds <= most * plan.exact_microseconds):
             return plan
         path.unlink(missing_ok=True)
     return Plan(exact_microseconds=trial.exact_microseconds, queries=len(trial.queries_R), margin=margin)
@@ -129,7 +135,8 @@ def _kinds(settings: IndexSettings, rows: int, width: int) -> list[Kind]:
         return ["ivf-sq8" if settings.structure == "ivf-pq" and not pairs else settings.structure]
     if rows < CROSSOVER:
         return []
-    wanted: list[Kind] = ["ivf-pq", "ivf-sq8"] if pairs else ["ivf-sq8"]
+    wanted: list[Kind] = ["ivf-flat"] if 4 * width * rows <= WHOLE_BYTES else []
+    wanted += ["ivf-pq", "ivf-sq8"] if pairs else ["ivf-sq8"]
     if rows <= HNSW_MOST:
         wanted.append("hnsw")
     return [
@@ -223,7 +230,8 @@ class _Trial:
         points: list[Point] = []
         matches = [self._match_recall(structure, row, effort) for row in range(len(self._matches))]
         match_mean, match_least = _mean_and_least([recall for recall in matches if recall is not None])
-        for rescore in _RESCORES[k]:
+        whole = structure.plan.structure == "ivf-flat"  # whose candidates come measured, however many
+        for rescore in (approximate.DEFAULT_RESCORE,) if whole else _RESCORES[k]:
             asked = replace(effort, rescore=rescore)
             queries_QD = self._queries_QD[: _QUERIES[k]]
             found = approximate.nearest(structure, self._vectors_ND, queries_QD, k + 1, asked)

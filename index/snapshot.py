@@ -20,7 +20,7 @@ from embedding.decision import Vectors
 from index import approximate, exact
 from index.deadline import Deadline
 from index.engine import Effort, Raw
-from index.exact import Keys, Rows, Span, gather
+from index.exact import Hit, Keys, Rows, Span, gather
 from index.planner import resolve
 from index.segments import Segment
 from index.structures import Living, Structure
@@ -115,6 +115,11 @@ class _Way:
     effort: Raw
     living: Living | None
 
+    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Hit]:
+        return approximate.nearest(
+            self.structure, self.vectors_ND, queries_QD, k, self.effort, living=self.living, deadline=deadline
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Search:
@@ -137,6 +142,10 @@ class Search:
         """For each query its k nearest and all that tie with the k-th of these; fewer where there are fewer."""
         if deadline:
             deadline.check()
+        if not self.spans and len(self.ways) == 1 == len(queries_QD):  # as below, in less time
+            (way,) = self.ways
+            ((rows_R, dist_R),) = way.nearest(queries_QD, k, deadline)
+            return iter(((way.keys_N[rows_R], dist_R),))
         answers = [self._exact(queries_QD, k, deadline)] if self.spans else []
         answers += [self._approximate(way, queries_QD, k, deadline) for way in self.ways]
         if not answers:
@@ -163,9 +172,7 @@ class Search:
             yield gather(self.keys, rows_R), dist_R
 
     def _approximate(self, way: _Way, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Answer]:
-        for rows_R, dist_R in approximate.nearest(
-            way.structure, way.vectors_ND, queries_QD, k, way.effort, living=way.living, deadline=deadline
-        ):
+        for rows_R, dist_R in way.nearest(queries_QD, k, deadline):
             yield way.keys_N[rows_R], dist_R
 
 

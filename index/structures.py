@@ -21,7 +21,7 @@ from embedding.decision import Vectors
 from embedding.errors import DamagedData
 from index.engine import CurvePoint, Raw
 from index.engine import Structure as Kind
-from index.exact import Rows
+from index.exact import Rows, slack, take_products_from_few
 from index.threads import one_thread
 
 Step = Callable[[str, int, int], None]
@@ -93,8 +93,12 @@ class Structure:
     def __init__(self, index: Any, plan: Plan, vectors_ND: Vectors, *, file_bytes: int) -> None:
         self._index = index
         self._vectors_ND = vectors_ND  # FAISS keeps a pointer only
-        self._refining = faiss.IndexRefine(index, _flat_over(vectors_ND))
+        # Whole rows are measured at once; candidates by codes are refined over the rows.
+        whole = plan.structure == "ivf-flat"
+        self._refining = None if whole else faiss.IndexRefine(index, _flat_over(vectors_ND))
         self.rows: int = index.ntotal
+        self.slack = slack(index.d)
+        self._width: int = index.d
         self._known: dict[tuple[int, float], Any] = {}
         self.plan = plan
         self.memory_bytes = file_bytes
@@ -112,6 +116,8 @@ class Structure:
 
         The distances rise, are of the rows themselves, and err by less than `exact.slack`. keep ≤ count ≤ `rows`.
         """
+        if self._refining is None:
+            return self._search(self._index, queries_QD, keep, self._parameters(keep, effort, living))
         parameters = self._parameters(count, effort, living, share=(count + 0.5) / keep)
         return self._search(self._refining, queries_QD, keep, parameters)
 
@@ -121,6 +127,7 @@ class Structure:
         squared_QC: Vectors = np.empty((queries, count), np.float32)
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         pointers = faiss.swig_ptr(squared_QC), faiss.swig_ptr(rows_QC), parameters
+        take_products_from_few(self._width)
         with one_thread():  # the call below FAISS's wrapper, which takes a sixth of a short search
             index.search_c(queries, faiss.swig_ptr(queries_QD), count, *pointers)
         return rows_QC, squared_QC

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from embedding.decision import Judge, Vectors, distances
 from embedding.errors import Cancelled, DamagedData
 from index import Catalog, Deadline, Exact, Found, Gallery, IndexSettings, Item, ModelRef, Raw, Recall, approximate
 from index.engine import Structure
+from index.exact import take_products_from_few
 from index.planner import cheapest, lists_for, resolve
 from index.structures import Plan, Point, build_ivf, load_structure
 from tests.index.contract import MetadataIs
@@ -258,6 +260,34 @@ def test_the_cheapest_point_that_is_sure_of_a_recall_is_chosen() -> None:
     assert resolve(plan, Recall(0.9), None) == (Raw(nprobe=2, rescore=4), 0.9)
     assert resolve(plan, Raw(nprobe=4), 10) == (Raw(nprobe=4, rescore=4), 0.99)
     assert resolve(plan, Raw(nprobe=1, rescore=1), 10) == (Raw(nprobe=1, rescore=1), 0.0)
+
+
+def test_few_rows_are_kept_whole_in_lists_and_many_as_codes(
+    tmp_path: Path, wide: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.planner.CROSSOVER", 1000)
+    monkeypatch.setattr("index.planner._WORTHWHILE", 1e9)
+    monkeypatch.setattr("index.planner._WHOLE_WORTHWHILE", 1e9)
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", wide)
+        gallery.upsert([Item(name=f"{i:04}", embedding=vector) for i, vector in enumerate(clustered(1200, 2))])
+        for whole_bytes, settings, structure in (
+            (4 * WIDTH * 1200, IndexSettings(), "ivf-flat"),
+            (4 * WIDTH * 1200 - 1, IndexSettings(), "ivf-pq"),
+            (4 * WIDTH * 1200, IndexSettings(memory_bytes=2 * WIDTH * 1200), "ivf-pq"),
+        ):
+            monkeypatch.setattr("index.planner.WHOLE_BYTES", whole_bytes)
+            assert gallery.reindex(settings).segments[0].structure == structure
+        monkeypatch.setattr("index.planner._WHOLE_WORTHWHILE", 0.0)
+        assert gallery.reindex(IndexSettings()).segments[0].structure == "ivf-pq"
+
+
+@pytest.mark.parametrize("width", [4, 16, 100])
+def test_single_queries_are_measured_one_by_one_and_a_few_by_a_product(width: int) -> None:
+    """FAISS compares queries times width with one number of the process."""
+    take_products_from_few(width)
+    least = faiss.cvar.distance_compute_blas_threshold
+    assert width < least <= 4 * width
 
 
 def test_lists_grow_with_the_root_of_the_rows() -> None:
