@@ -23,6 +23,7 @@ import numpy as np
 
 from embedding.decision import Vectors
 from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
+from embedding.runtime import trim_malloc
 from index.deadline import Deadline
 from index.engine import IndexSettings, OnProgress, Progress
 from index.exact import Keys
@@ -30,6 +31,7 @@ from index.group_commit import WriteQueue
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
 from index.receipts import Token
+from index.room import room
 from index.rows import LiveRows
 from index.segments import ROWS_AT_ONCE, Planned, Segment, open_segment, remove_segments, write_segment
 from index.snapshot import Part, Snapshot
@@ -196,6 +198,9 @@ class Live:
             self.last_failure = ""
             self.compactions += merges
             self.seals += not merges
+            del since, merged  # which hold what has just been replaced
+            if everything:
+                self._give_back()
 
     def rebuild(self, *, on_progress: OnProgress | None = None) -> None:
         """Write all segments anew from the store, a block at a time; writers wait for the first and the last step.
@@ -238,6 +243,13 @@ class Live:
             self.store.close()
 
     # Within
+
+    def _give_back(self) -> None:
+        """Return what writing since the last compaction has left in caches and allocators."""
+        with self._writes.held():
+            if not self.closed:
+                self.store.shrink()
+        trim_malloc()
 
     def _opened_store(self) -> Store:
         return Store(self.folder / STORE, read_only=self.read_only)
@@ -410,7 +422,8 @@ class _Telling:
 def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Vectors]]:
     total, done = sum(len(part.keys_N) for part in parts), 0
     for part in parts:
-        living_N = np.ones(len(part.keys_N), np.bool_)
+        living_N = room((len(part.keys_N),), np.bool_)
+        living_N[:] = True
         living_N[part.dead_R] = False
         for start in range(0, len(living_N), ROWS_AT_ONCE):
             step("copying", done, total)

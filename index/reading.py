@@ -83,6 +83,12 @@ class Reading:
         if not self._is_pinned:
             self._own.close()
 
+    def shrink(self) -> None:
+        """Give back the pages that connections keep of the file; no write is under way in another thread."""
+        with translated(self._path):
+            self._own.execute("PRAGMA shrink_memory")
+        self._readers.shrink()
+
     @property
     def path(self) -> Path:
         return self._path

@@ -3,7 +3,7 @@
     segments/<first 16 digits of the manifest's SHA-256>/
         vectors.f32     [N, D] little-endian float32, memory-mapped
         norms.f32       [N] little-endian float32: their squared lengths, memory-mapped
-        keys.i64        [N] little-endian int64, rising
+        keys.i64        [N] little-endian int64, rising, memory-mapped
         index.faiss     where the planner chose a structure over the rows, memory-mapped
         manifest.json   what it holds, how the structure was measured, sizes and SHA-256 of all files
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedding.decision import Vectors
@@ -37,7 +38,7 @@ NORMS = "norms.f32"
 KEYS = "keys.i64"
 INDEX = "index.faiss"
 
-ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 4096
 
 _SYNC_BYTES = 8 * 2**20
 
@@ -148,7 +149,7 @@ def open_segment(folder: Path, digest: str, *, sums: Sums | None = None) -> Segm
         return Segment(
             digest=digest,
             manifest=manifest,
-            keys_N=np.fromfile(path / KEYS, dtype="<i8", count=rows).astype(np.int64, copy=False),
+            keys_N=_mapped(path / KEYS, (rows,), "<i8").astype(np.int64, copy=False),
             vectors_ND=vectors_ND,
             norms_N=_mapped(path / NORMS, (rows,)),
             structure=load_structure(path / INDEX, manifest.plan, vectors_ND) if INDEX in manifest.files else None,
@@ -234,5 +235,5 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> Vectors:
-    return np.asarray(np.memmap(path, dtype="<f4", mode="r", shape=shape))
+def _mapped(path: Path, shape: tuple[int, ...], dtype: str = "<f4") -> NDArray[Any]:
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape))

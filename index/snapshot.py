@@ -22,6 +22,7 @@ from index.deadline import Deadline
 from index.engine import Effort, Raw
 from index.exact import Hit, Keys, Rows, Span, gather
 from index.planner import resolve
+from index.room import room
 from index.segments import Segment
 from index.structures import Living, Structure
 
@@ -59,7 +60,8 @@ class Part:
         """For exact search, without the dead."""
         if not len(self.dead_R):
             return Span(vectors_ND=self.vectors_ND, norms_N=self.norms_N)
-        norms_N = np.array(self.norms_N)
+        norms_N = room(self.norms_N.shape, np.float32)
+        norms_N[:] = self.norms_N
         norms_N[self.dead_R] = np.inf
         return Span(vectors_ND=self.vectors_ND, norms_N=norms_N)
 
