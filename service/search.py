@@ -1,17 +1,21 @@
-"""gRPC adapter of SearchService: parse, ask the engine, format. No model, index or threshold logic."""
+"""gRPC adapter of SearchService: parse, ask the engine, format. No model, index or threshold logic.
+
+Answers are formed as the bytes that travel, since they may hold many thousands of neighbours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 
 from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_K, MAX_MATCHES, Deadline, Found, Neighbor
+from index import MAX_K, MAX_MATCHES, Deadline, Found
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
-from service import errors, parse, questions, wire
+from service import encoded, parse, questions, wire
 from service.errors import translated_errors
 from service.serving import AsyncEngine, Serving
 from service.sources import Source, Unusable, under
@@ -43,7 +47,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
 
-    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
+    async def Search(self, request: pb.SearchRequest, context: Context) -> Any:
         async with translated_errors(context):
             scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
@@ -54,13 +58,11 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 k=k,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
-            return await serving.ask(
-                question,
-                lambda found: wire.search_response(found, resolve(scope.gallery), fields),
-                deadline=scope.deadline,
+            return await serving.search(
+                question, encoded.search_responses(resolve(scope.gallery), fields), deadline=scope.deadline
             )
 
-    async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
+    async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> Any:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
             scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
@@ -72,12 +74,10 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 k=k,
             )
             return await serving.ask(
-                question, lambda outcomes: _batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
+                question, lambda outcomes: encoded.batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
             )
 
-    async def SearchMatches(
-        self, request: pb.SearchMatchesRequest, context: Context
-    ) -> AsyncIterator[pb.SearchMatchesResponse]:
+    async def SearchMatches(self, request: pb.SearchMatchesRequest, context: Context) -> AsyncIterator[Any]:
         async with translated_errors(context):
             scope, fields, limit = _parsed(
                 request, context, request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"
@@ -94,13 +94,14 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
                 some = found.neighbors[start : start + MATCHES_AT_ONCE]
                 # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
-                for response in await serving.run(_match_messages, some, resolve(scope.gallery), fields):
+                form = partial(encoded.match_responses, most_bytes=MATCHES_BYTES)
+                for response in await serving.run(form, some, resolve(scope.gallery), fields):
                     yield response
             yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
     async def StreamSearch(
         self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
-    ) -> AsyncIterator[pb.StreamSearchResponse]:
+    ) -> AsyncIterator[Any]:
         async with translated_errors(context), Elements(request_iterator, window=STREAM_WINDOW) as elements:
             first = await elements.first()
             if first is None or first.WhichOneof("element") != "config":
@@ -129,7 +130,7 @@ def _parsed(
     default: int,
     most: int,
     path: str,
-) -> tuple[questions.Scope, Collection[str], int]:
+) -> tuple[questions.Scope, frozenset[str], int]:
     """Where to search, which fields to return, and how many; all that is wrong with these is raised together."""
     wrong = parse.Violations()
     with wrong:
@@ -147,8 +148,8 @@ async def _answered(
     scope: questions.Scope,
     k: int,
     requests: Sequence[pb.StreamSearchRequest],
-    fields: Collection[str],
-) -> list[pb.StreamSearchResponse]:
+    fields: frozenset[str],
+) -> list[bytes]:
     gallery_id = serving.engine.aliases.resolve(scope.gallery)
     deadline = Deadline()
     question = questions.SearchBatch(
@@ -163,30 +164,12 @@ async def _answered(
         k=k,
     )
 
-    def form(outcomes: Sequence[Found | LookalikeError]) -> list[pb.StreamSearchResponse]:
-        return [
-            pb.StreamSearchResponse(id=answered_id(request.id), error=errors.status(outcome))
-            if isinstance(outcome, LookalikeError)
-            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id, fields))
-            for request, outcome in zip(requests, outcomes, strict=True)
-        ]
+    ids = [answered_id(request.id) for request in requests]
+
+    def form(outcomes: Sequence[Found | LookalikeError]) -> list[bytes]:
+        return encoded.stream_responses(ids, outcomes, gallery_id, fields)
 
     return await serving.ask(question, form, deadline=deadline)
-
-
-def _match_messages(
-    some: Sequence[Neighbor], gallery_id: str, fields: Collection[str]
-) -> list[pb.SearchMatchesResponse]:
-    responses: list[pb.SearchMatchesResponse] = []
-    size = MATCHES_BYTES
-    for neighbor in wire.neighbors(some, gallery_id, fields):
-        added = neighbor.ByteSize()
-        if size + added > MATCHES_BYTES:
-            responses.append(pb.SearchMatchesResponse())
-            size = 0
-        responses[-1].neighbors.append(neighbor)
-        size += added
-    return responses
 
 
 def _query(request: pb.StreamSearchRequest) -> Source:
@@ -203,16 +186,3 @@ def _query(request: pb.StreamSearchRequest) -> Source:
 
 def _deadline(context: Context) -> Deadline:
     return Deadline(context.time_remaining())
-
-
-def _batch_response(
-    outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: Collection[str]
-) -> pb.BatchSearchResponse:
-    return pb.BatchSearchResponse(
-        results=[
-            pb.SearchResult(error=errors.status(outcome))
-            if isinstance(outcome, LookalikeError)
-            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id, fields))
-            for outcome in outcomes
-        ]
-    )
