@@ -46,7 +46,7 @@ def nearest(spans: Sequence[Span], queries_QD: Vectors, k: int, *, deadline: Dea
     Rows count on through the spans. Raises Cancelled or DeadlineExceeded.
     """
     rows = sum(len(span.norms_N) for span in spans)
-    wanted = _padded(k)
+    wanted = padded(k)
     if len(queries_QD) < _PRODUCT_FROM or 4 * wanted > rows:
         for query_D in queries_QD:
             yield _nearest_of_one(spans, query_D, k, deadline)
@@ -107,7 +107,7 @@ def gather(arrays: Sequence[NDArray[Any]], rows_R: Rows) -> NDArray[Any]:
     return out
 
 
-def _padded(k: int) -> int:
+def padded(k: int) -> int:
     """How many candidates to take of each product, so that ties within the slack are nearly always among them."""
     return k + 16 + k // 8
 
@@ -118,7 +118,7 @@ def _nearest_of_one(spans: Sequence[Span], query_D: Vectors, k: int, deadline: D
     if not k:
         return np.empty(0, np.intp), np.empty(0, np.float32)
     farthest = _bound_of_smallest(ranks_N, k) + _squared_length(query_D)
-    return _cut(*_measured(spans, query_D, ranks_N, farthest, deadline), k)
+    return cut(*_measured(spans, query_D, ranks_N, farthest, deadline), k)
 
 
 def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Hit]:
@@ -133,7 +133,7 @@ def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadlin
             if deadline:
                 deadline.check()
             end = min(count, start + (step or count))
-            wanted = min(_padded(k), end - start)
+            wanted = min(padded(k), end - start)
             sq_QC, at_QC = _product(queries_QD, span.vectors_ND[start:end], span.norms_N[start:end], wanted)
             if wanted < end - start:  # rows that the product did not return are no nearer than its last
                 np.minimum(unseen_Q, sq_QC[:, -1], out=unseen_Q)
@@ -154,7 +154,7 @@ def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadlin
             deadline.check()
         if whole_Q[query]:
             here = slice(ends_Q[query], ends_Q[query + 1])
-            yield _cut(rows_P[here], dist_P[here], k)
+            yield cut(rows_P[here], dist_P[here], k)
         else:
             yield _nearest_of_one(spans, query_D, k, deadline)
 
@@ -212,7 +212,7 @@ def _measured(
     return rows_R, dist_R
 
 
-def _cut(rows_R: Rows, dist_R: Vectors, k: int) -> Hit:
+def cut(rows_R: Rows, dist_R: Vectors, k: int) -> Hit:
     """The k nearest of these, and all that tie with the k-th."""
     if len(dist_R) <= k:
         return rows_R, dist_R

@@ -184,6 +184,19 @@ class Reading:
         keys_R.sort()
         return keys_R
 
+    def embeddings(self, keys_R: Keys) -> Vectors:
+        """The vectors [R, D] of these item versions, which may repeat; the dead ones while a snapshot shows them."""
+        keys, width = keys_R.tolist(), self.header.model.embedding_dim
+        wanted = list(dict.fromkeys(keys))
+        with self._readers.lend() as connection:
+            found: dict[int, bytes] = dict(
+                connection.execute(f"SELECT key, embedding FROM items WHERE key IN {_among(wanted)}", _given(wanted))
+            )
+        if len(found) != len(wanted) or any(len(blob) != 4 * width for blob in found.values()):
+            raise DamagedData(f"{self._path} has lost items or holds them damaged; restore it from a copy")
+        vectors_RD = np.frombuffer(b"".join([found[key] for key in keys]), _F4).reshape(len(keys), width)
+        return vectors_RD.astype(np.float32, copy=False)
+
     def segments(self) -> list[SealedRange]:
         """The segments to open, by rising keys."""
         with self._readers.lend() as connection:

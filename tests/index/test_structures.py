@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import faiss
@@ -42,14 +42,15 @@ def wide_judge(judge_at: Callable[[float], Judge]) -> Judge:
     return Judge(calibration, model="wide")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "hnsw in float16", "ivf-pq in float16"])
 def structured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wide: ModelRef
 ) -> Iterator[Gallery]:
     """One indexed segment of 3,000 rows, 100 of them deleted since, and 50 fresh rows."""
+    kind, _, vectors = request.param.partition(" in ")
     with Catalog(tmp_path_factory.mktemp("galleries")) as catalog:
         gallery = catalog.create(
-            "g", wide, settings=IndexSettings(structure=request.param, min_recall=0.95, margin=0.5)
+            "g", wide, settings=IndexSettings(structure=kind, min_recall=0.95, margin=0.5, vectors=vectors or "float32")
         )
         vectors_ND = clustered(ROWS + 50, 2)
         items = [
@@ -300,9 +301,9 @@ def test_all_that_tie_with_the_last_are_found_alone_and_in_a_batch(tmp_path: Pat
     build_ivf("ivf-flat", rows_ND, rows_ND, 16, tmp_path / "index", lambda *_: None)
     structure = load_structure(tmp_path / "index", Plan(structure="ivf-flat", lists=16), rows_ND)
     queries_QD = np.stack([rows_ND[0], rows_ND[1]])
-    effort = Raw(nprobe=16, rescore=8)
-    alone = [next(approximate.nearest(structure, rows_ND, query_D[None], 5, effort)) for query_D in queries_QD]
-    together = list(approximate.nearest(structure, rows_ND, queries_QD, 5, effort))
+    effort, take = Raw(nprobe=16, rescore=8), partial(rows_ND.take, axis=0)
+    alone = [next(approximate.nearest(structure, take, query_D[None], 5, effort)) for query_D in queries_QD]
+    together = list(approximate.nearest(structure, take, queries_QD, 5, effort))
     assert sorted(alone[0][0].tolist()) == list(range(0, 1000, 40))
     for query_D, one, other in zip(queries_QD, alone, together, strict=True):
         assert dict(zip(*one, strict=True)) == dict(zip(*other, strict=True))
