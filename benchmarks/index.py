@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,15 @@ from benchmarks.report import Report  # noqa: E402
 from benchmarks.servers.remote import PEERS, SLOW_TO_START  # noqa: E402
 from embedding.decision import Judge, Vectors  # noqa: E402
 from index import Catalog, Exact, Gallery, IndexSettings, Item, ModelRef, Recall  # noqa: E402
+from index.engine import Precision  # noqa: E402
 from index.rows import LiveRows  # noqa: E402
 from index.threads import limit_blas, one_thread  # noqa: E402
 
 K, RECALL = 10, 0.99
 EXACT_ROWS, EXACT_BATCH = 100_000, 256
 QUERIES = 500
+ROUNDED_ROWS = 100_000
+ROUNDINGS: tuple[Precision, ...] = ("float32", "float16")
 
 
 def exact_search(report: Report, data: Data, *, seconds: float) -> None:
@@ -100,9 +104,7 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
             engines[peer.name], recalls[peer.name], builds[peer.name] = peer.ask, peer.recall, peer.build_seconds
         recalls["lookalike, whole call"] = recalls["lookalike"]
         medians = one_by_one(engines, queries_QD, seconds=seconds)
-        whole: dict[str, Callable[[Vectors], object]] = {
-            "lookalike, whole call": lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
-        }
+        whole: dict[str, Callable[[Vectors], object]] = {"lookalike, whole call": partial(_whole_call, gallery, judge)}
         medians |= one_by_one(whole, queries_QD, seconds=seconds / 5, clock=time.perf_counter)  # it reads the disk
         for name, microseconds in medians.items():
             note = f"built in {builds[name]:.1f} s" if name in builds else "items and decisions included"
@@ -122,6 +124,8 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
     report.at_most(f"memory at {rows:,}, MB", ours / 1e6, 1.15 * raw / 1e6 + 64)
     with Catalog(folder, seal_after=10**9) as catalog:
         compressed(report, catalog.get("bench"), queries_QD, truth_QK)
+    if rows <= ROUNDED_ROWS:
+        rounded(report, folder, rows, queries_QD, truth_QK, judge, seconds=seconds / 5)
 
 
 def compressed(report: Report, gallery: Gallery, queries_QD: Vectors, truth_QK: np.ndarray) -> None:
@@ -136,6 +140,29 @@ def compressed(report: Report, gallery: Gallery, queries_QD: Vectors, truth_QK: 
     report.at_least(f"recall of the compressed plan at {segment.rows:,}", recall, 0.95)
     if segment.structure != "exact":
         report.at_most(f"compressed plan at {segment.rows:,}, x float32", share, 0.2)
+
+
+def rounded(
+    report: Report, folder: Path, rows: int, queries_QD: Vectors, truth_QK: np.ndarray, judge: Judge, *, seconds: float
+) -> None:
+    """Exact search of the same gallery with its vectors in float32 and in float16: whole calls, and memory."""
+    residents = []
+    for vectors in ROUNDINGS:
+        engine = f"lookalike, exact, {vectors}"
+        with Catalog(folder, seal_after=10**9) as catalog:
+            gallery = catalog.get("bench")
+            gallery.reindex(IndexSettings(structure="exact", vectors=vectors))
+            recall = recall_of_keys(gallery._live.snapshot.search(Exact(), K), queries_QD, truth_QK)
+            whole = {engine: partial(_whole_call, gallery, judge)}
+            (taken,) = one_by_one(whole, queries_QD, seconds=seconds, clock=time.perf_counter).values()
+        residents.append(resident_of_ours(folder, queries_QD))
+        report.row("one exact query, whole call", engine, rows, taken, "us", recall=recall)
+        report.row("memory while searching", engine, rows, residents[-1] / 1e6, "MB", note="mapped pages included")
+    report.at_most(f"memory at {rows:,} in float16, x float32", residents[1] / residents[0], 0.6)
+
+
+def _whole_call(gallery: Gallery, judge: Judge, query_1D: Vectors) -> object:
+    return gallery.search(query_1D[0], k=K, judge=judge)
 
 
 def filled(catalog: Catalog, vectors_ND: Vectors) -> tuple[Gallery, Judge]:
@@ -159,7 +186,7 @@ def recall_of_keys(search: Any, queries_QD: Vectors, truth_QK: np.ndarray) -> fl
 
 
 def one_by_one(
-    engines: dict[str, Callable[[Vectors], object]],
+    engines: Mapping[str, Callable[[Vectors], object]],
     queries_QD: Vectors,
     *,
     seconds: float,
