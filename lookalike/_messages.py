@@ -438,7 +438,7 @@ def _struct(metadata: Mapping[str, JSON]) -> Struct:
 
 
 def _dictionary(struct: Struct) -> dict[str, JSON]:
-    return cast("dict[str, JSON]", MessageToDict(struct))
+    return cast("dict[str, JSON]", MessageToDict(struct)) if struct.fields else {}
 
 
 def _datetime(timestamp: Timestamp) -> datetime:

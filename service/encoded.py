@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,30 +45,47 @@ def search_responses(
 
 def batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str]) -> bytes:
     """A BatchSearchResponse."""
-    of, number = _Answers(gallery_id, fields).of, search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER
-    return b"".join(
-        _field(
-            number,
-            search_pb2.SearchResult(error=errors.status(outcome)).SerializeToString()
-            if isinstance(outcome, LookalikeError)
-            else _field(search_pb2.SearchResult.NEIGHBORS_FIELD_NUMBER, of(outcome)),
-        )
-        for outcome in outcomes
-    )
+    return _results(outcomes, _Answers(gallery_id, fields))
 
 
 def stream_responses(
-    ids: Sequence[str], outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str]
+    elements: Sequence[tuple[str, int | None]],
+    outcomes: Sequence[Found | LookalikeError],
+    gallery_id: str,
+    fields: frozenset[str],
 ) -> list[bytes]:
-    """A StreamSearchResponse for each element."""
-    of, number = _Answers(gallery_id, fields).of, search_pb2.StreamSearchResponse.NEIGHBORS_FIELD_NUMBER
-    return [
-        search_pb2.StreamSearchResponse(
-            id=element, error=errors.status(outcome) if isinstance(outcome, LookalikeError) else None
-        ).SerializeToString()
-        + (b"" if isinstance(outcome, LookalikeError) else _field(number, of(outcome)))
-        for element, outcome in zip(ids, outcomes, strict=True)
-    ]
+    """A StreamSearchResponse for each element, of which its id is known, and of how many images it has results.
+
+    An element of one image, or one that failed as a whole, has None for their number.
+    """
+    answers, message = _Answers(gallery_id, fields), search_pb2.StreamSearchResponse
+    responses: list[bytes] = []
+    left = iter(outcomes)
+    for element, count in elements:
+        said = _field(message.ID_FIELD_NUMBER, element.encode()) if element else b""
+        if count is not None:
+            responses.append(said + _field(message.RESULTS_FIELD_NUMBER, _results(list(islice(left, count)), answers)))
+            continue
+        outcome = next(left)
+        if isinstance(outcome, LookalikeError):
+            responses.append(said + _field(message.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString()))
+        else:
+            responses.append(said + _field(message.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)))
+    return responses
+
+
+def _results(outcomes: Sequence[Found | LookalikeError], answers: _Answers) -> bytes:
+    """SearchResults, as a BatchSearchResponse and StreamSearchResults hold them."""
+    number, result = search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER, search_pb2.SearchResult
+    return b"".join(
+        _field(
+            number,
+            _field(result.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString())
+            if isinstance(outcome, LookalikeError)
+            else _field(result.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)),
+        )
+        for outcome in outcomes
+    )
 
 
 def match_responses(found: Neighbors, gallery_id: str, fields: frozenset[str], *, most_bytes: int) -> list[bytes]:
@@ -101,12 +120,14 @@ class _Answers:
 
     def pieces(self, neighbors: Neighbors) -> list[bytes]:
         """Each neighbour as an element of a list of them."""
-        records = self._of_all(neighbors.decisions)
+        first = neighbors.first
+        records = self._of_all(neighbors.decisions)[first : first + len(neighbors)]
         form = self._form
-        return [
-            (item.formed.get(form) or form.of(item)) + record
-            for item, record in zip(neighbors.items, records[neighbors.first :], strict=False)
-        ]
+        try:
+            heads = [item.formed[form] for item in neighbors.items]
+        except KeyError:
+            heads = [item.formed.get(form) or form.of(item) for item in neighbors.items]
+        return list(map(add, heads, records))
 
     def _of_all(self, decisions: Decisions) -> list[bytes]:
         if decisions is not self._decisions:
@@ -194,7 +215,12 @@ def _template(judge: Judge) -> NDArray[np.void]:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    return b"%b%b%b" % (_key(number, _LENGTH), _varint(len(value)), value)
+    return _before(number, len(value)) + value
+
+
+@lru_cache(maxsize=4096)
+def _before(number: int, size: int) -> bytes:
+    return _key(number, _LENGTH) + _varint(size)
 
 
 @lru_cache

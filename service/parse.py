@@ -44,6 +44,9 @@ _OPERATION = re.compile(r"operations/([0-9a-f]{32})")
 _MODEL = re.compile(r"models/([a-z0-9_-]+)")
 
 
+_LEARNED_MARGIN = OperatingPoint()
+
+
 class Violations:
     """Gathers what is wrong with a request, so that its caller learns all of it at once.
 
@@ -96,6 +99,8 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
 
 def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:
     """Where the threshold lies; an unset message means the learned margin."""
+    if not message.ByteSize():
+        return _LEARNED_MARGIN
     point = message.WhichOneof("point")
     return OperatingPoint(
         target_far=message.target_far if point == "target_far" else None,

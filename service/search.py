@@ -5,21 +5,22 @@ Answers are formed as the bytes that travel, since they may hold many thousands 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 import grpc
 
-from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_K, MAX_MATCHES, Deadline, Found
+from embedding.errors import InvalidInput
+from index import MAX_K, MAX_MATCHES, Deadline
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
 from service import encoded, parse, questions, wire
 from service.errors import translated_errors
-from service.serving import AsyncEngine, Serving
-from service.sources import Source, Unusable, under
-from service.streams import Elements, answered_id, check_id
+from service.search_elements import Searching
+from service.serving import Serving
+from service.sources import under
+from service.streams import Elements
 
 MAX_QUERIES = 1024
 """Most images of one BatchSearch."""
@@ -30,7 +31,7 @@ MAX_STREAM_K = 1000
 """Most neighbours of one image of a StreamSearch."""
 
 STREAM_WINDOW = 64
-"""Images of one StreamSearch that are searched at once."""
+"""Elements of one StreamSearch that are worked on at once."""
 
 MATCHES_AT_ONCE = 500
 """Matches that are formed together, and the most of one message."""
@@ -117,8 +118,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             serving = await self._serving.of(scope.gallery)
             with under("config"):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
+            searching = Searching(serving=serving, scope=scope, k=k, fields=fields)
             async for some in elements.batches():
-                for response in await _answered(serving, scope, k, some, fields):
+                for response in await searching.answers(some):
                     yield response
 
 
@@ -141,47 +143,6 @@ def _parsed(
         count = parse.count(wanted, default=default, most=most, path=path)
     wrong.check()
     return scope, fields, count
-
-
-async def _answered(
-    serving: AsyncEngine,
-    scope: questions.Scope,
-    k: int,
-    requests: Sequence[pb.StreamSearchRequest],
-    fields: frozenset[str],
-) -> list[bytes]:
-    gallery_id = serving.engine.aliases.resolve(scope.gallery)
-    deadline = Deadline()
-    question = questions.SearchBatch(
-        scope=questions.Scope(
-            gallery=scope.gallery,
-            point=scope.point,
-            allowed=scope.allowed,
-            effort=scope.effort,
-            deadline=deadline,
-        ),
-        queries=[_query(request) for request in requests],
-        k=k,
-    )
-
-    ids = [answered_id(request.id) for request in requests]
-
-    def form(outcomes: Sequence[Found | LookalikeError]) -> list[bytes]:
-        return encoded.stream_responses(ids, outcomes, gallery_id, fields)
-
-    return await serving.ask(question, form, deadline=deadline)
-
-
-def _query(request: pb.StreamSearchRequest) -> Source:
-    try:
-        check_id(request.id)
-    except InvalidInput as error:
-        return Unusable(error=error)
-    if request.WhichOneof("element") == "config":
-        return Unusable(
-            error=InvalidInput("only the first element is a config; open another stream for another", field="config")
-        )
-    return parse.image(request.query, "query")
 
 
 def _deadline(context: Context) -> Deadline:

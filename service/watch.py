@@ -35,7 +35,7 @@ class Distances:
 
     counts: list[int] = field(default_factory=lambda: [0] * len(UPPER_EDGES))
     total: float = 0.0
-    verdicts: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[Verdict, int] = field(default_factory=dict)
 
 
 class ModelWatch:
@@ -77,7 +77,7 @@ class ModelWatch:
         # Rounding may put two opposite vectors a little beyond 2.
         seen.counts[min(bisect_left(UPPER_EDGES, distance), len(UPPER_EDGES) - 1)] += 1
         seen.total += distance
-        seen.verdicts[verdict.value] = seen.verdicts.get(verdict.value, 0) + 1
+        seen.verdicts[verdict] = seen.verdicts.get(verdict, 0) + 1
 
 
 def _see(answer: object, seen: list[_Seen]) -> None:

@@ -113,6 +113,36 @@ def test_a_stream_of_searches(client: Client, filled: str) -> None:
         list(client.search_stream("nowhere", [png(1)]))
 
 
+@pytest.mark.parametrize("together", [1, 7, 256])
+def test_images_of_a_stream_that_travel_together_are_answered_as_each_alone(
+    client: Client, server: Server, filled: str, together: int
+) -> None:
+    queries: list[ImageLike] = [png(1), b"no image", ItemName(filled, "2"), *(png(n) for n in range(30))]
+    expected = list(client.search_stream(filled, queries, k=2))
+    found = list(client.search_stream(filled, queries, k=2, together=together))
+    assert len(found) == len(queries)
+    assert isinstance(found[1], InvalidRequest)
+    assert found[:1] + found[2:] == expected[:1] + expected[2:]
+    assert not list(client.search_stream(filled, [], together=together))
+
+    async def later() -> AsyncIterator[ImageLike]:
+        for query in queries:
+            yield query
+
+    async def ask() -> None:
+        async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+            answers = [each async for each in other.search_stream(filled, later(), k=2, together=together)]
+            assert answers[:1] + answers[2:] == expected[:1] + expected[2:]
+
+    asyncio.run(ask())
+
+
+def test_a_stream_takes_a_sane_number_of_images_together(client: Client, filled: str) -> None:
+    for wrong in (0, 257):
+        with pytest.raises(ValueError, match="together"):
+            client.search_stream(filled, [png(1)], together=wrong)
+
+
 def test_a_stream_of_pairs_and_a_batch_of_embeddings(client: Client, server: Server, filled: str) -> None:
     pairs: list[tuple[ImageLike, ImageLike]] = [(png(1), ItemName(filled, "1")), (png(1), b"no image")]
     pairs += [(png(n % 5), png(2)) for n in range(100)]

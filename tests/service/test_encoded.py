@@ -88,9 +88,15 @@ def test_a_batch_and_a_stream_are_read_as_their_messages(
     outcomes.insert(data.draw(st.integers(0, len(outcomes))), InvalidInput("not an image", field="queries[1]"))
     batch = pb.BatchSearchResponse.FromString(encoded.batch_response(outcomes, "things", fields))
     ids = [data.draw(st.text(max_size=200)) for _ in outcomes]
+    alone: list[tuple[str, int | None]] = [(each, None) for each in ids]
     stream = [
-        pb.StreamSearchResponse.FromString(each) for each in encoded.stream_responses(ids, outcomes, "things", fields)
+        pb.StreamSearchResponse.FromString(each) for each in encoded.stream_responses(alone, outcomes, "things", fields)
     ]
+    first = data.draw(st.integers(0, len(outcomes)))
+    bundles = encoded.stream_responses([("a", first), ("", len(outcomes) - first)], outcomes, "things", fields)
+    read = [pb.StreamSearchResponse.FromString(each) for each in bundles]
+    assert [each.id for each in read] == ["a", ""]
+    assert [result for each in read for result in each.results.results] == list(batch.results)
     assert [each.id for each in stream] == ids
     for outcome, result, element in zip(outcomes, batch.results, stream, strict=True):
         if isinstance(outcome, LookalikeError):
