@@ -153,7 +153,7 @@ class Server:
         )
         self._state = "loading"
         self._metrics = None if settings.metrics_port is None else self._measured()
-        self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
+        self._probes = None if self._metrics is None else Probes(self._metrics.registry, lambda: self._state)
         self._loop_watch: asyncio.Task[None] | None = None
         self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
         self._certificates: Certificates | None = None
@@ -293,9 +293,13 @@ class Server:
         return metrics
 
     async def _observe(self) -> None:
-        if self._metrics is not None and self._probes is not None and self._settings.metrics_port is not None:
+        if self._metrics is None or self._probes is None or self._settings.metrics_port is None:
+            return
+        self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
+        if self._part is not None:  # the parent gathers what its workers say
+            await self._probes.start_at(self._part.probes)
+        else:
             self.metrics_port = await self._probes.start(self._settings.metrics_host, self._settings.metrics_port)
-            self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
