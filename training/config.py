@@ -193,9 +193,9 @@ class SamplingConfig(Section):
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""
     composed_identities: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of a batch's identities that are composed: their own pictures on one side of a cut, those of another identity
-    of the batch on the other, all cut alike. Each counts as an identity of its own, in that batch alone: there are far
-    more of them than the data has."""
+    """Share of a batch's identities that are composed: their own pictures on one side of a cut, those of another
+    identity of the batch on the other, all cut alike. Each counts as an identity of its own, in that batch alone: there
+    are far more of them than the data has."""
 
 
 class OptimizerConfig(Section):
