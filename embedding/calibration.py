@@ -6,7 +6,6 @@ Thresholds are float32 values held in JSON numbers, so that they survive the wir
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from functools import cached_property
 from typing import Annotated, Literal, Self
@@ -62,10 +61,10 @@ class MatchProbability(_Frozen):
 
     def at(self, distance: float) -> float:
         """Probability in [0, 1] of a match at `distance`."""
-        return 0.5 * (1.0 + math.tanh(0.5 * self.slope * (self.midpoint - distance)))
+        return float(self.over(np.array([distance]))[0])
 
     def over(self, distances_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`at` for many distances, within rounding."""
+        """`at` for many distances, bit for bit."""
         probability_N: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * self.slope * (self.midpoint - distances_N)))
         return probability_N
 
@@ -92,10 +91,10 @@ class IsotonicProbability(_Frozen):
 
     def at(self, distance: float) -> float:
         """Probability in (0, 1) of a match at `distance`."""
-        return float(np.interp(distance, *self._columns))
+        return float(self.over(np.array([distance]))[0])
 
     def over(self, distances_N: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`at` for many distances."""
+        """`at` for many distances, bit for bit."""
         return np.interp(distances_N, *self._columns)
 
     @cached_property

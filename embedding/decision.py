@@ -6,8 +6,10 @@ cannot disagree. N items, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +89,21 @@ def _rooted(squares_P: Vectors) -> Vectors:
 def distance(a_D: Vectors, b_D: Vectors) -> np.float32:
     """Euclidean distance between two embeddings; equals the matching element of `distances` bit for bit."""
     return np.float32(distances(a_D, b_D[None, :])[0])
+
+
+def checked_embeddings(vectors_ND: Vectors, width: int, *, field: str = "embeddings") -> Vectors:
+    """Float32 embeddings [N, D], unchanged. Raises what `checked_embedding` says of the first that is none."""
+    if vectors_ND.ndim == 2 and vectors_ND.shape[1] == width:
+        vectors_ND = np.ascontiguousarray(vectors_ND, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
+        # Far within the tolerance of the length, as for a single one; never with NaN.
+        doubtful_N = np.flatnonzero(~(np.abs(squares_N - 1) < UNIT_TOLERANCE))
+    else:
+        doubtful_N = np.arange(len(vectors_ND))
+    for row in doubtful_N:
+        checked_embedding(vectors_ND[row], width, field=f"{field}[{row}]")
+    return vectors_ND
 
 
 def checked_embedding(vector: NDArray[np.generic] | bytes, width: int, *, field: str = "embedding") -> Vectors:
@@ -171,6 +188,44 @@ class Decision:
         return self.verdict is Verdict.MATCH
 
 
+VERDICTS = (Verdict.NON_MATCH, Verdict.MATCH, Verdict.UNCERTAIN)
+"""As `Decisions` numbers them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decisions(Sequence[Decision]):
+    """The decisions of one judge on N distances, in columns; a `Decision` is made when one is looked at."""
+
+    judge: Judge
+    distance_N: Vectors
+    verdict_N: NDArray[np.int8]
+    """Places in `VERDICTS`."""
+    probability_N: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.distance_N)
+
+    @overload
+    def __getitem__(self, at: int) -> Decision: ...
+    @overload
+    def __getitem__(self, at: slice) -> Decisions: ...
+    def __getitem__(self, at: int | slice) -> Decision | Decisions:
+        if isinstance(at, slice):
+            return Decisions(self.judge, self.distance_N[at], self.verdict_N[at], self.probability_N[at])
+        judge = self.judge
+        return Decision(
+            verdict=VERDICTS[self.verdict_N[at]],
+            distance=float(self.distance_N[at]),
+            threshold=judge.threshold,
+            match_probability=float(self.probability_N[at]),
+            far=judge.rates.far,
+            far_upper95=judge.rates.far_upper95,
+            frr=judge.rates.frr,
+            model=judge.model,
+            calibration=judge.calibration.version,
+        )
+
+
 class Judge:
     """Decides at one operating point of one model: resolve the threshold once, judge many distances.
 
@@ -187,32 +242,22 @@ class Judge:
                 f"uncertain_within must lie in [0, {MAX_DISTANCE:g}]; got {point.uncertain_within:g}",
                 field="operating_point.uncertain_within",
             )
+        self.threshold: float = self.rates.threshold
+        """The distance at or below which a pair matches; a float32 value."""
         self._band = point.uncertain_within
 
-    @property
-    def threshold(self) -> float:
-        """The distance at or below which a pair matches; a float32 value."""
-        return self.rates.threshold
+    def judge_all(self, distance_N: Vectors) -> Decisions:
+        """The decisions at float32 distances [N], as `distances` gives them: each by its own distance alone."""
+        distance_N = np.asarray(distance_N, np.float32)
+        exact_N = distance_N.astype(np.float64)
+        verdict_N = (exact_N <= self.threshold).view(np.int8)
+        if self._band:
+            verdict_N[np.abs(self.threshold - exact_N) < self._band] = 2
+        return Decisions(self, distance_N, verdict_N, self.calibration.probability.over(exact_N))
 
     def judge(self, distance: float) -> Decision:
         """The decision at one distance (a float32 value, as `distances` gives it)."""
-        distance = float(distance)
-        return Decision(
-            verdict=self._verdict(distance),
-            distance=distance,
-            threshold=self.threshold,
-            match_probability=self.calibration.probability.at(distance),
-            far=self.rates.far,
-            far_upper95=self.rates.far_upper95,
-            frr=self.rates.frr,
-            model=self.model,
-            calibration=self.calibration.version,
-        )
-
-    def _verdict(self, distance: float) -> Verdict:
-        if self._band and abs(self.threshold - distance) < self._band:
-            return Verdict.UNCERTAIN
-        return Verdict.MATCH if distance <= self.threshold else Verdict.NON_MATCH
+        return self.judge_all(np.array([distance], np.float32))[0]
 
 
 def _threshold(calibration: Calibration, point: OperatingPoint) -> float:

@@ -6,7 +6,19 @@ from index.catalog import Catalog
 from index.deadline import Deadline
 from index.engine import Exact, Filter, Found, GalleryCatalog, GalleryEngine, IndexSettings, Progress, Raw, Recall
 from index.gallery import Gallery
-from index.items import JSON, MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, MAX_NAME, MAX_PAGE, Item, ModelRef, Neighbor
+from index.items import (
+    JSON,
+    MAX_K,
+    MAX_MATCHES,
+    MAX_METADATA_BYTES,
+    MAX_NAME,
+    MAX_PAGE,
+    Entry,
+    Item,
+    ModelRef,
+    Neighbor,
+    Neighbors,
+)
 
 __all__ = [
     "JSON",
@@ -17,6 +29,7 @@ __all__ = [
     "MAX_PAGE",
     "Catalog",
     "Deadline",
+    "Entry",
     "Exact",
     "Filter",
     "Found",
@@ -27,6 +40,7 @@ __all__ = [
     "Item",
     "ModelRef",
     "Neighbor",
+    "Neighbors",
     "Progress",
     "Raw",
     "Recall",

@@ -35,12 +35,16 @@ class Readers:
         self._closed = False
         self._lock = threading.Lock()
 
+    def check_open(self) -> None:
+        """Raises NotFound once closed."""
+        if self._closed:
+            raise NotFound(f"the gallery in {self._path.parent} has been deleted or closed")
+
     @contextmanager
     def lend(self) -> Iterator[sqlite3.Connection]:
         """A connection to read from; raises NotFound once closed."""
         with self._lock:
-            if self._closed:
-                raise NotFound(f"the gallery in {self._path.parent} has been deleted or closed")
+            self.check_open()
             connection = self._pinned or (self._idle.pop() if self._idle else None)
             self._lent += 1
         try:

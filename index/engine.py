@@ -24,7 +24,7 @@ from typing import Literal, Protocol, TypeAlias
 from embedding.decision import Judge, Vectors
 from embedding.errors import LookalikeError
 from index.deadline import Deadline
-from index.items import MAX_MATCHES, Item, ModelRef, Neighbor
+from index.items import MAX_MATCHES, Item, ModelRef, Neighbors
 from index.receipts import Receipt, Token
 
 # What is asked
@@ -114,7 +114,7 @@ class IndexSettings:
 class Found:
     """The answer of one search."""
 
-    neighbors: list[Neighbor]
+    neighbors: Neighbors
     """By rising (distance, name)."""
     generation: int
     """The generation that all of the answer is of."""

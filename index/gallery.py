@@ -12,10 +12,9 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-
-from embedding.decision import Judge, Vectors, checked_embedding
+from embedding.decision import Judge, Vectors, checked_embedding, checked_embeddings
 from embedding.errors import ModelMismatch
+from index.answers import decided
 from index.checks import checked_items
 from index.connections import connect
 from index.copies import write_copy
@@ -33,7 +32,6 @@ from index.engine import (
     Stats,
     Verification,
 )
-from index.exact import Keys
 from index.follow import Following
 from index.items import (
     MAX_K,
@@ -41,7 +39,6 @@ from index.items import (
     MAX_PAGE,
     Item,
     ModelRef,
-    Neighbor,
     check_count,
     check_item_name,
     name_of_page_token,
@@ -50,15 +47,14 @@ from index.items import (
 from index.live import SEAL_AFTER, STORE, Live
 from index.receipts import Book, Receipt, Token
 from index.schema import create_tables
-from index.snapshot import Allowed, Answer, Search, Snapshot
+from index.snapshot import Allowed, Snapshot
 from index.stats import stats_of
 from index.store import Delete, Purge, Upsert
 from index.threads import CORES, limit_blas, searchers
 from index.verify import verify
 
 _QUICK_K = 100  # neighbours, whose items take longer than half a millisecond to read and form
-_ITEMS_AT_ONCE = 250  # read and judged between two looks at the deadline: about 5 ms
-_ALONE_BELOW = 8  # queries, below which other threads would not pay
+_ALONE_BELOW, _ALONE_BELOW_IF_QUICK = 8, 64  # queries, below which other threads would not pay
 
 
 class Gallery:
@@ -161,7 +157,8 @@ class Gallery:
         if search.ways and len(answer[0]) < min(enough, snapshot.size if rows is None else rows.size):
             search = snapshot.search(Exact(), enough, rows)
             (answer,) = search.nearest(query_D[None], enough, deadline)
-        return self._found(search, answer, k, judge, excluded, deadline)
+        (found,) = decided(search, [answer], k, judge, [excluded], self._live.store.entries, deadline)
+        return found
 
     def search_batch(
         self,
@@ -178,11 +175,10 @@ class Gallery:
         """`search` for each query, all at one generation, by `threads` threads, None for one a core."""
         check_count(k, MAX_K, field="k")
         self._check_judge(judge)
-        width = self.model.embedding_dim
-        checked = [checked_embedding(query, width, field=f"queries[{i}]") for i, query in enumerate(queries_QD)]
-        if not checked:
+        queries_QD = checked_embeddings(queries_QD, self.model.embedding_dim, field="queries")
+        if not len(queries_QD):
             return []
-        excluded = [frozenset(names) for names in exclude] if exclude else [frozenset[str]()] * len(checked)
+        excluded = [frozenset(names) for names in exclude] if exclude else [frozenset[str]()] * len(queries_QD)
         enough = k + max(map(len, excluded))
         snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
@@ -191,21 +187,25 @@ class Gallery:
         wanted = min(enough, snapshot.size if rows is None else rows.size)
 
         def answer(start: int, end: int) -> Answers:
-            some_QD = np.stack(checked[start:end])
-            found = []
-            for at, keys_and_distances in enumerate(search.nearest(some_QD, enough, deadline)):
-                used, one = search, keys_and_distances
-                if len(one[0]) < wanted:
-                    used, (one,) = exact, exact.nearest(some_QD[at : at + 1], enough, deadline)
-                found.append(self._found(used, one, k, judge, excluded[start + at], deadline))
+            some_QD = queries_QD[start:end]
+            answers = list(search.nearest(some_QD, enough, deadline))
+            read = self._live.store.entries
+            found = decided(search, answers, k, judge, excluded[start:end], read, deadline)
+            for at, (keys_R, _) in enumerate(answers):
+                if len(keys_R) < wanted:  # the structure has not found as many as there are
+                    again = exact.nearest(some_QD[at : at + 1], enough, deadline)
+                    (found[at],) = decided(
+                        exact, again, k, judge, excluded[start + at : start + at + 1], read, deadline
+                    )
             return found
 
-        share = -(-len(checked) // max(1, threads or CORES))
-        if len(checked) < _ALONE_BELOW or share >= len(checked):
-            return answer(0, len(checked))
+        share = -(-len(queries_QD) // max(1, threads or CORES))
+        alone_below = _ALONE_BELOW_IF_QUICK if search.is_quick else _ALONE_BELOW
+        if len(queries_QD) < alone_below or share >= len(queries_QD):
+            return answer(0, len(queries_QD))
         parts = [
-            searchers().submit(answer, start, min(start + share, len(checked)))
-            for start in range(0, len(checked), share)
+            searchers().submit(answer, start, min(start + share, len(queries_QD)))
+            for start in range(0, len(queries_QD), share)
         ]
         return [found for part in parts for found in part.result()]
 
@@ -231,7 +231,9 @@ class Gallery:
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(effort or Exact(), None, rows)
         answer = search.within(query_D, judge.threshold, deadline)
-        return self._found(search, answer, limit, judge, frozenset(exclude), deadline, all_of_them=True)
+        read, excluded = self._live.store.entries, [frozenset(exclude)]
+        (found,) = decided(search, [answer], limit, judge, excluded, read, deadline, all_of_them=True)
+        return found
 
     # Reading
 
@@ -346,53 +348,6 @@ class Gallery:
         return snapshot.remembered(allowed.text) or snapshot.allow(
             allowed.text, self._live.store.accepted(allowed, snapshot.generation, deadline)
         )
-
-    def _found(
-        self,
-        search: Search,
-        answer: Answer,
-        most: int,
-        judge: Judge,
-        excluded: frozenset[str],
-        deadline: Deadline | None,
-        *,
-        all_of_them: bool = False,
-    ) -> Found:
-        """The `most` nearest, with their items and decisions, without the excluded."""
-        keys_R, dist_R = answer
-        enough = most + len(excluded)
-        keys_R, dist_R = self._first(keys_R, dist_R, enough + all_of_them)
-        order_R = np.argsort(dist_R)  # so that the sort by name has little left to do
-        keys_R, dist_R = keys_R[order_R], dist_R[order_R]
-        neighbors: list[Neighbor] = []
-        for start in range(0, len(keys_R), _ITEMS_AT_ONCE):
-            if deadline and start:
-                deadline.check()
-            here = slice(start, start + _ITEMS_AT_ONCE)
-            items = self._live.store.items(keys_R[here])
-            neighbors += [
-                Neighbor(item=item, decision=judge.judge(distance))
-                for key, distance in zip(keys_R[here].tolist(), dist_R[here].tolist(), strict=True)
-                if (item := items[key]).name not in excluded
-            ]
-        neighbors.sort(key=lambda neighbor: (neighbor.decision.distance, neighbor.item.name))
-        return Found(
-            neighbors=neighbors[:most],
-            generation=search.generation,
-            expected_recall=search.expected_recall,
-            truncated=all_of_them and len(neighbors) > most,
-        )
-
-    def _first(self, keys_R: Keys, dist_R: Vectors, most: int) -> Answer:
-        """The `most` nearest of these, those that tie for the last places by name."""
-        if len(keys_R) > most:
-            farthest = np.partition(dist_R, most - 1)[most - 1]
-            nearer_R, tied_R = np.flatnonzero(dist_R < farthest), np.flatnonzero(dist_R == farthest)
-            names = self._live.store.names(keys_R[tied_R])
-            tied_R = np.array(sorted(tied_R, key=lambda row: names[int(keys_R[row])]), np.intp)
-            kept_R = np.concatenate([nearer_R, tied_R[: most - len(nearer_R)]])
-            keys_R, dist_R = keys_R[kept_R], dist_R[kept_R]
-        return keys_R, dist_R
 
     def _check_judge(self, judge: Judge) -> None:
         if judge.model != self.model.name:

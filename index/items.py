@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
-from embedding.decision import Decision, Vectors
+from embedding.decision import VERDICTS, Decision, Decisions, Vectors, Verdict
 from embedding.errors import InvalidInput
 
 JSON: TypeAlias = str | int | float | bool | Sequence["JSON"] | Mapping[str, "JSON"] | None
@@ -45,32 +45,73 @@ class ModelRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Item:
-    """One image of a gallery. To write, give the first five, or fewer; the store fills in the rest."""
+class Entry:
+    """What a gallery says of one version of an item."""
 
     name: str
     """Unique in its gallery: 1 to 256 printable characters without "/"."""
-    embedding: Vectors = field(repr=False)
-    """Unit vector [D], float32."""
     identity: str | None = None
     """What makes two images a match, where it is known."""
     metadata: Mapping[str, JSON] = field(default_factory=dict)
-    thumbnail: bytes | None = field(default=None, repr=False)
-    """A small image file to embed anew for another model; written, and read by the gallery's `thumbnail` alone."""
     etag: str = ""
     """Changes with every write of the item. When given on a write, the stored item must still carry it."""
     generation: int = 0
     """The gallery's generation that this version of the item was written in; 0 until stored."""
     update_time: datetime | None = None
     """When this version was written, UTC; None until stored."""
+    formed: dict[object, bytes] = field(default_factory=dict, init=False, repr=False)
+    """What adapters have made of it, kept as long as the entry is: a version never changes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Item(Entry):
+    """One image of a gallery. To write, give name, embedding and what there is else; the store fills in the rest."""
+
+    embedding: Vectors = field(repr=False)
+    """Unit vector [D], float32."""
+    thumbnail: bytes | None = field(default=None, repr=False)
+    """A small image file to embed anew for another model; written, and read by the gallery's `thumbnail` alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Neighbor:
     """An item found by a search, and the decision on it."""
 
-    item: Item
+    item: Entry
     decision: Decision
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Neighbors(Sequence[Neighbor]):
+    """Items found, nearest first, and the decisions on them; a `Neighbor` is made when one is looked at."""
+
+    items: Sequence[Entry]
+    decisions: Decisions
+    """Of these items among those of others: answers to a batch share one."""
+    first: int = 0
+    """Where theirs begin."""
+
+    @property
+    def nearest(self) -> tuple[float, Verdict] | None:
+        """Distance and verdict of the first; None where there is none."""
+        if not self.items:
+            return None
+        return float(self.decisions.distance_N[self.first]), VERDICTS[self.decisions.verdict_N[self.first]]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, at: int) -> Neighbor: ...
+    @overload
+    def __getitem__(self, at: slice) -> Neighbors: ...
+    def __getitem__(self, at: int | slice) -> Neighbor | Neighbors:
+        rows = range(len(self.items))[at]
+        if isinstance(rows, int):
+            return Neighbor(item=self.items[rows], decision=self.decisions[self.first + rows])
+        if rows.step != 1:
+            raise ValueError("neighbours are sliced in their order, without steps")
+        return Neighbors(self.items[rows.start : rows.stop], self.decisions, self.first + rows.start)
 
 
 def check_gallery_id(name: str, *, field: str = "gallery_id") -> None:

@@ -34,7 +34,7 @@ from index.items import (
     MAX_PAGE,
     Item,
     ModelRef,
-    Neighbor,
+    Neighbors,
     check_count,
     check_item_name,
     name_of_page_token,
@@ -318,19 +318,20 @@ class MilvusGallery:
         """With the items themselves, which are asked for once all answers are known."""
         wanted = {one.row["key"] for answer in answers for one in answer.candidates if "metadata" not in one.row}
         rows = {row["key"]: row for row in self._store.keyed(record, sorted(wanted), WHOLE, deadline)}
-        return [
-            Found(
-                neighbors=[
-                    Neighbor(item=record.item(rows.get(one.row["key"], one.row)), decision=judge.judge(one.distance))
-                    for one in answer.candidates
-                    if one.row["key"] in rows or "metadata" in one.row
-                ],
-                generation=record.generation,
-                partial=answer.partial
-                or any(one.row["key"] not in rows and "metadata" not in one.row for one in answer.candidates),
+        found: Answers = []
+        for answer in answers:
+            kept = [one for one in answer.candidates if one.row["key"] in rows or "metadata" in one.row]
+            items = [record.item(rows.get(one.row["key"], one.row)) for one in kept]
+            decisions = judge.judge_all(np.array([one.distance for one in kept], np.float32))
+            lost = len(kept) < len(answer.candidates)
+            found.append(
+                Found(
+                    neighbors=Neighbors(items, decisions),
+                    generation=record.generation,
+                    partial=answer.partial or lost,
+                )
             )
-            for answer in answers
-        ]
+        return found
 
     def _check_judge(self, judge: Judge) -> None:
         if judge.model != self.model.name:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,18 +20,23 @@ from index.connections import Readers, connect, translated
 from index.deadline import Deadline
 from index.engine import Filter
 from index.exact import Keys
-from index.items import Item, ModelRef
+from index.items import Entry, Item, ModelRef
 from index.receipts import Token, find
+from index.remembered import Remembered
 from index.schema import as_datetime, check_tables
 
 LIVING = "died IS NULL"
 
-_ITEM = "key, name, identity, metadata, embedding, generation, updated_us"
+_ENTRY = "key, name, identity, metadata, generation, updated_us"
+_ITEM = f"{_ENTRY}, embedding"
+_ENTRY_BYTES, _PARSED_BYTES = 600, 10  # that an entry takes in memory, and more for each byte of its metadata's text
+_KEYS_NAMED = 64  # in a statement, of which one for each number is prepared; more are sent as one value
 _ROWS_AT_ONCE = 4096
 _F4 = np.dtype("<f4")
 _LOOK_EVERY = 20_000  # steps of SQLite's machine between two looks at the deadline: about a millisecond
 
-Row = tuple[int, str, str | None, str, bytes, int, int]
+EntryRow = tuple[int, str, str | None, str, int, int]
+Row = tuple[int, str, str | None, str, int, int, bytes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +73,7 @@ class Reading:
         self._own = connect(path, read_only=read_only)  # the writer's, or the one that a read-only store pins
         self._readers = Readers(path, pinned=self._own if pinned else None)
         self._is_pinned = pinned
+        self._entries = Remembered[Entry]()
         try:
             with translated(path):
                 check_tables(self._own, path, read_only=read_only)
@@ -144,33 +151,19 @@ class Reading:
             count: int = row.fetchone()[0]
         return count
 
-    def items(self, keys_R: Keys) -> dict[int, Item]:
-        """The item versions of these keys, the dead ones included while a snapshot shows them."""
-        rows: list[Row] = []
-        with self._readers.lend() as connection:
-            if len(keys_R) <= 64:  # one prepared statement a size
-                marks = ",".join("?" * len(keys_R))
-                rows = connection.execute(
-                    f"SELECT {_ITEM} FROM items WHERE key IN ({marks})", keys_R.tolist()
-                ).fetchall()
-            else:
-                given = json.dumps(keys_R.tolist())
-                rows = connection.execute(
-                    f"SELECT {_ITEM} FROM items WHERE key IN (SELECT value FROM json_each(?))", (given,)
-                ).fetchall()
-        if len(rows) != len(keys_R):
-            raise DamagedData(f"{self._path} has lost {len(keys_R) - len(rows)} items; restore it from a copy")
-        return {row[0]: self._item(row) for row in rows}
+    def entries(self, keys: Sequence[int]) -> list[Entry]:
+        """What is said of the item versions of these keys, the dead ones included while a snapshot shows them."""
+        self._readers.check_open()
+        return self._entries.all(keys, self._read_entries)
 
-    def names(self, keys_R: Keys) -> dict[int, str]:
-        """The names of these item versions by key."""
+    def _read_entries(self, keys: Sequence[int]) -> dict[int, tuple[Entry, int]]:
         with self._readers.lend() as connection:
-            given = json.dumps(keys_R.tolist())
-            return dict(
-                connection.execute(
-                    "SELECT key, name FROM items WHERE key IN (SELECT value FROM json_each(?))", (given,)
-                )
-            )
+            rows = connection.execute(
+                f"SELECT {_ENTRY} FROM items WHERE key IN {_among(keys)}", _given(keys)
+            ).fetchall()
+        if len(rows) != len(keys):
+            raise DamagedData(f"{self._path} has lost {len(keys) - len(rows)} items; restore it from a copy")
+        return {row[0]: (self._entry(row), _ENTRY_BYTES + _PARSED_BYTES * len(row[3])) for row in rows}
 
     def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
@@ -234,11 +227,26 @@ class Reading:
         )
 
     def _item(self, row: Row) -> Item:
-        key, name, identity, metadata, embedding, generation, updated_us = row
+        *of_entry, embedding = row
+        entry = self._entry(cast("EntryRow", of_entry))
         try:
             return Item(
-                name=name,
+                name=entry.name,
                 embedding=np.frombuffer(embedding, _F4).astype(np.float32, copy=False),
+                identity=entry.identity,
+                metadata=entry.metadata,
+                etag=entry.etag,
+                generation=entry.generation,
+                update_time=entry.update_time,
+            )
+        except ValueError as error:
+            raise self._damaged(entry.name, error) from error
+
+    def _entry(self, row: EntryRow) -> Entry:
+        key, name, identity, metadata, generation, updated_us = row
+        try:
+            return Entry(
+                name=name,
                 identity=identity,
                 metadata={} if metadata == "{}" else json.loads(metadata),
                 etag=self.etag(key),
@@ -246,7 +254,19 @@ class Reading:
                 update_time=as_datetime(updated_us),
             )
         except ValueError as error:
-            raise DamagedData(f"{self._path} holds item {name!r} damaged ({error}); restore it from a copy") from error
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> DamagedData:
+        return DamagedData(f"{self._path} holds item {name!r} damaged ({error}); restore it from a copy")
+
+
+def _among(keys: Sequence[int]) -> str:
+    """A place for each key, or for one value that holds all."""
+    return f"({','.join('?' * len(keys))})" if len(keys) <= _KEYS_NAMED else "(SELECT value FROM json_each(?))"
+
+
+def _given(keys: Sequence[int]) -> Sequence[Any]:
+    return keys if len(keys) <= _KEYS_NAMED else (json.dumps(keys),)
 
 
 @contextmanager

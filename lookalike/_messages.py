@@ -218,8 +218,9 @@ def recorded_feedback(message: feedback_pb2.Feedback) -> RecordedFeedback:
 
 
 def neighbors(message: search_pb2.SearchResponse | search_pb2.Neighbors) -> Neighbors:
-    return Neighbors(
-        (neighbor(each) for each in message.neighbors),
+    return Neighbors._of(
+        message.neighbors,
+        neighbor,
         expected_recall=message.expected_recall,
         generation=message.generation,
         partial=message.partial,
@@ -231,8 +232,9 @@ def matches(parts: Sequence[search_pb2.SearchMatchesResponse]) -> Neighbors | No
     if not parts or not parts[-1].HasField("summary"):
         return None
     summary = parts[-1].summary
-    return Neighbors(
-        (neighbor(each) for part in parts for each in part.neighbors),
+    return Neighbors._of(
+        [each for part in parts for each in part.neighbors],
+        neighbor,
         expected_recall=summary.expected_recall,
         generation=summary.generation,
         truncated=summary.truncated,
@@ -432,7 +434,7 @@ def _struct(metadata: Mapping[str, JSON]) -> Struct:
 
 
 def _dictionary(struct: Struct) -> dict[str, JSON]:
-    return cast("dict[str, JSON]", MessageToDict(struct))
+    return cast("dict[str, JSON]", MessageToDict(struct)) if struct.fields else {}
 
 
 def _datetime(timestamp: Timestamp) -> datetime:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
-import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 REQUEST_ID = "x-request-id"
 """The metadata that carries a request id, both ways."""
+
+_PROCESS, _NUMBERS = os.urandom(10).hex(), count()  # asking the system for each takes as long as a short search
 
 # It is written to logs and sent back: nothing that could end a line or forge another, and not long.
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
@@ -103,6 +106,7 @@ class Call:
     over: bool = False
     """Whether it has ended; what still works for it then takes nothing more in its name."""
     limits: Limits = field(default_factory=Limits)
+    _address: str = ""
     streams: bool = False
     """Whether its requests are a stream, whose caller can be held back instead of refused."""
 
@@ -112,7 +116,7 @@ class Call:
         return self.principal.name
 
     def __post_init__(self) -> None:
-        self.request_id = self.request_id or self._wished_id() or uuid.uuid4().hex
+        self.request_id = self.request_id or self._wished_id() or f"{_PROCESS}{next(_NUMBERS):012x}"
 
     def metadata(self, name: str) -> str:
         """The first text that the caller sent under this name; empty where there is none."""
@@ -128,7 +132,10 @@ class Call:
     @property
     def payer(self) -> str:
         """Whose share of the server the call takes: the caller's, or else that of the address it comes from."""
-        return self.caller or _address(self.context.peer())
+        if self.caller:
+            return self.caller
+        self._address = self._address or _address(self.context.peer())
+        return self._address
 
     @property
     def seconds_left(self) -> float | None:

@@ -79,7 +79,7 @@ class Calls:
             return grpc.unary_unary_rpc_method_handler(
                 served,
                 request_deserializer=_forgiving(handler.request_deserializer),
-                response_serializer=handler.response_serializer,
+                response_serializer=_unless_formed(handler.response_serializer),
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
@@ -96,7 +96,7 @@ class Calls:
         made: grpc.RpcMethodHandler[Any, Any] = make(
             streamed,
             request_deserializer=_forgiving(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
+            response_serializer=_unless_formed(handler.response_serializer),
         )
         return made
 
@@ -210,6 +210,15 @@ def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], 
             return _Malformed()
 
     return read
+
+
+def _unless_formed(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """An answer that has been formed as bytes is sent as it is."""
+
+    def write(response: Any) -> bytes:
+        return response if serialize is None or type(response) is bytes else serialize(response)
+
+    return write
 
 
 def _code_of(number: Any) -> grpc.StatusCode:

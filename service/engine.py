@@ -16,13 +16,14 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 
 from embedding.bundle import Bundle
-from embedding.decision import Judge, OperatingPoint, checked_embedding
+from embedding.decision import Judge, OperatingPoint, Vectors, checked_embedding, checked_embeddings
 from embedding.encoder import Encoder
 from embedding.errors import (
     AlreadyExists,
     DamagedData,
     GalleryAliased,
     GalleryNotEmpty,
+    InvalidVector,
     LookalikeError,
     ModelMismatch,
     NotFound,
@@ -66,6 +67,9 @@ class Question(Protocol[AnswerOf]):
         """
 
 
+_JUDGES_KEPT = 64  # as many points as callers are likely to use
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
     """An encoder and the galleries that it answers from. Methods may be called from any thread."""
@@ -80,6 +84,14 @@ class Engine:
     """Largest width × height of an image."""
     gate: Gate = field(default_factory=Gate)
     """Writes to galleries pass it; shared by the engines of all models of a server."""
+    model: ModelRef = field(init=False)
+    """The model as galleries are stamped with it."""
+    _judges: dict[OperatingPoint | None, Judge] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        bundle = self.encoder.bundle
+        ref = ModelRef(name=bundle.name, fingerprint=bundle.fingerprint, embedding_dim=bundle.embedding_dim)
+        object.__setattr__(self, "model", ref)
 
     @classmethod
     def open(
@@ -136,19 +148,19 @@ class Engine:
         return self.encoder.bundle
 
     @property
-    def model(self) -> ModelRef:
-        """The model as galleries are stamped with it."""
-        bundle = self.encoder.bundle
-        return ModelRef(name=bundle.name, fingerprint=bundle.fingerprint, embedding_dim=bundle.embedding_dim)
-
-    @property
     def keeps_receipts(self) -> bool:
         """Whether galleries keep receipts of requests in the same step as what these wrote."""
         return isinstance(self.catalog, Catalog)
 
     def judge(self, point: OperatingPoint | None) -> Judge:
         """What decides at this operating point. Raises InvalidOperatingPoint."""
-        return Judge(self.bundle.calibration, point, model=self.bundle.name)
+        judge = self._judges.get(point)
+        if judge is None:
+            judge = Judge(self.bundle.calibration, point, model=self.bundle.name)
+            if len(self._judges) >= _JUDGES_KEPT:
+                self._judges.clear()
+            self._judges[point] = judge
+        return judge
 
     def gallery(self, name: str, *, path: str | None = None, any_model: bool = False) -> GalleryEngine:
         """The gallery that a name or an alias stands for, of this model unless `any_model`.
@@ -236,7 +248,8 @@ class Engine:
 
     def embedded(self, sources: Sequence[Source], images: Mapping[bytes, Embedded]) -> list[Embedded]:
         """What became of each source, given what became of the encoded images among them."""
-        return [self._embedded(source, images) for source in sources]
+        given_ND = self._given(sources)
+        return [self._embedded(source, images) for source in sources] if given_ND is None else list(given_ND)
 
     def close(self) -> None:
         """Close the galleries."""
@@ -265,6 +278,25 @@ class Engine:
             ) from error
         if size:
             raise GalleryNotEmpty(f"gallery {gallery_id!r} holds {size} items; set force to delete them with it")
+
+    def _given(self, sources: Sequence[Source]) -> Vectors | None:
+        """The embeddings [N, D] where all sources are just that, sent as bytes; None where one is not, or is wrong."""
+        width = self.model.embedding_dim
+        values = [
+            source.values
+            for source in sources
+            if type(source) is GivenEmbedding
+            and type(source.values) is bytes
+            and len(source.values) == 4 * width
+            and source.model in {"", self.model.name}
+        ]
+        if len(values) != len(sources) or len(values) < 2:
+            return None
+        given_ND = np.frombuffer(b"".join(values), "<f4").reshape(-1, width).astype(np.float32, copy=False)
+        try:
+            return checked_embeddings(given_ND, width)
+        except InvalidVector:  # found again, and told of its source
+            return None
 
     def _embedded(self, source: Source, images: Mapping[bytes, Embedded]) -> Embedded:
         if isinstance(source, Unusable):

@@ -192,7 +192,7 @@ def _decisions(engines: Sequence[AsyncEngine]) -> Iterator[Metric]:
             cumulated.append(("+Inf", float(running)))
             distances.add_metric([name, kind], cumulated, seen.total)
             for verdict, count in seen.verdicts.items():
-                verdicts.add_metric([name, kind, verdict], count)
+                verdicts.add_metric([name, kind, verdict.value], count)
     yield from (distances, verdicts)
 
 

@@ -43,6 +43,9 @@ _OPERATION = re.compile(r"operations/([0-9a-f]{32})")
 _MODEL = re.compile(r"models/([a-z0-9_-]+)")
 
 
+LEARNED_MARGIN = OperatingPoint()
+
+
 class Violations:
     """Gathers what is wrong with a request, so that its caller learns all of it at once.
 
@@ -120,11 +123,11 @@ def scope(
     with wrong:
         allowed = parse_filter(request.filter, field=f"{path}filter")
     with wrong:
-        wanted = effort(request.effort, f"{path}effort")
+        wanted = effort(request.effort, f"{path}effort") if request.HasField("effort") else None
     wrong.check()
     return Scope(
         gallery=gallery,
-        point=operating_point(request.operating_point),
+        point=operating_point(request.operating_point) if request.HasField("operating_point") else LEARNED_MARGIN,
         allowed=allowed,
         effort=wanted,
         deadline=deadline,

@@ -23,6 +23,9 @@ MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
 
 
+_QUICK_QUERIES, _QUICK_RESULTS = 32, 640  # of a batch; together they take no more than a few searches alone
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verify:
     """Do two images match? The first error among `a` and `b` is raised."""
@@ -175,6 +178,10 @@ class SearchBatch:
     scope: Scope
     queries: Sequence[Source]
     k: int = 10
+    exclude: Sequence[Sequence[str]] = ()
+    """Names of items to leave out of each query's answer too; empty for none."""
+    threads: int | None = None
+    """None for one a core."""
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -191,10 +198,10 @@ class SearchBatch:
             )
 
         def answer(embedded: Sequence[Embedded]) -> list[Found | LookalikeError]:
-            outcomes: dict[int, Found | LookalikeError] = {
-                row: found for row, found in enumerate(embedded) if isinstance(found, LookalikeError)
-            }
-            good = [row for row in range(len(embedded)) if row not in outcomes]
+            outcomes: list[Found | LookalikeError | None] = [
+                each if isinstance(each, LookalikeError) else None for each in embedded
+            ]
+            good = [row for row, outcome in enumerate(outcomes) if outcome is None]
             if good:
                 found = gallery.search_batch(
                     np.stack([value_of(embedded[row]) for row in good]),
@@ -202,11 +209,16 @@ class SearchBatch:
                     judge=judge,
                     effort=self.scope.effort,
                     allowed=self.scope.allowed,
-                    exclude=[_itself(self.queries[row], gallery, engine) for row in good],
+                    exclude=[
+                        (*(self.exclude[row] if self.exclude else ()), *_itself(self.queries[row], gallery, engine))
+                        for row in good
+                    ],
                     deadline=self.scope.deadline,
+                    threads=self.threads,
                 )
-                outcomes.update(zip(good, found, strict=True))
-            return [outcomes[row] for row in range(len(self.queries))]
+                for row, one in zip(good, found, strict=True):
+                    outcomes[row] = one
+            return [outcome for outcome in outcomes if outcome is not None]
 
         return answer
 
@@ -214,7 +226,7 @@ class SearchBatch:
 def is_quick(question: Question[Any], engine: Engine) -> bool:
     """Whether beginning and answering it takes less time than going to a thread, once its images are embedded.
 
-    True of what compares or embeds one image and reads no gallery, and of a search by a given embedding, without a
+    True of what compares or embeds one image and reads no gallery, and of searches by a few given embeddings, without a
     filter, where `Gallery.is_quick`.
     """
     match question:
@@ -224,6 +236,13 @@ def is_quick(question: Question[Any], engine: Engine) -> bool:
         case Search(query=GivenEmbedding(), scope=Scope(allowed=None) as scope):
             gallery = engine.catalog.opened(engine.aliases.resolve(scope.gallery))
             return gallery is not None and gallery.is_quick(k=question.k + len(question.exclude), effort=scope.effort)
+        case SearchBatch(scope=Scope(allowed=None) as scope) if (
+            len(question.queries) <= _QUICK_QUERIES
+            and len(question.queries) * question.k <= _QUICK_RESULTS
+            and all(isinstance(query, GivenEmbedding) for query in question.queries)
+        ):
+            gallery = engine.catalog.opened(engine.aliases.resolve(scope.gallery))
+            return gallery is not None and gallery.is_quick(k=question.k, effort=scope.effort)
         case _:
             return False
 

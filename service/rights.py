@@ -55,7 +55,9 @@ RULES: dict[str, Rule] = {
     "/lookalike.v1.SearchService/Search": Rule(scope="read", galleries=("gallery",), items=("exclude[]",)),
     "/lookalike.v1.SearchService/BatchSearch": Rule(scope="read", galleries=("gallery",), batch="queries"),
     "/lookalike.v1.SearchService/SearchMatches": Rule(scope="read", galleries=("gallery",), items=("exclude[]",)),
-    "/lookalike.v1.SearchService/StreamSearch": Rule(scope="read", galleries=("config.gallery",)),
+    "/lookalike.v1.SearchService/StreamSearch": Rule(
+        scope="read", galleries=("config.gallery",), batch="queries.queries"
+    ),
     "/lookalike.v1.GalleryService/CreateGallery": Rule(scope="admin", ids=("gallery_id",)),
     "/lookalike.v1.GalleryService/GetGallery": Rule(scope="read", galleries=("name",)),
     "/lookalike.v1.GalleryService/ListGalleries": _READ,  # tells of those allowed
@@ -140,7 +142,7 @@ def named(rule: Rule, request: Message) -> Iterator[Named]:
 
 def elements(rule: Rule, request: Message) -> int:
     """How many calls the request stands for."""
-    return max(1, len(getattr(request, rule.batch))) if rule.batch else 1
+    return max(1, sum(1 for _ in at(request, f"{rule.batch}[]"))) if rule.batch else 1
 
 
 def at(message: Any, path: str) -> Iterator[Any]:

@@ -1,21 +1,26 @@
-"""gRPC adapter of SearchService: parse, ask the engine, format. No model, index or threshold logic."""
+"""gRPC adapter of SearchService: parse, ask the engine, format. No model, index or threshold logic.
+
+Answers are formed as the bytes that travel, since they may hold many thousands of neighbours.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
 
-from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_K, MAX_MATCHES, Deadline, Found, Neighbor
+from embedding.errors import InvalidInput
+from index import MAX_K, MAX_MATCHES, Deadline
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
-from service import errors, parse, questions, wire
+from service import encoded, parse, questions, wire
 from service.errors import translated_errors
-from service.serving import AsyncEngine, Serving
-from service.sources import Source, Unusable, under
-from service.streams import Elements, answered_id, check_id
+from service.search_elements import Searching
+from service.serving import Serving
+from service.sources import under
+from service.streams import Elements
 
 MAX_QUERIES = 1024
 """Most images of one BatchSearch."""
@@ -26,7 +31,7 @@ MAX_STREAM_K = 1000
 """Most neighbours of one image of a StreamSearch."""
 
 STREAM_WINDOW = 64
-"""Images of one StreamSearch that are searched at once."""
+"""Elements of one StreamSearch that are worked on at once."""
 
 MATCHES_AT_ONCE = 500
 """Matches that are formed together, and the most of one message."""
@@ -43,7 +48,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
 
-    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:
+    async def Search(self, request: pb.SearchRequest, context: Context) -> Any:
         async with translated_errors(context):
             scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
@@ -54,13 +59,11 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 k=k,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
-            return await serving.ask(
-                question,
-                lambda found: wire.search_response(found, resolve(scope.gallery), fields),
-                deadline=scope.deadline,
+            return await serving.search(
+                question, encoded.search_responses(resolve(scope.gallery), fields), deadline=scope.deadline
             )
 
-    async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:
+    async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> Any:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
             scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
@@ -72,12 +75,10 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 k=k,
             )
             return await serving.ask(
-                question, lambda outcomes: _batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
+                question, lambda outcomes: encoded.batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
             )
 
-    async def SearchMatches(
-        self, request: pb.SearchMatchesRequest, context: Context
-    ) -> AsyncIterator[pb.SearchMatchesResponse]:
+    async def SearchMatches(self, request: pb.SearchMatchesRequest, context: Context) -> AsyncIterator[Any]:
         async with translated_errors(context):
             scope, fields, limit = _parsed(
                 request, context, request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"
@@ -94,13 +95,14 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
                 some = found.neighbors[start : start + MATCHES_AT_ONCE]
                 # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
-                for response in await serving.run(_match_messages, some, resolve(scope.gallery), fields):
+                form = partial(encoded.match_responses, most_bytes=MATCHES_BYTES)
+                for response in await serving.run(form, some, resolve(scope.gallery), fields):
                     yield response
             yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
     async def StreamSearch(
         self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
-    ) -> AsyncIterator[pb.StreamSearchResponse]:
+    ) -> AsyncIterator[Any]:
         async with translated_errors(context), Elements(request_iterator, window=STREAM_WINDOW) as elements:
             first = await elements.first()
             if first is None or first.WhichOneof("element") != "config":
@@ -116,8 +118,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             serving = await self._serving.of(scope.gallery)
             with under("config"):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
+            searching = Searching(serving=serving, scope=scope, k=k, fields=fields)
             async for some in elements.batches():
-                for response in await _answered(serving, scope, k, some, fields):
+                for response in await searching.answers(some):
                     yield response
 
 
@@ -129,7 +132,7 @@ def _parsed(
     default: int,
     most: int,
     path: str,
-) -> tuple[questions.Scope, Collection[str], int]:
+) -> tuple[questions.Scope, frozenset[str], int]:
     """Where to search, which fields to return, and how many; all that is wrong with these is raised together."""
     wrong = parse.Violations()
     with wrong:
@@ -142,77 +145,5 @@ def _parsed(
     return scope, fields, count
 
 
-async def _answered(
-    serving: AsyncEngine,
-    scope: questions.Scope,
-    k: int,
-    requests: Sequence[pb.StreamSearchRequest],
-    fields: Collection[str],
-) -> list[pb.StreamSearchResponse]:
-    gallery_id = serving.engine.aliases.resolve(scope.gallery)
-    deadline = Deadline()
-    question = questions.SearchBatch(
-        scope=questions.Scope(
-            gallery=scope.gallery,
-            point=scope.point,
-            allowed=scope.allowed,
-            effort=scope.effort,
-            deadline=deadline,
-        ),
-        queries=[_query(request) for request in requests],
-        k=k,
-    )
-
-    def form(outcomes: Sequence[Found | LookalikeError]) -> list[pb.StreamSearchResponse]:
-        return [
-            pb.StreamSearchResponse(id=answered_id(request.id), error=errors.status(outcome))
-            if isinstance(outcome, LookalikeError)
-            else pb.StreamSearchResponse(id=request.id, neighbors=wire.found_neighbors(outcome, gallery_id, fields))
-            for request, outcome in zip(requests, outcomes, strict=True)
-        ]
-
-    return await serving.ask(question, form, deadline=deadline)
-
-
-def _match_messages(
-    some: Sequence[Neighbor], gallery_id: str, fields: Collection[str]
-) -> list[pb.SearchMatchesResponse]:
-    responses: list[pb.SearchMatchesResponse] = []
-    size = MATCHES_BYTES
-    for neighbor in wire.neighbors(some, gallery_id, fields):
-        added = neighbor.ByteSize()
-        if size + added > MATCHES_BYTES:
-            responses.append(pb.SearchMatchesResponse())
-            size = 0
-        responses[-1].neighbors.append(neighbor)
-        size += added
-    return responses
-
-
-def _query(request: pb.StreamSearchRequest) -> Source:
-    try:
-        check_id(request.id)
-    except InvalidInput as error:
-        return Unusable(error=error)
-    if request.WhichOneof("element") == "config":
-        return Unusable(
-            error=InvalidInput("only the first element is a config; open another stream for another", field="config")
-        )
-    return parse.image(request.query, "query")
-
-
 def _deadline(context: Context) -> Deadline:
     return Deadline(context.time_remaining())
-
-
-def _batch_response(
-    outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: Collection[str]
-) -> pb.BatchSearchResponse:
-    return pb.BatchSearchResponse(
-        results=[
-            pb.SearchResult(error=errors.status(outcome))
-            if isinstance(outcome, LookalikeError)
-            else pb.SearchResult(neighbors=wire.found_neighbors(outcome, gallery_id, fields))
-            for outcome in outcomes
-        ]
-    )

@@ -16,10 +16,11 @@ from service.call import CURRENT, Call
 from service.calls import Hook
 from service.engine import Answer, Engine, Question
 from service.pool import Pool
-from service.questions import is_quick
+from service.questions import Search, is_quick
 from service.settings import Settings
-from service.sources import distinct_images
+from service.sources import GivenEmbedding, distinct_images
 from service.stages import Work
+from service.together import Form, Together
 from service.watch import ModelWatch
 
 P = ParamSpec("P")
@@ -53,6 +54,7 @@ class AsyncEngine:
         self.pool = Pool(
             threads=settings.gallery_threads, most=settings.max_waiting_tasks, seconds=settings.max_queue_seconds
         )
+        self.together = Together(engine, self.watch)
         self._users: set[Call] = set()
         self._idle = asyncio.Event()
 
@@ -94,6 +96,12 @@ class AsyncEngine:
             if deadline is not None:
                 deadline.cancel()  # the thread that searches stops within 50 ms
             raise
+
+    async def search(self, question: Search, form: Form, *, deadline: Deadline | None = None) -> bytes:
+        """The answer to a search as `form` makes it: `ask`, for which those that are quick are asked together."""
+        if isinstance(question.query, GivenEmbedding) and is_quick(question, self.engine):
+            return await self.together.ask(question, form)
+        return await self.ask(question, lambda found: form([found])[0], deadline=deadline)
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool. Raises Overloaded."""

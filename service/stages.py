@@ -69,10 +69,24 @@ class Work:
                 observer.staged(self._call, stage, started, ended)
 
     @staticmethod
+    def run_as_one(works: Sequence[Work], stage: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function as the next stage of all of them."""
+        started = time.perf_counter()
+        for work in works:
+            work._told("queue", work._since, started)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ended = time.perf_counter()
+            for work in works:
+                work._since = ended
+                work._told(stage, started, ended)
+
+    @staticmethod
     def run_together(
         works: Sequence[Work], stage: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Call the function as the next stage of all of them, a batch."""
+        """The same for images of a batch, whose observers are told how many there were."""
         started = time.perf_counter()
         for work in works:
             work._told("queue", work._since, started)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, TypeVar
 
-from embedding.decision import Decision
+from embedding.decision import Decision, Verdict
 from embedding.encoder import Encoder
 from embedding.reference import Reference
 from index import Found
@@ -26,6 +26,8 @@ UPPER_EDGES = tuple(round(0.1 * step, 1) for step in range(1, 21))
 
 Answer = TypeVar("Answer")
 
+_Seen: TypeAlias = tuple[Kind, float, Verdict]
+
 
 @dataclass
 class Distances:
@@ -33,7 +35,7 @@ class Distances:
 
     counts: list[int] = field(default_factory=lambda: [0] * len(UPPER_EDGES))
     total: float = 0.0
-    verdicts: dict[str, int] = field(default_factory=dict)
+    verdicts: dict[Verdict, int] = field(default_factory=dict)
 
 
 class ModelWatch:
@@ -47,13 +49,13 @@ class ModelWatch:
 
     def answered(self, answer: Answer) -> Answer:
         """Take note of an answer of the engine, whatever it is, and return it."""
-        decisions = list(_decisions(answer))
-        if decisions:
+        seen: list[_Seen] = []
+        _see(answer, seen)
+        if seen:
             with self._lock:
-                for kind, decision in decisions:
-                    self._note(kind, decision)
-        verified = [decision.distance for kind, decision in decisions if kind == "verify"]
-        if self.drift is not None and verified:
+                for kind, distance, verdict in seen:
+                    self._note(kind, distance, verdict)
+        if self.drift is not None and (verified := [distance for kind, distance, _ in seen if kind == "verify"]):
             self.drift.verified(verified)
         return answer
 
@@ -70,23 +72,20 @@ class ModelWatch:
                 for kind, seen in self._distances.items()
             }
 
-    def _note(self, kind: Kind, decision: Decision) -> None:
+    def _note(self, kind: Kind, distance: float, verdict: Verdict) -> None:
         seen = self._distances[kind]
         # Rounding may put two opposite vectors a little beyond 2.
-        seen.counts[min(bisect_left(UPPER_EDGES, decision.distance), len(UPPER_EDGES) - 1)] += 1
-        seen.total += decision.distance
-        verdict = decision.verdict.value
+        seen.counts[min(bisect_left(UPPER_EDGES, distance), len(UPPER_EDGES) - 1)] += 1
+        seen.total += distance
         seen.verdicts[verdict] = seen.verdicts.get(verdict, 0) + 1
 
 
-def _decisions(answer: object) -> Iterable[tuple[Kind, Decision]]:
-    match answer:
-        case Decision():
-            yield "verify", answer
-        case Found(neighbors=[nearest, *_]):
-            yield "nearest", nearest.decision
-        case list():
-            for each in answer:
-                yield from _decisions(each)
-        case _:
-            pass
+def _see(answer: object, seen: list[_Seen]) -> None:
+    if isinstance(answer, Decision):
+        seen.append(("verify", answer.distance, answer.verdict))
+    elif isinstance(answer, Found):
+        if nearest := answer.neighbors.nearest:
+            seen.append(("nearest", *nearest))
+    elif isinstance(answer, list):
+        for each in answer:
+            _see(each, seen)

@@ -26,7 +26,7 @@ from service.parse import NEIGHBOR_FIELDS
 from service.stock import Model
 from service.writes import settings_etag
 
-_VERDICTS = {
+VERDICTS = {
     Verdict.MATCH: common_pb2.VERDICT_MATCH,
     Verdict.NON_MATCH: common_pb2.VERDICT_NON_MATCH,
     Verdict.UNCERTAIN: common_pb2.VERDICT_UNCERTAIN,
@@ -35,7 +35,7 @@ _VERDICTS = {
 
 def decision(decided: Decision) -> common_pb2.Decision:
     return common_pb2.Decision(
-        verdict=_VERDICTS[decided.verdict],
+        verdict=VERDICTS[decided.verdict],
         distance=decided.distance,
         threshold=decided.threshold,
         signed_margin=decided.signed_margin,

@@ -30,7 +30,7 @@ class Ours:
         def ask(queries_QD: Vectors) -> list[list[int]]:
             found: list[Neighbors | CallFailed]
             if self._way == "stream":
-                found = list(client.search_stream(gallery, iter(queries_QD), k=K))
+                found = list(client.search_stream(gallery, queries_QD, k=K, together=16))
             elif len(queries_QD) == 1:
                 found = [client.search(gallery, queries_QD[0], k=K)]
             else:
@@ -46,7 +46,7 @@ class Ours:
 def _rows(found: Neighbors | CallFailed) -> list[int]:
     if isinstance(found, CallFailed):
         raise found
-    return [int(neighbor.item.id) for neighbor in found]
+    return list(map(int, found.ids))
 
 
 def driver(folder: Path, address: str, gallery: str, way: str = "call") -> Ours:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,7 @@ from google.protobuf.message import Message
 ResultT = TypeVar("ResultT")
 ElementT = TypeVar("ElementT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
+AnyT = TypeVar("AnyT")
 
 PAGE_SIZE = 1000
 
@@ -58,6 +60,11 @@ class Stream(Generic[ResultT]):
 
 
 @dataclass(frozen=True, slots=True)
+class Bundled(Stream[list[ResultT]]):
+    """A stream whose messages have several results each, which are given one by one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Batch(Generic[ElementT, ResultT]):
     """Any number of elements, to be sent in as many calls as the limits on count and bytes ask for."""
 
@@ -82,3 +89,27 @@ def call(
 def new_id() -> str:
     """Of a request that writes: made once, so that the server knows a repetition by it."""
     return str(uuid.uuid4())
+
+
+def in_bundles(
+    elements: Iterable[AnyT] | AsyncIterable[AnyT], most: int
+) -> Iterator[list[AnyT]] | AsyncIterator[list[AnyT]]:
+    """As many elements together, the last ones as many as are left; taken as they are asked for."""
+    return _bundles_of_async(elements, most) if isinstance(elements, AsyncIterable) else _bundles(elements, most)
+
+
+def _bundles(elements: Iterable[AnyT], most: int) -> Iterator[list[AnyT]]:
+    left = iter(elements)
+    while bundle := list(itertools.islice(left, most)):
+        yield bundle
+
+
+async def _bundles_of_async(elements: AsyncIterable[AnyT], most: int) -> AsyncIterator[list[AnyT]]:
+    bundle: list[AnyT] = []
+    async for element in elements:
+        bundle.append(element)
+        if len(bundle) == most:
+            yield bundle
+            bundle = []
+    if bundle:
+        yield bundle

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Iterable, Sequence
 import grpc
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import Batch, Call, Collected, Stream, call
+from lookalike._calls.kinds import Batch, Bundled, Call, Collected, call, in_bundles
 from lookalike.errors import CallFailed, ServerError, from_status
 from lookalike.types import Effort, ImageLike, ItemName, Neighbors, OperatingPoint
 from lookalike.v1 import common_pb2, search_pb2
@@ -15,6 +15,7 @@ from lookalike.v1 import common_pb2, search_pb2
 SEARCH = "lookalike.v1.SearchService"
 
 MAX_QUERIES = 1024
+MAX_TOGETHER = 256
 MAX_NEIGHBORS = 200_000
 """Of all queries of one BatchSearch."""
 MAX_MATCHES = 100_000
@@ -82,10 +83,7 @@ def search_batch(
                 read_mask=messages.neighbor_mask(metadata),
             ),
             search_pb2.BatchSearchResponse,
-            lambda response: [
-                from_status(result.error) if result.HasField("error") else messages.neighbors(result.neighbors)
-                for result in response.results
-            ],
+            lambda response: [_outcome(result) for result in response.results],
         ),
     )
 
@@ -136,9 +134,16 @@ def search_stream(
     filter: str = "",
     effort: Effort | None = None,
     metadata: bool = True,
-) -> Stream[Neighbors | CallFailed]:
+    together: int = 1,
+) -> Bundled[Neighbors | CallFailed]:
     """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
-    error that this image alone met. At most a window of images is read ahead of the answers. It has no time limit."""
+    error that this image alone met. At most a window of images is read ahead of the answers. It has no time limit.
+
+    `together`, 1 to 256, is how many images travel in a message: several times as fast where they are at hand, while
+    an image that comes late keeps those waiting that came before it. The window counts messages.
+    """
+    if not 1 <= together <= MAX_TOGETHER:
+        raise ValueError(f"together must lie in 1..{MAX_TOGETHER}; got {together}")
     config = search_pb2.StreamSearchConfig(
         gallery=messages.gallery_name(gallery),
         k=_checked_k(k),
@@ -148,20 +153,38 @@ def search_stream(
         read_mask=messages.neighbor_mask(metadata),
     )
 
-    def pack(query: ImageLike) -> bytes:
-        return search_pb2.StreamSearchRequest(query=messages.image_input(query)).SerializeToString()
+    def pack(images: Sequence[ImageLike]) -> bytes:
+        inputs = [messages.image_input(image) for image in images]
+        request = (
+            search_pb2.StreamSearchRequest(query=inputs[0])
+            if together == 1
+            else search_pb2.StreamSearchRequest(queries=search_pb2.StreamSearchQueries(queries=inputs))
+        )
+        return request.SerializeToString()
 
-    def parse(data: bytes) -> Neighbors | CallFailed:
+    def parse(data: bytes) -> list[Neighbors | CallFailed]:
         response = search_pb2.StreamSearchResponse.FromString(data)
-        return from_status(response.error) if response.HasField("error") else messages.neighbors(response.neighbors)
+        match response.WhichOneof("result"):
+            case "error" if together > 1:  # of the message as a whole
+                raise from_status(response.error)
+            case "error":
+                return [from_status(response.error)]
+            case "results":
+                return [_outcome(result) for result in response.results.results]
+            case _:
+                return [messages.neighbors(response.neighbors)]
 
-    return Stream(
+    return Bundled(
         f"{SEARCH}/StreamSearch",
         search_pb2.StreamSearchRequest(config=config).SerializeToString(),
-        queries,
+        in_bundles(queries, together),
         pack,
         parse,
     )
+
+
+def _outcome(result: search_pb2.SearchResult) -> Neighbors | CallFailed:
+    return from_status(result.error) if result.HasField("error") else messages.neighbors(result.neighbors)
 
 
 def _checked_k(k: int) -> int:

@@ -534,6 +534,7 @@ class StreamSearchRequest(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     QUERY_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Comes back with the answer; any text of at most 256 characters."""
     @_builtins.property
@@ -544,22 +545,51 @@ class StreamSearchRequest(_message.Message):
     def query(self) -> _common_pb2.ImageInput:
         """An image to find. An item of the searched gallery is left out of its own results."""
 
+    @_builtins.property
+    def queries(self) -> Global___StreamSearchQueries:
+        """Several images to find, which travel and are answered together: where many are at hand, several times as fast."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         config: Global___StreamSearchConfig | None = ...,
         query: _common_pb2.ImageInput | None = ...,
+        queries: Global___StreamSearchQueries | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "query", b"query"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "queries", b"queries", "query", b"query"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "id", b"id", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "element", b"element", "id", b"id", "queries", b"queries", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_element: _TypeAlias = _typing.Literal["config", "query"]  # noqa: Y015
+    _WhichOneofReturnType_element: _TypeAlias = _typing.Literal["config", "query", "queries"]  # noqa: Y015
     _WhichOneofArgType_element: _TypeAlias = _typing.Literal["element", b"element"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_element) -> _WhichOneofReturnType_element | None: ...
 
 Global___StreamSearchRequest: _TypeAlias = StreamSearchRequest  # noqa: Y015
+
+@_typing.final
+class StreamSearchQueries(_message.Message):
+    """Images of one element."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ImageInput]:
+        """At least 1 and at most 256 images, which together return at most 200,000 neighbours."""
+
+    def __init__(
+        self,
+        *,
+        queries: _abc.Iterable[_common_pb2.ImageInput] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["queries", b"queries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSearchQueries: _TypeAlias = StreamSearchQueries  # noqa: Y015
 
 @_typing.final
 class StreamSearchConfig(_message.Message):
@@ -618,6 +648,7 @@ class StreamSearchResponse(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     NEIGHBORS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The element's."""
     @_builtins.property
@@ -628,19 +659,48 @@ class StreamSearchResponse(_message.Message):
     def error(self) -> _status_pb2.Status:
         """Why this image could not be searched; the same status that Search would have ended with."""
 
+    @_builtins.property
+    def results(self) -> Global___StreamSearchResults:
+        """What became of each of several images."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         neighbors: Global___Neighbors | None = ...,
         error: _status_pb2.Status | None = ...,
+        results: Global___StreamSearchResults | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "neighbors", b"neighbors", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "neighbors", b"neighbors", "result", b"result", "results", b"results"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "neighbors", b"neighbors", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "neighbors", b"neighbors", "result", b"result", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["neighbors", "error"]  # noqa: Y015
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["neighbors", "error", "results"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
 Global___StreamSearchResponse: _TypeAlias = StreamSearchResponse  # noqa: Y015
+
+@_typing.final
+class StreamSearchResults(_message.Message):
+    """The outcomes of one element's images."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchResult]:
+        """In the order of the element's queries, and as many. A bad image fails alone."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___SearchResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSearchResults: _TypeAlias = StreamSearchResults  # noqa: Y015

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -102,6 +103,36 @@ def test_all_matches(client: Client, filled: str) -> None:
         client.search_matches("nowhere", png(1))
 
 
+def test_columns_of_neighbours_are_those_of_each(client: Client, filled: str) -> None:
+    point = OperatingPoint(threshold=0.5, uncertain_within=0.25)
+    answers = [
+        client.search(filled, png(1), k=8, operating_point=point),
+        client.search_matches(filled, png(1), operating_point=ALL),
+        *client.search_batch(filled, [png(2), png(3)], k=3, operating_point=point),
+        *client.search_stream(filled, [png(2), png(3)], k=3, operating_point=point, together=2),
+        Neighbors(),
+    ]
+    for found in answers:
+        assert isinstance(found, Neighbors)
+        before = (found.ids, found.distances, found.matches)  # as they were received
+        each = list(found)
+        for ids_, distances, matches in (before, (found.ids, found.distances, found.matches)):
+            assert ids_ == [neighbor.item.id for neighbor in each]
+            assert distances.dtype == np.float32
+            assert distances.tolist() == [neighbor.decision.distance for neighbor in each]
+            assert matches.tolist() == [neighbor.decision.is_match for neighbor in each]
+        assert found == each
+        assert len(found) == len(each)
+        assert found[:2] == each[:2]
+        copied = pickle.loads(pickle.dumps(found))
+        assert (copied, copied.generation, copied.expected_recall, copied.truncated) == (
+            found,
+            found.generation,
+            found.expected_recall,
+            found.truncated,
+        )
+
+
 def test_a_stream_of_searches(client: Client, filled: str) -> None:
     queries: list[ImageLike] = [png(1), b"no image", ItemName(filled, "2"), *(png(n) for n in range(100))]
     found = list(client.search_stream(filled, queries, k=2))
@@ -111,6 +142,36 @@ def test_a_stream_of_searches(client: Client, filled: str) -> None:
     assert ids(found[2]) == ids(client.search(filled, ItemName(filled, "2"), k=2))
     with pytest.raises(NotFound):
         list(client.search_stream("nowhere", [png(1)]))
+
+
+@pytest.mark.parametrize("together", [1, 7, 256])
+def test_images_of_a_stream_that_travel_together_are_answered_as_each_alone(
+    client: Client, server: Server, filled: str, together: int
+) -> None:
+    queries: list[ImageLike] = [png(1), b"no image", ItemName(filled, "2"), *(png(n) for n in range(30))]
+    expected = list(client.search_stream(filled, queries, k=2))
+    found = list(client.search_stream(filled, queries, k=2, together=together))
+    assert len(found) == len(queries)
+    assert isinstance(found[1], InvalidRequest)
+    assert found[:1] + found[2:] == expected[:1] + expected[2:]
+    assert not list(client.search_stream(filled, [], together=together))
+
+    async def later() -> AsyncIterator[ImageLike]:
+        for query in queries:
+            yield query
+
+    async def ask() -> None:
+        async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+            answers = [each async for each in other.search_stream(filled, later(), k=2, together=together)]
+            assert answers[:1] + answers[2:] == expected[:1] + expected[2:]
+
+    asyncio.run(ask())
+
+
+def test_a_stream_takes_a_sane_number_of_images_together(client: Client, filled: str) -> None:
+    for wrong in (0, 257):
+        with pytest.raises(ValueError, match="together"):
+            client.search_stream(filled, [png(1)], together=wrong)
 
 
 def test_a_stream_of_pairs_and_a_batch_of_embeddings(client: Client, server: Server, filled: str) -> None:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from embedding.calibration import Calibration
-from embedding.decision import Judge, OperatingPoint, Vectors, Verdict, checked_embedding, distance, distances
+from embedding.decision import (
+    Judge,
+    OperatingPoint,
+    Vectors,
+    Verdict,
+    checked_embedding,
+    checked_embeddings,
+    distance,
+    distances,
+)
 from embedding.errors import InvalidOperatingPoint, InvalidVector
 
 
@@ -171,3 +180,30 @@ def test_a_calibration_that_contradicts_itself_is_refused(calibration: Calibrati
 
 def test_a_calibration_survives_json_bit_for_bit(calibration: Calibration) -> None:
     assert Calibration.model_validate_json(calibration.model_dump_json()) == calibration
+
+
+@given(
+    dist=arrays(np.float32, st.integers(0, 40), elements=st.floats(0, 2, width=32)),
+    band=st.sampled_from([0.0, 0.25]),
+    cut=st.integers(0, 40),
+)
+def test_many_distances_are_judged_each_as_if_it_were_alone(
+    calibration: Calibration, dist: Vectors, band: float, cut: int
+) -> None:
+    judge = Judge(calibration, OperatingPoint(uncertain_within=band), model="m")
+    together = judge.judge_all(dist)
+    assert list(together) == [judge.judge(float(each)) for each in dist]
+    assert list(together[cut:]) == list(together)[cut:]
+
+
+def test_many_embeddings_are_checked_as_one_is() -> None:
+    good = unit(5, 16)
+    assert checked_embeddings(good, 16) is good
+    for wrong, message in ((np.nan, "NaN"), (1e38, "length|infinite"), (0.5, "length")):
+        bad = good.copy()
+        bad[3, 0] = wrong
+        with pytest.raises(InvalidVector, match=message) as refused:
+            checked_embeddings(bad, 16)
+        assert refused.value.field == "embeddings[3]"
+    with pytest.raises(InvalidVector, match="shape"):
+        checked_embeddings(good, 15)

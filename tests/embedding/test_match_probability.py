@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -22,8 +24,11 @@ def test_it_is_linear_between_its_points() -> None:
 
 def test_both_kinds_agree_with_themselves_for_many_distances() -> None:
     logistic = MatchProbability(midpoint=0.75, slope=8.0)
-    many = np.linspace(0, 2, 101)
-    assert logistic.over(many).tolist() == pytest.approx([logistic.at(distance) for distance in many], abs=1e-15)
+    many = np.linspace(0, 2, 1001, dtype=np.float32).astype(np.float64)
+    for some in (many, many[::-1], many[3::7], many[5:6]):  # wherever in a vector register a value comes to lie
+        assert logistic.over(some).tolist() == [logistic.at(distance) for distance in some]
+    exactly = [0.5 * (1 + math.tanh(4 * (0.75 - distance))) for distance in many]
+    assert logistic.over(many).tolist() == pytest.approx(exactly, abs=1e-15)
 
 
 @pytest.mark.parametrize(

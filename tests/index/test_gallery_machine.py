@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -173,12 +173,12 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
         def ranked(self, query: int) -> list[tuple[float, str]]:
             return sorted((float(distance(pool[query], pool[row])), name) for name, (row, _) in self.truth.items())
 
-        def check(self, neighbors: list[Neighbor], expected: list[tuple[float, str]], judge: Judge) -> None:
+        def check(self, neighbors: Sequence[Neighbor], expected: list[tuple[float, str]], judge: Judge) -> None:
             assert [(neighbor.decision.distance, neighbor.item.name) for neighbor in neighbors] == expected
             for neighbor in neighbors:
                 row, serial = self.truth[neighbor.item.name]
                 assert neighbor.decision == judge.judge(neighbor.decision.distance)
-                assert neighbor.item.embedding.tolist() == pool[row].tolist()
+                assert self.gallery.get(neighbor.item.name).embedding.tolist() == pool[row].tolist()
                 assert neighbor.item.metadata.get("serial", 0) == serial
 
     return Machine

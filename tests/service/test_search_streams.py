@@ -274,3 +274,51 @@ def test_a_search_that_nobody_waits_for_is_ended(
         call.cancel()
     assert ended.wait(timeout=20)
     assert call.code() is (grpc.StatusCode.CANCELLED if leaves == "cancel" else grpc.StatusCode.DEADLINE_EXCEEDED)
+
+
+def test_several_images_of_an_element_are_answered_as_each_alone(stubs: Stubs, gallery: str) -> None:
+    fill(stubs, gallery, 50)
+    queries = [vector(1, i / 100) for i in range(300)]
+    queries[7] = common_pb2.ImageInput(embedding=b"no vector")
+    queries[9] = stored(gallery, "item-0003")
+    config = search_pb2.StreamSearchConfig(gallery=f"galleries/{gallery}", k=3)
+
+    def elements(sizes: list[int]) -> Iterator[search_pb2.StreamSearchRequest]:
+        yield search_pb2.StreamSearchRequest(config=config)
+        at = 0
+        for n, size in enumerate(sizes):
+            some = search_pb2.StreamSearchQueries(queries=queries[at : at + size])
+            yield search_pb2.StreamSearchRequest(id=f"{n}", queries=some)
+            at += size
+
+    singly = [
+        search_pb2.StreamSearchRequest(config=config),
+        *(search_pb2.StreamSearchRequest(query=query) for query in queries),
+    ]
+    alone = list(stubs.search.StreamSearch(iter(singly)))
+    together = list(stubs.search.StreamSearch(elements([1, 2, 41, 256])))
+    assert [answer.id for answer in together] == ["0", "1", "2", "3"]
+    results = [result for answer in together for result in answer.results.results]
+    assert [len(answer.results.results) for answer in together] == [1, 2, 41, 256]
+    for at, (answer, result) in enumerate(zip(alone, results, strict=True)):
+        if at == 7:
+            assert answer.error.code == result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert info(result.error).metadata["field"] == "queries.queries[4].embedding"
+        else:
+            assert answer.neighbors == result.neighbors
+
+
+@pytest.mark.parametrize(("count", "k"), [(0, 1), (257, 1), (201, 1000)])
+def test_an_element_of_too_many_images_fails_alone(stubs: Stubs, gallery: str, count: int, k: int) -> None:
+    fill(stubs, gallery, 5)
+    config = search_pb2.StreamSearchConfig(gallery=f"galleries/{gallery}", k=k)
+    several = search_pb2.StreamSearchQueries(queries=[vector(1)] * count)
+    elements = [
+        search_pb2.StreamSearchRequest(config=config),
+        search_pb2.StreamSearchRequest(id="many", queries=several),
+        search_pb2.StreamSearchRequest(id="one", query=vector(1)),
+    ]
+    many, one = stubs.search.StreamSearch(iter(elements))
+    assert (many.id, many.error.code) == ("many", grpc.StatusCode.INVALID_ARGUMENT.value[0])
+    assert fields(many.error) == ["queries.queries"]
+    assert (one.id, len(one.neighbors.neighbors)) == ("one", min(k, 5))

@@ -1,0 +1,240 @@
+"""Answers of searches → bytes of the wire, written by columns, at a tenth of the time that making messages takes.
+
+A neighbour is what is said of its item, which is formed once and kept with it, followed by its decision. All decisions
+of one judge take as many bytes: what never differs is written once, and what does is filled in for all neighbours of a
+call together. `wire` says what each message holds; it is tested that these bytes are read as what `wire` makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from operator import add
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedding.decision import VERDICTS, Decisions, Judge
+from embedding.errors import LookalikeError
+from index import Entry, Found, Neighbors
+from lookalike.v1 import common_pb2, search_pb2
+from service import errors, wire
+from service.parse import NEIGHBOR_FIELDS
+
+# A field is a key, its number and the kind of its value, then the value: https://protobuf.dev/programming-guides/encoding
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+_ANSWER = search_pb2.Neighbors  # whose fields are those of SearchResponse
+_VERDICT_BYTES = np.array([wire.VERDICTS[verdict] for verdict in VERDICTS], np.uint8)
+
+
+@lru_cache(maxsize=256)
+def search_responses(
+    gallery_id: str, fields: frozenset[str] = NEIGHBOR_FIELDS
+) -> Callable[[Sequence[Found]], list[bytes]]:
+    """What forms SearchResponses; equal where it forms equal ones."""
+
+    def form(answers: Sequence[Found]) -> list[bytes]:
+        of = _Answers(gallery_id, fields).of
+        return [of(found) for found in answers]
+
+    return form
+
+
+def batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str]) -> bytes:
+    """A BatchSearchResponse."""
+    return _results(outcomes, _Answers(gallery_id, fields))
+
+
+def stream_responses(
+    elements: Sequence[tuple[str, int | None]],
+    outcomes: Sequence[Found | LookalikeError],
+    gallery_id: str,
+    fields: frozenset[str],
+) -> list[bytes]:
+    """A StreamSearchResponse for each element, of which its id is known, and of how many images it has results.
+
+    An element of one image, or one that failed as a whole, has None for their number.
+    """
+    answers, message = _Answers(gallery_id, fields), search_pb2.StreamSearchResponse
+    responses: list[bytes] = []
+    left = iter(outcomes)
+    for element, count in elements:
+        said = _field(message.ID_FIELD_NUMBER, element.encode()) if element else b""
+        if count is not None:
+            responses.append(said + _field(message.RESULTS_FIELD_NUMBER, _results(list(islice(left, count)), answers)))
+            continue
+        outcome = next(left)
+        if isinstance(outcome, LookalikeError):
+            responses.append(said + _field(message.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString()))
+        else:
+            responses.append(said + _field(message.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)))
+    return responses
+
+
+def _results(outcomes: Sequence[Found | LookalikeError], answers: _Answers) -> bytes:
+    """SearchResults, as a BatchSearchResponse and StreamSearchResults hold them."""
+    number, result = search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER, search_pb2.SearchResult
+    return b"".join(
+        _field(
+            number,
+            _field(result.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString())
+            if isinstance(outcome, LookalikeError)
+            else _field(result.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)),
+        )
+        for outcome in outcomes
+    )
+
+
+def match_responses(found: Neighbors, gallery_id: str, fields: frozenset[str], *, most_bytes: int) -> list[bytes]:
+    """SearchMatchesResponses of `most_bytes` each, unless one neighbour takes more."""
+    here = found.decisions[found.first : found.first + len(found)]
+    responses: list[bytes] = []
+    some: list[bytes] = []
+    size = 0
+    for piece in _Answers(gallery_id, fields).pieces(Neighbors(found.items, here)):
+        if some and size + len(piece) > most_bytes:
+            responses.append(b"".join(some))
+            some, size = [], 0
+        some.append(piece)
+        size += len(piece)
+    return [*responses, b"".join(some)] if some else responses
+
+
+class _Answers:
+    """Forms answers of one call; those that share their decisions share the work on these."""
+
+    def __init__(self, gallery_id: str, fields: frozenset[str]) -> None:
+        self._gallery_id = gallery_id
+        self._fields = fields
+        self._decisions: Decisions | None = None
+        self._records: list[bytes] = []
+        self._form = _form(gallery_id, fields, 0)
+        self._ends: dict[tuple[float, int, bool], bytes] = {}
+
+    def of(self, found: Found) -> bytes:
+        """Neighbors, or a SearchResponse."""
+        return b"".join([*self.pieces(found.neighbors), self._end(found)])
+
+    def pieces(self, neighbors: Neighbors) -> list[bytes]:
+        """Each neighbour as an element of a list of them."""
+        first = neighbors.first
+        records = self._of_all(neighbors.decisions)[first : first + len(neighbors)]
+        form = self._form
+        try:
+            heads = [item.formed[form] for item in neighbors.items]
+        except KeyError:
+            heads = [item.formed.get(form) or form.of(item) for item in neighbors.items]
+        return list(map(add, heads, records))
+
+    def _of_all(self, decisions: Decisions) -> list[bytes]:
+        if decisions is not self._decisions:
+            self._decisions = decisions
+            if "decision" in self._fields:
+                self._records = _records(decisions)
+                self._form = _form(self._gallery_id, self._fields, _template(decisions.judge).dtype.itemsize)
+            else:
+                self._records = [b""] * len(decisions)
+        return self._records
+
+    def _end(self, found: Found) -> bytes:
+        key = (found.expected_recall, found.generation, found.partial)
+        end = self._ends.get(key)
+        if end is None:
+            end = self._ends[key] = _ANSWER(
+                expected_recall=found.expected_recall, generation=found.generation, partial=found.partial
+            ).SerializeToString()
+        return end
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """How items are said: the bytes of a neighbour before its decision, whose length is in them."""
+
+    gallery_id: str
+    fields: frozenset[str]
+    decision_bytes: int
+
+    def of(self, item: Entry) -> bytes:
+        """Kept with the item."""
+        said = search_pb2.Neighbor(
+            item=wire.item_name(self.gallery_id, item.name) if "item" in self.fields else "",
+            identity=item.identity or "" if "identity" in self.fields else "",
+            metadata=wire.struct(item.metadata) if "metadata" in self.fields else None,
+        ).SerializeToString()
+        size = _varint(len(said) + self.decision_bytes)
+        formed = item.formed[self] = _key(_ANSWER.NEIGHBORS_FIELD_NUMBER, _LENGTH) + size + said
+        return formed
+
+
+@lru_cache(maxsize=256)
+def _form(gallery_id: str, fields: frozenset[str], decision_bytes: int) -> _Form:
+    return _Form(gallery_id, fields, decision_bytes)
+
+
+def _records(decisions: Decisions) -> list[bytes]:
+    """The field `decision` of a neighbour, for each."""
+    template = _template(decisions.judge)
+    record_N = np.empty(len(decisions), template.dtype)
+    record_N[:] = template
+    record_N["verdict"] = _VERDICT_BYTES[decisions.verdict_N]
+    record_N["distance"] = decisions.distance_N
+    record_N["signed_margin"] = decisions.judge.threshold - decisions.distance_N.astype(np.float64)
+    record_N["match_probability"] = decisions.probability_N
+    data, size = record_N.tobytes(), template.dtype.itemsize
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+@lru_cache(maxsize=64)
+def _template(judge: Judge) -> NDArray[np.void]:
+    """A decision of this judge, to fill in what differs from one to the next."""
+    same = common_pb2.Decision(
+        threshold=judge.threshold,
+        far=judge.rates.far,
+        far_upper95=judge.rates.far_upper95,
+        frr=judge.rates.frr,
+        model=wire.model_name(judge.model),
+        calibration=judge.calibration.version,
+    ).SerializeToString()
+    differing = (
+        ("verdict", "u1", _VARINT),
+        ("distance", "<f4", _FIXED32),
+        ("signed_margin", "<f4", _FIXED32),
+        ("match_probability", "<f8", _FIXED64),
+    )
+    columns = [column for name, kind, _ in differing for column in ((f"key of {name}", "u1"), (name, kind))]
+    size = sum(np.dtype(kind).itemsize for _, kind in columns) + len(same)
+    begin = _key(search_pb2.Neighbor.DECISION_FIELD_NUMBER, _LENGTH) + _varint(size)
+    template = np.zeros((), [("begin", f"V{len(begin)}"), *columns, ("same", f"V{len(same)}")])
+    template["begin"], template["same"] = np.void(begin), np.void(same)
+    for name, _, kind in differing:
+        (template[f"key of {name}"],) = _key(common_pb2.Decision.DESCRIPTOR.fields_by_name[name].number, kind)
+    return template
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return _before(number, len(value)) + value
+
+
+@lru_cache(maxsize=4096)
+def _before(number: int, size: int) -> bytes:
+    return _key(number, _LENGTH) + _varint(size)
+
+
+@lru_cache
+def _key(number: int, kind: int) -> bytes:
+    return _varint(number << 3 | kind)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; all bytes but the last have their highest bit set."""
+    if value < 0x80:
+        return bytes((value,))
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,125 @@
+"""Searches that arrive together are answered together: one search of many queries costs a third of as many searches.
+
+Calls that come one right after the other are collected, and answered when no more come; where calls have come alone
+lately, nobody is waited for. Only searches that take so short that they are answered on the event loop anyway are
+collected here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any
+
+from embedding.errors import LookalikeError
+from index import Found
+from service.engine import Engine
+from service.questions import Search, SearchBatch
+from service.stages import Work
+from service.watch import ModelWatch
+
+MOST = 32
+"""Searches answered between two turns of the event loop; more would hold up other calls and save little."""
+
+PATIENCE = 6
+"""Turns of the event loop without another search, a few microseconds each, after which nobody is waited for any more.
+gRPC takes five for a call, by way of another thread, and hands over one call after the other."""
+
+COMPANY = 64
+"""Answers to single searches, after which others are no longer expected: then nobody is waited for."""
+
+_let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # gRPC's thread, on the same core
+
+Form = Callable[[Sequence[Found]], Sequence[bytes]]
+"""Answers as bytes, one each."""
+
+
+@dataclass(eq=False)
+class _Asked:
+    question: Search
+    form: Form
+    work: Work
+    done: asyncio.Future[bytes]
+
+    @property
+    def kind(self) -> Any:
+        """What must be equal for two to be answered together."""
+        scope = self.question.scope
+        return self.form, scope.gallery, scope.point, scope.effort, self.question.k
+
+
+class Together:
+    """Collects searches for one engine, on one event loop."""
+
+    def __init__(self, engine: Engine, watch: ModelWatch) -> None:
+        self._engine = engine
+        self._watch = watch
+        self._waiting: list[_Asked] = []
+        self._seen = 0  # of those that wait, in the last turn
+        self._turns = 0  # since another came
+        self._company = 0
+
+    async def ask(self, question: Search, form: Form) -> bytes:
+        """The answer as `form` makes it; calls must give the same form to be answered together.
+
+        The question must have no filter. Raises LookalikeError.
+        """
+        loop = asyncio.get_running_loop()
+        asked = _Asked(question, form, Work(), loop.create_future())
+        if not self._waiting:
+            self._soon(loop)
+        self._waiting.append(asked)
+        return await asked.done
+
+    def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_soon(self._answer, loop, context=Context())  # in nobody's name
+
+    def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._others_may_come():
+            self._soon(loop)
+            return
+        some, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+        if self._waiting:
+            self._soon(loop)
+        kinds: defaultdict[Any, list[_Asked]] = defaultdict(list)
+        for asked in some:
+            if not asked.done.done():  # its caller has not gone
+                kinds[asked.kind].append(asked)
+        for alike in kinds.values():
+            try:
+                outcomes = Work.run_as_one([asked.work for asked in alike], "search", self._outcomes, alike)
+            except Exception as error:
+                outcomes = [error] * len(alike)
+            for asked, outcome in zip(alike, outcomes, strict=True):
+                if isinstance(outcome, Exception):
+                    asked.done.set_exception(outcome)
+                else:
+                    asked.done.set_result(outcome)
+
+    def _others_may_come(self) -> bool:
+        count = len(self._waiting)
+        self._turns = self._turns + 1 if count == self._seen else 0
+        self._seen = count
+        if self._company and count < MOST and self._turns < PATIENCE:
+            _let_others_run()
+            return True
+        self._company = COMPANY if count > 1 else max(0, self._company - 1)
+        self._seen = self._turns = 0
+        return False
+
+    def _outcomes(self, alike: Sequence[_Asked]) -> Sequence[bytes | Exception]:
+        first = alike[0].question
+        batch = SearchBatch(
+            scope=first.scope,
+            queries=[asked.question.query for asked in alike],
+            k=first.k,
+            exclude=[asked.question.exclude for asked in alike],
+            threads=1,
+        )
+        found = self._watch.answered(self._engine.ask(batch))
+        formed = iter(alike[0].form([each for each in found if not isinstance(each, LookalikeError)]))
+        return [each if isinstance(each, LookalikeError) else next(formed) for each in found]

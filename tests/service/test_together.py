@@ -1,0 +1,106 @@
+"""Searches that come together are answered as each would be alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+
+from lookalike.v1 import common_pb2, search_pb2
+from service.together import Together
+from tests.service.harness import Stubs, info, refused, rich, unit
+
+POINTS = (None, common_pb2.OperatingPoint(threshold=0.5), common_pb2.OperatingPoint(target_far=0.5))
+
+
+def query(seed: int) -> common_pb2.ImageInput:
+    return common_pb2.ImageInput(embedding=unit(*np.random.default_rng(seed).normal(size=8)))
+
+
+@pytest.fixture
+def filled(stubs: Stubs, gallery: str) -> str:
+    stubs.fill(gallery, {f"item-{i:02}": query(i) for i in range(40)})
+    return gallery
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many were answered together, each time."""
+    sizes: list[int] = []
+    outcomes = Together._outcomes
+
+    def counted(self: Together, alike: list[object]) -> object:
+        sizes.append(len(alike))
+        return outcomes(self, alike)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Together, "_outcomes", counted)
+    return sizes
+
+
+def test_searches_in_flight_at_once_are_answered_as_each_alone(stubs: Stubs, filled: str, groups: list[int]) -> None:
+    asked = [
+        search_pb2.SearchRequest(
+            gallery=f"galleries/{filled}",
+            query=query(100 + i),
+            k=(5, 7)[i % 2],
+            operating_point=POINTS[i % 3],
+            exclude=[f"galleries/{filled}/items/item-{i % 40:02}"] if i % 5 == 0 else [],
+        )
+        for i in range(400)
+    ]
+    alone = [stubs.search.Search(request) for request in asked]
+    assert set(groups) == {1}
+    with ThreadPoolExecutor(32) as threads:
+        together = list(threads.map(stubs.search.Search, asked))
+    assert together == alone
+    assert max(groups) > 1
+
+
+def test_a_bad_query_fails_alone(stubs: Stubs, filled: str) -> None:
+    name = f"galleries/{filled}"
+    good = search_pb2.SearchRequest(gallery=name, query=query(1))
+    short = search_pb2.SearchRequest(gallery=name, query=common_pb2.ImageInput(embedding=b"1234"))
+    long = search_pb2.SearchRequest(gallery=name, query=common_pb2.ImageInput(embedding=unit(1)[:-4] + b"\0\0\0\x7f"))
+    strange = search_pb2.SearchRequest(
+        gallery=name, query=common_pb2.ImageInput(embedding=unit(1), model="models/another")
+    )
+    expected = stubs.search.Search(good)
+
+    def ask(turn: int) -> None:
+        if turn % 2:
+            assert stubs.search.Search(good) == expected
+            return
+        wrong, code = [
+            (short, grpc.StatusCode.INVALID_ARGUMENT),
+            (long, grpc.StatusCode.INVALID_ARGUMENT),
+            (strange, grpc.StatusCode.FAILED_PRECONDITION),
+        ][turn // 2 % 3]
+        assert refused(stubs.search.Search, wrong).code() is code
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(ask, range(240)))
+
+
+def test_a_gallery_that_is_not_there_is_told_to_each(stubs: Stubs) -> None:
+    request = search_pb2.SearchRequest(gallery="galleries/nowhere", query=query(1))
+
+    def ask(_: int) -> None:
+        error = refused(stubs.search.Search, request)
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        assert info(rich(error)).metadata["field"] == "gallery"
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, range(80)))
+
+
+def test_callers_that_go_leave_the_others_their_answers(stubs: Stubs, filled: str) -> None:
+    request = search_pb2.SearchRequest(gallery=f"galleries/{filled}", query=query(1))
+    expected = stubs.search.Search(request)
+    calls = [stubs.search.Search.future(request) for _ in range(60)]
+    for call in calls[::3]:
+        call.cancel()
+    for at, call in enumerate(calls):
+        if at % 3:
+            assert call.result() == expected
