@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ BLAS_DEFAULT = faiss.cvar.distance_compute_blas_threshold  # before our own impo
 from benchmarks import index_peers as peers  # noqa: E402
 from benchmarks import index_writes as writes  # noqa: E402
 from benchmarks.data import Data  # noqa: E402
-from benchmarks.index_growth import beside_compaction, growth, plot  # noqa: E402
+from benchmarks.index_growth import Size, beside_compaction, growth, plot  # noqa: E402
 from benchmarks.index_memory import resident_of_ours, resident_of_raw  # noqa: E402
 from benchmarks.index_servers import beside_servers  # noqa: E402
 from benchmarks.made import CALIBRATION  # noqa: E402
@@ -35,13 +36,16 @@ from benchmarks.measure import alternating_medians, machine  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from benchmarks.servers.remote import PEERS, SLOW_TO_START  # noqa: E402
 from embedding.decision import Judge, Vectors  # noqa: E402
-from index import Catalog, Exact, Gallery, Item, ModelRef, Recall  # noqa: E402
+from index import Catalog, Exact, Gallery, IndexSettings, Item, ModelRef, Recall  # noqa: E402
+from index.engine import Precision  # noqa: E402
 from index.rows import LiveRows  # noqa: E402
 from index.threads import limit_blas, one_thread  # noqa: E402
 
 K, RECALL = 10, 0.99
 EXACT_ROWS, EXACT_BATCH = 100_000, 256
 QUERIES = 500
+ROUNDED_ROWS = 100_000
+ROUNDINGS: tuple[Precision, ...] = ("float32", "float16")
 
 
 def exact_search(report: Report, data: Data, *, seconds: float) -> None:
@@ -95,19 +99,19 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
         engines["lookalike"] = lambda query_1D: next(search.nearest(query_1D, K))
         recalls = {"lookalike": recall_of_keys(search, queries_QD, truth_QK)}
         builds = {"lookalike": built}
-        made = peers.build_all(vectors_ND, queries_QD, truth_QK, recall=RECALL)
-        for peer in made:
+        report.row("built", "lookalike", rows, built, "s", note=stats.segments[0].structure)
+        for peer in peers.build_all(vectors_ND, queries_QD, truth_QK, recall=RECALL):
+            if isinstance(peer, peers.TooSlow):
+                print(peer, flush=True)
+                continue
+            report.row("built", peer.name, rows, peer.build_seconds, "s")
             engines[peer.name], recalls[peer.name], builds[peer.name] = peer.ask, peer.recall, peer.build_seconds
         recalls["lookalike, whole call"] = recalls["lookalike"]
         medians = one_by_one(engines, queries_QD, seconds=seconds)
-        whole: dict[str, Callable[[Vectors], object]] = {
-            "lookalike, whole call": lambda query_1D: gallery.search(query_1D[0], k=K, judge=judge)
-        }
+        whole: dict[str, Callable[[Vectors], object]] = {"lookalike, whole call": partial(_whole_call, gallery, judge)}
         medians |= one_by_one(whole, queries_QD, seconds=seconds / 5, clock=time.perf_counter)  # it reads the disk
         for name, microseconds in medians.items():
-            note = f"built in {builds[name]:.1f} s" if name in builds else "items and decisions included"
-            if name == "lookalike":
-                note += f" as {stats.segments[0].structure}"
+            note = "" if name in builds else "items and decisions included"
             report.row(what, name, rows, microseconds, "us", recall=recalls[name], note=note)
         reached = {name: medians[name] for name in builds if name != "lookalike" and recalls[name] >= RECALL}
         report.at_least(f"recall of ours at {rows:,}", recalls["lookalike"], RECALL)
@@ -116,20 +120,51 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
                 f"{what} at {rows:,}: x the fastest peer", min(reached.values()) / medians["lookalike"], 0.8
             )
         report.at_most(f"seconds to build at {rows:,}", built, 60.0)
-        compressed(report, gallery, rows, data.width, recalls["lookalike"])
     ours, raw = resident_of_ours(folder, queries_QD), resident_of_raw(vectors_ND, queries_QD)
     report.row("memory while searching", "lookalike", rows, ours / 1e6, "MB", note="mapped pages included")
     report.row("memory while searching", "FAISS IVF-PQ with refine", rows, raw / 1e6, "MB")
     report.at_most(f"memory at {rows:,}, MB", ours / 1e6, 1.15 * raw / 1e6 + 64)
+    with Catalog(folder, seal_after=10**9) as catalog:
+        compressed(report, catalog.get("bench"), queries_QD, truth_QK)
+    if rows <= ROUNDED_ROWS:
+        rounded(report, folder, rows, queries_QD, truth_QK, judge, seconds=seconds / 5)
 
 
-def compressed(report: Report, gallery: Gallery, rows: int, width: int, recall: float) -> None:
-    """What a plan keeps in memory besides mapped vectors, as a share of these."""
+def compressed(report: Report, gallery: Gallery, queries_QD: Vectors, truth_QK: np.ndarray) -> None:
+    """What a plan by codes keeps in memory besides mapped vectors, as a share of these; small galleries must ask."""
+    if gallery.stats().segments[0].structure == "ivf-flat":
+        gallery.reindex(IndexSettings(structure="ivf-pq"))
     (segment, *_) = gallery.stats().segments
-    share = segment.memory_bytes / (4 * width * rows)
-    report.row("memory of the structure", f"lookalike, {segment.structure}", rows, share, "x float32", recall=recall)
+    recall = recall_of_keys(gallery._live.snapshot.search(Recall(RECALL), K), queries_QD, truth_QK)
+    share = segment.memory_bytes / (4 * queries_QD.shape[1] * segment.rows)
+    what = "memory of the structure"
+    report.row(what, f"lookalike, {segment.structure}", segment.rows, share, "x float32", recall=recall)
+    report.at_least(f"recall of the compressed plan at {segment.rows:,}", recall, 0.95)
     if segment.structure != "exact":
-        report.at_most(f"compressed plan at {rows:,}, x float32", share, 0.2)
+        report.at_most(f"compressed plan at {segment.rows:,}, x float32", share, 0.2)
+
+
+def rounded(
+    report: Report, folder: Path, rows: int, queries_QD: Vectors, truth_QK: np.ndarray, judge: Judge, *, seconds: float
+) -> None:
+    """Exact search of the same gallery with its vectors in float32 and in float16: whole calls, and memory."""
+    residents = []
+    for vectors in ROUNDINGS:
+        engine = f"lookalike, exact, {vectors}"
+        with Catalog(folder, seal_after=10**9) as catalog:
+            gallery = catalog.get("bench")
+            gallery.reindex(IndexSettings(structure="exact", vectors=vectors))
+            recall = recall_of_keys(gallery._live.snapshot.search(Exact(), K), queries_QD, truth_QK)
+            whole = {engine: partial(_whole_call, gallery, judge)}
+            (taken,) = one_by_one(whole, queries_QD, seconds=seconds, clock=time.perf_counter).values()
+        residents.append(resident_of_ours(folder, queries_QD))
+        report.row("one exact query, whole call", engine, rows, taken, "us", recall=recall)
+        report.row("memory while searching", engine, rows, residents[-1] / 1e6, "MB", note="mapped pages included")
+    report.at_most(f"memory at {rows:,} in float16, x float32", residents[1] / residents[0], 0.6)
+
+
+def _whole_call(gallery: Gallery, judge: Judge, query_1D: Vectors) -> object:
+    return gallery.search(query_1D[0], k=K, judge=judge)
 
 
 def filled(catalog: Catalog, vectors_ND: Vectors) -> tuple[Gallery, Judge]:
@@ -153,7 +188,7 @@ def recall_of_keys(search: Any, queries_QD: Vectors, truth_QK: np.ndarray) -> fl
 
 
 def one_by_one(
-    engines: dict[str, Callable[[Vectors], object]],
+    engines: Mapping[str, Callable[[Vectors], object]],
     queries_QD: Vectors,
     *,
     seconds: float,
@@ -193,6 +228,7 @@ def durable_writes(report: Report, data: Data, folder: Path, *, quick: bool) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="30,000 rows instead of 100,000 and a million")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="instead of a million, to try the full form")
     parser.add_argument("--huge", action="store_true", help="grow to ten million rows too: half an hour, 20 GB of disk")
     parser.add_argument("--embeddings", type=Path, metavar="FILE", help="a .npy of real embeddings [N, D]")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write galleries; a temporary one")
@@ -212,26 +248,26 @@ def main() -> None:
     print(f"{where}\n\n| measured | rows | engine | figure | recall@10 | |\n| --- | ---: | --- | ---: | ---: | --- |")
     report = Report()
     seconds = 1.5 if options.quick else 10.0
-    exact_search(report, data, seconds=seconds)
-    for rows in (30_000,) if options.quick else (100_000, 1_000_000):
+    large = options.rows
+
+    def part(measure: Callable[..., None], *more: Any, **named: Any) -> None:
+        """In a folder of its own; what there is so far is written after it."""
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            approximate_search(report, data, rows, Path(folder), seconds=2 * seconds)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        durable_writes(report, data, Path(folder), quick=options.quick)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = 20_000 if options.quick else 1_000_000
-        beside_compaction(report, data, rows, Path(folder), seconds=seconds)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        Path(folder).chmod(0o755)  # PostgreSQL may run as another user
-        rows = 5_000 if options.quick else 100_000
-        beside_servers(report, data, rows, Path(folder), seconds=seconds / 3, peers=peers)
-    _write(report, options.json, where)
+            Path(folder).chmod(0o755)  # PostgreSQL may run as another user
+            measure(report, data, *more, Path(folder), **named)
+        _write(report, options.json, where)
+
+    exact_search(report, data, seconds=seconds)
+    for rows in (30_000,) if options.quick else sorted({min(100_000, large), large}):
+        part(approximate_search, rows, seconds=2 * seconds)
+    part(durable_writes, quick=options.quick)
+    rows, turns = (20_000, 5) if options.quick else (large, 2)
+    part(beside_compaction, rows, seconds=seconds / 2, turns=turns)
+    part(beside_servers, 5_000 if options.quick else min(50_000, large), seconds=seconds / 3, peers=peers)
     if not options.quick:
-        sizes = []
-        for rows in (100_000, 300_000, 1_000_000, *([3_000_000, 10_000_000] if options.huge else [])):
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                sizes.append(growth(report, data, rows, Path(folder)))
-            _write(report, options.json, where)
+        sizes: list[Size] = []
+        for rows in (large // 10, 3 * large // 10, large, *([3_000_000, 10_000_000] if options.huge else [])):
+            part(lambda *of_growth: sizes.append(growth(*of_growth)), rows)
             if options.plot is not None:
                 plot(sizes, options.plot)
     report.says()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import sys
 from typing import Literal
@@ -46,3 +47,15 @@ def trim_malloc() -> None:
     """
     if sys.platform.startswith("linux") and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def settle() -> None:
+    """Leave all objects that live now out of later passes of Python's garbage collector; those in circles go before.
+
+    Once a server has loaded what it serves: a whole pass over the objects of the libraries alone takes 130 ms, within
+    which nothing else runs and no deadline is looked at. Objects that nothing refers to any more are freed as before;
+    what has come to refer to itself goes when this is called again.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

@@ -21,7 +21,7 @@ from index.snapshot import Answer, Search
 Read = Callable[[Sequence[int]], list[Entry]]
 """What is said of the items of these keys."""
 
-_AT_ONCE = 1000  # entries read between two looks at the deadline: about 5 ms
+_AT_ONCE = 500  # entries read between two looks at the deadline: about 5 ms
 
 
 def decided(
@@ -57,6 +57,8 @@ def decided(
         truncated_Q = [all_of_them and len(rows) > most for rows in ranked_Q]
     else:
         truncated_Q = [False] * len(parts)
+    if deadline and len(dist_P) > _AT_ONCE:
+        deadline.check()
     decisions = judge.judge_all(dist_P)
     return [
         Found(
@@ -102,9 +104,13 @@ def _entries(keys: list[int], read: Read, deadline: Deadline | None) -> list[Ent
 
 
 def _ranked(rows: range, dist_P: Vectors, entries: Sequence[Entry], excluded: frozenset[str]) -> Sequence[int]:
-    """Rows of one answer by (distance, name), without the excluded."""
-    kept = [row for row in rows if entries[row].name not in excluded] if excluded else rows
-    here_R = dist_P[rows.start : rows.stop]
-    if not (here_R[1:] == here_R[:-1]).any():
-        return kept
-    return sorted(kept, key=lambda row: (dist_P[row], entries[row].name))
+    """Rows of one answer by (distance, name), without the excluded; they come by distance."""
+    kept = [row for row in rows if entries[row].name not in excluded] if excluded else list(rows)
+    dist_R = dist_P[kept]
+    tied = np.flatnonzero(dist_R[1:] == dist_R[:-1])
+    if len(tied):
+        apart = np.flatnonzero(np.diff(tied) > 1)
+        firsts, lasts = tied[np.append(0, apart + 1)], tied[np.append(apart, len(tied) - 1)] + 1
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            kept[first : last + 1] = sorted(kept[first : last + 1], key=lambda row: entries[row].name)
+    return kept

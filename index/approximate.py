@@ -12,8 +12,10 @@ import numpy as np
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
 from index.engine import Raw
-from index.exact import Hit, Rows, slack
-from index.structures import Living, Structure
+from index.exact import Hit, Rows
+from index.halves import Take
+from index.living import Living
+from index.structures import Structure
 
 DEFAULT_RESCORE = 4
 
@@ -29,7 +31,7 @@ _FAR = 3.99  # of squared distances: beyond, all are cut at distance 2 and tie
 
 def nearest(
     structure: Structure,
-    vectors_ND: Vectors,
+    take: Take,
     queries_QD: Vectors,
     k: int,
     effort: Raw,
@@ -37,30 +39,36 @@ def nearest(
     living: Living | None = None,
     deadline: Deadline | None = None,
 ) -> Iterator[Hit]:
-    """For each query the k nearest of its candidates, and all of these that tie with the k-th; maybe fewer."""
+    """For each query the k nearest of its candidates, and all of these that tie with the k-th; maybe fewer.
+
+    `take` gives the vectors of rows that decide.
+    """
     if len(queries_QD) == 1:
         if deadline:
             deadline.check()
-        return iter((_nearest_of_one(structure, vectors_ND, queries_QD, k, effort, living),))
-    return _nearest_of_many(structure, vectors_ND, queries_QD, k, effort, living, deadline)
+        return iter((_nearest_of_one(structure, take, queries_QD, k, effort, living),))
+    return _nearest_of_many(structure, take, queries_QD, k, effort, living, deadline)
 
 
 def _nearest_of_one(
-    structure: Structure, vectors_ND: Vectors, query_1D: Vectors, k: int, effort: Raw, living: Living | None
+    structure: Structure, take: Take, query_1D: Vectors, k: int, effort: Raw, living: Living | None
 ) -> Hit:
     count = min(k * (effort.rescore or DEFAULT_RESCORE), structure.rows)
     rows_1C, squared_1C = structure.refined(query_1D, min(k + _SPARE, count), count, effort, living)
-    rows_C = rows_1C[0]
-    if not _is_whole(squared_1C[0], k, count, query_1D.shape[1]):
+    rows_C, squared_C = rows_1C[0], squared_1C[0]
+    if len(rows_C) > k and squared_C.item(k - 1) + 2 * structure.slack < min(squared_C.item(k), _FAR):
+        near_K = rows_C[:k]  # certainly, and alone: the next one lies farther, whatever the errors of both
+        return near_K, distances(query_1D[0], take(near_K))
+    if not _is_whole(squared_C, k, count, structure.slack):
         rows_C = structure.candidates(query_1D, count, effort, living)[0]
     if rows_C[-1] < 0:
         rows_C = rows_C[rows_C >= 0]
-    return _cut(rows_C, distances(query_1D[0], vectors_ND.take(rows_C, 0)), k)
+    return _cut(rows_C, distances(query_1D[0], take(rows_C)), k)
 
 
 def _nearest_of_many(
     structure: Structure,
-    vectors_ND: Vectors,
+    take: Take,
     queries_QD: Vectors,
     k: int,
     effort: Raw,
@@ -74,31 +82,31 @@ def _nearest_of_many(
             deadline.check()
         some_qD = np.ascontiguousarray(queries_QD[start : start + _QUERIES_AT_ONCE], np.float32)
         rows_qC, squared_qC = structure.refined(some_qD, keep, count, effort, living)
-        dist_qC = _pairs(some_qD, vectors_ND, rows_qC)
+        dist_qC = _pairs(some_qD, take, rows_qC)
         dist_qC[rows_qC < 0] = np.inf
         kth_q = np.partition(dist_qC, k - 1, axis=1)[:, k - 1 : k] if keep > k else np.full((len(some_qD), 1), np.inf)
         kept_qC = (dist_qC <= kth_q) & (rows_qC >= 0)
         for at, (rows_C, squared_C, dist_C, kept_C) in enumerate(
             zip(rows_qC, squared_qC, dist_qC, kept_qC, strict=True)
         ):
-            if _is_whole(squared_C, k, count, queries_QD.shape[1]):
+            if _is_whole(squared_C, k, count, structure.slack):
                 yield rows_C[kept_C], dist_C[kept_C]
             else:
-                yield _nearest_of_one(structure, vectors_ND, some_qD[at : at + 1], k, effort, living)
+                yield _nearest_of_one(structure, take, some_qD[at : at + 1], k, effort, living)
 
 
-def _is_whole(squared_C: Vectors, k: int, count: int, width: int) -> bool:
+def _is_whole(squared_C: Vectors, k: int, count: int, slack: float) -> bool:
     """Whether the k nearest of `count` candidates, and what ties with them, are certainly among those kept."""
     if len(squared_C) == count:
         return True
     # A row that was not kept lies no nearer than the last one kept, but for the errors of both.
     kth, last = squared_C.item(k - 1), squared_C.item(-1)
-    return last > _NONE or kth + 2 * slack(width) < min(last, _FAR)
+    return last > _NONE or kth + 2 * slack < min(last, _FAR)
 
 
 def within(
     structure: Structure,
-    vectors_ND: Vectors,
+    take: Take,
     query_D: Vectors,
     threshold: float,
     effort: Raw,
@@ -113,7 +121,7 @@ def within(
             deadline.check()
         (rows_C,) = structure.candidates(query_D[None], count, effort, living)
         returned = rows_C[rows_C >= 0]
-        dist_C = distances(query_D, vectors_ND[returned])
+        dist_C = distances(query_D, take(returned))
         inside_C = dist_C <= np.float32(threshold)
         # Candidates come in the structure's own order, which is near the true one: the threshold has been passed
         # when nothing of the last quarter lies within.
@@ -123,14 +131,16 @@ def within(
         count *= 4
 
 
-def _pairs(queries_qD: Vectors, vectors_ND: Vectors, rows_qC: Rows) -> Vectors:
+def _pairs(queries_qD: Vectors, take: Take, rows_qC: Rows) -> Vectors:
     """Distances [q, C]; where there is no row, of any."""
     query_P = np.repeat(np.arange(len(queries_qD)), rows_qC.shape[1])
-    return distances_of_pairs(queries_qD[query_P], vectors_ND[rows_qC.ravel()]).reshape(rows_qC.shape)
+    return distances_of_pairs(queries_qD[query_P], take(np.maximum(rows_qC.ravel(), 0))).reshape(rows_qC.shape)
 
 
 def _cut(rows_C: Rows, dist_C: Vectors, k: int) -> Hit:
     if len(dist_C) <= k:
         return rows_C, dist_C
-    kept_C = dist_C <= np.partition(dist_C, k - 1)[k - 1]
+    risen_C = dist_C.copy()
+    risen_C.partition(k - 1)  # of so few, numpy's function takes twice as long as its method
+    kept_C = dist_C <= risen_C[k - 1]
     return rows_C[kept_C], dist_C[kept_C]

@@ -65,6 +65,14 @@ class Readers:
         for connection in unused:
             connection.close()
 
+    def shrink(self) -> None:
+        """Close connections that nobody uses, and with them what they keep of the file."""
+        with self._lock:
+            unused = list(self._idle)
+            self._idle.clear()
+        for connection in unused:
+            connection.close()
+
     def _take_back(self, connection: sqlite3.Connection | None) -> None:
         with self._lock:
             self._lent -= 1

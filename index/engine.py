@@ -90,6 +90,8 @@ class Progress:
 OnProgress: TypeAlias = Callable[[Progress], None]
 """Called from the working thread, not more often than ten times a second; what it raises ends the operation."""
 
+Precision: TypeAlias = Literal["float32", "float16"]
+
 Structure: TypeAlias = Literal["auto", "exact", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq"]
 
 
@@ -105,6 +107,9 @@ class IndexSettings:
     """Distance that the recall of matches is tuned at; None takes the learned margin that searches judge with."""
     memory_bytes: int | None = None
     """Most that structures may take in memory, besides mapped vectors; None for no bound."""
+    vectors: Precision = "float32"
+    """What sealed vectors are kept in beside the store. "float16" takes half the memory; decisions are the same, and
+    each search reads its candidates from the store."""
 
 
 # What is answered

@@ -26,9 +26,6 @@ Rows = NDArray[np.intp]
 Hit = tuple[Rows, Vectors]
 """Rows and their exact distances, of one query."""
 
-# FAISS takes its matrix product from this number of queries on; its own default is over a thousand, and 5 times slower.
-faiss.cvar.distance_compute_blas_threshold = 1
-
 _PRODUCT_FROM = 4  # queries, below which a product of one query with all rows is faster
 _PAIRS_AT_ONCE = 2**21  # candidates of all queries of one product
 _STEP = 5 * 10**8  # multiplications between two looks at the deadline: below 25 ms in one thread
@@ -49,7 +46,7 @@ def nearest(spans: Sequence[Span], queries_QD: Vectors, k: int, *, deadline: Dea
     Rows count on through the spans. Raises Cancelled or DeadlineExceeded.
     """
     rows = sum(len(span.norms_N) for span in spans)
-    wanted = _padded(k)
+    wanted = padded(k)
     if len(queries_QD) < _PRODUCT_FROM or 4 * wanted > rows:
         for query_D in queries_QD:
             yield _nearest_of_one(spans, query_D, k, deadline)
@@ -78,6 +75,18 @@ def slack(embedding_dim: int) -> float:
     return 5 * (embedding_dim + 32) * 2.0**-24
 
 
+def take_products_from_few(embedding_dim: int) -> None:
+    """Let FAISS measure `_PRODUCT_FROM` queries or more by a matrix product, fewer one by one; for the process.
+
+    It compares queries times width. By its own default batches below a thousand are measured one by one, 5 times
+    slower; by a product one query is 3 to 6 times slower, such as a choice of lists. Galleries of other widths may set
+    it otherwise meanwhile: that costs time alone.
+    """
+    least = _PRODUCT_FROM * embedding_dim
+    if faiss.cvar.distance_compute_blas_threshold != least:
+        faiss.cvar.distance_compute_blas_threshold = least
+
+
 def squared_lengths(vectors_ND: Vectors) -> Vectors:
     """|x|² of each row, float32 [N]."""
     lengths_N: Vectors = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
@@ -98,7 +107,7 @@ def gather(arrays: Sequence[NDArray[Any]], rows_R: Rows) -> NDArray[Any]:
     return out
 
 
-def _padded(k: int) -> int:
+def padded(k: int) -> int:
     """How many candidates to take of each product, so that ties within the slack are nearly always among them."""
     return k + 16 + k // 8
 
@@ -109,7 +118,7 @@ def _nearest_of_one(spans: Sequence[Span], query_D: Vectors, k: int, deadline: D
     if not k:
         return np.empty(0, np.intp), np.empty(0, np.float32)
     farthest = _bound_of_smallest(ranks_N, k) + _squared_length(query_D)
-    return _cut(*_measured(spans, query_D, ranks_N, farthest, deadline), k)
+    return cut(*_measured(spans, query_D, ranks_N, farthest, deadline), k)
 
 
 def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Hit]:
@@ -124,7 +133,7 @@ def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadlin
             if deadline:
                 deadline.check()
             end = min(count, start + (step or count))
-            wanted = min(_padded(k), end - start)
+            wanted = min(padded(k), end - start)
             sq_QC, at_QC = _product(queries_QD, span.vectors_ND[start:end], span.norms_N[start:end], wanted)
             if wanted < end - start:  # rows that the product did not return are no nearer than its last
                 np.minimum(unseen_Q, sq_QC[:, -1], out=unseen_Q)
@@ -145,7 +154,7 @@ def _nearest_of_many(spans: Sequence[Span], queries_QD: Vectors, k: int, deadlin
             deadline.check()
         if whole_Q[query]:
             here = slice(ends_Q[query], ends_Q[query + 1])
-            yield _cut(rows_P[here], dist_P[here], k)
+            yield cut(rows_P[here], dist_P[here], k)
         else:
             yield _nearest_of_one(spans, query_D, k, deadline)
 
@@ -157,6 +166,7 @@ def _product(queries_QD: Vectors, vectors_ND: Vectors, norms_N: Vectors, count: 
     rows_QC = np.empty((queries, count), np.int64)
     vectors_ND, norms_N = np.ascontiguousarray(vectors_ND), np.ascontiguousarray(norms_N)
     pointers = [faiss.swig_ptr(array) for array in (squared_QC, rows_QC, norms_N)]
+    take_products_from_few(queries_QD.shape[1])
     with one_thread():
         faiss.knn_L2sqr(
             faiss.swig_ptr(queries_QD), faiss.swig_ptr(vectors_ND), queries_QD.shape[1], queries, rows, count, *pointers
@@ -202,7 +212,7 @@ def _measured(
     return rows_R, dist_R
 
 
-def _cut(rows_R: Rows, dist_R: Vectors, k: int) -> Hit:
+def cut(rows_R: Rows, dist_R: Vectors, k: int) -> Hit:
     """The k nearest of these, and all that tie with the k-th."""
     if len(dist_R) <= k:
         return rows_R, dist_R

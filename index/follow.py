@@ -82,7 +82,9 @@ class Following(Live):
             known = {} if self._taken is None else {one.digest: one for one in self._rows.segments}
             sums = Sums(self.folder / SUMS)
             segments = [
-                known.get(one.digest) or open_segment(self.segments_folder, one.digest, sums=sums) for one in sealed
+                known.get(one.digest)
+                or open_segment(self.segments_folder, one.digest, decisive=self.store.embeddings, sums=sums)
+                for one in sealed
             ]
             rows, next_key = LiveRows(segments, header.model.embedding_dim), sealed[-1].last_key + 1 if sealed else 0
             dead_R = moment.tombstones()

@@ -346,7 +346,7 @@ class Gallery:
         if allowed is None:
             return None
         return snapshot.remembered(allowed.text) or snapshot.allow(
-            allowed.text, self._live.store.accepted(allowed, snapshot.generation, deadline)
+            allowed.text, self._live.store.accepted(allowed, snapshot.generation, deadline), deadline
         )
 
     def _check_judge(self, judge: Judge) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
@@ -21,17 +21,19 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding.decision import Vectors
 from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
+from embedding.runtime import trim_malloc
 from index.deadline import Deadline
-from index.engine import IndexSettings, OnProgress, Progress
+from index.engine import IndexSettings, OnProgress, Precision, Progress
 from index.exact import Keys
 from index.group_commit import WriteQueue
+from index.halves import Stored
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
 from index.receipts import Token
+from index.room import room
 from index.rows import LiveRows
-from index.segments import ROWS_AT_ONCE, Planned, Segment, open_segment, remove_segments, write_segment
+from index.segments import ROWS_AT_ONCE, Blocks, Planned, Segment, open_segment, remove_segments, write_segment
 from index.snapshot import Part, Snapshot
 from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
 from index.structures import Plan
@@ -160,7 +162,9 @@ class Live:
             with self.write_lock():
                 since, sealed = self.snapshot, list(self._sealed)
                 last_key = self.store.header.next_key - 1
-            start = 0 if everything else self._merge_from(since)
+                start = 0 if everything else self._merge_from(since)
+                first_key = sealed[start - 1].last_key + 1 if start else 0
+                precise = self._read_again(since.parts[start:], first_key, last_key)
             nothing_new = not len(since.fresh.keys_N) and start == len(sealed)
             whole = everything and len(sealed) == 1 and not since.unsealed
             if (nothing_new or whole) and not (anew and sealed):
@@ -172,8 +176,8 @@ class Live:
                 ranges = sealed[:start]
                 merged = since.parts[start:]
                 if sum(part.size for part in merged):
-                    segment = self._write_segment(merged, since.generation, step)
-                    first_key = ranges[-1].last_key + 1 if ranges else 0
+                    rows = _living_rows(merged, step) if precise is None else _told(precise, since.size, step)
+                    segment = self._write_segment(rows, since.generation, step, moved=_moved(merged))
                     segments.append(segment)
                     ranges.append(
                         SealedRange(
@@ -184,9 +188,9 @@ class Live:
                         )
                     )
                 with self.write_lock():
-                    rows = self._rows.resealed(segments, since=since)
+                    live = self._rows.resealed(segments, since=since)
                     self.store.record_segments(ranges)
-                    self._adopt(rows, ranges, self.snapshot.generation)
+                    self._adopt(live, ranges, self.snapshot.generation)
             except OSError as error:
                 raise StorageFailed(f"gallery {self.id!r} cannot be sealed: {error}") from error
             finally:
@@ -196,6 +200,9 @@ class Live:
             self.last_failure = ""
             self.compactions += merges
             self.seals += not merges
+            del since, merged  # which hold what has just been replaced
+            if everything:
+                self._give_back()
 
     def rebuild(self, *, on_progress: OnProgress | None = None) -> None:
         """Write all segments anew from the store, a block at a time; writers wait for the first and the last step.
@@ -216,7 +223,7 @@ class Live:
             try:
                 if first is not None:
                     rows = _told(chain([first], blocks), size, step)
-                    segments = [self._write(rows, generation, lambda vectors_ND, path: Plan())]
+                    segments = [self._write(rows, generation, lambda vectors_ND, path: Plan(), self.settings.vectors)]
                     ranges = [
                         SealedRange(digest=segments[0].digest, first_key=0, last_key=last_key, generation=generation)
                     ]
@@ -239,6 +246,13 @@ class Live:
 
     # Within
 
+    def _give_back(self) -> None:
+        """Return what writing since the last compaction has left in caches and allocators."""
+        with self._writes.held():
+            if not self.closed:
+                self.store.shrink()
+        trim_malloc()
+
     def _opened_store(self) -> Store:
         return Store(self.folder / STORE, read_only=self.read_only)
 
@@ -248,7 +262,7 @@ class Live:
         sealed = self.store.segments()
         segments: list[Segment] = []
         try:
-            segments.extend(open_segment(self.segments_folder, one.digest, sums=self._sums) for one in sealed)
+            segments.extend(self._open(one.digest) for one in sealed)
         except DamagedData as error:
             # Those that follow are smaller: they are written anew with it, which keeps keys in order.
             _log.warning("gallery %r: %s; taking its vectors from the store instead", self.id, error)
@@ -356,17 +370,32 @@ class Live:
             self.last_failure = str(error)
             _log.warning("gallery %r stays unsealed for now: %s", self.id, error)
 
-    def _write_segment(self, parts: Sequence[Part], generation: int, step: _Telling) -> Segment:
+    def _read_again(self, parts: Sequence[Part], first_key: int, last_key: int) -> Blocks | None:
+        """The rows of these parts from the store, of this generation, where they are kept rounded and are not to be.
+
+        The caller holds the write lock.
+        """
+        if self.settings.vectors == "float16" or not any(part.halves for part in parts):
+            return None
+        blocks = self.store.vectors(first_key, last_key)
+        first = next(blocks, None)  # from here on what it reads is of this generation
+        return chain([first], blocks) if first is not None else []
+
+    def _write_segment(self, rows: Blocks, generation: int, step: _Telling, *, moved: float) -> Segment:
         settings = self.settings
         return self._write(
-            _living_rows(parts, step),
+            rows,
             generation,
             lambda vectors_ND, path: plan_segment(
                 vectors_ND, path, settings=settings, margin=settings.margin, step=step
             ),
+            settings.vectors,
+            moved,
         )
 
-    def _write(self, rows: Iterable[tuple[Keys, Vectors]], generation: int, planned: Planned) -> Segment:
+    def _write(
+        self, rows: Blocks, generation: int, planned: Planned, vectors: Precision, moved: float = 0.0
+    ) -> Segment:
         digest = write_segment(
             self.segments_folder,
             rows,
@@ -374,8 +403,13 @@ class Live:
             model_fingerprint=self.store.header.model.fingerprint,
             generation=generation,
             planned=planned,
+            vectors=vectors,
+            moved=moved,
         )
-        return open_segment(self.segments_folder, digest, sums=self._sums)
+        return self._open(digest)
+
+    def _open(self, digest: str) -> Segment:
+        return open_segment(self.segments_folder, digest, decisive=self.store.embeddings, sums=self._sums)
 
     def _oldest_read(self) -> int:
         """The oldest generation that a reader may still use; the caller holds the write lock."""
@@ -407,10 +441,16 @@ class _Telling:
             self._on_progress(Progress(stage=stage, done=done, total=total))
 
 
-def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Vectors]]:
+def _moved(parts: Sequence[Part]) -> float:
+    """How far rounding has moved any row of these parts at most."""
+    return max((part.segment.manifest.moved for part in parts if part.segment), default=0.0)
+
+
+def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Stored]]:
     total, done = sum(len(part.keys_N) for part in parts), 0
     for part in parts:
-        living_N = np.ones(len(part.keys_N), np.bool_)
+        living_N = room((len(part.keys_N),), np.bool_)
+        living_N[:] = True
         living_N[part.dead_R] = False
         for start in range(0, len(living_N), ROWS_AT_ONCE):
             step("copying", done, total)
@@ -420,7 +460,7 @@ def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, 
             yield part.keys_N[here][keep_n], part.vectors_ND[here][keep_n]
 
 
-def _told(blocks: Iterable[tuple[Keys, Vectors]], total: int, step: _Telling) -> Iterator[tuple[Keys, Vectors]]:
+def _told(blocks: Blocks, total: int, step: _Telling) -> Iterator[tuple[Keys, Stored]]:
     done = 0
     for keys_N, vectors_ND in blocks:
         step("copying", done, total)

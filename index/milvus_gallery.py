@@ -345,12 +345,17 @@ class MilvusGallery:
 
 
 def check_settings(settings: IndexSettings) -> None:
-    """Raises NotSupported for a structure that this engine does not have, InvalidInput for a recall that none has."""
+    """Raises NotSupported for what this engine does not have, InvalidInput for a recall that none has."""
     if settings.structure not in {"auto", "exact"}:
         raise NotSupported(
             f"galleries on Milvus are searched exactly; structure {settings.structure!r} is one of the embedded "
             "engine: ask for auto or exact",
             field="index.structure",
+        )
+    if settings.vectors != "float32":
+        raise NotSupported(
+            f"galleries on Milvus keep float32 vectors; {settings.vectors} is of the embedded engine: ask for float32",
+            field="index.vectors",
         )
     if not 0 < settings.min_recall <= 1:
         raise InvalidInput(f"min_recall must lie in (0, 1]; got {settings.min_recall}", field="index.min_recall")

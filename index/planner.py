@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from embedding.decision import Vectors
 from index import approximate, exact
 from index.engine import Effort, Exact, IndexSettings, Raw, Recall
 from index.engine import Structure as Kind
-from index.exact import Rows, Span
+from index.exact import Hit, Rows, Span
+from index.halves import HalfRows, Stored
 from index.structures import POINTS_PER_LIST, Plan, Point, Step, Structure, build_hnsw, build_ivf, load_structure, steps
 
 CROSSOVER = 20_000
@@ -28,6 +30,10 @@ CROSSOVER = 20_000
 
 The times cross near 4,000 rows. See docs/performance.md.
 """
+
+WHOLE_BYTES = 64 * 2**20
+"""Bytes of float32 rows up to which a second copy of them, in lists, is worth its memory: no codes are read, nothing is
+refined, and a search takes two thirds of the time."""
 
 HNSW_MOST = 250_000
 """Rows beyond which a graph takes minutes to build; asked for by name it is built all the same."""
@@ -41,13 +47,15 @@ _MATCHED = 100  # queries whose matches are looked for
 _TIMED = 25
 _RESCORES = {10: (1, 2, 4, 8, 16, 32), 100: (1, 2, 4)}
 _WORTHWHILE = 0.5  # of the time of exact search
+_WHOLE_WORTHWHILE = 0.1  # the same for lists of whole rows: where more of these are read, codes are read faster
 _Z = 1.645  # one-sided 95 %
 _PERFECT = 0.9999
 
 
-def plan_segment(vectors_ND: Vectors, path: Path, *, settings: IndexSettings, margin: float | None, step: Step) -> Plan:
+def plan_segment(vectors_ND: Stored, path: Path, *, settings: IndexSettings, margin: float | None, step: Step) -> Plan:
     """Write the structure that pays for these rows to `path`, or nothing where exact search does better.
 
+    Rows that are rounded are measured as they are: what is read from the store later decides, and finds no others.
     `margin` is the distance that the recall of matches is measured at; None measures the 10 nearest alone.
     """
     rows = len(vectors_ND)
@@ -59,7 +67,8 @@ def plan_segment(vectors_ND: Vectors, path: Path, *, settings: IndexSettings, ma
     for kind in kinds:
         plan = trial.of(kind, path)
         point = cheapest(plan, settings.min_recall)
-        if asked_for or (point and point.microseconds <= _WORTHWHILE * plan.exact_microseconds):
+        most = _WHOLE_WORTHWHILE if kind == "ivf-flat" else _WORTHWHILE
+        if asked_for or (point and point.microseconds <= most * plan.exact_microseconds):
             return plan
         path.unlink(missing_ok=True)
     return Plan(exact_microseconds=trial.exact_microseconds, queries=len(trial.queries_R), margin=margin)
@@ -129,7 +138,9 @@ def _kinds(settings: IndexSettings, rows: int, width: int) -> list[Kind]:
         return ["ivf-sq8" if settings.structure == "ivf-pq" and not pairs else settings.structure]
     if rows < CROSSOVER:
         return []
-    wanted: list[Kind] = ["ivf-pq", "ivf-sq8"] if pairs else ["ivf-sq8"]
+    whole = settings.vectors == "float32" and 4 * width * rows <= WHOLE_BYTES
+    wanted: list[Kind] = ["ivf-flat"] if whole else []
+    wanted += ["ivf-pq", "ivf-sq8"] if pairs else ["ivf-sq8"]
     if rows <= HNSW_MOST:
         wanted.append("hnsw")
     return [
@@ -147,11 +158,29 @@ def lists_for(rows: int) -> int:
     return 1 << max(4, round(math.log2(2 * math.sqrt(rows))))
 
 
+class _Scan:
+    """Exact search of one segment's rows, as they are."""
+
+    def __init__(self, vectors_ND: Stored) -> None:
+        self._vectors_ND = vectors_ND
+        if vectors_ND.dtype == np.float16:
+            halves = HalfRows(vectors_ND, self.take, moved=0.0)
+            self.nearest: Callable[[Vectors, int], Iterator[Hit]] = halves.nearest
+            self.within: Callable[[Vectors, float], Hit] = halves.within
+        else:
+            spans = [Span(vectors_ND=vectors_ND, norms_N=exact.squared_lengths(vectors_ND))]
+            self.nearest, self.within = partial(exact.nearest, spans), partial(exact.within, spans)
+
+    def take(self, rows_R: Rows) -> Vectors:
+        return self._vectors_ND.take(rows_R, 0).astype(np.float32, copy=False)
+
+
 class _Trial:
     """Held-out queries of one segment, and their true answers."""
 
-    def __init__(self, vectors_ND: Vectors, margin: float | None, step: Step, *, whole_curve: bool) -> None:
+    def __init__(self, vectors_ND: Stored, margin: float | None, step: Step, *, whole_curve: bool) -> None:
         self._vectors_ND = vectors_ND
+        self._scan = _Scan(vectors_ND)
         self._margin = margin
         self._step = step
         rows = len(vectors_ND)
@@ -159,7 +188,7 @@ class _Trial:
         self._lists = lists_for(rows)
         self._order = rng.permutation(rows)[: _HELD_OUT + POINTS_PER_LIST * self._lists]
         self.queries_R = self._order[:_HELD_OUT]
-        self._queries_QD = np.ascontiguousarray(vectors_ND[self.queries_R])
+        self._queries_QD = self._scan.take(self.queries_R)
         self._measure_truth()
         self._longest = math.inf if whole_curve else self.exact_microseconds
 
@@ -169,7 +198,7 @@ class _Trial:
         if kind == "hnsw":
             build_hnsw(self._vectors_ND, path, self._step)
         else:
-            sample_SD = np.ascontiguousarray(self._vectors_ND[sample_R])
+            sample_SD = self._scan.take(sample_R)
             build_ivf(kind, self._vectors_ND, sample_SD, self._lists, path, self._step)
         plan = Plan(
             structure=kind,
@@ -184,21 +213,20 @@ class _Trial:
 
     def _measure_truth(self) -> None:
         self._step("measuring", 0, 1)
-        span = [Span(vectors_ND=self._vectors_ND, norms_N=exact.squared_lengths(self._vectors_ND))]
         self._kth: dict[int, list[float]] = {k: [] for k in KS}
-        found = exact.nearest(span, self._queries_QD, max(KS) + 1)
+        found = self._scan.nearest(self._queries_QD, max(KS) + 1)
         for (rows_R, dist_R), own in zip(found, self.queries_R, strict=True):
             others_R = np.sort(dist_R[rows_R != own])
             for k in KS:
                 self._kth[k].append(float(others_R[:k][-1]))
         self.exact_microseconds = _median_microseconds(
-            lambda query_D: next(exact.nearest(span, query_D[None], KS[0])), self._queries_QD[:5]
+            lambda query_D: next(self._scan.nearest(query_D[None], KS[0])), self._queries_QD[:5]
         )
         self._matches: list[Rows] = []
         if self._margin is not None:
             for query_D, own in zip(self._queries_QD[:_MATCHED], self.queries_R, strict=False):
                 self._step("measuring", len(self._matches), _MATCHED)
-                rows_R, _ = exact.within(span, query_D, self._margin)
+                rows_R, _ = self._scan.within(query_D, self._margin)
                 self._matches.append(rows_R[rows_R != own])
 
     def _curve(self, structure: Structure) -> list[Point]:
@@ -223,10 +251,11 @@ class _Trial:
         points: list[Point] = []
         matches = [self._match_recall(structure, row, effort) for row in range(len(self._matches))]
         match_mean, match_least = _mean_and_least([recall for recall in matches if recall is not None])
-        for rescore in _RESCORES[k]:
+        whole = structure.plan.structure == "ivf-flat"  # whose candidates come measured, however many
+        for rescore in (approximate.DEFAULT_RESCORE,) if whole else _RESCORES[k]:
             asked = replace(effort, rescore=rescore)
             queries_QD = self._queries_QD[: _QUERIES[k]]
-            found = approximate.nearest(structure, self._vectors_ND, queries_QD, k + 1, asked)
+            found = approximate.nearest(structure, self._scan.take, queries_QD, k + 1, asked)
             recalls = [self._recall(row, k, rows_R, dist_R) for row, (rows_R, dist_R) in enumerate(found)]
             mean, least = _mean_and_least(recalls)
             points.append(
@@ -247,7 +276,7 @@ class _Trial:
 
     def _microseconds(self, structure: Structure, effort: Raw, k: int) -> float:
         def ask(query_D: Vectors) -> object:
-            return next(approximate.nearest(structure, self._vectors_ND, query_D[None], k, effort))
+            return next(approximate.nearest(structure, self._scan.take, query_D[None], k, effort))
 
         return _median_microseconds(ask, self._queries_QD[:_TIMED])
 
@@ -260,7 +289,7 @@ class _Trial:
         truth_R = self._matches[row]
         if not len(truth_R) or self._margin is None:
             return None
-        rows_R, _ = approximate.within(structure, self._vectors_ND, self._queries_QD[row], self._margin, effort)
+        rows_R, _ = approximate.within(structure, self._scan.take, self._queries_QD[row], self._margin, effort)
         return float(np.isin(truth_R, rows_R).mean())
 
 

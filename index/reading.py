@@ -90,6 +90,13 @@ class Reading:
         if not self._is_pinned:
             self._own.close()
 
+    def shrink(self) -> None:
+        """Give back what is kept of the file in memory; no write is under way in another thread."""
+        with translated(self._path):
+            self._own.execute("PRAGMA shrink_memory")
+        self._readers.shrink()
+        self._entries = Remembered[Entry]()
+
     @property
     def path(self) -> Path:
         return self._path
@@ -176,6 +183,19 @@ class Reading:
             keys_R = np.fromiter((key for (key,) in rows), np.int64)
         keys_R.sort()
         return keys_R
+
+    def embeddings(self, keys_R: Keys) -> Vectors:
+        """The vectors [R, D] of these item versions, which may repeat; the dead ones while a snapshot shows them."""
+        keys, width = keys_R.tolist(), self.header.model.embedding_dim
+        wanted = list(dict.fromkeys(keys))
+        with self._readers.lend() as connection:
+            found: dict[int, bytes] = dict(
+                connection.execute(f"SELECT key, embedding FROM items WHERE key IN {_among(wanted)}", _given(wanted))
+            )
+        if len(found) != len(wanted) or any(len(blob) != 4 * width for blob in found.values()):
+            raise DamagedData(f"{self._path} has lost items or holds them damaged; restore it from a copy")
+        vectors_RD = np.frombuffer(b"".join([found[key] for key in keys]), _F4).reshape(len(keys), width)
+        return vectors_RD.astype(np.float32, copy=False)
 
     def segments(self) -> list[SealedRange]:
         """The segments to open, by rising keys."""

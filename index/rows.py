@@ -14,8 +14,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from embedding.decision import Vectors
 from index.exact import Keys, squared_lengths
+from index.room import room
 from index.segments import Segment
 from index.snapshot import Part, Snapshot
+
+_KILLED_AT_ONCE = 2**15  # keys, so that what is made of them on the way stays small
 
 
 class Growable:
@@ -32,7 +35,7 @@ class Growable:
         """Make room for `more` rows, so that extending by them cannot fail for want of memory."""
         needed = self._length + more
         if needed > len(self._buffer):
-            larger = np.empty((max(needed, 2 * len(self._buffer)), *self._buffer.shape[1:]), self._buffer.dtype)
+            larger = room((max(needed, 2 * len(self._buffer)), *self._buffer.shape[1:]), self._buffer.dtype)
             larger[: self._length] = self._buffer[: self._length]
             self._buffer = larger
 
@@ -79,12 +82,12 @@ class LiveRows:
 
     def kill(self, keys_R: Keys) -> None:
         """Mark the rows of these keys as dead; each key at most once, and unknown keys are left out."""
-        if not len(keys_R):
-            return
-        for part, dead in zip([*self._sealed, self._fresh()], self._dead, strict=True):
-            rows_R = part.rows_of(keys_R)
-            if len(rows_R):
-                dead.extend(rows_R)
+        parts = [*self._sealed, self._fresh()]
+        for start in range(0, len(keys_R), _KILLED_AT_ONCE):
+            for part, dead in zip(parts, self._dead, strict=True):
+                rows_R = part.rows_of(keys_R[start : start + _KILLED_AT_ONCE])
+                if len(rows_R):
+                    dead.extend(rows_R)
 
     def snapshot(self, generation: int) -> Snapshot:
         """An immutable view of all rows so far, without copying any."""
@@ -106,7 +109,8 @@ class LiveRows:
         first = len(since.fresh.keys_N)
         rows.append(now.fresh.keys_N[first:], now.fresh.vectors_ND[first:])
         for part in now.parts:
-            rows.kill(part.keys_N[part.dead_R])
+            for start in range(0, len(part.dead_R), _KILLED_AT_ONCE):
+                rows.kill(part.keys_N[part.dead_R[start : start + _KILLED_AT_ONCE]])
         return rows
 
     def _fresh(self) -> Part:

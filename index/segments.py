@@ -1,9 +1,10 @@
 """Immutable sealed vectors on disk: a view of the store that can be rebuilt from it at any time.
 
     segments/<first 16 digits of the manifest's SHA-256>/
-        vectors.f32     [N, D] little-endian float32, memory-mapped
+        vectors.f32     [N, D] little-endian float32, memory-mapped; or
+        vectors.f16     the same rounded to float16
         norms.f32       [N] little-endian float32: their squared lengths, memory-mapped
-        keys.i64        [N] little-endian int64, rising
+        keys.i64        [N] little-endian int64, rising, memory-mapped
         index.faiss     where the planner chose a structure over the rows, memory-mapped
         manifest.json   what it holds, how the structure was measured, sizes and SHA-256 of all files
 
@@ -13,6 +14,7 @@ is never served. A segment is written under a temporary name, synced, and rename
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -23,26 +25,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedding.decision import Vectors
 from embedding.errors import DamagedData
+from index.engine import Precision
 from index.exact import Keys, squared_lengths
+from index.halves import HalfRows, Stored, Take, rounded
 from index.structures import Plan, Structure, load_structure
 from index.sums import FileSum, Sums
 
 MANIFEST = "manifest.json"
-VECTORS = "vectors.f32"
+VECTORS: dict[Precision, str] = {"float32": "vectors.f32", "float16": "vectors.f16"}
 NORMS = "norms.f32"
 KEYS = "keys.i64"
 INDEX = "index.faiss"
 
-ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 4096
 
 _SYNC_BYTES = 8 * 2**20
+_DTYPES: dict[Precision, str] = {"float32": "<f4", "float16": "<f2"}
 
-Planned = Callable[[Vectors, Path], Plan]
+Planned = Callable[[Stored, Path], Plan]
 """Chooses and writes a structure over [N, D] mapped vectors to a path, or writes nothing for an exact plan."""
+
+Blocks = Iterable[tuple[Keys, Stored]]
+"""Keys and their vectors."""
+
+Decisive = Callable[[Keys], Vectors]
+"""The store's own vectors [R, D] of these keys, in their order."""
 
 
 class Manifest(BaseModel):
@@ -58,6 +70,9 @@ class Manifest(BaseModel):
     """All rows were living in it."""
     rows: int
     embedding_dim: int
+    vectors: Precision = "float32"
+    moved: float = 0.0
+    """How far rounding to `vectors` has moved any row at most."""
     plan: Plan
     files: dict[str, FileSum]
 
@@ -69,9 +84,13 @@ class Segment:
     digest: str
     manifest: Manifest
     keys_N: Keys
-    vectors_ND: Vectors
+    vectors_ND: Stored
     norms_N: Vectors
     structure: Structure | None
+    halves: HalfRows | None
+    """Exact search, where its vectors are rounded."""
+    take: Take
+    """The vectors of rows that decide."""
 
     @property
     def name(self) -> str:
@@ -84,22 +103,25 @@ class Segment:
 
 def write_segment(
     folder: Path,
-    rows: Iterable[tuple[Keys, Vectors]],
+    rows: Blocks,
     *,
     gallery: str,
     model_fingerprint: str,
     generation: int,
     planned: Planned,
+    vectors: Precision = "float32",
+    moved: float = 0.0,
 ) -> str:
     """Write blocks of keys and vectors, of which there is at least one row, and return the manifest's SHA-256.
 
+    `moved` is how far rounding has moved any of those that come rounded; these must be written so again.
     Raises OSError when the disk refuses; nothing is left behind then.
     """
     partial = folder / f".partial-{uuid.uuid4().hex}"
     partial.mkdir(parents=True)
     try:
-        files, shape = _write_rows(partial, rows)
-        plan = planned(_mapped(partial / VECTORS, shape), partial / INDEX)
+        files, shape, farthest = _write_rows(partial, rows, vectors)
+        plan = planned(_mapped(partial / VECTORS[vectors], shape, _DTYPES[vectors]), partial / INDEX)
         if (partial / INDEX).exists():
             _sync(partial / INDEX)
             files[INDEX] = FileSum.of(partial / INDEX)
@@ -109,6 +131,8 @@ def write_segment(
             generation=generation,
             rows=shape[0],
             embedding_dim=shape[1],
+            vectors=vectors,
+            moved=max(moved, farthest),
             plan=plan,
             files=files,
         )
@@ -128,10 +152,11 @@ def write_segment(
     return digest
 
 
-def open_segment(folder: Path, digest: str, *, sums: Sums | None = None) -> Segment:
+def open_segment(folder: Path, digest: str, *, decisive: Decisive, sums: Sums | None = None) -> Segment:
     """Map the segment of this manifest sum, after its checksums have been verified.
 
-    `sums` remembers those of files that have not changed since. Raises DamagedData, saying what does not agree.
+    `decisive` is asked where its own vectors are rounded; `sums` remembers those of files that have not changed since.
+    Raises DamagedData, saying what does not agree.
     """
     path = segment_path(folder, digest)
     sums = sums or Sums.none()
@@ -143,15 +168,27 @@ def open_segment(folder: Path, digest: str, *, sums: Sums | None = None) -> Segm
         for name, wanted in manifest.files.items():
             if sums.of(path / name) != wanted:
                 raise DamagedData(f"{path / name} does not agree with its checksum")
-        rows = manifest.rows
-        vectors_ND = _mapped(path / VECTORS, (rows, manifest.embedding_dim))
+        rows, moved = manifest.rows, manifest.moved
+        vectors_ND = _mapped(
+            path / VECTORS[manifest.vectors], (rows, manifest.embedding_dim), _DTYPES[manifest.vectors]
+        )
+        keys_N = _mapped(path / KEYS, (rows,), "<i8").astype(np.int64, copy=False)
+        structure = None
+        if INDEX in manifest.files:
+            structure = load_structure(path / INDEX, manifest.plan, vectors_ND, moved=moved)
+        is_rounded = manifest.vectors == "float16"
+        take: Take = functools.partial(np.ndarray.take, vectors_ND, axis=0)
+        if is_rounded:
+            take = lambda rows_R: decisive(keys_N[rows_R])  # noqa: E731
         return Segment(
             digest=digest,
             manifest=manifest,
-            keys_N=np.fromfile(path / KEYS, dtype="<i8", count=rows).astype(np.int64, copy=False),
+            keys_N=keys_N,
             vectors_ND=vectors_ND,
             norms_N=_mapped(path / NORMS, (rows,)),
-            structure=load_structure(path / INDEX, manifest.plan, vectors_ND) if INDEX in manifest.files else None,
+            structure=structure,
+            halves=HalfRows(vectors_ND, take, moved=moved) if is_rounded else None,
+            take=take,
         )
     except (OSError, ValueError, ValidationError) as error:
         raise DamagedData(f"segment {path} cannot be read: {error}") from error
@@ -178,18 +215,24 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_rows(folder: Path, rows: Iterable[tuple[Keys, Vectors]]) -> tuple[dict[str, FileSum], tuple[int, int]]:
+def _write_rows(folder: Path, rows: Blocks, precision: Precision) -> tuple[dict[str, FileSum], tuple[int, int], float]:
+    """The files, their shape, and how far rounding has moved any row."""
     count = width = 0
-    with _Writing(folder / VECTORS) as vectors, _Writing(folder / NORMS) as norms, _Writing(folder / KEYS) as keys:
+    farthest = 0.0
+    name = VECTORS[precision]
+    with _Writing(folder / name) as vectors, _Writing(folder / NORMS) as norms, _Writing(folder / KEYS) as keys:
         for keys_n, vectors_nD in _blocks(rows):
-            vectors.write(np.ascontiguousarray(vectors_nD, "<f4"))
-            norms.write(squared_lengths(vectors_nD).astype("<f4", copy=False))
+            if precision == "float16" and vectors_nD.dtype != np.float16:
+                vectors_nD, moved = rounded(vectors_nD)
+                farthest = max(farthest, moved)
+            vectors.write(np.ascontiguousarray(vectors_nD, _DTYPES[precision]))
+            norms.write(squared_lengths(vectors_nD.astype(np.float32, copy=False)).astype("<f4", copy=False))
             keys.write(np.ascontiguousarray(keys_n, "<i8"))
             count, width = count + len(keys_n), vectors_nD.shape[1]
-    return {VECTORS: vectors.sum, NORMS: norms.sum, KEYS: keys.sum}, (count, width)
+    return {name: vectors.sum, NORMS: norms.sum, KEYS: keys.sum}, (count, width), farthest
 
 
-def _blocks(rows: Iterable[tuple[Keys, Vectors]]) -> Iterator[tuple[Keys, Vectors]]:
+def _blocks(rows: Blocks) -> Iterator[tuple[Keys, Stored]]:
     for keys_N, vectors_ND in rows:
         for start in range(0, len(keys_N), ROWS_AT_ONCE):
             yield keys_N[start : start + ROWS_AT_ONCE], vectors_ND[start : start + ROWS_AT_ONCE]
@@ -234,5 +277,5 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> Vectors:
-    return np.asarray(np.memmap(path, dtype="<f4", mode="r", shape=shape))
+def _mapped(path: Path, shape: tuple[int, ...], dtype: str = "<f4") -> NDArray[Any]:
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=shape))

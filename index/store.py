@@ -277,8 +277,10 @@ class Store(Reading):
         condition, parameters = write.allowed.sql()
         # Interrupted while it reads alone: an interrupted change would take the other writes of the group with it.
         with interrupted_by(write.deadline, self._own):
-            found = self._own.execute(f"SELECT key FROM items WHERE {LIVING} AND ({condition})", parameters).fetchall()
-        return self._died(np.array(sorted(key for (key,) in found), np.int64), write.deadline)
+            found = self._own.execute(f"SELECT key FROM items WHERE {LIVING} AND ({condition})", parameters)
+            died_R = np.fromiter((key for (key,) in found), np.int64)
+        died_R.sort()
+        return self._died(died_R, write.deadline)
 
     def _died(self, died_R: Keys, deadline: Deadline | None = None) -> Written:
         generation = self.header.generation + 1

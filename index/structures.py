@@ -14,14 +14,15 @@ from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from embedding.decision import Vectors
 from embedding.errors import DamagedData
 from index.engine import CurvePoint, Raw
 from index.engine import Structure as Kind
-from index.exact import Rows
+from index.exact import Rows, take_products_from_few
+from index.halves import Stored, codes_over, index_over, rounding_slack
+from index.living import Living
 from index.threads import one_thread
 
 Step = Callable[[str, int, int], None]
@@ -90,11 +91,16 @@ class Plan(BaseModel):
 class Structure:
     """A loaded index and its plan, over rows [N, D] that lie in memory one after another; searched from any thread."""
 
-    def __init__(self, index: Any, plan: Plan, vectors_ND: Vectors, *, file_bytes: int) -> None:
+    def __init__(self, index: Any, plan: Plan, vectors_ND: Stored, *, file_bytes: int, moved: float = 0.0) -> None:
         self._index = index
         self._vectors_ND = vectors_ND  # FAISS keeps a pointer only
-        self._refining = faiss.IndexRefine(index, _flat_over(vectors_ND))
+        # Whole rows are measured at once; candidates by codes are refined over the rows.
+        whole = plan.structure == "ivf-flat"
+        self._refining = None if whole else faiss.IndexRefine(index, _rows_over(vectors_ND))
         self.rows: int = index.ntotal
+        self.slack = rounding_slack(index.d, moved)
+        """The most by which a refined squared distance differs from the decided one."""
+        self._width: int = index.d
         self._known: dict[tuple[int, float], Any] = {}
         self.plan = plan
         self.memory_bytes = file_bytes
@@ -110,8 +116,10 @@ class Structure:
     ) -> tuple[Rows, Vectors]:
         """The `keep` nearest of `count` candidates: rows [Q, C], −1 where there are no more, and squared distances.
 
-        The distances rise, are of the rows themselves, and err by less than `exact.slack`. keep ≤ count ≤ `rows`.
+        The distances rise, are of the rows themselves, and err by less than `slack`. keep ≤ count ≤ `rows`.
         """
+        if self._refining is None:
+            return self._search(self._index, queries_QD, keep, self._parameters(keep, effort, living))
         parameters = self._parameters(count, effort, living, share=(count + 0.5) / keep)
         return self._search(self._refining, queries_QD, keep, parameters)
 
@@ -121,6 +129,7 @@ class Structure:
         squared_QC: Vectors = np.empty((queries, count), np.float32)
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         pointers = faiss.swig_ptr(squared_QC), faiss.swig_ptr(rows_QC), parameters
+        take_products_from_few(self._width)
         with one_thread():  # the call below FAISS's wrapper, which takes a sixth of a short search
             index.search_c(queries, faiss.swig_ptr(queries_QD), count, *pointers)
         return rows_QC, squared_QC
@@ -144,41 +153,23 @@ class Structure:
         return parameters
 
 
-def _flat_over(vectors_ND: Vectors) -> Any:
-    """An exact index over rows that stay where they are: FAISS's own way to have one copies them."""
-    flat = faiss.IndexFlatL2(vectors_ND.shape[1])
-    if len(vectors_ND):
-        pointer, size = faiss.swig_ptr(vectors_ND.reshape(-1).view(np.uint8)), vectors_ND.nbytes
-        codes = flat.codes
-        codes.is_owned, codes.view_data, codes.view_size, codes.c_ptr, codes.c_size = (
-            False,
-            pointer,
-            size,
-            pointer,
-            size,
-        )
-        flat.ntotal = len(vectors_ND)
-    return flat
+def _rows_over(vectors_ND: Stored) -> Any:
+    """An exact index over rows that stay where they are."""
+    if vectors_ND.dtype == np.float16:
+        return index_over(vectors_ND)
+    return codes_over(faiss.IndexFlatL2(vectors_ND.shape[1]), vectors_ND.view(np.uint8))
 
 
-class Living:
-    """The rows that may be found, in the form that FAISS takes."""
-
-    def __init__(self, living_N: NDArray[np.bool_]) -> None:
-        self._bits = np.packbits(living_N, bitorder="little")  # FAISS keeps a pointer only
-        self.selector = faiss.IDSelectorBitmap(len(self._bits), faiss.swig_ptr(self._bits))
-
-
-def build_hnsw(vectors_ND: Vectors, path: Path, step: Step) -> None:
+def build_hnsw(vectors_ND: Stored, path: Path, step: Step) -> None:
     """A graph over vectors rounded to float16: candidates are measured again from the segment's own."""
     index = faiss.IndexHNSWSQ(vectors_ND.shape[1], faiss.ScalarQuantizer.QT_fp16, _HNSW_LINKS)
     with one_thread():
-        index.train(np.ascontiguousarray(vectors_ND[:1]))
+        index.train(np.ascontiguousarray(vectors_ND[:1], np.float32))
         _add(index, vectors_ND, step)
         faiss.write_index(index, str(path))
 
 
-def build_ivf(kind: Kind, vectors_ND: Vectors, sample_SD: Vectors, lists: int, path: Path, step: Step) -> None:
+def build_ivf(kind: Kind, vectors_ND: Stored, sample_SD: Vectors, lists: int, path: Path, step: Step) -> None:
     """Inverted lists; rows are stored whole, as 8 bits a value, or as 4 bits a pair of values (Jégou et al. 2011)."""
     width = vectors_ND.shape[1]
     with one_thread():
@@ -195,15 +186,18 @@ def build_ivf(kind: Kind, vectors_ND: Vectors, sample_SD: Vectors, lists: int, p
         faiss.write_index(index, str(path))
 
 
-def load_structure(path: Path, plan: Plan, vectors_ND: Vectors) -> Structure:
-    """Map a structure over these rows whose file has been found whole. Raises DamagedData."""
+def load_structure(path: Path, plan: Plan, vectors_ND: Stored, *, moved: float = 0.0) -> Structure:
+    """Map a structure over these rows, which rounding has moved so far, whose file has been found whole.
+
+    Raises DamagedData.
+    """
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except (RuntimeError, MemoryError) as error:
         raise DamagedData(f"{path} cannot be read by FAISS: {str(error).splitlines()[0]}") from error
     if index.ntotal != len(vectors_ND) or index.d != vectors_ND.shape[1]:
         raise DamagedData(f"{path} is over {index.ntotal} rows of width {index.d}; its segment has {vectors_ND.shape}")
-    return Structure(index, plan, vectors_ND, file_bytes=path.stat().st_size)
+    return Structure(index, plan, vectors_ND, file_bytes=path.stat().st_size, moved=moved)
 
 
 def _centroids(sample_SD: Vectors, lists: int, step: Step) -> Vectors:
@@ -219,10 +213,10 @@ def _centroids(sample_SD: Vectors, lists: int, step: Step) -> Vectors:
     return centroids
 
 
-def _add(index: Any, vectors_ND: Vectors, step: Step) -> None:
+def _add(index: Any, vectors_ND: Stored, step: Step) -> None:
     for start in range(0, len(vectors_ND), _ADD_AT_ONCE):
         step("adding", start, len(vectors_ND))
-        index.add(np.ascontiguousarray(vectors_ND[start : start + _ADD_AT_ONCE]))
+        index.add(np.ascontiguousarray(vectors_ND[start : start + _ADD_AT_ONCE], np.float32))
 
 
 def steps(total: int) -> Iterator[int]:

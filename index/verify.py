@@ -33,7 +33,8 @@ def verify(live: Live, *, repair: bool, on_progress: OnProgress | None) -> Verif
             if on_progress:
                 on_progress(Progress(stage="summing", done=at, total=len(named)))
             try:
-                files += len(open_segment(live.segments_folder, one.digest).manifest.files) + 1
+                segment = open_segment(live.segments_folder, one.digest, decisive=live.store.embeddings)
+                files += len(segment.manifest.files) + 1
             except DamagedData as error:
                 segments_wrong.append((str(segment_path(live.segments_folder, one.digest)), str(error)))
         if len(sealed) != len(named):
@@ -82,7 +83,7 @@ def _differing(live: Live, on_progress: OnProgress | None) -> list[str]:
             rows_R = part.rows_of(keys_N)
             found += len(rows_R)
             at_R = np.searchsorted(keys_N, part.keys_N[rows_R])
-            same_R = (part.vectors_ND[rows_R] == vectors_ND[at_R]).all(axis=1)
+            same_R = (part.vectors_ND[rows_R] == vectors_ND[at_R].astype(part.vectors_ND.dtype)).all(axis=1)
             if not same_R.all():
                 wrong.append(f"{int((~same_R).sum())} vectors differ from those of the store")
         if found != len(keys_N):

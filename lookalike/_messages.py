@@ -127,7 +127,10 @@ def effort(wanted: Effort | None) -> search_pb2.Effort | None:
 
 def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
     return gallery_pb2.IndexSettings(
-        min_recall=settings.min_recall, structure=settings.structure, memory_bytes=settings.memory_bytes or 0
+        min_recall=settings.min_recall,
+        structure=settings.structure,
+        memory_bytes=settings.memory_bytes or 0,
+        vectors=settings.vectors,
     )
 
 
@@ -340,7 +343,10 @@ def imported(message: gallery_pb2.ImportItemsResponse) -> Imported:
 
 def _index(message: gallery_pb2.IndexSettings) -> IndexSettings:
     return IndexSettings(
-        min_recall=message.min_recall, structure=message.structure, memory_bytes=message.memory_bytes or None
+        min_recall=message.min_recall,
+        structure=message.structure,
+        memory_bytes=message.memory_bytes or None,
+        vectors=message.vectors or "float32",  # of a server that knows no other
     )
 
 

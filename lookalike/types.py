@@ -344,6 +344,8 @@ class IndexSettings:
     """`auto`, `exact`, `hnsw`, `ivf-flat`, `ivf-sq8` or `ivf-pq`."""
     memory_bytes: int | None = None
     """Most that index structures may take in memory; None for no bound."""
+    vectors: str = "float32"
+    """What vectors are kept in beside the store: `float32`, or `float16` in half the memory with the same decisions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from google.protobuf import field_mask_pb2, json_format, struct_pb2
 from embedding.decision import OperatingPoint
 from embedding.errors import InvalidInput
 from index import JSON, MAX_PAGE, Deadline, Exact, IndexSettings, Raw, Recall
-from index.engine import Effort, Structure
+from index.engine import Effort, Precision, Structure
 from index.filters import ItemFilter, parse_filter
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service.call import limits
@@ -28,10 +28,11 @@ MAX_EXCLUDED = 1000
 """Most items that a search is told to leave out."""
 MAX_RAW = 100_000
 """Largest parameter of an index structure."""
-INDEX_FIELDS = ("min_recall", "structure", "memory_bytes")
+INDEX_FIELDS = ("min_recall", "structure", "memory_bytes", "vectors")
 ITEM_FIELDS = frozenset(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
 NEIGHBOR_FIELDS = frozenset(field.name for field in search_pb2.Neighbor.DESCRIPTOR.fields)
 STRUCTURES: tuple[str, ...] = get_args(Structure)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 ACTIVE_MODEL = "active"
 """The id that stands for whichever model answers."""
 
@@ -183,12 +184,19 @@ def index_settings(message: gallery_pb2.IndexSettings, path: str) -> IndexSettin
     with wrong:
         if message.memory_bytes < 0:
             raise InvalidInput(f"{path}.memory_bytes must not be negative", field=f"{path}.memory_bytes")
+    with wrong:
+        if message.vectors and message.vectors not in PRECISIONS:
+            raise InvalidInput(
+                f"{path}.vectors is one of {', '.join(PRECISIONS)}; got {message.vectors[:40]!a}",
+                field=f"{path}.vectors",
+            )
     wrong.check()
     default = IndexSettings()
     return IndexSettings(
         min_recall=message.min_recall or default.min_recall,
         structure=cast("Structure", message.structure or default.structure),
         memory_bytes=message.memory_bytes or None,
+        vectors=cast("Precision", message.vectors or default.vectors),
     )
 
 

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding.errors import Busy, InvalidInput
-from embedding.runtime import tune_malloc
+from embedding.runtime import settle, tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
@@ -188,6 +188,7 @@ class Server:
             loop.add_signal_handler(number, told_to_stop.set)
         try:
             await self.start()
+            settle()
             if on_ready is not None and not told_to_stop.is_set():
                 on_ready(self.address)
             await told_to_stop.wait()

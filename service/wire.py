@@ -138,7 +138,10 @@ def gallery(described: GalleryEngine, *, with_stats: bool = False) -> gallery_pb
 
 def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
     return gallery_pb2.IndexSettings(
-        min_recall=settings.min_recall, structure=settings.structure, memory_bytes=settings.memory_bytes or 0
+        min_recall=settings.min_recall,
+        structure=settings.structure,
+        memory_bytes=settings.memory_bytes or 0,
+        vectors=settings.vectors,
     )
 
 

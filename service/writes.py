@@ -211,7 +211,14 @@ class UpdateGallery:
 
 def settings_etag(gallery: GalleryEngine, settings: IndexSettings) -> str:
     """Of how a gallery is indexed; another gallery of the same name has another one."""
-    told = (gallery.created.isoformat(), settings.min_recall, settings.structure, settings.memory_bytes)
+    told: tuple[object, ...] = (
+        gallery.created.isoformat(),
+        settings.min_recall,
+        settings.structure,
+        settings.memory_bytes,
+    )
+    if settings.vectors != "float32":  # so that what was told of older galleries still holds
+        told = (*told, settings.vectors)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

@@ -8,13 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.servers.load import Ask, K, Vectors
 
 _ROWS_AT_ONCE = 5000
-_START_SECONDS = 600.0
+_START_SECONDS = 120.0
+_FIXED_PORTS = (2379, 2380, 9091)  # of its own etcd and metrics, which no option moves
 
 
 class Milvus:
@@ -26,7 +28,11 @@ class Milvus:
         self._uri = uri
         self._server = server
         self._effort = self.efforts[0]
-        self._client = self._connected()
+        try:
+            self._client = self._connected()
+        except BaseException:
+            self._stop()
+            raise
 
     def load(self, vectors_ND: Vectors) -> None:
         from pymilvus import DataType
@@ -59,12 +65,17 @@ class Milvus:
 
     def close(self) -> None:
         self._client.close()
-        if self._server is not None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._server is None:
+            return
+        with suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGINT)  # it has processes of its own
-            try:
-                self._server.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._server.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self._server.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)  # one of these that is left would hold its fixed ports
 
     def _connected(self) -> Any:
         from pymilvus import MilvusClient
@@ -84,6 +95,10 @@ class Milvus:
 def driver(folder: Path, kind: str) -> Milvus:
     if kind == "lite":
         return Milvus(str(folder / "lite.db"))
+    for fixed in _FIXED_PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", fixed)) == 0:  # it would start, and never answer
+                raise RuntimeError(f"port {fixed}, which a Milvus server needs, is taken: stop what listens there")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).parent / "milvus-server"), "--data", str(folder / "milvus")]

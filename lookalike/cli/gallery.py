@@ -40,9 +40,10 @@ def create(
     min_recall: options.MinRecall = None,
     structure: options.Structure = None,
     memory_bytes: options.MemoryBytes = None,
+    vectors: options.Vectors = None,
 ) -> None:
     """Create an empty gallery for the model that answers."""
-    settings = options.index_settings(None, min_recall, structure, memory_bytes)
+    settings = options.index_settings(None, min_recall, structure, memory_bytes, vectors)
     with open_backend(target, bundle, data, read_only=False) as backend:
         made = backend.create_gallery(gallery, index=settings)
     print(f"created gallery {made.id} for model {made.model}")

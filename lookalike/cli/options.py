@@ -53,6 +53,9 @@ Structure: TypeAlias = Annotated[
 MemoryBytes: TypeAlias = Annotated[
     int | None, typer.Option("--memory-bytes", min=0, help="Most that the index may take in memory; 0 for no bound.")
 ]
+Vectors: TypeAlias = Annotated[
+    str | None, typer.Option("--vectors", help="float32, or float16 in half the memory with the same decisions.")
+]
 Thumbnails: TypeAlias = Annotated[
     int,
     typer.Option(
@@ -87,16 +90,21 @@ def effort(text: str | None) -> Effort | None:
 
 
 def index_settings(
-    present: IndexSettings | None, min_recall: float | None, structure: str | None, memory_bytes: int | None
+    present: IndexSettings | None,
+    min_recall: float | None,
+    structure: str | None,
+    memory_bytes: int | None,
+    vectors: str | None,
 ) -> IndexSettings | None:
     """The present settings, or the defaults, with what the options change; None when they change nothing."""
-    if min_recall is None and structure is None and memory_bytes is None:
+    if min_recall is None and structure is None and memory_bytes is None and vectors is None:
         return None
     base = present or IndexSettings()
     return IndexSettings(
         min_recall=base.min_recall if min_recall is None else min_recall,
         structure=base.structure if structure is None else structure,
         memory_bytes=base.memory_bytes if memory_bytes is None else memory_bytes or None,
+        vectors=base.vectors if vectors is None else vectors,
     )
 
 

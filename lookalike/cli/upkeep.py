@@ -59,7 +59,8 @@ def describe(
         out.print(f"damaged: {found.damage}", markup=False)
     if found.index:
         bound = f", at most {found.index.memory_bytes:,} bytes in memory" if found.index.memory_bytes else ""
-        out.print(f"index: {found.index.structure}, recall {found.index.min_recall:g} or more{bound}")
+        kept = ", vectors in float16" if found.index.vectors == "float16" else ""
+        out.print(f"index: {found.index.structure}, recall {found.index.min_recall:g} or more{bound}{kept}")
     if found.stats:
         stats = found.stats
         out.print(
@@ -94,13 +95,14 @@ def configure(
     min_recall: options.MinRecall = None,
     structure: options.Structure = None,
     memory_bytes: options.MemoryBytes = None,
+    vectors: options.Vectors = None,
 ) -> None:
     """Change how a gallery is indexed, from its next sealing on; `reindex` does it at once."""
     with open_backend(target, bundle, data, read_only=False) as backend:
         found = backend.get_gallery(gallery)
-        settings = options.index_settings(found.index, min_recall, structure, memory_bytes)
+        settings = options.index_settings(found.index, min_recall, structure, memory_bytes, vectors)
         if settings is None:
-            raise InvalidInput("nothing to change: give --min-recall, --structure or --memory-bytes")
+            raise InvalidInput("nothing to change: give --min-recall, --structure, --memory-bytes or --vectors")
         changed = backend.update_gallery(gallery, settings, etag=found.etag)
     print(f"gallery {changed.id} will be indexed as {settings.structure}, recall {settings.min_recall:g} or more")
 
@@ -133,13 +135,14 @@ def reindex(
     min_recall: options.MinRecall = None,
     structure: options.Structure = None,
     memory_bytes: options.MemoryBytes = None,
+    vectors: options.Vectors = None,
 ) -> None:
     """Merge a gallery into one segment and tune its index anew."""
     with open_backend(target, bundle, data, read_only=False) as backend:
         settings = None
-        if not (min_recall is None and structure is None and memory_bytes is None):
+        if not (min_recall is None and structure is None and memory_bytes is None and vectors is None):
             present = backend.get_gallery(gallery).index
-            settings = options.index_settings(present, min_recall, structure, memory_bytes)
+            settings = options.index_settings(present, min_recall, structure, memory_bytes, vectors)
         done = _finished(backend, backend.reindex_gallery(gallery, index=settings))
     segments = done.gallery.stats.segments if done.gallery and done.gallery.stats else ()
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))

@@ -92,6 +92,7 @@ class IndexSettings(_message.Message):
     MIN_RECALL_FIELD_NUMBER: _builtins.int
     STRUCTURE_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
     min_recall: _builtins.float
     """What searches reach unless they ask otherwise, of the 10 nearest and of the matches at the margin, in (0, 1]; unset
     (0) means 0.99.
@@ -102,16 +103,21 @@ class IndexSettings(_message.Message):
     """
     memory_bytes: _builtins.int
     """Most that index structures may take in memory, besides mapped vectors; unset (0) means no bound."""
+    vectors: _builtins.str
+    """What vectors are kept in beside the store: `float32` (which unset means), or `float16`, in half the memory. Decisions
+    are the same; with `float16` each search reads its candidates from the store.
+    """
     def __init__(
         self,
         *,
         min_recall: _builtins.float = ...,
         structure: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
+        vectors: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "min_recall", b"min_recall", "structure", b"structure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "min_recall", b"min_recall", "structure", b"structure", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

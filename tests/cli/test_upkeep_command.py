@@ -66,12 +66,15 @@ def test_a_gallery_is_configured_indexed_and_shown(run: Run, where: list[str], f
     ran = run("gallery", "reindex", filled, "--structure", "exact", *where)
     assert (ran.code, ran.out) == (0, f"indexed gallery {filled}: exact\n"), ran.err
     told = json.loads(run("gallery", "show", filled, "--json", *where).out)
-    assert told["index"] == {"min_recall": 0.9, "structure": "exact", "memory_bytes": None}
+    assert told["index"] == {"min_recall": 0.9, "structure": "exact", "memory_bytes": None, "vectors": "float32"}
     assert told["stats"]["fresh_items"] == 0
     shown = run("gallery", "show", filled, *where).out
     assert "7 items" in shown
     assert "exact, recall 0.9 or more" in shown
     run("gallery", "reindex", filled, "--structure", "tree", *where).failed_with("structure", "hnsw")
+    assert run("gallery", "reindex", filled, "--vectors", "float16", *where).code == 0
+    assert "recall 0.9 or more, vectors in float16" in run("gallery", "show", filled, *where).out
+    run("gallery", "configure", filled, "--vectors", "half", *where).failed_with("float32", "float16")
 
 
 def test_a_gallery_is_copied_and_restored(run: Run, where: list[str], filled: str) -> None:

@@ -248,7 +248,7 @@ def test_a_purge(client: Client, filled: str) -> None:
 def test_index_settings(client: Client, filled: str) -> None:
     before = client.get_gallery(filled)
     assert before.index == IndexSettings()
-    settings = IndexSettings(min_recall=0.9, structure="exact", memory_bytes=10**9)
+    settings = IndexSettings(min_recall=0.9, structure="exact", memory_bytes=10**9, vectors="float16")
     after = client.update_gallery(filled, settings, etag=before.etag)
     assert (after.index, client.get_gallery(filled).index) == (settings, settings)
     with pytest.raises(Conflict):

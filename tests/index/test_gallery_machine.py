@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from embedding.decision import Judge, Vectors, distance
 from embedding.errors import NotFound
-from index import Catalog, Item, ModelRef, Neighbor
+from index import Catalog, IndexSettings, Item, ModelRef, Neighbor
+from index.engine import Precision
 from tests.index.contract import MetadataIs
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # nothing here is about durability: spare the disk
@@ -71,6 +72,12 @@ def machine(model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors) 
                 there = set(names) & self.truth.keys()
                 assert self.gallery.delete(names, allow_missing=True) == len(there)
             self.truth = {name: value for name, value in self.truth.items() if name not in names}
+
+        @rule(vectors=st.sampled_from(["float32", "float16"]), now=st.booleans())
+        def keep(self, vectors: Precision, now: bool) -> None:
+            """From now on, or from the next sealing."""
+            settings = IndexSettings(vectors=vectors)
+            self.gallery.reindex(settings) if now else self.gallery.configure(settings)
 
         @rule()
         def seal(self) -> None:

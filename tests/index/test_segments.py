@@ -12,43 +12,67 @@ import pytest
 from embedding.decision import Judge, Vectors
 from embedding.errors import DamagedData, StorageFailed
 from index import Catalog, Gallery, Item, ModelRef, Neighbor
-from index.exact import squared_lengths
+from index.engine import Precision
+from index.exact import Keys, squared_lengths
 from index.segments import open_segment, segment_path, write_segment
 from index.structures import Plan
 
 
-@pytest.fixture
-def segment(tmp_path: Path, pool: Vectors) -> tuple[Path, str]:
+def never(keys_R: Keys) -> Vectors:
+    raise AssertionError("what is kept whole is not asked of the store")
+
+
+def written(folder: Path, pool: Vectors, vectors: Precision) -> tuple[Path, str]:
     """A folder with one segment of four rows, and its digest."""
     rows = [(np.array([1, 2]), pool[:2]), (np.array([4, 5]), pool[3:5])]
-    return tmp_path, write_segment(
-        tmp_path, rows, gallery="g", model_fingerprint="f", generation=3, planned=lambda vectors_ND, path: Plan()
+    return folder, write_segment(
+        folder,
+        rows,
+        gallery="g",
+        model_fingerprint="f",
+        generation=3,
+        planned=lambda vectors_ND, path: Plan(),
+        vectors=vectors,
     )
 
 
+@pytest.fixture
+def segment(tmp_path: Path, pool: Vectors) -> tuple[Path, str]:
+    return written(tmp_path, pool, "float32")
+
+
 def test_a_segment_holds_its_rows(segment: tuple[Path, str], pool: Vectors) -> None:
-    block = open_segment(*segment)
+    block = open_segment(*segment, decisive=never)
     assert block.keys_N.tolist() == [1, 2, 4, 5]
     assert block.vectors_ND.tobytes() == pool[[0, 1, 3, 4]].tobytes()
     assert block.norms_N.tolist() == squared_lengths(pool[[0, 1, 3, 4]]).tolist()
     assert [path.name for path in segment[0].iterdir()] == [segment[1][:16]]
 
 
-@pytest.mark.parametrize("name", ["vectors.f32", "norms.f32", "keys.i64", "manifest.json"])
-def test_every_flipped_byte_and_every_truncation_is_noticed(segment: tuple[Path, str], name: str) -> None:
+def test_a_segment_holds_its_rows_rounded(tmp_path: Path, pool: Vectors) -> None:
+    block = open_segment(*written(tmp_path, pool, "float16"), decisive=lambda keys_R: pool[keys_R - 1])
+    rounded_ND = pool[[0, 1, 3, 4]].astype(np.float16)
+    assert block.vectors_ND.tobytes() == rounded_ND.tobytes()
+    assert block.norms_N.tolist() == squared_lengths(rounded_ND.astype(np.float32)).tolist()
+    assert block.take(np.array([3, 0])).tolist() == pool[[4, 0]].tolist()
+
+
+@pytest.mark.parametrize("name", ["vectors.f32", "vectors.f16", "norms.f32", "keys.i64", "manifest.json"])
+def test_every_flipped_byte_and_every_truncation_is_noticed(tmp_path: Path, pool: Vectors, name: str) -> None:
+    segment = written(tmp_path, pool, "float16" if name == "vectors.f16" else "float32")
     file = segment_path(*segment) / name
     whole = file.read_bytes()
     for at in range(len(whole)):
         for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
             file.write_bytes(damaged)
             with pytest.raises(DamagedData):
-                open_segment(*segment)
+                open_segment(*segment, decisive=never)
     file.write_bytes(whole + b"\0")
     with pytest.raises(DamagedData):
-        open_segment(*segment)
+        open_segment(*segment, decisive=never)
     file.unlink()
     with pytest.raises(DamagedData):
-        open_segment(*segment)
+        open_segment(*segment, decisive=never)
 
 
 def flip(segments: Path) -> None:

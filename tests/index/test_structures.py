@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from embedding.decision import Judge, Vectors, distances
 from embedding.errors import Cancelled, DamagedData
 from index import Catalog, Deadline, Exact, Found, Gallery, IndexSettings, Item, ModelRef, Raw, Recall, approximate
 from index.engine import Structure
+from index.exact import take_products_from_few
 from index.planner import cheapest, lists_for, resolve
 from index.structures import Plan, Point, build_ivf, load_structure
 from tests.index.contract import MetadataIs
@@ -40,14 +42,15 @@ def wide_judge(judge_at: Callable[[float], Judge]) -> Judge:
     return Judge(calibration, model="wide")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[*KINDS, "hnsw in float16", "ivf-pq in float16"])
 def structured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, wide: ModelRef
 ) -> Iterator[Gallery]:
     """One indexed segment of 3,000 rows, 100 of them deleted since, and 50 fresh rows."""
+    kind, _, vectors = request.param.partition(" in ")
     with Catalog(tmp_path_factory.mktemp("galleries")) as catalog:
         gallery = catalog.create(
-            "g", wide, settings=IndexSettings(structure=request.param, min_recall=0.95, margin=0.5)
+            "g", wide, settings=IndexSettings(structure=kind, min_recall=0.95, margin=0.5, vectors=vectors or "float32")
         )
         vectors_ND = clustered(ROWS + 50, 2)
         items = [
@@ -260,6 +263,34 @@ def test_the_cheapest_point_that_is_sure_of_a_recall_is_chosen() -> None:
     assert resolve(plan, Raw(nprobe=1, rescore=1), 10) == (Raw(nprobe=1, rescore=1), 0.0)
 
 
+def test_few_rows_are_kept_whole_in_lists_and_many_as_codes(
+    tmp_path: Path, wide: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index.planner.CROSSOVER", 1000)
+    monkeypatch.setattr("index.planner._WORTHWHILE", 1e9)
+    monkeypatch.setattr("index.planner._WHOLE_WORTHWHILE", 1e9)
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", wide)
+        gallery.upsert([Item(name=f"{i:04}", embedding=vector) for i, vector in enumerate(clustered(1200, 2))])
+        for whole_bytes, settings, structure in (
+            (4 * WIDTH * 1200, IndexSettings(), "ivf-flat"),
+            (4 * WIDTH * 1200 - 1, IndexSettings(), "ivf-pq"),
+            (4 * WIDTH * 1200, IndexSettings(memory_bytes=2 * WIDTH * 1200), "ivf-pq"),
+        ):
+            monkeypatch.setattr("index.planner.WHOLE_BYTES", whole_bytes)
+            assert gallery.reindex(settings).segments[0].structure == structure
+        monkeypatch.setattr("index.planner._WHOLE_WORTHWHILE", 0.0)
+        assert gallery.reindex(IndexSettings()).segments[0].structure == "ivf-pq"
+
+
+@pytest.mark.parametrize("width", [4, 16, 100])
+def test_single_queries_are_measured_one_by_one_and_a_few_by_a_product(width: int) -> None:
+    """FAISS compares queries times width with one number of the process."""
+    take_products_from_few(width)
+    least = faiss.cvar.distance_compute_blas_threshold
+    assert width < least <= 4 * width
+
+
 def test_lists_grow_with_the_root_of_the_rows() -> None:
     assert [lists_for(rows) for rows in (1_000, 100_000, 1_000_000, 10_000_000)] == [64, 512, 2048, 8192]
 
@@ -270,9 +301,9 @@ def test_all_that_tie_with_the_last_are_found_alone_and_in_a_batch(tmp_path: Pat
     build_ivf("ivf-flat", rows_ND, rows_ND, 16, tmp_path / "index", lambda *_: None)
     structure = load_structure(tmp_path / "index", Plan(structure="ivf-flat", lists=16), rows_ND)
     queries_QD = np.stack([rows_ND[0], rows_ND[1]])
-    effort = Raw(nprobe=16, rescore=8)
-    alone = [next(approximate.nearest(structure, rows_ND, query_D[None], 5, effort)) for query_D in queries_QD]
-    together = list(approximate.nearest(structure, rows_ND, queries_QD, 5, effort))
+    effort, take = Raw(nprobe=16, rescore=8), partial(rows_ND.take, axis=0)
+    alone = [next(approximate.nearest(structure, take, query_D[None], 5, effort)) for query_D in queries_QD]
+    together = list(approximate.nearest(structure, take, queries_QD, 5, effort))
     assert sorted(alone[0][0].tolist()) == list(range(0, 1000, 40))
     for query_D, one, other in zip(queries_QD, alone, together, strict=True):
         assert dict(zip(*one, strict=True)) == dict(zip(*other, strict=True))

@@ -164,9 +164,9 @@ def test_a_repair_reads_the_store_a_block_at_a_time(
     live = sealed._live
     real, held, blocks = live._write, 0, 0
 
-    def beside(rows: Any, generation: int, planned: Any) -> Any:
+    def beside(rows: Any, generation: int, *more: Any, **named: Any) -> Any:
         if blocks:
-            return real(rows, generation, planned)  # from the first one's mapped files
+            return real(rows, generation, *more, **named)  # from the first one's mapped files
 
         def counted() -> Iterator[Any]:
             nonlocal held, blocks
@@ -176,7 +176,7 @@ def test_a_repair_reads_the_store_a_block_at_a_time(
 
         sealed.delete(["item-03"])
         sealed.upsert([Item(name="item-40", embedding=pool[0]), Item(name="new", embedding=pool[1])])
-        return real(counted(), generation, planned)
+        return real(counted(), generation, *more, **named)
 
     monkeypatch.setattr(live, "_write", beside)
     (path,) = (catalog.root / "shapes" / "segments").glob("*/vectors.f32")

@@ -256,10 +256,13 @@ def test_all_that_is_wrong_is_told_at_once(place: Place) -> None:
     assert [violation.reason for violation in bad.field_violations][1] == "INVALID_FILTER"
     pair = match_pb2.VerifyRequest(a=image(b"no image"))
     assert fields(place.ask("match", "Verify", pair)) == ["a.encoded", "b"]
-    index = gallery_pb2.IndexSettings(min_recall=2, structure="none", memory_bytes=-1)
+    index = gallery_pb2.IndexSettings(min_recall=2, structure="none", memory_bytes=-1, vectors="int8")
     update = gallery_pb2.UpdateGalleryRequest(gallery=gallery_pb2.Gallery(name="g", index=index))
     named = fields(place.ask("galleries", "UpdateGallery", update))
-    assert named == ["gallery.name", *(f"gallery.index.{name}" for name in ("min_recall", "structure", "memory_bytes"))]
+    assert named == [
+        "gallery.name",
+        *(f"gallery.index.{name}" for name in ("min_recall", "structure", "memory_bytes", "vectors")),
+    ]
 
 
 def test_a_status_that_names_much_still_fits_into_headers(place: Place) -> None:

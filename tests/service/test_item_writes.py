@@ -284,7 +284,7 @@ def described(stubs: Stubs, gallery: str) -> pb.Gallery:
 
 
 def test_a_gallery_is_created_with_index_settings(stubs: Stubs, gallery: str) -> None:
-    settings = pb.IndexSettings(min_recall=0.9, structure="hnsw", memory_bytes=10**9)
+    settings = pb.IndexSettings(min_recall=0.9, structure="hnsw", memory_bytes=10**9, vectors="float16")
     request = pb.CreateGalleryRequest(gallery_id=gallery, gallery=pb.Gallery(index=settings))
     assert stubs.galleries.CreateGallery(request).gallery.index == settings
     assert described(stubs, gallery).index == settings
@@ -292,7 +292,7 @@ def test_a_gallery_is_created_with_index_settings(stubs: Stubs, gallery: str) ->
 
 def test_index_settings_are_changed_one_by_one(stubs: Stubs, created: str) -> None:
     before = described(stubs, created)
-    assert (before.index.min_recall, before.index.structure, before.index.memory_bytes) == (0.99, "auto", 0)
+    assert before.index == pb.IndexSettings(min_recall=0.99, structure="auto", vectors="float32")
     wanted = pb.Gallery(name=before.name, index=pb.IndexSettings(min_recall=0.8, structure="exact"), etag=before.etag)
     mask = FieldMask(paths=["index.min_recall"])
     after = stubs.galleries.UpdateGallery(pb.UpdateGalleryRequest(gallery=wanted, update_mask=mask)).gallery
@@ -304,6 +304,10 @@ def test_index_settings_are_changed_one_by_one(stubs: Stubs, created: str) -> No
     wanted.etag = ""
     stubs.galleries.UpdateGallery(pb.UpdateGalleryRequest(gallery=wanted, update_mask=FieldMask(paths=["index"])))
     assert described(stubs, created).index.structure == "exact"
+    wanted.index.vectors = "float16"
+    mask = FieldMask(paths=["index.vectors"])
+    told = stubs.galleries.UpdateGallery(pb.UpdateGalleryRequest(gallery=wanted, update_mask=mask)).gallery
+    assert (told.index.vectors, told.etag == after.etag) == ("float16", False)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +322,7 @@ def test_index_settings_are_changed_one_by_one(stubs: Stubs, created: str) -> No
             pb.UpdateGalleryRequest(gallery=pb.Gallery(index=pb.IndexSettings(memory_bytes=-1))),
             "gallery.index.memory_bytes",
         ),
+        (pb.UpdateGalleryRequest(gallery=pb.Gallery(index=pb.IndexSettings(vectors="f16"))), "gallery.index.vectors"),
         (pb.UpdateGalleryRequest(update_mask=FieldMask(paths=["model"])), "update_mask"),
     ],
 )
