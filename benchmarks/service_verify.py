@@ -69,7 +69,7 @@ def _called(server: Served, requests: list[bytes], *, number: int, seconds: floa
 
 def measure(report: Report, bundles: Path, serve: Callable[[str], Served], *, quick: bool) -> None:
     """Every case, the service and the encoder by turns on one core; `serve` lets the server answer with a model."""
-    turns, seconds = (2, 0.5) if quick else (8, 3.0)
+    turns, seconds = (2, 0.4) if quick else (8, 3.0)
     for case in QUICK if quick else CASES:
         images = drawings(2048, CASES[case])
         found = _measured(bundles / case, serve(case), images, turns=turns, seconds=seconds)
