@@ -336,7 +336,7 @@ def segment(data: bytes) -> bool:
             (path / each.name).hardlink_to(each) if each.name != MANIFEST else None
         (path / MANIFEST).write_bytes(data)
     try:
-        found = open_segment(folder, digest)
+        found = open_segment(folder, digest, decisive=lambda keys_R: np.zeros((len(keys_R), DIM), np.float32))
     except DamagedData:
         return False
     finally:

@@ -253,7 +253,8 @@ def test_the_table_covers_the_contract_and_nothing_else() -> None:
 NAMES_NOTHING = {
     "config.filter", "etag", "filter", "gallery.damage", "gallery.etag", "gallery.index.structure", "gallery.model",
     "gallery.name", "gallery.stats.busy", "gallery.stats.last_failure", "gallery.stats.segments[].structure", "id",
-    "index.structure", "item.etag", "item.identity", "item.item.etag", "item.item.identity", "model",
+    "gallery.index.vectors", "index.structure", "index.vectors",
+    "item.etag", "item.identity", "item.item.etag", "item.item.identity", "model",
     "page_token", "requests[].item.etag", "requests[].item.identity", "snapshot_id",
     "operating_point.name", "config.operating_point.name", "request_id", "requests[].request_id", "item.request_id",
     "feedback[].name", "feedback[].case_id", "feedback[].decision.model", "feedback[].subject",

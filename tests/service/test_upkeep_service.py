@@ -168,7 +168,7 @@ def test_a_gallery_with_an_alias_is_not_deleted_nor_is_its_alias_taken(stubs: St
 
 def test_a_gallery_is_indexed_anew(stubs: Stubs, filled: str) -> None:
     before = names(stubs, filled, encoded(7))
-    settings = gallery_pb2.IndexSettings(min_recall=0.9, structure="exact")
+    settings = gallery_pb2.IndexSettings(min_recall=0.9, structure="exact", vectors="float32")
     request = upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{filled}", index=settings)
     begun = stubs.upkeep.ReindexGallery(request).operation
     done = finished(stubs, begun)
