@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from embedding.errors import Cancelled, DeadlineExceeded
@@ -16,15 +15,15 @@ class Deadline:
 
     def __init__(self, seconds: float | None = None) -> None:
         self._ends = None if seconds is None else time.monotonic() + seconds
-        self._cancelled = threading.Event()
+        self._cancelled = False  # an event takes longer to make than a call has time to spare
 
     def cancel(self) -> None:
         """Make every later `check` raise Cancelled; any thread may call it, any number of times."""
-        self._cancelled.set()
+        self._cancelled = True
 
     def check(self) -> None:
         """Raises Cancelled or DeadlineExceeded when the work is no longer wanted."""
-        if self._cancelled.is_set():
+        if self._cancelled:
             raise Cancelled("the call was cancelled; nothing was changed")
         if self._ends is not None and time.monotonic() >= self._ends:
             raise DeadlineExceeded("the time limit has passed; allow more time, ask for fewer results or lower recall")

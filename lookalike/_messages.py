@@ -221,8 +221,9 @@ def recorded_feedback(message: feedback_pb2.Feedback) -> RecordedFeedback:
 
 
 def neighbors(message: search_pb2.SearchResponse | search_pb2.Neighbors) -> Neighbors:
-    return Neighbors(
-        (neighbor(each) for each in message.neighbors),
+    return Neighbors._of(
+        message.neighbors,
+        neighbor,
         expected_recall=message.expected_recall,
         generation=message.generation,
         partial=message.partial,
@@ -234,8 +235,9 @@ def matches(parts: Sequence[search_pb2.SearchMatchesResponse]) -> Neighbors | No
     if not parts or not parts[-1].HasField("summary"):
         return None
     summary = parts[-1].summary
-    return Neighbors(
-        (neighbor(each) for part in parts for each in part.neighbors),
+    return Neighbors._of(
+        [each for part in parts for each in part.neighbors],
+        neighbor,
         expected_recall=summary.expected_recall,
         generation=summary.generation,
         truncated=summary.truncated,

@@ -6,11 +6,12 @@ Distances are Euclidean between unit vectors, in [0, 2]; embeddings are float32 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import Any, Protocol, TypeAlias
+from functools import partial as _with
+from typing import Any, Protocol, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,8 +169,15 @@ class Neighbor:
     decision: Decision
 
 
-class Neighbors(list[Neighbor]):
-    """Neighbours, nearest first, and what is to be known of the search that found them."""
+_MATCH_NUMBER = 1  # VERDICT_MATCH on the wire
+
+
+class Neighbors(Sequence[Neighbor]):
+    """Neighbours, nearest first, and what is to be known of the search that found them.
+
+    A `Neighbor` takes several times as long to make as to receive, so that they are made when one is first looked at;
+    `ids`, `distances` and `matches` give columns without making any.
+    """
 
     def __init__(
         self,
@@ -180,7 +188,9 @@ class Neighbors(list[Neighbor]):
         truncated: bool = False,
         partial: bool = False,
     ) -> None:
-        super().__init__(neighbors)
+        self._made: list[Neighbor] | None = list(neighbors)
+        self._received: Sequence[Any] = ()
+        self._make: Callable[[Any], Neighbor] | None = None
         self.expected_recall = expected_recall
         """Share of the true answer that such searches found when they were measured on this gallery; 1 when it is
         exact, 0 when nothing like it was measured."""
@@ -190,6 +200,71 @@ class Neighbors(list[Neighbor]):
         """Whether there are more matches than were asked for."""
         self.partial = partial
         """Whether a part of the gallery could not be asked."""
+
+    @classmethod
+    def _of(cls, received: Sequence[Any], make: Callable[[Any], Neighbor], **known: Any) -> Neighbors:
+        """Of messages, of which each neighbour is to be made."""
+        neighbors = cls(**known)
+        neighbors._made, neighbors._received, neighbors._make = None, received, make
+        return neighbors
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the items, in their gallery."""
+        if self._made is None:
+            return [message.item.rpartition("/")[2] for message in self._received]
+        return [neighbor.item.id for neighbor in self._made]
+
+    @property
+    def distances(self) -> NDArray[np.float32]:
+        """From the query, rising, float32 [R]."""
+        return np.array([each.decision.distance for each in self._each()], np.float32)
+
+    @property
+    def matches(self) -> NDArray[np.bool_]:
+        """Which of them match, bool [R]."""
+        if self._made is None:
+            return np.array([message.decision.verdict == _MATCH_NUMBER for message in self._received], np.bool_)
+        return np.array([neighbor.decision.is_match for neighbor in self._made], np.bool_)
+
+    def __len__(self) -> int:
+        return len(self._each())
+
+    @overload
+    def __getitem__(self, at: int) -> Neighbor: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Neighbor]: ...
+    def __getitem__(self, at: int | slice) -> Neighbor | list[Neighbor]:
+        return self._all()[at]
+
+    def __iter__(self) -> Iterator[Neighbor]:
+        return iter(self._all())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it holds the same neighbours, in their order; another list of them will do."""
+        if isinstance(other, Neighbors):
+            return self._all() == other._all()
+        return self._all() == other if isinstance(other, list) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # compared by what it holds, as lists are
+
+    def __repr__(self) -> str:
+        return f"Neighbors({self._all()!r})"
+
+    def __reduce__(self) -> Any:
+        known = {name: getattr(self, name) for name in ("expected_recall", "generation", "truncated", "partial")}
+        return _with(Neighbors, **known), (self._all(),)
+
+    def _each(self) -> Sequence[Any]:
+        return self._received if self._made is None else self._made
+
+    def _all(self) -> list[Neighbor]:
+        made = self._made
+        if made is None:
+            assert self._make is not None
+            made = self._made = list(map(self._make, self._received))
+            self._received = ()
+        return made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -76,7 +76,7 @@ class Room:
         self._most_bytes = most_bytes
         self._most_seconds = most_seconds
         self._free_of_time = free_of_time
-        self._seconds_each = seconds_each or (lambda: 0.0)
+        self._seconds_each = seconds_each
         self._held: dict[str, tuple[int, int]] = {}
         self._count = 0
         self._bytes = 0
@@ -128,7 +128,8 @@ class Room:
         """How long what this caller brings next would wait, where callers take turns."""
         own, _ = self._held.get(caller, (0, 0))
         others = len(self._held) - (caller in self._held)
-        return self._seconds_each() * min(self._count, own + others * (own + 1))
+        each = 0.0 if self._seconds_each is None else self._seconds_each()
+        return each * min(self._count, own + others * (own + 1))
 
     def _is_full(self, caller: str, count: int, size: int) -> bool:
         if not self._count:
@@ -143,7 +144,7 @@ class Room:
         )
 
     def _check_time(self, caller: str, count: int, seconds_left: float | None) -> None:
-        if not self._count or self._count + count <= self._free_of_time:
+        if self._seconds_each is None or not self._count or self._count + count <= self._free_of_time:
             return
         ahead = self.seconds_ahead(caller)
         if self._most_seconds is not None and ahead > self._most_seconds:

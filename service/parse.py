@@ -44,7 +44,7 @@ _OPERATION = re.compile(r"operations/([0-9a-f]{32})")
 _MODEL = re.compile(r"models/([a-z0-9_-]+)")
 
 
-_LEARNED_MARGIN = OperatingPoint()
+LEARNED_MARGIN = OperatingPoint()
 
 
 class Violations:
@@ -99,8 +99,6 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
 
 def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:
     """Where the threshold lies; an unset message means the learned margin."""
-    if not message.ByteSize():
-        return _LEARNED_MARGIN
     point = message.WhichOneof("point")
     return OperatingPoint(
         target_far=message.target_far if point == "target_far" else None,
@@ -126,11 +124,11 @@ def scope(
     with wrong:
         allowed = parse_filter(request.filter, field=f"{path}filter")
     with wrong:
-        wanted = effort(request.effort, f"{path}effort")
+        wanted = effort(request.effort, f"{path}effort") if request.HasField("effort") else None
     wrong.check()
     return Scope(
         gallery=gallery,
-        point=operating_point(request.operating_point),
+        point=operating_point(request.operating_point) if request.HasField("operating_point") else LEARNED_MARGIN,
         allowed=allowed,
         effort=wanted,
         deadline=deadline,

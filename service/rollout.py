@@ -6,6 +6,7 @@ Only the event loop changes who answers, so that no call sees half a change.
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ import structlog
 from embedding.bundle import Bundle, Described
 from embedding.encoder import Encoder
 from embedding.errors import GalleriesIncompatible, LookalikeError, ModelActive, NotFound, NotSupported
-from embedding.runtime import trim_malloc
+from embedding.runtime import spare_garbage_passes, trim_malloc
 from service import standing
 from service.engine import Engine
 from service.serving import AsyncEngine, Serving
@@ -253,6 +254,8 @@ class Rollout:
         _log.info("model unloaded", model=bundle.name, calibration=bundle.calibration.version)
         del engine, bundle
         await asyncio.to_thread(trim_malloc)
+        if gc.get_freeze_count():  # the server has a process of its own, which spares what lives
+            await asyncio.to_thread(spare_garbage_passes)
 
     async def _check_galleries(self, served: Collection[str], model: str, force: bool) -> Mapping[str, str]:
         """The galleries of models that are not among `served`, by fingerprint. Damaged ones answer nobody as it is."""

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding.errors import Busy, InvalidInput
-from embedding.runtime import settle, tune_malloc
+from embedding.runtime import spare_garbage_passes, tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
@@ -131,7 +131,12 @@ def run_part(settings: Settings, part: Part, on_ready: Callable[[str], None] | N
 
 
 async def _serve(settings: Settings, on_ready: Callable[[str], None] | None, part: Part | None = None) -> None:
-    await Server(settings, part).serve_until_signal(on_ready)
+    def ready(address: str) -> None:
+        spare_garbage_passes()
+        if on_ready is not None:
+            on_ready(address)
+
+    await Server(settings, part).serve_until_signal(ready)
 
 
 class Server:
@@ -188,7 +193,6 @@ class Server:
             loop.add_signal_handler(number, told_to_stop.set)
         try:
             await self.start()
-            settle()
             if on_ready is not None and not told_to_stop.is_set():
                 on_ready(self.address)
             await told_to_stop.wait()

@@ -46,7 +46,7 @@ class Ours:
 def _rows(found: Neighbors | CallFailed) -> list[int]:
     if isinstance(found, CallFailed):
         raise found
-    return [int(neighbor.item.id) for neighbor in found]
+    return list(map(int, found.ids))
 
 
 def driver(folder: Path, address: str, gallery: str, way: str = "call") -> Ours:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,15 @@ class Load:
         """Ask on and on, `in_flight` calls of `batch` queries at a time."""
         return Measured(**self._do("measure", str(self._data.queries), in_flight, batch, seconds))
 
+    def pause(self) -> None:
+        """Stand still, with the server: an idle one may still take a third of a core."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """After `pause`."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGCONT)
+
     def _do(self, *command: Any) -> Any:
         assert self._process.stdin
         assert self._process.stdout
@@ -111,10 +121,13 @@ def loading(*arguments: str, data: Data, python: str | None = None) -> Iterator[
             text=True,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "ANONYMIZED_TELEMETRY": "False"},
+            start_new_session=True,  # a group of processes that stand still together
         )
+        load = Load(process, data)
         try:
-            yield Load(process, data)
+            yield load
         finally:
+            load.resume()
             assert process.stdin
             process.stdin.close()
             try:

@@ -91,7 +91,7 @@ class Asked:
 
 def _searched(
     backend: Backend, ask: Asked, batch: Sequence[ImageFile]
-) -> Iterator[tuple[ImageFile, list[Neighbor] | Exception]]:
+) -> Iterator[tuple[ImageFile, Sequence[Neighbor] | Exception]]:
     """Each image of the batch with its neighbours, or why it has none."""
     readable: list[tuple[ImageFile, bytes]] = []
     for image in batch:

@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
             return str(value)
         case Exception():
             return str(value)
-        case list() | tuple():
+        case list() | tuple() | Neighbors():
             return [_plain(element) for element in value]
         case dict():
             return {key: _plain(element) for key, element in value.items()}

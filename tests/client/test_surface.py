@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -100,6 +101,36 @@ def test_all_matches(client: Client, filled: str) -> None:
         client.search_matches(filled, png(1), limit=0)
     with pytest.raises(NotFound):
         client.search_matches("nowhere", png(1))
+
+
+def test_columns_of_neighbours_are_those_of_each(client: Client, filled: str) -> None:
+    point = OperatingPoint(threshold=0.5, uncertain_within=0.25)
+    answers = [
+        client.search(filled, png(1), k=8, operating_point=point),
+        client.search_matches(filled, png(1), operating_point=ALL),
+        *client.search_batch(filled, [png(2), png(3)], k=3, operating_point=point),
+        *client.search_stream(filled, [png(2), png(3)], k=3, operating_point=point, together=2),
+        Neighbors(),
+    ]
+    for found in answers:
+        assert isinstance(found, Neighbors)
+        before = (found.ids, found.distances, found.matches)  # as they were received
+        each = list(found)
+        for ids_, distances, matches in (before, (found.ids, found.distances, found.matches)):
+            assert ids_ == [neighbor.item.id for neighbor in each]
+            assert distances.dtype == np.float32
+            assert distances.tolist() == [neighbor.decision.distance for neighbor in each]
+            assert matches.tolist() == [neighbor.decision.is_match for neighbor in each]
+        assert found == each
+        assert len(found) == len(each)
+        assert found[:2] == each[:2]
+        copied = pickle.loads(pickle.dumps(found))
+        assert (copied, copied.generation, copied.expected_recall, copied.truncated) == (
+            found,
+            found.generation,
+            found.expected_recall,
+            found.truncated,
+        )
 
 
 def test_a_stream_of_searches(client: Client, filled: str) -> None:

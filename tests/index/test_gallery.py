@@ -286,3 +286,19 @@ def test_errors_are_one_line(filled: Gallery) -> None:
     with pytest.raises(LookalikeError) as caught:
         filled.get("a\nb" * 100)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_many_ties_of_several_distances_go_by_name_in_each_answer_of_a_batch(
+    gallery: Gallery, pool: Vectors, judge: Judge
+) -> None:
+    names = [f"{n * 7919 % 100:02}" for n in range(60)]
+    gallery.upsert([Item(name=name, embedding=pool[at % 4]) for at, name in enumerate(names)])
+    expected = [
+        sorted((float(distance(pool[query], pool[at % 4])), name) for at, name in enumerate(names))
+        for query in range(3)
+    ]
+    for k, left_out in ((60, ()), (37, ()), (37, ("00", "19", "38"))):
+        found = gallery.search_batch(pool[:3], k=k, judge=judge, exclude=[left_out] * 3)
+        for each, ranked in zip(found, expected, strict=True):
+            pairs = [(neighbor.decision.distance, neighbor.item.name) for neighbor in each.neighbors]
+            assert pairs == [pair for pair in ranked if pair[1] not in left_out][:k]
