@@ -8,7 +8,7 @@ FROM ${PYTHON_IMAGE} AS requirements
 
 WORKDIR /src
 COPY deploy/requirements.py pyproject.toml ./
-RUN python requirements.py serve < pyproject.toml > requirements.txt
+RUN python requirements.py serve onnx < pyproject.toml > requirements.txt
 
 # ---- Everything that lookalike depends on. ----
 FROM ${PYTHON_IMAGE} AS dependencies

@@ -23,7 +23,16 @@ from pytorch_metric_learning import losses as peer_losses
 from pytorch_metric_learning import miners as peer_miners
 from torch import Tensor
 
-from benchmarks.measure import Bar, Step, alternating_medians, limit_memory, machine, peak_bytes, say_bars
+from benchmarks.measure import (
+    Bar,
+    Step,
+    alternating_medians,
+    give_back_what_is_freed,
+    limit_memory,
+    machine,
+    peak_bytes,
+    say_bars,
+)
 from embedding.runtime import tune_malloc
 from training import mining
 from training.losses import Comparison, MetricLoss
@@ -251,6 +260,7 @@ def measure(*, quick: bool) -> list[Row]:
     timed = SIZES[:2] if quick else SIZES
     at = [(name, size) for name in (*LOSSES, *MINERS) for size in SIZES]
     memory: dict[tuple[str, int], tuple[int | None, int | None]] = {}
+    give_back_what_is_freed()
     for name, size in at:
         if size > SIZES[0]:
             ours, peer = steps_of(name, size)

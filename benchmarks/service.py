@@ -18,7 +18,7 @@ from benchmarks.measure import machine
 from benchmarks.report import Report
 from benchmarks.servers.remote import PEERS, SLOW_TO_START
 
-SECTIONS = ("service_search", "service_verify", "service_overload")
+SECTIONS = ("service_search", "service_images")
 """Modules of this package, each with `run(report, quick=, peers=, folder=)`."""
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.report import Report
 from benchmarks.service_server import (
@@ -17,9 +14,7 @@ from benchmarks.service_server import (
     cores,
     drawings,
     in_flight,
-    make_bundle,
     pinned,
-    serving,
     verifications,
 )
 
@@ -31,18 +26,14 @@ OVER = 3.0
 GOODPUT, SLOWER, GROWTH = 0.9, 3.0, 1.05
 
 
-def run(report: Report, *, quick: bool, peers: Sequence[str] = (), folder: Path | None = None) -> None:
-    """Capacity and overload by turns, so that both meet the same neighbours on the machine. There are no peers."""
-    turns, calm, seconds = (2, 3.0, 6.0) if quick else (4, 8.0, 15.0)
+def measure(report: Report, server: Served, *, quick: bool) -> None:
+    """Capacity and overload by turns, so that both meet the same neighbours on the machine."""
+    turns, calm, seconds = (1, 1.0, 2.5) if quick else (4, 8.0, 15.0)
     _, others = cores()
     requests = verifications(drawings(2048, SIDE))
-    with (
-        tempfile.TemporaryDirectory(dir=folder) as place,
-        serving(make_bundle(Path(place) / RECIPE, RECIPE)) as server,
-        pinned(others),
-    ):
+    with pinned(others):
         _capacity(server, requests, seconds=calm)
-        _overload(server, requests, rate=3 * IN_FLIGHT, seconds=calm)  # brings the queues to their bounds once
+        _overload(server, requests, rate=12 * IN_FLIGHT, seconds=calm)  # brings the queues to their bounds once
         resident = server.resident_bytes
         at_capacity: list[Taken] = []
         over: list[Taken] = []

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from embedding.bundle import Lineage, write_bundle
 from embedding.calibration import Calibration, ErrorRates, MatchProbability
+from embedding.decision import Vectors
 from embedding.networks import build
 from lookalike.v1 import common_pb2, match_pb2
 from service.server import run
@@ -104,6 +105,13 @@ def verifications(images: Sequence[bytes]) -> list[bytes]:
         ).SerializeToString()
         for a, b in zip(images[::2], images[1::2], strict=True)
     ]
+
+
+def verifications_of_embeddings(emb_BD: Vectors) -> list[bytes]:
+    """A serialised request for each two embeddings [B, D]."""
+    sent = [common_pb2.ImageInput(embedding=emb_D.tobytes()) for emb_D in emb_BD]
+    pairs = zip(sent[::2], sent[1::2], strict=True)
+    return [match_pb2.VerifyRequest(a=a, b=b).SerializeToString() for a, b in pairs]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from benchmarks.made import CALIBRATION
 from benchmarks.measure import machine
 from embedding.decision import Judge, OperatingPoint, Vectors
 from embedding.errors import Cancelled, DeadlineExceeded
-from embedding.runtime import spare_garbage_passes
+from embedding.runtime import settle
 from index import Catalog, Deadline, Exact, Gallery, IndexSettings, Item, ModelRef
 from index.filters import parse_filter
 
@@ -42,7 +42,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder, Catalog(Path(folder)) as catalog:
         gallery = _filled(catalog, rng, arguments.rows)
-        spare_garbage_passes()  # as a server does once it is ready
+        settle()  # as a server does
         print(f"{machine()}\n{arguments.rows:,} items × {D}, milliseconds:\n")
         print(
             "| work | between looks, most | after the last | given up by | median | most | calls | done all the same |"

@@ -1,4 +1,4 @@
-"""Print what an extra of this project requires, a line each: `python requirements.py serve < pyproject.toml`.
+"""Print what extras of this project require, a line each: `python requirements.py serve onnx < pyproject.toml`.
 
 pip installs a project's dependencies only together with the project. Listed apart they make an image layer that stays
 the same until they change, whatever else is edited in pyproject.toml. Extras of extras are followed.
@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 Extras = Mapping[str, Sequence[str]]
 
 
-def requirements(pyproject: str, extra: str) -> list[str]:
-    """The base requirements and those of `extra`, sorted. Raises KeyError where there is no such extra."""
+def requirements(pyproject: str, wanted: Sequence[str]) -> list[str]:
+    """The base requirements and those of the extras, sorted. Raises KeyError where there is no such extra."""
     project = tomllib.loads(pyproject)["project"]
     extras = project["optional-dependencies"]
-    return sorted({*project["dependencies"], *_of_extra(extra, project["name"], extras)})
+    of_extras = (each for extra in wanted for each in _of_extra(extra, project["name"], extras))
+    return sorted({*project["dependencies"], *of_extras})
 
 
 def _of_extra(extra: str, project: str, extras: Extras) -> Iterator[str]:
@@ -32,4 +33,4 @@ def _of_extra(extra: str, project: str, extras: Extras) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    print(*requirements(sys.stdin.read(), sys.argv[1]), sep="\n")
+    print(*requirements(sys.stdin.read(), sys.argv[1:]), sep="\n")

@@ -212,9 +212,12 @@ class Encoder(PixelEncoder):
         other.on_embedded = None
         return other
 
-    def prepare(self, data: bytes) -> Pixels:
-        """Decode one image to the pixels [C, H, W] that the network sees. Raises InvalidImage or ImageTooLarge."""
-        return self.preprocessing.pixels(decode(data, max_pixels=self._max_pixels))
+    def prepare(self, data: bytes, *, max_pixels: int | None = None) -> Pixels:
+        """Decode one image to the pixels [C, H, W] that the network sees, with a lower cap than the encoder's own where
+        that is given. Raises InvalidImage or ImageTooLarge.
+        """
+        cap = self._max_pixels if max_pixels is None else min(max_pixels, self._max_pixels)
+        return self.preprocessing.pixels(decode(data, max_pixels=cap))
 
     def encode(self, images: Sequence[bytes]) -> Vectors:
         """Unit float32 embeddings [B, D] of image files. Raises InvalidImage or ImageTooLarge."""

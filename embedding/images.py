@@ -33,8 +33,18 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 
 Pixels = NDArray[np.uint8]
 
-View = Literal["as-is", "rotate-90", "rotate-180", "rotate-270", "mirror"]
-"""A copy of an image: turned anticlockwise by so many degrees, or with left and right exchanged."""
+View = Literal[
+    "as-is",
+    "rotate-90",
+    "rotate-180",
+    "rotate-270",
+    "mirror",
+    "mirror-rotate-90",
+    "mirror-rotate-180",
+    "mirror-rotate-270",
+]
+"""A copy of an image: turned anticlockwise by so many degrees, or with left and right exchanged, or the latter and then
+the former."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

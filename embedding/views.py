@@ -21,11 +21,14 @@ _CHANGES: dict[View, Callable[[Pixels], Pixels]] = {
     "rotate-180": lambda pixels: np.rot90(pixels, 2, axes=(-2, -1)),
     "rotate-270": lambda pixels: np.rot90(pixels, 3, axes=(-2, -1)),
     "mirror": lambda pixels: pixels[..., ::-1],
+    "mirror-rotate-90": lambda pixels: np.rot90(pixels[..., ::-1], 1, axes=(-2, -1)),
+    "mirror-rotate-180": lambda pixels: np.rot90(pixels[..., ::-1], 2, axes=(-2, -1)),
+    "mirror-rotate-270": lambda pixels: np.rot90(pixels[..., ::-1], 3, axes=(-2, -1)),
 }
 
 
 def view_of(pixels: Pixels, view: View) -> Pixels:
-    """The same pixels [..., H, W] in a view: a quarter turn anticlockwise or more, or left and right exchanged."""
+    """The same pixels [..., H, W] in a view: turned anticlockwise by quarters, or left and right exchanged, or both."""
     return _CHANGES[view](pixels)
 
 

@@ -5,7 +5,7 @@ Shapes: Q queries, R rows of one answer, P rows of all answers, one after the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -104,23 +104,13 @@ def _entries(keys: list[int], read: Read, deadline: Deadline | None) -> list[Ent
 
 
 def _ranked(rows: range, dist_P: Vectors, entries: Sequence[Entry], excluded: frozenset[str]) -> Sequence[int]:
-    """Rows of one answer, which lie by rising distance, by (distance, name), without the excluded."""
-    here_R = dist_P[rows.start : rows.stop]
-    tied = np.flatnonzero(here_R[1:] == here_R[:-1]).tolist()  # with the next
-    ranked: Sequence[int] = rows
-    if tied:
-        ranked = list(rows)
-        for first, last in _runs(tied):
-            ranked[first : last + 2] = sorted(ranked[first : last + 2], key=lambda row: entries[row].name)
-    return [row for row in ranked if entries[row].name not in excluded] if excluded else ranked
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of consecutive numbers, which rise."""
-    first = last = numbers[0]
-    for number in numbers[1:]:
-        if number != last + 1:
-            yield first, last
-            first = number
-        last = number
-    yield first, last
+    """Rows of one answer by (distance, name), without the excluded; they come by distance."""
+    kept = [row for row in rows if entries[row].name not in excluded] if excluded else list(rows)
+    dist_R = dist_P[kept]
+    tied = np.flatnonzero(dist_R[1:] == dist_R[:-1])
+    if len(tied):
+        apart = np.flatnonzero(np.diff(tied) > 1)
+        firsts, lasts = tied[np.append(0, apart + 1)], tied[np.append(apart, len(tied) - 1)] + 1
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            kept[first : last + 1] = sorted(kept[first : last + 1], key=lambda row: entries[row].name)
+    return kept

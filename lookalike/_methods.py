@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from lookalike._calls import feedback, galleries, items, match, models, upkeep
 from lookalike._calls import search as searches
-from lookalike._calls.kinds import Batch, Bundled, Call, Collected, Page, Stream
+from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
 from lookalike._transport import AsyncTransport, Transport
 
 P = ParamSpec("P")
@@ -77,25 +77,6 @@ class Streamed(Generic[P, R]):
         if client is None:
             return self
         return self._shown.on(lambda *args, **kwargs: client.stream(self._build(*args, **kwargs)))
-
-
-class StreamedInBundles(Generic[P, R]):
-    """As `Streamed`, with several results in a message."""
-
-    def __init__(self, build: Callable[P, Bundled[R]]) -> None:
-        self._build = build
-        self._shown = _Shown(build)
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, client: Transport, owner: type) -> Callable[P, Iterator[R]]: ...
-    @overload
-    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, AsyncIterator[R]]: ...
-    def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
-        if client is None:
-            return self
-        return self._shown.on(lambda *args, **kwargs: client.bundled(self._build(*args, **kwargs)))
 
 
 class Paged(Generic[P, R]):
@@ -161,7 +142,7 @@ class Methods:
     search = Unary(searches.search)
     search_batch = Batched(searches.search_batch)
     search_matches = Collecting(searches.search_matches)
-    search_stream = StreamedInBundles(searches.search_stream)
+    search_stream = Streamed(searches.search_stream)
     create_gallery = Unary(galleries.create_gallery)
     get_gallery = Unary(galleries.get_gallery)
     list_galleries = Paged(galleries.list_galleries)

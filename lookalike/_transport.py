@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from lookalike._calls.kinds import Batch, Bundled, Call, Collected, Page, Stream
+from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
 from lookalike._calls.models import is_serving
 from lookalike._retry import is_final
 from lookalike._settings import DEFAULT_TIMEOUT, Configured
@@ -76,17 +76,13 @@ class Transport(Configured):
             raise self._failed(error) from None
         return call.parse(parts)
 
-    def bundled(self, call: Bundled[R]) -> Iterator[R]:
-        for results in self.stream(call):
-            yield from results
-
     def stream(self, call: Stream[R]) -> Iterator[R]:
         window = Window(call, self._window)
         made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
         responses = made(window, metadata=self._access.metadata)
         try:
             for data in responses:
-                yield window.parsed(data)
+                yield from window.parsed(data)
         except grpc.RpcError as error:
             raise self._failed(error) from None
         finally:
@@ -204,18 +200,14 @@ class AsyncTransport(Configured):
             raise self._failed(error) from None
         return call.parse(parts)
 
-    async def bundled(self, call: Bundled[R]) -> AsyncIterator[R]:
-        async for results in self.stream(call):
-            for result in results:
-                yield result
-
     async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
         window = AsyncWindow(call, self._window)
         made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
         responses = made(window.messages(), metadata=self._access.metadata)
         try:
             async for data in responses:
-                yield window.parsed(data)
+                for result in window.parsed(data):
+                    yield result
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from lookalike._calls.kinds import Stream
@@ -23,12 +23,12 @@ class _Window(Generic[R]):
         self._failure: BaseException | None = None
         self._closed = False
 
-    def parsed(self, data: bytes) -> R:
-        """The result of a message that came back; makes room for what it answers."""
-        result = self._call.parse(data)
-        self._answered = self._call.answered(result, self._answered)
+    def parsed(self, data: bytes) -> Sequence[R]:
+        """The results of a message that came back; makes room for what it answers."""
+        results = self._call.parse(data)
+        self._answered = self._call.answered(results, self._answered)
         self._changed()
-        return result
+        return results
 
     def close(self) -> None:
         """No further message is wanted."""

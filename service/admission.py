@@ -44,6 +44,11 @@ class Pace:
         """Of one piece; 0 while nothing is known."""
         return self._seconds if time.monotonic() < self._until else 0.0
 
+    @property
+    def latest(self) -> float:
+        """The same, however long ago it was measured: for what nobody is refused by."""
+        return self._seconds
+
     def record(self, seconds: float, pieces: int = 1) -> None:
         """`pieces` were done in `seconds`, together or one after the other."""
         known = self.seconds
@@ -101,7 +106,9 @@ class Room:
     def enter(self, caller: str, count: int = 1, size: int = 0, *, seconds_left: float | None = None) -> Ticket:
         """Hold `count` and `size` bytes. Raises Overloaded."""
         if self._is_full(caller, count, size):
-            raise self._overloaded(caller, f"{self._count} {self._subject} and {self._bytes:,} bytes are held already")
+            raise self._overloaded(
+                caller, f"it holds as many {self._subject} as it takes on from one caller, or from all"
+            )
         self._check_time(caller, count, seconds_left)
         return Ticket(self, caller, count, size)
 
@@ -148,14 +155,15 @@ class Room:
             return
         ahead = self.seconds_ahead(caller)
         if self._most_seconds is not None and ahead > self._most_seconds:
-            raise self._overloaded(caller, f"{self._count} {self._subject} are ahead, about {ahead:.2g} seconds")
+            raise self._overloaded(caller, f"about {ahead:.2g} seconds of {self._subject} are ahead")
         if seconds_left is not None and ahead > seconds_left:
             raise self._overloaded(
                 caller, f"about {ahead:.2g} seconds of {self._subject} are ahead, and the deadline is earlier"
             )
 
     def _overloaded(self, caller: str, what: str) -> Overloaded:
-        wait = min(max(self.seconds_ahead(caller), LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS)
+        # Rounded, and nothing else that varies is said: the status of a refusal is made once and kept.
+        wait = float(f"{min(max(self.seconds_ahead(caller), LEAST_RETRY_SECONDS), MOST_RETRY_SECONDS):.2g}")
         return Overloaded(
             f"the server is busy: {what}; try again in {wait:.2g} seconds", subject=self._subject, retry_seconds=wait
         )

@@ -1,9 +1,11 @@
-"""Micro-batches: images of concurrent calls are decoded in a pool and embedded together, off the event loop.
+"""Micro-batches: images of concurrent calls are decoded and embedded together, off the event loop.
 
-On its way an image waits for its caller's turn, is decoded, and is embedded with whatever else is decoded by then. A
-batch begins as soon as the encoder is free and nothing that is being decoded could join it; for what is being decoded
-it waits a little, by how long a batch takes. Nothing is decoded or embedded whose callers have all gone, or whose
-deadline cannot be met any more. Images of the same bytes are embedded once, whoever sends them.
+An image waits for its caller's turn, is decoded, and is embedded with whatever else is there by then. Large images are
+decoded in a pool; one that takes less time than going to a thread is decoded by the thread that embeds it, and where
+decoding and embedding all that waits takes next to no time, on the event loop itself. A batch begins as soon as the
+encoder is free and nothing that is being decoded could join it; for what is being decoded it waits a little, by how
+long a batch takes. Nothing is decoded or embedded whose callers have all gone, or whose deadline cannot be met any
+more. Images of the same bytes are embedded once, whoever sends them.
 """
 
 from __future__ import annotations
@@ -12,24 +14,26 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
 
-from embedding.decision import Vectors
 from embedding.encoder import Encoder
 from embedding.errors import DeadlineExceeded, LookalikeError
 from embedding.images import Pixels
-from service.admission import Pace, Room
+from service.admission import Room, Ticket
 from service.fairness import FairQueue
+from service.on_the_way import Image, Waiter
 from service.recent import Recent
 from service.sources import Embedded
-from service.stages import Work, looked_up
+from service.stages import looked_up
+from service.workbench import BRIEF_BYTES, BRIEF_SECONDS, Outcome, Workbench
 
 HASHED_AT_ONCE = 64 * 1024
 """Bytes of an image that are hashed on the event loop; hashing more takes longer than going to a thread."""
@@ -44,7 +48,12 @@ DECODED_BYTES = 256 * 2**20
 """Most bytes of pixels that wait for the encoder, beyond one batch."""
 
 PATIENCE = 0.5
-"""Share of the time of a batch that it waits for images that are being decoded."""
+"""Share of the time of a batch that it waits for what could join it: images that are being decoded, or that the calls
+bring which come at the same time."""
+
+QUIET_TURNS = 6
+"""Turns of the event loop without a new image after which nothing more comes at the same time: five microseconds each.
+Requests that have arrived together are told to the loop one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +72,6 @@ class Bounds:
     """Longest that a batch waits for images that are being decoded; 0 begins as soon as the encoder is free."""
 
 
-@dataclass(eq=False)
-class _Image:
-    """One content on its way, for all who wait for it."""
-
-    key: bytes
-    caller: str
-    data: bytes
-    done: asyncio.Future[Embedded | Exception]
-    work: Work = field(default_factory=Work)
-    """Of the call that brought it first."""
-    waiters: int = 0
-    ends: float | None = 0.0
-    """When its last waiter gives up, in the time of `time.monotonic`; None for never."""
-    pixels: Pixels | None = None
-
-    def cannot_be_ready_in(self, seconds: float) -> bool:
-        return self.ends is not None and time.monotonic() + seconds > self.ends
-
-
 class Batcher:
     """Embeds images for one event loop. A bad image fails alone; a cancelled caller costs nothing more."""
 
@@ -95,33 +85,36 @@ class Batcher:
         bounds: Bounds | None = None,
     ) -> None:
         bounds = bounds or Bounds()
-        self._encoder = encoder
         self.batch_size = batch_size
         """Most images embedded in one forward pass."""
         self._delay = bounds.delay_seconds
         self._decode_threads = decode_threads
         # What follows refers to these and not to the batcher, which would else outlive its use, and its model with it,
         # until the garbage collector comes by.
-        self._decode_pace, self._embed_pace, self._batch_pace = decode_pace, embed_pace, _ = Pace(), Pace(), Pace()
+        self._workbench = workbench = Workbench(encoder)
         self.room = Room(
             "images",
             most=bounds.images,
             most_bytes=bounds.image_bytes,
             most_seconds=bounds.seconds,
             free_of_time=batch_size,
-            seconds_each=lambda: max(embed_pace.seconds, decode_pace.seconds / decode_threads),
+            seconds_each=lambda: max(workbench.embed_pace.seconds, workbench.decode_pace.seconds / decode_threads),
         )
         """What is held by images from when their call is admitted until they are embedded."""
         self.recent = Recent(most_bytes=bounds.cache_bytes)
         pixel_bytes = int(np.prod(encoder.pixel_shape))
         self._most_decoded = batch_size + min(batch_size, DECODED_BYTES // pixel_bytes)
-        self._queue: FairQueue[_Image] = FairQueue()
+        self._queue: FairQueue[Image] = FairQueue()  # for the decoders
+        self._brief: FairQueue[Image] = FairQueue()  # for the encoder, which decodes them too
+        self._ready: OrderedDict[Image, None] = OrderedDict()  # decoded
+        self._on_the_way: dict[bytes, Image] = {}
         self._decoding = 0  # images that threads are decoding now
         self._busy_decoders = 0
-        self._ready: OrderedDict[_Image, None] = OrderedDict()
-        self._on_the_way: dict[bytes, _Image] = {}
-        self._arrived = asyncio.Event()
-        self._encoding: asyncio.Task[None] | None = None
+        self._is_embedding = False
+        self._goes_on = False  # soon
+        self._quiet_turns = 0
+        self._gathering: asyncio.TimerHandle | None = None
+        self._has_gathered = False
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._encode_thread = ThreadPoolExecutor(
             1, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(encode_threads,)
@@ -130,34 +123,30 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images that wait for a decoder or for the encoder."""
-        return len(self._queue) + len(self._ready)
+        return len(self._queue) + len(self._brief) + len(self._ready)
 
     async def warm_up(self) -> None:
         """Run the encoder once in its thread."""
-        await asyncio.get_running_loop().run_in_executor(self._encode_thread, self._encoder.warm_up)
+        await asyncio.get_running_loop().run_in_executor(self._encode_thread, self._workbench.encoder.warm_up)
 
-    @asynccontextmanager
-    async def admitted(
+    def admitted(
         self, images: Sequence[bytes], *, caller: str = "", seconds_left: float | None = None, patient: bool = False
-    ) -> AsyncIterator[Admitted]:
-        """Room for these distinct images, to embed within. Raises Overloaded.
+    ) -> Admitted:
+        """Room for these distinct images, to embed within a `with` statement. Raises Overloaded.
 
         The images beyond one batch enter later, one by one as there is room, and so do all of them if `patient`.
         """
-        admitted = Admitted(self, images, caller=caller, ends=_end(seconds_left))
-        if patient:
-            yield admitted
-            return
-        first = images[: self.batch_size]
-        with self.room.enter(caller, len(first), sum(map(len, first)), seconds_left=seconds_left):
-            admitted.entered = len(first)
-            yield admitted
+        first = () if patient else images[: self.batch_size]
+        ticket = None
+        if first:
+            ticket = self.room.enter(caller, len(first), sum(map(len, first)), seconds_left=seconds_left)
+        return Admitted(self, images, ticket, entered=len(first), caller=caller, ends=_end(seconds_left))
 
     async def embed_all(
         self, images: Sequence[bytes], *, caller: str = "", seconds_left: float | None = None
     ) -> dict[bytes, Embedded]:
         """What became of each distinct image. Raises Overloaded, and errors that no user causes."""
-        async with self.admitted(images, caller=caller, seconds_left=seconds_left) as admitted:
+        with self.admitted(images, caller=caller, seconds_left=seconds_left) as admitted:
             return await admitted.embed_all()
 
     def close(self) -> None:
@@ -168,65 +157,73 @@ class Batcher:
     async def outcomes(self, images: Sequence[bytes], caller: str, ends: float | None) -> dict[bytes, Embedded]:
         """What became of images that have been admitted, at most a batch of them."""
         found: dict[bytes, Embedded] = {}
-        joined: dict[bytes, _Image] = {}
+        joined: dict[bytes, Image] = {}
+        if sum(map(len, images)) <= HASHED_AT_ONCE:
+            keys = _hashes(images)
+        else:
+            keys = await asyncio.get_running_loop().run_in_executor(self._decoders, _hashes, images)
+        waiter = Waiter()
         try:
-            for data, key in zip(images, await self._keys(images), strict=True):
+            for data, key in zip(images, keys, strict=True):
                 emb_D = self.recent.get(key)
                 looked_up(emb_D is not None or key in self._on_the_way)
                 if emb_D is not None:
                     found[data] = emb_D
                 else:
-                    joined[data] = self._join(key, data, caller, ends)
-            self._decode_more()
-            await _all_done([image.done for image in joined.values()])
+                    joined[data] = self._joined(key, data, caller, ends, waiter)
+            if joined:
+                self._go_on_soon()
+                await waiter.over
         finally:
             for image in joined.values():
-                self._leave(image)
+                self._leave(image, waiter)
         for data, image in joined.items():
-            outcome = image.done.result()
+            outcome = image.outcome
+            assert outcome is not None
             if isinstance(outcome, Exception) and not isinstance(outcome, LookalikeError):
                 raise outcome
             found[data] = outcome
         return found
 
-    async def _keys(self, images: Sequence[bytes]) -> list[bytes]:
-        if sum(map(len, images)) <= HASHED_AT_ONCE:
-            return _hashes(images)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, _hashes, images)
-
-    def _join(self, key: bytes, data: bytes, caller: str, ends: float | None) -> _Image:
+    def _joined(self, key: bytes, data: bytes, caller: str, ends: float | None, waiter: Waiter) -> Image:
         image = self._on_the_way.get(key)
         if image is None:
-            image = _Image(key, caller, data, asyncio.get_running_loop().create_future())
-            self._on_the_way[key] = image
-            self._queue.put(caller, image)
-        image.waiters += 1
-        if image.ends is not None:
-            image.ends = None if ends is None else max(ends, image.ends)
+            image = self._on_the_way[key] = Image(key, caller, data)
+            self._queue_of(image).put(caller, image)
+        image.join(waiter, ends)
         return image
 
-    def _leave(self, image: _Image) -> None:
-        image.waiters -= 1
-        if not image.waiters and not image.done.done():
-            image.done.cancel()
+    def _queue_of(self, image: Image) -> FairQueue[Image]:
+        is_brief = len(image.data) <= BRIEF_BYTES and self._workbench.brief_pace.latest <= BRIEF_SECONDS
+        return self._brief if is_brief else self._queue
+
+    def _leave(self, image: Image, waiter: Waiter) -> None:
+        image.waiters.remove(waiter)
+        if image.outcome is None and not image.waiters:
             self._forget(image)
 
-    def _finish(self, image: _Image, outcome: Embedded | Exception) -> None:
-        if not image.done.done():
-            image.done.set_result(outcome)
+    def _finish(self, image: Image, outcome: Embedded | Exception) -> None:
+        image.finish(outcome)
         self._forget(image)
 
-    def _forget(self, image: _Image) -> None:
+    def _forget(self, image: Image) -> None:
         """Let go of its bytes and pixels; threads that work on them hold them until they are through."""
         self._queue.discard(image.caller, image)
+        self._brief.discard(image.caller, image)
         self._ready.pop(image, None)
         image.data, image.pixels = b"", None
         if self._on_the_way.get(image.key) is image:
             del self._on_the_way[image.key]
 
-    def _late(self, image: _Image, seconds: float) -> bool:
+    def _given_up(self, images: Sequence[Image]) -> None:
+        """The batcher was closed before these were worked on."""
+        for image in images:
+            image.give_up()
+            self._forget(image)
+
+    def _is_late(self, image: Image, seconds: float) -> bool:
         """Whether it is no longer to be worked on, since what is left to do takes so long; its callers are told."""
-        if image.done.done():
+        if not image.is_wanted:
             return True
         if not image.cannot_be_ready_in(seconds):
             return False
@@ -236,24 +233,56 @@ class Batcher:
         )
         return True
 
-    # Decoding
+    def _go_on_soon(self) -> None:
+        """Begin as soon as no more images come at the same time, so that they share the batch."""
+        self._quiet_turns = 0
+        if not self._goes_on:
+            self._goes_on = True
+            loop = asyncio.get_running_loop()
+            patience = min(self._delay, PATIENCE * self._workbench.batch_pace.seconds)
+            loop.call_soon(self._turn, loop.time() + patience)
+
+    def _turn(self, until: float) -> None:
+        self._quiet_turns += 1
+        loop = asyncio.get_running_loop()
+        if (
+            self._quiet_turns <= QUIET_TURNS
+            and not self._is_embedding
+            and self.waiting < self.batch_size
+            and loop.time() < until
+        ):
+            loop.call_soon(self._turn, until)
+            return
+        self._goes_on = False
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Begin whatever can be begun."""
+        self._decode_more()
+        while not self._is_embedding and (self._ready or self._brief) and not self._gathers():
+            if batch := self._take():
+                self._decode_more()
+                self._embed(batch)
+
+    # Decoding, of what the encoder's thread does not decode itself
 
     def _decode_more(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._busy_decoders < self._decode_threads:
             images = self._next_to_decode()
             if not images:
                 return
             self._busy_decoders += 1
             self._decoding += len(images)
-            wanted = [(image.work, image.data) for image in images]
-            decoded = loop.run_in_executor(self._decoders, self._prepared, wanted)
+            decoded = asyncio.get_running_loop().run_in_executor(
+                self._decoders, self._workbench.decoded, [(image.work, image.data) for image in images]
+            )
             decoded.add_done_callback(partial(self._decoded, images))
 
-    def _next_to_decode(self) -> list[_Image]:
+    def _next_to_decode(self) -> list[Image]:
         """The next image, or several small ones of one caller."""
-        images: list[_Image] = []
+        images: list[Image] = []
         size, left = 0, min(MOST_TOGETHER, self._most_decoded - len(self._ready) - self._decoding)
+        seconds = self._workbench.decode_pace.seconds + self._workbench.batch_pace.seconds
         caller: str | None = None
         while len(images) < left and size < DECODED_TOGETHER:
             if caller is None:
@@ -266,114 +295,124 @@ class Batcher:
                 if following is None:
                     break
                 image = following
-            if not self._late(image, self._decode_pace.seconds + self._batch_pace.seconds):
+            if not self._is_late(image, seconds):
                 caller = image.caller
                 images.append(image)
                 size += len(image.data)
         return images
 
-    def _prepared(self, images: Sequence[tuple[Work, bytes]]) -> list[Pixels | Exception]:
-        outcomes: list[Pixels | Exception] = []
-        for work, data in images:
-            start = time.perf_counter()
-            try:
-                outcomes.append(work.run("decode", self._encoder.prepare, data))
-            except Exception as error:  # of this image alone
-                outcomes.append(error)
-            self._decode_pace.record(time.perf_counter() - start)
-        return outcomes
-
-    def _decoded(self, images: Sequence[_Image], decoded: asyncio.Future[list[Pixels | Exception]]) -> None:
+    def _decoded(self, images: Sequence[Image], decoded: asyncio.Future[list[Pixels | Exception]]) -> None:
         self._busy_decoders -= 1
         self._decoding -= len(images)
         if decoded.cancelled():
-            for image in images:
-                image.done.cancel()
+            self._given_up(images)
             return
         for image, outcome in zip(images, decoded.result(), strict=True):
             if isinstance(outcome, Exception):
                 self._finish(image, outcome)
-            elif not image.done.done():
+            elif image.is_wanted:
                 image.data, image.pixels = b"", outcome
                 self._ready[image] = None
-        self._arrived.set()
-        self._decode_more()
-        if self._ready and self._encoding is None:
-            self._encoding = asyncio.get_running_loop().create_task(self._encode_waiting())
+        self._go_on()
 
     # Embedding
 
-    async def _encode_waiting(self) -> None:
-        try:
-            while self._ready:
-                await self._gather()
-                if batch := self._take():
-                    self._decode_more()
-                    await self._encode(batch)
-        finally:
-            self._encoding = None
+    def _gathers(self) -> bool:
+        """Whether the next batch waits for what is being decoded, which is not for long."""
+        if self._decoding and not self._has_gathered and len(self._ready) + len(self._brief) < self.batch_size:
+            if self._gathering is not None:
+                return True
+            if patience := min(self._delay, PATIENCE * self._workbench.batch_pace.seconds):
+                self._gathering = asyncio.get_running_loop().call_later(patience, self._gathered)
+                return True
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
+        self._has_gathered = False
+        return False
 
-    async def _gather(self) -> None:
-        """Wait for what is being decoded, but not for long."""
-        patience = min(self._delay, PATIENCE * self._batch_pace.seconds)
-        if not patience or not self._decoding or len(self._ready) >= self.batch_size:
-            return
-        try:
-            async with asyncio.timeout(patience):
-                while self._decoding and len(self._ready) < self.batch_size:
-                    self._arrived.clear()
-                    await self._arrived.wait()
-        except TimeoutError:
-            pass
+    def _gathered(self) -> None:
+        self._gathering, self._has_gathered = None, True
+        self._go_on()
 
-    def _take(self) -> list[_Image]:
-        """The next images that are still wanted, up to the batch size."""
-        batch: list[_Image] = []
-        while self._ready and len(batch) < self.batch_size:
+    def _take(self) -> list[Image]:
+        """The next images that are still wanted, up to the batch size: half of it decoded already where both wait."""
+        batch: list[Image] = []
+        seconds = self._workbench.batch_pace.seconds
+        decoded = self.batch_size if not self._brief else self.batch_size // 2
+        while self._ready and len(batch) < decoded:
             image, _ = self._ready.popitem(last=False)
-            if not self._late(image, self._batch_pace.seconds):
+            if not self._is_late(image, seconds):
                 batch.append(image)
+        while len(batch) < self.batch_size and (taken := self._brief.take()) is not None:
+            if not self._is_late(taken[1], seconds):
+                batch.append(taken[1])
         return batch
 
-    async def _encode(self, batch: list[_Image]) -> None:
-        loop = asyncio.get_running_loop()
-        pixels = [image.pixels for image in batch if image.pixels is not None]
-        try:
-            works = [image.work for image in batch]
-            emb_BD = await loop.run_in_executor(
-                self._encode_thread, Work.run_together, works, "embed", self._forward, pixels
-            )
-        except Exception as error:  # handed to every caller of the batch; the next batch is not affected
-            for image in batch:
-                self._finish(image, error)
+    def _embed(self, batch: list[Image]) -> None:
+        pieces = [(image.work, image.data if image.pixels is None else image.pixels) for image in batch]
+        if self._workbench.is_instant(pieces):
+            self._embedded(batch, self._workbench.embedded(pieces))
             return
-        for image, emb_D in zip(batch, emb_BD, strict=True):
-            self.recent.put(image.key, emb_D)
-            self._finish(image, emb_D)
+        self._is_embedding = True
+        embedded = asyncio.get_running_loop().run_in_executor(self._encode_thread, self._workbench.embedded, pieces)
+        embedded.add_done_callback(partial(self._came_back, batch))
 
-    def _forward(self, pixels: list[Pixels]) -> Vectors:
-        start = time.perf_counter()
-        emb_BD = self._encoder.encode_pixels(np.stack(pixels))
-        seconds = time.perf_counter() - start
-        self._embed_pace.record(seconds, len(pixels))
-        self._batch_pace.record(seconds)
-        return emb_BD
+    def _came_back(self, batch: Sequence[Image], embedded: asyncio.Future[list[Outcome]]) -> None:
+        self._is_embedding = False
+        if embedded.cancelled():
+            self._given_up(batch)
+            return
+        self._embedded(batch, embedded.result())
+        self._go_on()
+
+    def _embedded(self, batch: Sequence[Image], outcomes: Sequence[Outcome]) -> None:
+        for image, outcome in zip(batch, outcomes, strict=True):
+            if outcome is None:  # more than it seemed: for the decoders
+                if image.is_wanted:
+                    self._queue.put(image.caller, image)
+                    self._go_on_soon()
+                continue
+            if not isinstance(outcome, Exception):
+                self.recent.put(image.key, outcome)
+            self._finish(image, outcome)
 
 
 class Admitted:
-    """Images that may be embedded."""
+    """Images that may be embedded, until its `with` statement ends."""
 
-    def __init__(self, batcher: Batcher, images: Sequence[bytes], *, caller: str, ends: float | None) -> None:
+    __slots__ = ("_batcher", "_caller", "_ends", "_entered", "_images", "_ticket")
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        images: Sequence[bytes],
+        ticket: Ticket | None,
+        *,
+        entered: int,
+        caller: str,
+        ends: float | None,
+    ) -> None:
+        """The first `entered` of the images have their room already, held by the ticket."""
         self._batcher = batcher
         self._images = images
+        self._ticket = ticket
+        self._entered = entered
         self._caller = caller
         self._ends = ends
-        self.entered = 0
-        """How many of them have their room already."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._ticket is not None:
+            self._ticket.close()
 
     async def embed_all(self) -> dict[bytes, Embedded]:
         """What became of each image. Raises errors that no user causes."""
-        first, rest = self._images[: self.entered], self._images[self.entered :]
+        first, rest = self._images[: self._entered], self._images[self._entered :]
         if not rest:
             return await self._batcher.outcomes(first, self._caller, self._ends)
         async with asyncio.TaskGroup() as group:
@@ -388,29 +427,6 @@ class Admitted:
 
 def _end(seconds_left: float | None) -> float | None:
     return None if seconds_left is None else time.monotonic() + seconds_left
-
-
-async def _all_done(futures: Sequence[asyncio.Future[Embedded | Exception]]) -> None:
-    """Wait for futures that others wait for too: unlike gathering them, being cancelled here cancels none of them."""
-    waiting = [future for future in futures if not future.done()]
-    if not waiting:
-        return
-    over = asyncio.get_running_loop().create_future()
-    left = len(waiting)
-
-    def one_is_done(_: object) -> None:
-        nonlocal left
-        left -= 1
-        if not left and not over.done():
-            over.set_result(None)
-
-    for future in waiting:
-        future.add_done_callback(one_is_done)
-    try:
-        await over
-    finally:
-        for future in waiting:
-            future.remove_done_callback(one_is_done)
 
 
 def _hashes(images: Sequence[bytes]) -> list[bytes]:

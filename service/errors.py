@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
@@ -83,15 +85,42 @@ class translated_errors:  # noqa: N801  # used as a context manager; a generator
         if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
             return
         # The boundary: everything is answered, and what nobody foresaw is logged.
-        found = status(error)
-        rich = rpc_status.to_status(found)
+        if isinstance(error, domain.Overloaded) and not error.field:
+            made = _refusal(str(error), error.subject, error.retry_seconds)
+        else:
+            made = _made(status(error))
         trailing = (
-            *rich.trailing_metadata,
+            *made.trailing,
             *(self._context.trailing_metadata() or ()),
             *_challenge(error),
-            *_pushback(found, self._context.time_remaining()),
+            *_pushback(made.retry_milliseconds, self._context.time_remaining()),
         )
-        await self._context.abort(rich.code, rich.details, trailing)  # abort forgets what was set before
+        await self._context.abort(made.code, made.details, trailing)  # abort forgets what was set before
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A status as gRPC takes it."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing: tuple[tuple[str, str | bytes], ...]
+    retry_milliseconds: int | None
+    """Of its RetryInfo; None without."""
+
+
+def _made(found: status_pb2.Status) -> _Made:
+    rich = rpc_status.to_status(found)
+    retry = error_details_pb2.RetryInfo()
+    has_retry = any(detail.Unpack(retry) for detail in found.details)
+    milliseconds = retry.retry_delay.ToMilliseconds() if has_retry else None
+    return _Made(rich.code, rich.details, tuple(rich.trailing_metadata), milliseconds)
+
+
+@lru_cache(maxsize=1024)
+def _refusal(message: str, subject: str, retry_seconds: float) -> _Made:
+    """Of a full server, which has better to do than to make the same status again: a quarter of what refusing costs."""
+    return _made(status(domain.Overloaded(message, subject=subject, retry_seconds=retry_seconds)))
 
 
 def status(error: BaseException) -> status_pb2.Status:
@@ -154,16 +183,14 @@ def _challenge(error: BaseException) -> tuple[tuple[str, str], ...]:
     return (("www-authenticate", f'Bearer realm="{DOMAIN}"{invalid}'),)
 
 
-def _pushback(found: status_pb2.Status, seconds_left: float | None) -> tuple[tuple[str, str], ...]:
+def _pushback(milliseconds: int | None, seconds_left: float | None) -> tuple[tuple[str, str], ...]:
     """RetryInfo for clients that repeat by a service config, which read no details: gRFC A6.
 
     Negative, which forbids it, where the deadline comes first: they would sleep through it and never tell their caller
     what this call ended with.
     """
-    retry = error_details_pb2.RetryInfo()
-    if not any(detail.Unpack(retry) for detail in found.details):
+    if milliseconds is None:
         return ()
-    milliseconds = retry.retry_delay.ToMilliseconds()
     late = seconds_left is not None and seconds_left * 1000 <= milliseconds
     return (("grpc-retry-pushback-ms", "-1" if late else str(milliseconds)),)
 

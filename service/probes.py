@@ -10,12 +10,13 @@ import asyncio
 import errno
 from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 
 import structlog
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from embedding.errors import Busy, InvalidInput
-from service.metrics import Metrics
 
 _MOST_CONNECTIONS = 32
 _MOST_HEAD = 8 * 1024
@@ -27,9 +28,9 @@ _log = structlog.get_logger(__name__)
 class Probes:
     """The endpoint of one server."""
 
-    def __init__(self, metrics: Metrics, state: Callable[[], str]) -> None:
+    def __init__(self, registry: CollectorRegistry, state: Callable[[], str]) -> None:
         """`state` says "serving", or what the server does instead."""
-        self._metrics = metrics
+        self._registry = registry
         self._state = state
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.StreamWriter] = set()
@@ -49,6 +50,18 @@ class Probes:
             ) from error
         listening: int = self._server.sockets[0].getsockname()[1]
         return listening
+
+    async def start_at(self, path: Path) -> None:
+        """Listen on a socket of this machine instead."""
+        self._server = await asyncio.start_unix_server(self._serve, path, limit=_MOST_HEAD)
+
+    async def hanging(self) -> str:
+        """What of the server no longer answers; empty while all is well."""
+        return ""
+
+    async def state(self) -> str:
+        """ "serving", or what the server does instead."""
+        return self._state()
 
     async def stop(self) -> None:
         """Close the port and what is connected to it."""
@@ -89,15 +102,17 @@ class Probes:
             case "/metrics":
                 encode, content_type = choose_encoder(headers.get("accept", ""))
                 try:
-                    body = await asyncio.to_thread(encode, self._metrics.registry)
+                    body = await asyncio.to_thread(encode, self._registry)
                 except Exception as error:  # whatever a gallery or a disk may do: the endpoint stays up, and says so
                     _log.error("metrics cannot be collected", exc_info=error)
                     return _response(HTTPStatus.INTERNAL_SERVER_ERROR, b"see the server's log\n", is_head=is_head)
                 return _response(HTTPStatus.OK, body, content_type=content_type, is_head=is_head)
             case "/healthz":
+                if hanging := await self.hanging():
+                    return _response(HTTPStatus.SERVICE_UNAVAILABLE, f"hangs: {hanging}\n".encode(), is_head=is_head)
                 return _response(HTTPStatus.OK, b"alive\n", is_head=is_head)
             case "/readyz":
-                state = self._state()
+                state = await self.state()
                 status = HTTPStatus.OK if state == "serving" else HTTPStatus.SERVICE_UNAVAILABLE
                 return _response(status, f"{state}\n".encode(), is_head=is_head)
             case _:

@@ -17,7 +17,7 @@ from embedding.errors import InvalidInput, LookalikeError
 from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine
 from index.engine import Effort
 from service.engine import Engine, Question
-from service.sources import Embedded, EncodedImage, GivenEmbedding, Source, StoredItem, value_of
+from service.sources import Embedded, GivenEmbedding, Source, StoredItem, value_of
 
 MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
@@ -231,8 +231,7 @@ def is_quick(question: Question[Any], engine: Engine) -> bool:
     """
     match question:
         case Verify() | Embed():
-            kinds = {type(source) for source in question.sources}
-            return EncodedImage in kinds and StoredItem not in kinds
+            return not any(isinstance(source, StoredItem) for source in question.sources)
         case Search(query=GivenEmbedding(), scope=Scope(allowed=None) as scope):
             gallery = engine.catalog.opened(engine.aliases.resolve(scope.gallery))
             return gallery is not None and gallery.is_quick(k=question.k + len(question.exclude), effort=scope.effort)

@@ -15,7 +15,7 @@ import structlog
 from embedding.bundle import Bundle, Described
 from embedding.encoder import Encoder
 from embedding.errors import GalleriesIncompatible, LookalikeError, ModelActive, NotFound, NotSupported
-from embedding.runtime import spare_garbage_passes, trim_malloc
+from embedding.runtime import settle, trim_malloc
 from service import standing
 from service.engine import Engine
 from service.serving import AsyncEngine, Serving
@@ -255,7 +255,7 @@ class Rollout:
         del engine, bundle
         await asyncio.to_thread(trim_malloc)
         if gc.get_freeze_count():  # the server has a process of its own, which spares what lives
-            await asyncio.to_thread(spare_garbage_passes)
+            await asyncio.to_thread(settle)
 
     async def _check_galleries(self, served: Collection[str], model: str, force: bool) -> Mapping[str, str]:
         """The galleries of models that are not among `served`, by fingerprint. Damaged ones answer nobody as it is."""

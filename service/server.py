@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding.errors import Busy, InvalidInput
-from embedding.runtime import spare_garbage_passes, tune_malloc
+from embedding.runtime import settle, tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
@@ -131,12 +131,7 @@ def run_part(settings: Settings, part: Part, on_ready: Callable[[str], None] | N
 
 
 async def _serve(settings: Settings, on_ready: Callable[[str], None] | None, part: Part | None = None) -> None:
-    def ready(address: str) -> None:
-        spare_garbage_passes()
-        if on_ready is not None:
-            on_ready(address)
-
-    await Server(settings, part).serve_until_signal(ready)
+    await Server(settings, part).serve_until_signal(on_ready)
 
 
 class Server:
@@ -158,7 +153,7 @@ class Server:
         )
         self._state = "loading"
         self._metrics = None if settings.metrics_port is None else self._measured()
-        self._probes = None if self._metrics is None else Probes(self._metrics, lambda: self._state)
+        self._probes = None if self._metrics is None else Probes(self._metrics.registry, lambda: self._state)
         self._loop_watch: asyncio.Task[None] | None = None
         self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
         self._certificates: Certificates | None = None
@@ -193,6 +188,7 @@ class Server:
             loop.add_signal_handler(number, told_to_stop.set)
         try:
             await self.start()
+            settle()
             if on_ready is not None and not told_to_stop.is_set():
                 on_ready(self.address)
             await told_to_stop.wait()
@@ -297,9 +293,13 @@ class Server:
         return metrics
 
     async def _observe(self) -> None:
-        if self._metrics is not None and self._probes is not None and self._settings.metrics_port is not None:
+        if self._metrics is None or self._probes is None or self._settings.metrics_port is None:
+            return
+        self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
+        if self._part is not None:  # the parent gathers what its workers say
+            await self._probes.start_at(self._part.probes)
+        else:
             self.metrics_port = await self._probes.start(self._settings.metrics_host, self._settings.metrics_port)
-            self._loop_watch = asyncio.create_task(self._metrics.watch_loop())
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port

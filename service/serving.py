@@ -83,9 +83,7 @@ class AsyncEngine:
             if not images:
                 return await self._answered(quick, lambda: self.engine.ask(question), form)
             caller, seconds_left, patient = _account()
-            async with self.batcher.admitted(
-                images, caller=caller, seconds_left=seconds_left, patient=patient
-            ) as admitted:
+            with self.batcher.admitted(images, caller=caller, seconds_left=seconds_left, patient=patient) as admitted:
                 begin = partial(question.begin, self.engine)
                 answer = Work().run("store", begin) if quick else await self.run(begin)
                 outcomes = await admitted.embed_all()

@@ -60,7 +60,7 @@ class Settings(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most images embedded in one forward pass."""
     decode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
-    """Images decoded at the same time."""
+    """Images decoded at the same time; small ones are decoded by the thread that embeds them."""
     encode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
     """Threads of one forward pass on the CPU."""
     gallery_threads: Annotated[int, Field(ge=1, le=256)] = 2 * _CORES
@@ -127,7 +127,7 @@ class Settings(BaseModel):
     """Longest that images wait for others that are being decoded, to be embedded together."""
     embedding_cache_bytes: Annotated[int, Field(ge=0)] = 32 * MiB
     """Embeddings of images seen lately, kept by the hash of the image's bytes, a model; 0 embeds every image anew."""
-    max_queue_seconds: Annotated[float, Field(gt=0, le=3600)] = 1.0
+    max_queue_seconds: Annotated[float, Field(gt=0, le=3600)] = 0.5
     """Calls that would wait longer for the encoder or the galleries are refused when they come."""
     max_waiting_images: Annotated[int, Field(ge=1)] = 256
     """Images on their way to their embedding, of all calls and for each model; who comes then is refused."""

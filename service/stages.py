@@ -88,15 +88,10 @@ class Work:
     ) -> R:
         """The same for images of a batch, whose observers are told how many there were."""
         started = time.perf_counter()
-        for work in works:
-            work._told("queue", work._since, started)
         try:
-            return function(*args, **kwargs)
+            return Work.run_as_one(works, stage, function, *args, **kwargs)
         finally:
             ended = time.perf_counter()
-            for work in works:
-                work._since = ended
-                work._told(stage, started, ended)
             calls = [work._call for work in works if work._call is not None]
             for observer in dict.fromkeys(observer for call in calls for observer in call.observers):
                 observer.batched([call for call in calls if observer in call.observers], len(works), started, ended)

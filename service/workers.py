@@ -28,6 +28,7 @@ import structlog
 
 from embedding.errors import Busy, InvalidInput, LookalikeError
 from service.settings import Settings
+from service.worker_probes import ParentEndpoint
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +48,8 @@ class Part:
     """The port that all listen on."""
     writer: str
     """The address that the writer answers the others at."""
+    probes: Path
+    """The socket that it answers the parent at, about metrics and health."""
 
     @property
     def writes(self) -> bool:
@@ -61,10 +64,6 @@ def check(settings: Settings) -> None:
         raise InvalidInput(
             "workers above 1 follow galleries in a folder; with Milvus, start several servers instead", field="workers"
         )
-    if settings.metrics_port is not None:
-        raise InvalidInput(
-            "metrics_port is one process's, and workers are several: leave one of both out", field="metrics_port"
-        )
 
 
 def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> None:
@@ -74,11 +73,16 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> No
     """
     check(settings)
     with _reserved(settings) as port, tempfile.TemporaryDirectory(prefix="lookalike-") as folder:
-        workers = _Workers(settings, port, f"unix:{Path(folder) / 'writer'}")
+        workers = _Workers(settings, port, Path(folder))
         told_to_stop = threading.Event()
         for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: told_to_stop.set())
+        endpoint = None
         try:
+            if settings.metrics_port is not None:
+                endpoint = ParentEndpoint(workers.probes)
+                metrics_port = endpoint.start(settings.metrics_host, settings.metrics_port)
+                _log.info("metrics", host=settings.metrics_host, port=metrics_port)
             workers.start(told_to_stop)
             if on_ready is not None and not told_to_stop.is_set():
                 on_ready(f"{settings.host}:{port}" if ":" not in settings.host else f"[{settings.host}]:{port}")
@@ -86,6 +90,8 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None) -> No
                 workers.look_after(told_to_stop)
         finally:
             workers.stop()
+            if endpoint is not None:
+                endpoint.stop()
 
 
 class _reserved:  # noqa: N801  # used as a context manager
@@ -124,11 +130,20 @@ class _Worker:
 class _Workers:
     """The processes, from the parent."""
 
-    def __init__(self, settings: Settings, port: int, writer: str) -> None:
+    def __init__(self, settings: Settings, port: int, folder: Path) -> None:
+        """`folder` is for sockets, and this user's alone."""
         self._settings = settings
-        self._parts = [Part(number=n, port=port, writer=writer) for n in range(settings.workers)]
+        self._parts = [
+            Part(number=n, port=port, writer=f"unix:{folder / 'writer'}", probes=folder / f"probes-{n}")
+            for n in range(settings.workers)
+        ]
         self._running: dict[int, _Worker] = {}
         self._not_before: dict[int, float] = {}
+
+    @property
+    def probes(self) -> list[Path]:
+        """Their sockets for metrics and health, by number."""
+        return [part.probes for part in self._parts]
 
     def start(self, told_to_stop: threading.Event) -> None:
         """Start all, the writer first, and wait until they serve."""

@@ -18,7 +18,7 @@ from embedding.errors import NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
 from training.datasets_config import DataConfig
-from training.losses_config import LossConfig
+from training.losses_config import LossConfig, outlives_a_batch
 from training.searches import EvaluationConfig
 from training.sections import Section, error_at, parse_toml, read_toml, refuse_unknown_keys, validated
 
@@ -32,6 +32,10 @@ Side = Literal["train", "calibration", "test"]
 Protocol = Literal["identity-disjoint", "closed-set"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=0)]
+Turn = Literal[
+    "rotate-90", "rotate-180", "rotate-270", "mirror", "mirror-rotate-90", "mirror-rotate-180", "mirror-rotate-270"
+]
+"""A view that is another picture than the image itself."""
 Range = tuple[float, float]
 """Lowest and highest."""
 
@@ -185,9 +189,13 @@ class SamplingConfig(Section):
     images_from: Literal["any-part", "every-part"] = "any-part"
     """With "every-part", an identity's images come from its data parts in turn, so that each batch holds, say, the one
     product picture beside the many photos. With K at or above an identity's images there is nothing to choose."""
-    turned_identities: tuple[Literal["rotate-90", "rotate-180", "rotate-270", "mirror"], ...] = ()
+    turned_identities: tuple[Turn, ...] = ()
     """Copies of every training identity, turned so, that count as identities of their own: helpful where few identities
     look like themselves or another one turned."""
+    composed_identities: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of a batch's identities that are composed: their own pictures on one side of a cut, those of another
+    identity of the batch on the other, all cut alike. Each counts as an identity of its own, in that batch alone: there
+    are far more of them than the data has."""
 
 
 class OptimizerConfig(Section):
@@ -325,6 +333,8 @@ class Recipe(Section):
             )
         if self.training.mode == "self-supervised":
             self._check_views()
+        if self.sampling.composed_identities:
+            self._check_composition()
         try:
             self.network.architecture(self.preprocessing)
         except ValidationError as error:
@@ -340,8 +350,22 @@ class Recipe(Section):
             )
         if self.sampling.by == "super":
             raise error_at("sampling.by", 'self-supervised training uses no labels; use by = "identity"')
+        if self.sampling.composed_identities:
+            raise error_at("sampling.composed_identities", "joins images of an identity; give labels, or leave it out")
         if self.training.whitening is not None:
             raise error_at("training.whitening", "learns from labels, which self-supervised training leaves unused")
+
+    def _check_composition(self) -> None:
+        if outlives_a_batch(self.loss):
+            raise error_at(
+                "sampling.composed_identities",
+                f"{self.loss.name} keeps something of each identity from batch to batch, and composed identities last "
+                "for one; use a loss of the batch alone, such as supervised-contrastive, or leave this key out",
+            )
+        if self.sampling.identities_per_batch < 3:
+            raise error_at(
+                "sampling.identities_per_batch", "with sampling.composed_identities at least 3, or there is no partner"
+            )
 
     @property
     def architecture(self) -> Architecture:

@@ -232,3 +232,12 @@ LossConfig = Annotated[
     | ThresholdConsistentConfig,
     Field(discriminator="name"),
 ]
+
+
+def outlives_a_batch(config: LossConfig) -> bool:
+    """Whether the loss keeps something of each identity from batch to batch: a proxy, a boundary, embeddings."""
+    if isinstance(config, ThresholdConsistentConfig):
+        return outlives_a_batch(config.pair)
+    if isinstance(config, MarginConfig):
+        return config.boundaries == "per-identity"
+    return isinstance(config, ProxyAnchorConfig | ArcFaceConfig | CrossBatchMemoryConfig | JointConfig)

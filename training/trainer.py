@@ -22,9 +22,11 @@ from rich.console import Console
 from torch import Tensor
 
 from embedding.errors import InvalidDataset, InvalidRecipe
+from embedding.images import Pixels
 from embedding.networks import EmbeddingNetwork
 from embedding.runtime import tune_malloc
 from training.checkpoint import differing_keys, read_checkpoint, with_prefix, without_prefix, write_checkpoint
+from training.composition import Composition
 from training.config import Recipe
 from training.datasets import ImageSet
 from training.distributed import ALONE, Ranks
@@ -179,6 +181,8 @@ class Trainer:
         own_r = indices_B[self._ranks.share(len(indices_B))]
         if self._is_supervised:
             pixels_rCHW = self._train_set.pixels(own_r, self.recipe.preprocessing)
+            if self.recipe.sampling.composed_identities:
+                pixels_rCHW = self._composed(step, pixels_rCHW, indices_B)
         else:  # the views of an image begin as the same pixels
             once, place_r = np.unique(own_r, return_inverse=True)
             pixels_rCHW = self._train_set.pixels(once, self.recipe.preprocessing)[place_r]
@@ -186,6 +190,19 @@ class Trainer:
         if self.device.type == "cuda":
             return loaded_rCHW.pin_memory(), labels_B.pin_memory()
         return loaded_rCHW, labels_B
+
+    def _composed(self, step: int, pixels_rCHW: Pixels, indices_B: NDArray[np.int64]) -> Pixels:
+        """This process's pictures, some with a part of others of the batch, which it reads too."""
+        sampling = self.recipe.sampling
+        composition = Composition.drawn(
+            sampling.identities_per_batch,
+            share=sampling.composed_identities,
+            rng=np.random.default_rng([self.recipe.seed, step, 2]),
+        )
+        rows_r = np.arange(len(indices_B))[self._ranks.share(len(indices_B))]
+        partners_r = indices_B[composition.partners(rows_r, sampling.images_per_identity)]
+        partners_rCHW = self._train_set.pixels(partners_r, self.recipe.preprocessing)
+        return composition.joined(pixels_rCHW, partners_rCHW, rows_r, sampling.images_per_identity)
 
     def _groups(self) -> NDArray[np.int64]:
         if (groups_N := self._train_set.groups_N) is None:

@@ -97,8 +97,8 @@ def import_items(
         gallery_pb2.ImportItemsRequest(config=config).SerializeToString(),
         items,
         pack,
-        lambda data: messages.imported(gallery_pb2.ImportItemsResponse.FromString(data)),
-        lambda told, before: told.acknowledged,
+        lambda data: [messages.imported(gallery_pb2.ImportItemsResponse.FromString(data))],
+        lambda told, before: told[-1].acknowledged,
     )
 
 

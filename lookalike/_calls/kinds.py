@@ -45,7 +45,7 @@ class Collected(Generic[ResultT]):
 
 @dataclass(frozen=True, slots=True)
 class Stream(Generic[ResultT]):
-    """A call that sends any number of messages and gives a result for each that comes back."""
+    """A call that sends any number of messages, and gives the results of each that comes back one by one."""
 
     method: str
     first: bytes
@@ -54,14 +54,9 @@ class Stream(Generic[ResultT]):
     """Taken one at a time, as they are sent."""
     pack: Callable[[Any], bytes]
     """The message of an element."""
-    parse: Callable[[bytes], ResultT]
-    answered: Callable[[ResultT, int], int] = lambda result, before: before + 1
-    """How many elements are answered once a result is there, from how many were before."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bundled(Stream[list[ResultT]]):
-    """A stream whose messages have several results each, which are given one by one."""
+    parse: Callable[[bytes], Sequence[ResultT]]
+    answered: Callable[[Sequence[ResultT], int], int] = lambda results, before: before + 1
+    """How many elements are answered once results are there, from how many were before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,9 +64,9 @@ def verify_stream(
         pair = match_pb2.ImagePair(a=messages.image_input(a), b=messages.image_input(b))
         return match_pb2.StreamVerifyRequest(pair=pair).SerializeToString()
 
-    def parse(data: bytes) -> Decision | CallFailed:
+    def parse(data: bytes) -> list[Decision | CallFailed]:
         response = match_pb2.StreamVerifyResponse.FromString(data)
-        return from_status(response.error) if response.HasField("error") else messages.decision(response.decision)
+        return [from_status(response.error) if response.HasField("error") else messages.decision(response.decision)]
 
     return Stream(
         f"{MATCH}/StreamVerify", match_pb2.StreamVerifyRequest(config=config).SerializeToString(), pairs, pack, parse

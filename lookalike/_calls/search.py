@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Iterable, Sequence
 import grpc
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import Batch, Bundled, Call, Collected, call, in_bundles
+from lookalike._calls.kinds import Batch, Call, Collected, Stream, call, in_bundles
 from lookalike.errors import CallFailed, ServerError, from_status
 from lookalike.types import Effort, ImageLike, ItemName, Neighbors, OperatingPoint
 from lookalike.v1 import common_pb2, search_pb2
@@ -135,7 +135,7 @@ def search_stream(
     effort: Effort | None = None,
     metadata: bool = True,
     together: int = 1,
-) -> Bundled[Neighbors | CallFailed]:
+) -> Stream[Neighbors | CallFailed]:
     """Search any number of images over one call: for each, in order and as soon as it is there, its neighbours or the
     error that this image alone met. At most a window of images is read ahead of the answers. It has no time limit.
 
@@ -174,7 +174,7 @@ def search_stream(
             case _:
                 return [messages.neighbors(response.neighbors)]
 
-    return Bundled(
+    return Stream(
         f"{SEARCH}/StreamSearch",
         search_pb2.StreamSearchRequest(config=config).SerializeToString(),
         in_bundles(queries, together),

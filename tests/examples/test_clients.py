@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from google.rpc import error_details_pb2
 
-from lookalike import Client, Tls
+from lookalike import Client, NewItem, Tls
 from service.key_ring import KeyRing
 from service.settings import Settings
 from tests.authority import Authority, replace
@@ -40,6 +40,9 @@ class Place:
 
     folder: Path
     variables: dict[str, str]
+    target: str
+    secret: str
+    """An API key."""
     distance: float
     """Between the two images, as the Python client is told."""
 
@@ -86,6 +89,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
                 "LOOKALIKE_TLS_CA": str(folder / "ca.crt"),
                 "LOOKALIKE_API_KEY": secret,
             },
+            target,
+            secret,
             distance,
         )
     loop.close()
@@ -190,11 +195,22 @@ def test_a_client_passes_the_list(
 
 
 def test_k6_makes_load_and_sees_failures(place: Place) -> None:
+    with Client(place.target, tls=Tls(ca=place.folder / "ca.crt"), api_key=place.secret) as client:
+        client.create_gallery("k6")
+        client.create_gallery("empty")
+        client.update_item("k6", NewItem(id="a", image=place.folder / "a.png"))
     options = ["--quiet", "--no-usage-report", "--vus", "2", "--iterations", "20", "--summary-export", "summary.json"]
-    command = [tool("k6"), "run", *options, "-e", f"IMAGE={place.folder}/a.png"]
-    place.run(*command, "-e", f"OTHER={place.folder}/b.png", EXAMPLES / "k6" / "load.js")
-    summary = json.loads((place.folder / "summary.json").read_text())["metrics"]
-    assert (summary["checks"]["passes"], summary["checks"]["fails"]) == (20, 0)
+
+    def run(other: str, *further: str) -> None:
+        images = ["-e", f"IMAGE={place.folder}/a.png", "-e", f"OTHER={place.folder}/{other}"]
+        place.run(tool("k6"), "run", *options, *images, *further, EXAMPLES / "k6" / "load.js")
+
+    for further, calls in (((), 20), (("-e", "GALLERY=k6"), 40)):
+        run("b.png", *further)
+        summary = json.loads((place.folder / "summary.json").read_text())["metrics"]
+        assert (summary["checks"]["passes"], summary["checks"]["fails"]) == (calls, 0)
     (place.folder / "no.png").write_bytes(b"no image")
     with pytest.raises(AssertionError, match="thresholds"):
-        place.run(*command, "-e", f"OTHER={place.folder}/no.png", EXAMPLES / "k6" / "load.js")
+        run("no.png")
+    with pytest.raises(AssertionError, match="thresholds"):
+        run("b.png", "-e", "GALLERY=empty")

@@ -21,8 +21,8 @@ import grpc
 import pytest
 
 from embedding.bundle import Bundle
-from lookalike.v1 import match_pb2, search_pb2
-from tests.service.harness import Stubs, connected, encoded
+from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
+from tests.service.harness import Stubs, connected, encoded, png
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the server's files in /proc")
 
@@ -216,3 +216,39 @@ def test_streams_that_vanish_leave_nothing_behind(victim: Victim, stubs: Stubs, 
                 assert opened.exception(timeout=20) is not None or opened.code() is not None
 
     check_unharmed(victim, stubs, harm)
+
+
+@pytest.mark.parametrize("elements", [600, pytest.param(2000, marks=slow)])
+def test_a_stream_whose_answers_are_not_read_is_held_back_and_loses_nothing(
+    victim: Victim, stubs: Stubs, elements: int
+) -> None:
+    gallery = f"unread-{elements}"
+    stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+    item = gallery_pb2.Item(name=f"galleries/{gallery}/items/large")
+    item.metadata.update({"note": "x" * 60_000})
+    stubs.galleries.UpdateItem(gallery_pb2.UpdateItemRequest(item=item, image=encoded(1), allow_missing=True))
+    sent: list[int] = []
+
+    def requests() -> Iterator[search_pb2.StreamSearchRequest]:
+        yield search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery=f"galleries/{gallery}"))
+        for i in range(elements):
+            sent.append(i)
+            query = common_pb2.ImageInput(encoded=png(i % 8) + random.Random(i).randbytes(60_000))
+            yield search_pb2.StreamSearchRequest(id=str(i), query=query)
+
+    def stands_still() -> bool:
+        before = len(sent)
+        time.sleep(1.0)
+        return len(sent) == before > 0
+
+    resident = victim.resident_mb
+    # Without probing for bandwidth the client takes no more than 64 kB that nobody reads.
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+    with grpc.insecure_channel(victim.address, options=options) as channel:
+        answers = Stubs(channel).search.StreamSearch(requests(), timeout=300)
+        until(stands_still)
+        # Two windows of 64 elements, worked on and read ahead, and what flow control lets travel: some megabytes.
+        assert len(sent) < 400
+        assert victim.resident_mb < resident + 40
+        check_answers(stubs)
+        assert [answer.id for answer in answers if answer.neighbors.neighbors] == [*map(str, range(elements))]

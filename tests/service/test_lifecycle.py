@@ -22,6 +22,7 @@ from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput, LookalikeError, NotFound
 from lookalike.v1 import gallery_pb2, match_pb2, search_pb2
+from service import workbench
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, stored
@@ -60,6 +61,7 @@ class Held:
             return original(*args)
 
         monkeypatch.setattr(Encoder, method, held)
+        monkeypatch.setattr(workbench, "INSTANT_SECONDS", 0.0)  # or it would wait on the event loop
 
 
 async def made(settings: Settings) -> Server:

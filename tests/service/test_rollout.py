@@ -23,7 +23,7 @@ from embedding.encoder import Encoder
 from index import Gallery
 from lookalike import Client, EmbeddingOf, FailedPrecondition
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
-from service import rollout, standing
+from service import rollout, standing, workbench
 from service.settings import Settings
 from tests.service.harness import (
     Loop,
@@ -250,6 +250,7 @@ def test_a_call_that_has_begun_ends_with_the_model_it_began_with(
 
     with place.served(loop) as server, connected(server.address) as stubs:
         monkeypatch.setattr(Encoder, "encode_pixels", held)
+        monkeypatch.setattr(workbench, "INSTANT_SECONDS", 0.0)  # or it would wait on the event loop
         in_flight = stubs.match.Verify.future(match_pb2.VerifyRequest(a=encoded(1), b=encoded(2)))
         assert entered.wait(timeout=20)
         activate(stubs, place.two)

@@ -22,7 +22,8 @@ from lookalike.errors import CallFailed
 from service import workers
 from service.settings import Settings
 from tests.processes import serving
-from tests.service.harness import DIM
+from tests.service.harness import DIM, png
+from tests.service.test_metrics import get, scraped
 
 T = TypeVar("T")
 
@@ -44,6 +45,11 @@ class Running:
             -1
         ]
 
+    @property
+    def metrics_port(self) -> int:
+        (line,) = [line for line in self.log.read_text().splitlines() if '"event": "metrics"' in line]
+        return int(json.loads(line)["port"])
+
     def patiently(self, call: Callable[[Client], T]) -> T:
         """What a call answers over a connection of its own, once it is answered."""
         ends = time.monotonic() + ENOUGH_SECONDS
@@ -61,7 +67,8 @@ class Running:
 def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("workers")
     log = folder / "log"
-    with serving(bundle.path, folder / "galleries", log=log, options=["--set", "workers=2"]) as (process, address):
+    options = ["--set", "workers=2", "--set", "metrics_port=0"]
+    with serving(bundle.path, folder / "galleries", log=log, options=options) as (process, address):
         yield Running(process, address, log)
 
 
@@ -81,6 +88,21 @@ def test_reads_see_every_write_whichever_process_answers(running: Running) -> No
         with Client(running.address) as reader:
             found = reader.search("read-your-writes", emb_D, k=1)
         assert found[0].item.id == f"i{i}"
+
+
+def test_the_metrics_of_all_are_on_one_port(running: Running) -> None:
+    for _ in range(16):  # the system gives each new connection to either
+        with Client(running.address) as client:
+            client.verify(png(1), png(2))
+    told = scraped(running.metrics_port)
+    verified = {
+        name: value for name, value in told.items() if name.startswith("lookalike_calls_total") and "Verify" in name
+    }
+    assert sum(verified.values()) == 16
+    assert [told[f"lookalike_ready{{worker={number}}}"] for number in (0, 1)] == [1, 1]
+    assert told["lookalike_galleries{}"] == 1
+    assert get(running.metrics_port, "/healthz") == (200, "alive\n")
+    assert get(running.metrics_port, "/readyz") == (200, "serving\n")
 
 
 def test_a_follower_that_is_killed_comes_back(running: Running) -> None:
@@ -112,10 +134,10 @@ def test_all_drain_on_a_signal(running: Running) -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("metrics_port", 0), ("engine", "milvus")], ids=["metrics", "milvus"])
-def test_what_several_processes_cannot_share_is_refused(tmp_path: Path, setting: str, value: object) -> None:
-    further = {"milvus_uri": "http://127.0.0.1:1"} if value == "milvus" else {}
-    settings = Settings.checked(bundle=tmp_path, galleries=tmp_path, workers=2, **{setting: value}, **further)
+def test_galleries_elsewhere_are_refused(tmp_path: Path) -> None:
+    settings = Settings.checked(
+        bundle=tmp_path, galleries=tmp_path, workers=2, engine="milvus", milvus_uri="http://127.0.0.1:1"
+    )
     with pytest.raises(InvalidInput) as refused:
         workers.check(settings)
-    assert refused.value.field in {setting, "workers"}
+    assert refused.value.field == "workers"

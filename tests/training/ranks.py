@@ -44,6 +44,7 @@ CASES: dict[str, Recipe] = {
     "memory": recipe(
         **{**PLAIN, "loss": {"name": "cross-batch-memory", "pair": PLAIN["loss"], "size": 20, "start": 1}}, sampling=ODD
     ),
+    "composed": recipe(**PLAIN, sampling={**ODD, "composed_identities": 0.7}),
     "views": recipe(
         **{**PLAIN, "loss": {"name": "nt-xent", "temperature": 0.5}},
         sampling={"identities_per_batch": 5, "images_per_identity": 2},

@@ -107,6 +107,9 @@ def test_several_parts_keep_their_order_and_roles() -> None:
         ("[loss]", "[augmentation]\ngrey = 0.5\n[loss]", "augmentation.grey", "grey images have no colour"),
         ("[loss]", "[augmentation]\nshear = 60\n[loss]", "augmentation.shear", "less than or equal to 30"),
         ("[loss]", "[sampling]\nimages_per_identity = 1\n[loss]", "sampling.images_per_identity", "equal to 2; got 1"),
+        ("[loss]", "[sampling]\ncomposed_identities = 1.5\n[loss]", "sampling.composed_identities", "equal to 1"),
+        ("[loss]", "[sampling]\nidentities_per_batch = 2\ncomposed_identities = 0.5\n[loss]",
+         "sampling.identities_per_batch", "at least 3"),
         ("[loss]", "[classifier]\nepochs = 5\n[loss]", "classifier", 'split.protocol = "closed-set"'),
         ("steps = 200", 'steps = 200\nmode = "unsupervised"', "training.mode", "did you mean 'supervised'?"),
         ("steps = 200", 'steps = 200\nmode = "self-supervised"', "augmentation", "give some"),
@@ -135,6 +138,7 @@ def test_a_wrong_key_is_named_with_what_is_accepted(old: str, new: str, field: s
         ("", "", "sampling.images_per_identity"),
         ('[sampling]\nimages_per_identity = 2\nby = "super"\n', "", "sampling.by"),
         ("[sampling]\nimages_per_identity = 2\n", "whitening = 0.1\n", "training.whitening"),
+        ("[sampling]\nimages_per_identity = 2\ncomposed_identities = 0.5\n", "", "sampling.composed_identities"),
     ],
 )
 def test_self_supervised_training_says_what_it_needs_and_leaves_unused(
@@ -144,6 +148,26 @@ def test_self_supervised_training_says_what_it_needs_and_leaves_unused(
     with pytest.raises(InvalidRecipe) as caught:
         parse_recipe(text + training + 'mode = "self-supervised"\n')
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        'name = "arcface"',
+        'name = "proxy-anchor"',
+        'name = "margin-based"\nboundaries = "per-identity"',
+        'name = "joint"\npair = {name = "contrastive"}',
+        'name = "cross-batch-memory"\npair = {name = "contrastive"}',
+        'name = "threshold-consistent"\npair = {name = "margin-based", boundaries = "per-identity"}',
+    ],
+)
+def test_composed_identities_need_a_loss_of_the_batch_alone(loss: str) -> None:
+    composed = "[sampling]\ncomposed_identities = 0.5\n[loss]"
+    error = refused('[loss]\nname = "triplet"', f"{composed}\n{loss}")
+    assert error.field == "sampling.composed_identities"
+    assert "from batch to batch" in str(error)
+    for of_the_batch in ('name = "margin-based"', 'name = "threshold-consistent"\npair = {name = "contrastive"}'):
+        parse_recipe(MINIMAL.replace('[loss]\nname = "triplet"', f"{composed}\n{of_the_batch}"))
 
 
 def test_one_error_is_shown_and_the_others_counted() -> None:
