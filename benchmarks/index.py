@@ -126,7 +126,7 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
     report.at_most(f"memory at {rows:,}, MB", ours / 1e6, 1.15 * raw / 1e6 + 64)
     with Catalog(folder, seal_after=10**9) as catalog:
         compressed(report, catalog.get("bench"), queries_QD, truth_QK)
-    if rows <= ROUNDED_ROWS:
+    if rows == ROUNDED_ROWS:
         rounded(report, folder, rows, queries_QD, truth_QK, judge, seconds=seconds / 5)
 
 

@@ -38,22 +38,24 @@ def nearest(
     *,
     living: Living | None = None,
     deadline: Deadline | None = None,
+    known: int = 0,
 ) -> Iterator[Hit]:
     """For each query the k nearest of its candidates, and all of these that tie with the k-th; maybe fewer.
 
-    `take` gives the vectors of rows that decide.
+    `take` gives the vectors of rows that decide. `known` rows are found besides, in as many candidates more: those of
+    queries that are rows themselves.
     """
     if len(queries_QD) == 1:
         if deadline:
             deadline.check()
-        return iter((_nearest_of_one(structure, take, queries_QD, k, effort, living),))
-    return _nearest_of_many(structure, take, queries_QD, k, effort, living, deadline)
+        return iter((_nearest_of_one(structure, take, queries_QD, k, effort, living, known),))
+    return _nearest_of_many(structure, take, queries_QD, k, effort, living, deadline, known)
 
 
 def _nearest_of_one(
-    structure: Structure, take: Take, query_1D: Vectors, k: int, effort: Raw, living: Living | None
+    structure: Structure, take: Take, query_1D: Vectors, k: int, effort: Raw, living: Living | None, known: int
 ) -> Hit:
-    count = min(k * (effort.rescore or DEFAULT_RESCORE), structure.rows)
+    count, k = min(k * (effort.rescore or DEFAULT_RESCORE) + known, structure.rows), k + known
     rows_1C, squared_1C = structure.refined(query_1D, min(k + _SPARE, count), count, effort, living)
     rows_C, squared_C = rows_1C[0], squared_1C[0]
     if len(rows_C) > k and squared_C.item(k - 1) + 2 * structure.slack < min(squared_C.item(k), _FAR):
@@ -74,8 +76,9 @@ def _nearest_of_many(
     effort: Raw,
     living: Living | None,
     deadline: Deadline | None,
+    known: int,
 ) -> Iterator[Hit]:
-    count = min(k * (effort.rescore or DEFAULT_RESCORE), structure.rows)
+    count, k = min(k * (effort.rescore or DEFAULT_RESCORE) + known, structure.rows), k + known
     keep = min(k + _SPARE, count)
     for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
         if deadline:
@@ -92,7 +95,7 @@ def _nearest_of_many(
             if _is_whole(squared_C, k, count, structure.slack):
                 yield rows_C[kept_C], dist_C[kept_C]
             else:
-                yield _nearest_of_one(structure, take, some_qD[at : at + 1], k, effort, living)
+                yield _nearest_of_one(structure, take, some_qD[at : at + 1], k - known, effort, living, known)
 
 
 def _is_whole(squared_C: Vectors, k: int, count: int, slack: float) -> bool:

@@ -19,21 +19,17 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
 from embedding.runtime import trim_malloc
 from index.deadline import Deadline
-from index.engine import IndexSettings, OnProgress, Precision, Progress
-from index.exact import Keys
+from index.engine import IndexSettings, OnProgress, Precision
 from index.group_commit import WriteQueue
-from index.halves import Stored
 from index.planner import CROSSOVER, plan_segment
 from index.reading import SealedRange
 from index.receipts import Token
-from index.room import room
 from index.rows import LiveRows
-from index.segments import ROWS_AT_ONCE, Blocks, Planned, Segment, open_segment, remove_segments, write_segment
+from index.sealing import Telling, living_rows, moved_most, told
+from index.segments import Blocks, Planned, Segment, open_segment, remove_segments, write_segment
 from index.snapshot import Part, Snapshot
 from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
 from index.structures import Plan
@@ -52,7 +48,6 @@ SUMS = "sums.json"
 
 _DEAD_SHARE = 0.25  # of a segment, from which it is written anew
 _LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merged with that
-_TELL_EVERY = 0.1  # seconds
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +153,7 @@ class Live:
         """
         self._check_writable()
         with self._sealing:
-            step = _Telling(self, on_progress)
+            step = Telling(self.id, lambda: self.closed, on_progress)
             with self.write_lock():
                 since, sealed = self.snapshot, list(self._sealed)
                 last_key = self.store.header.next_key - 1
@@ -176,8 +171,8 @@ class Live:
                 ranges = sealed[:start]
                 merged = since.parts[start:]
                 if sum(part.size for part in merged):
-                    rows = _living_rows(merged, step) if precise is None else _told(precise, since.size, step)
-                    segment = self._write_segment(rows, since.generation, step, moved=_moved(merged))
+                    rows = living_rows(merged, step) if precise is None else told(precise, since.size, step)
+                    segment = self._write_segment(rows, since.generation, step, moved=moved_most(merged))
                     segments.append(segment)
                     ranges.append(
                         SealedRange(
@@ -211,7 +206,7 @@ class Live:
         longer than that.
         """
         with self._sealing:
-            step = _Telling(self, on_progress)
+            step = Telling(self.id, lambda: self.closed, on_progress)
             with self.write_lock():
                 generation, size = self.snapshot.generation, self.snapshot.size
                 last_key = self.store.header.next_key - 1
@@ -222,7 +217,7 @@ class Live:
             self.busy = "rebuilding"
             try:
                 if first is not None:
-                    rows = _told(chain([first], blocks), size, step)
+                    rows = told(chain([first], blocks), size, step)
                     segments = [self._write(rows, generation, lambda vectors_ND, path: Plan(), self.settings.vectors)]
                     ranges = [
                         SealedRange(digest=segments[0].digest, first_key=0, last_key=last_key, generation=generation)
@@ -381,7 +376,7 @@ class Live:
         first = next(blocks, None)  # from here on what it reads is of this generation
         return chain([first], blocks) if first is not None else []
 
-    def _write_segment(self, rows: Blocks, generation: int, step: _Telling, *, moved: float) -> Segment:
+    def _write_segment(self, rows: Blocks, generation: int, step: Telling, *, moved: float) -> Segment:
         settings = self.settings
         return self._write(
             rows,
@@ -423,49 +418,6 @@ class Live:
     def _check_open(self) -> None:
         if self.closed:
             raise NotFound(f"gallery {self.id!r} has been deleted or closed")
-
-
-class _Telling:
-    """Passes on how far sealing is, and ends it when the gallery is closed."""
-
-    def __init__(self, live: Live, on_progress: OnProgress | None) -> None:
-        self._live = live
-        self._on_progress = on_progress
-        self._told = 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._live.closed:
-            raise NotFound(f"gallery {self._live.id!r} has been deleted or closed")
-        if self._on_progress and time.monotonic() - self._told >= _TELL_EVERY:
-            self._told = time.monotonic()
-            self._on_progress(Progress(stage=stage, done=done, total=total))
-
-
-def _moved(parts: Sequence[Part]) -> float:
-    """How far rounding has moved any row of these parts at most."""
-    return max((part.segment.manifest.moved for part in parts if part.segment), default=0.0)
-
-
-def _living_rows(parts: Sequence[Part], step: _Telling) -> Iterator[tuple[Keys, Stored]]:
-    total, done = sum(len(part.keys_N) for part in parts), 0
-    for part in parts:
-        living_N = room((len(part.keys_N),), np.bool_)
-        living_N[:] = True
-        living_N[part.dead_R] = False
-        for start in range(0, len(living_N), ROWS_AT_ONCE):
-            step("copying", done, total)
-            here = slice(start, start + ROWS_AT_ONCE)
-            keep_n = living_N[here]
-            done += len(keep_n)
-            yield part.keys_N[here][keep_n], part.vectors_ND[here][keep_n]
-
-
-def _told(blocks: Blocks, total: int, step: _Telling) -> Iterator[tuple[Keys, Stored]]:
-    done = 0
-    for keys_N, vectors_ND in blocks:
-        step("copying", done, total)
-        done += len(keys_N)
-        yield keys_N, vectors_ND
 
 
 def _settings(store: Store) -> IndexSettings:

@@ -45,7 +45,8 @@ _QUERIES = {10: 400, 100: 100}
 _HELD_OUT = max(_QUERIES.values())
 _MATCHED = 100  # queries whose matches are looked for
 _TIMED = 25
-_RESCORES = {10: (1, 2, 4, 8, 16, 32), 100: (1, 2, 4)}
+_RESCORES = {10: (1, 2, 4, 6, 8, 16, 32), 100: (1, 2, 4)}
+_MOST_LISTS = 13  # as a power of two
 _WORTHWHILE = 0.5  # of the time of exact search
 _WHOLE_WORTHWHILE = 0.1  # the same for lists of whole rows: where more of these are read, codes are read faster
 _Z = 1.645  # one-sided 95 %
@@ -153,9 +154,13 @@ def _bytes(kind: Kind, rows: int, width: int) -> int:
     return int(rows * (row.get(kind, 0) + 8))
 
 
-def lists_for(rows: int) -> int:
-    """A power of two near 2·√N: the time to choose lists and the time to read them then balance."""
-    return 1 << max(4, round(math.log2(2 * math.sqrt(rows))))
+def lists_for(rows: int, kind: Kind) -> int:
+    """A power of two near 4·√N, of whole rows near 2·√N: the time to choose lists and to read them then balance.
+
+    Of no more than 8,192, since the time to build grows with rows times lists.
+    """
+    wanted = (2 if kind == "ivf-flat" else 4) * math.sqrt(rows)
+    return 1 << min(_MOST_LISTS, max(4, round(math.log2(wanted))))
 
 
 class _Scan:
@@ -185,8 +190,7 @@ class _Trial:
         self._step = step
         rows = len(vectors_ND)
         rng = np.random.default_rng(rows)
-        self._lists = lists_for(rows)
-        self._order = rng.permutation(rows)[: _HELD_OUT + POINTS_PER_LIST * self._lists]
+        self._order = rng.permutation(rows)[: _HELD_OUT + (POINTS_PER_LIST << _MOST_LISTS)]
         self.queries_R = self._order[:_HELD_OUT]
         self._queries_QD = self._scan.take(self.queries_R)
         self._measure_truth()
@@ -194,15 +198,16 @@ class _Trial:
 
     def of(self, kind: Kind, path: Path) -> Plan:
         """Build a structure and measure it."""
-        sample_R = np.sort(self._order[_HELD_OUT:])
+        lists = lists_for(len(self._vectors_ND), kind)
+        sample_R = np.sort(self._order[_HELD_OUT:][: POINTS_PER_LIST * lists])
         if kind == "hnsw":
             build_hnsw(self._vectors_ND, path, self._step)
         else:
             sample_SD = self._scan.take(sample_R)
-            build_ivf(kind, self._vectors_ND, sample_SD, self._lists, path, self._step)
+            build_ivf(kind, self._vectors_ND, sample_SD, lists, path, self._step)
         plan = Plan(
             structure=kind,
-            lists=0 if kind == "hnsw" else self._lists,
+            lists=0 if kind == "hnsw" else lists,
             trained_on=0 if kind == "hnsw" else len(sample_R),
             queries=len(self.queries_R),
             margin=self._margin,
@@ -255,7 +260,7 @@ class _Trial:
         for rescore in (approximate.DEFAULT_RESCORE,) if whole else _RESCORES[k]:
             asked = replace(effort, rescore=rescore)
             queries_QD = self._queries_QD[: _QUERIES[k]]
-            found = approximate.nearest(structure, self._scan.take, queries_QD, k + 1, asked)
+            found = approximate.nearest(structure, self._scan.take, queries_QD, k, asked, known=1)
             recalls = [self._recall(row, k, rows_R, dist_R) for row, (rows_R, dist_R) in enumerate(found)]
             mean, least = _mean_and_least(recalls)
             points.append(

@@ -162,7 +162,8 @@ class _HalfWay:
 
     @property
     def microseconds(self) -> float:
-        return self.halves.values / 1000  # a nanosecond for each reads more than once what it takes
+        """A nanosecond a value, many times what scanning takes: the store is read as well, and may wait for a disk."""
+        return self.halves.values / 1000
 
 
 @dataclass(frozen=True, eq=False)

@@ -292,7 +292,9 @@ def test_single_queries_are_measured_one_by_one_and_a_few_by_a_product(width: in
 
 
 def test_lists_grow_with_the_root_of_the_rows() -> None:
-    assert [lists_for(rows) for rows in (1_000, 100_000, 1_000_000, 10_000_000)] == [64, 512, 2048, 8192]
+    sizes = (1_000, 100_000, 1_000_000, 10_000_000)
+    assert [lists_for(rows, "ivf-flat") for rows in sizes] == [64, 512, 2048, 8192]
+    assert [lists_for(rows, "ivf-pq") for rows in sizes] == [128, 1024, 4096, 8192]
 
 
 def test_all_that_tie_with_the_last_are_found_alone_and_in_a_batch(tmp_path: Path) -> None:
