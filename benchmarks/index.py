@@ -261,7 +261,7 @@ def main() -> None:
     for rows in (30_000,) if options.quick else sorted({min(100_000, large), large}):
         part(approximate_search, rows, seconds=2 * seconds)
     part(durable_writes, quick=options.quick)
-    rows, turns = (20_000, 5) if options.quick else (large, 2)
+    rows, turns = (20_000, 4) if options.quick else (large, 2)
     part(beside_compaction, rows, seconds=seconds / 2, turns=turns)
     part(beside_servers, 5_000 if options.quick else min(50_000, large), seconds=seconds / 3, peers=peers)
     if not options.quick:
