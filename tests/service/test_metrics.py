@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
@@ -74,8 +75,12 @@ class Watched:
         return self.server.metrics_port
 
     def grown(self, before: Series) -> Series:
-        """What has changed since."""
-        now = scraped(self.port)
+        """What has changed since, once no call is in flight: a caller may hear of the end of his before it counts."""
+        for _ in range(200):
+            now = scraped(self.port)
+            if not any(value for key, value in now.items() if key.startswith("lookalike_calls_in_flight")):
+                break
+            time.sleep(0.02)
         return {key: value - before.get(key, 0.0) for key, value in now.items() if value != before.get(key, 0.0)}
 
 
