@@ -112,11 +112,11 @@ def plot(sizes: Sequence[Size], path: Path) -> None:
         axis.loglog(rows, values, marker="o")
         axis.set(title=title, xlabel="rows of width 128")
         axis.title.set_fontsize(10)
+        axis.margins(0.22)
         axis.grid(visible=True, which="both", alpha=0.3)
     for size in sizes:
-        axes[1].annotate(
-            f"{size.structure}\n{size.recall:.3f}", (size.rows, size.query_microseconds), fontsize=7, va="bottom"
-        )
+        said, at = f"{size.structure}\n{size.recall:.3f}", (size.rows, size.query_microseconds)
+        axes[1].annotate(said, at, (0, -8), textcoords="offset points", fontsize=7, va="top", ha="center")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 

@@ -284,7 +284,7 @@ def _latency(taken: Sequence[Measured]) -> str:
 
 def run(report: Report, *, quick: bool, peers: Sequence[str], folder: Path | None) -> None:
     """All sections, each in a folder of its own."""
-    rows, queries, seconds, turns = (20_000, 256, 0.6, 1) if quick else (100_000, 512, 4.0, 5)
+    rows, queries, seconds, turns = (20_000, 256, 0.6, 1) if quick else (100_000, 512, 2.0, 3)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         Path(made).chmod(0o755)
         search_rows(report, rows=rows, queries=queries, seconds=seconds, turns=turns, peers=peers, folder=Path(made))

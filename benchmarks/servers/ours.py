@@ -30,7 +30,7 @@ class Ours:
         def ask(queries_QD: Vectors) -> list[list[int]]:
             found: list[Neighbors | CallFailed]
             if self._way == "stream":
-                found = list(client.search_stream(gallery, queries_QD, k=K, together=16))
+                found = list(client.search_stream(gallery, queries_QD, k=K, together=32))
             elif len(queries_QD) == 1:
                 found = [client.search(gallery, queries_QD[0], k=K)]
             else:
