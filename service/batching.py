@@ -30,6 +30,7 @@ from embedding.images import Pixels
 from service.admission import Room, Ticket
 from service.fairness import FairQueue
 from service.on_the_way import Image, Waiter
+from service.quiet import Quiet
 from service.recent import Recent
 from service.sources import Embedded
 from service.stages import looked_up
@@ -50,10 +51,6 @@ DECODED_BYTES = 256 * 2**20
 PATIENCE = 0.5
 """Share of the time of a batch that it waits for what could join it: images that are being decoded, or that the calls
 bring which come at the same time."""
-
-QUIET_TURNS = 6
-"""Turns of the event loop without a new image after which nothing more comes at the same time: five microseconds each.
-Requests that have arrived together are told to the loop one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +109,7 @@ class Batcher:
         self._busy_decoders = 0
         self._is_embedding = False
         self._goes_on = False  # soon
-        self._quiet_turns = 0
+        self._quiet = Quiet()
         self._gathering: asyncio.TimerHandle | None = None
         self._has_gathered = False
         self._decoders = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
@@ -235,7 +232,7 @@ class Batcher:
 
     def _go_on_soon(self) -> None:
         """Begin as soon as no more images come at the same time, so that they share the batch."""
-        self._quiet_turns = 0
+        self._quiet.came()
         if not self._goes_on:
             self._goes_on = True
             loop = asyncio.get_running_loop()
@@ -243,14 +240,9 @@ class Batcher:
             loop.call_soon(self._turn, loop.time() + patience)
 
     def _turn(self, until: float) -> None:
-        self._quiet_turns += 1
+        is_quiet = self._quiet.after_turn()
         loop = asyncio.get_running_loop()
-        if (
-            self._quiet_turns <= QUIET_TURNS
-            and not self._is_embedding
-            and self.waiting < self.batch_size
-            and loop.time() < until
-        ):
+        if not is_quiet and not self._is_embedding and self.waiting < self.batch_size and loop.time() < until:
             loop.call_soon(self._turn, until)
             return
         self._goes_on = False

@@ -7,7 +7,7 @@ call together. `wire` says what each message holds; it is tested that these byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -64,7 +64,7 @@ def stream_responses(
     for element, count in elements:
         said = _field(message.ID_FIELD_NUMBER, element.encode()) if element else b""
         if count is not None:
-            responses.append(said + _field(message.RESULTS_FIELD_NUMBER, _results(list(islice(left, count)), answers)))
+            responses.append(said + _field(message.RESULTS_FIELD_NUMBER, _results(islice(left, count), answers)))
             continue
         outcome = next(left)
         if isinstance(outcome, LookalikeError):
@@ -74,7 +74,7 @@ def stream_responses(
     return responses
 
 
-def _results(outcomes: Sequence[Found | LookalikeError], answers: _Answers) -> bytes:
+def _results(outcomes: Iterable[Found | LookalikeError], answers: _Answers) -> bytes:
     """SearchResults, as a BatchSearchResponse and StreamSearchResults hold them."""
     number, result = search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER, search_pb2.SearchResult
     return b"".join(

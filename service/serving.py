@@ -18,7 +18,7 @@ from service.engine import Answer, Engine, Question
 from service.pool import Pool
 from service.questions import Search, is_quick
 from service.settings import Settings
-from service.sources import GivenEmbedding, distinct_images
+from service.sources import distinct_images
 from service.stages import Work
 from service.together import Form, Together
 from service.watch import ModelWatch
@@ -97,7 +97,7 @@ class AsyncEngine:
 
     async def search(self, question: Search, form: Form, *, deadline: Deadline | None = None) -> bytes:
         """The answer to a search as `form` makes it: `ask`, for which those that are quick are asked together."""
-        if isinstance(question.query, GivenEmbedding) and is_quick(question, self.engine):
+        if is_quick(question, self.engine):  # a search by a given embedding, then
             return await self.together.ask(question, form)
         return await self.ask(question, lambda found: form([found])[0], deadline=deadline)
 

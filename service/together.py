@@ -19,15 +19,12 @@ from embedding.errors import LookalikeError
 from index import Found
 from service.engine import Engine
 from service.questions import Search, SearchBatch
+from service.quiet import Quiet
 from service.stages import Work
 from service.watch import ModelWatch
 
 MOST = 32
 """Searches answered between two turns of the event loop; more would hold up other calls and save little."""
-
-PATIENCE = 6
-"""Turns of the event loop without another search, a few microseconds each, after which nobody is waited for any more.
-gRPC takes five for a call, by way of another thread, and hands over one call after the other."""
 
 COMPANY = 64
 """Answers to single searches, after which others are no longer expected: then nobody is waited for."""
@@ -59,8 +56,7 @@ class Together:
         self._engine = engine
         self._watch = watch
         self._waiting: list[_Asked] = []
-        self._seen = 0  # of those that wait, in the last turn
-        self._turns = 0  # since another came
+        self._quiet = Quiet()
         self._company = 0
 
     async def ask(self, question: Search, form: Form) -> bytes:
@@ -73,6 +69,7 @@ class Together:
         if not self._waiting:
             self._soon(loop)
         self._waiting.append(asked)
+        self._quiet.came()
         return await asked.done
 
     def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -102,13 +99,12 @@ class Together:
 
     def _others_may_come(self) -> bool:
         count = len(self._waiting)
-        self._turns = self._turns + 1 if count == self._seen else 0
-        self._seen = count
-        if self._company and count < MOST and self._turns < PATIENCE:
+        is_quiet = self._quiet.after_turn()
+        if self._company and count < MOST and not is_quiet:
             _let_others_run()
             return True
         self._company = COMPANY if count > 1 else max(0, self._company - 1)
-        self._seen = self._turns = 0
+        self._quiet.came()  # those beyond this answer count as if they came now
         return False
 
     def _outcomes(self, alike: Sequence[_Asked]) -> Sequence[bytes | Exception]:
