@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -21,8 +22,10 @@ class Remembered(Generic[V]):
         self._most_bytes = most_bytes
         self._young: dict[int, V] = {}
         self._old: dict[int, V] = {}
-        self._sizes: dict[int, int] = {}
+        self._young_sizes: dict[int, int] = {}
+        self._old_sizes: dict[int, int] = {}
         self._bytes = 0
+        self._changing = threading.Lock()
 
     def all(self, keys: Sequence[int], read: Callable[[Sequence[int]], Mapping[int, tuple[V, int]]]) -> list[V]:
         """The value of each key, in their order.
@@ -37,18 +40,23 @@ class Remembered(Generic[V]):
             return self._all(keys, read)
 
     def _all(self, keys: Sequence[int], read: Callable[[Sequence[int]], Mapping[int, tuple[V, int]]]) -> list[V]:
-        young, old, sizes = self._young, self._old, self._sizes
+        young, old, old_sizes = self._young, self._old, self._old_sizes
         wanted = [key for key in dict.fromkeys(keys) if key not in young]
-        fresh = {key: (value, sizes.get(key, 0)) for key in wanted if (value := old.get(key)) is not None}
+        fresh = {key: (value, old_sizes.get(key, 0)) for key in wanted if (value := old.get(key)) is not None}
         if missing := [key for key in wanted if key not in fresh]:
             fresh.update(read(missing))
         found = [fresh[key][0] if key in fresh else young[key] for key in keys]
-        added = sum(size for _, size in fresh.values())
-        if added <= self._most_bytes:  # else all that is known would make way for what may be asked for but once
-            young.update({key: value for key, (value, _) in fresh.items()})
-            sizes.update({key: size for key, (_, size) in fresh.items()})
-            self._bytes += added
-        if self._bytes > self._most_bytes:
-            self._old, self._young, self._bytes = young, {}, 0
-            self._sizes = {key: sizes.get(key, 0) for key in young}
+        # More than a generation holds is not kept: all that is known would make way for what may be asked for but once.
+        if sum(size for _, size in fresh.values()) <= self._most_bytes:
+            with self._changing:
+                self._keep(fresh)
         return found
+
+    def _keep(self, fresh: Mapping[int, tuple[V, int]]) -> None:
+        for key, (value, size) in fresh.items():
+            if key not in self._young:  # another thread may have read it too
+                self._young[key], self._young_sizes[key] = value, size
+                self._bytes += size
+        if self._bytes > self._most_bytes:
+            self._old, self._old_sizes = self._young, self._young_sizes
+            self._young, self._young_sizes, self._bytes = {}, {}, 0
