@@ -230,7 +230,7 @@ def test_what_waits_too_long_is_not_embedded_unless_somebody_else_has_time(encod
         await entered(encoder)
         late = asyncio.create_task(embed(batcher, png(1), seconds_left=0.05))
         shared = [asyncio.create_task(embed(batcher, png(2), seconds_left=left)) for left in (0.05, None)]
-        while batcher.waiting < 2:
+        while batcher.waiting < 2 and not late.done():
             await settled()
         began = time.monotonic()
         while time.monotonic() < began + 0.06:
