@@ -269,11 +269,19 @@ def test_one_that_starts_in_the_middle_of_a_change_is_told_of_it(place: Place, m
         assert model(follower) == place.two.name
 
 
-def test_a_writer_that_comes_back_with_another_model_tells_the_other(pair: Place, tmp_path: Path) -> None:
+def test_what_was_activated_outlives_a_restart_and_all_answer_alike_when_it_is_gone(
+    pair: Place, tmp_path: Path
+) -> None:
     with pair.both() as (writer, _):
         activate(writer, pair.two)
     pair.stop(FOLLOWER)
     pair.stop(WRITER)
+    pair.start(WRITER)
+    pair.start(FOLLOWER)
+    with pair.both() as both:
+        assert [model(stubs) for stubs in both] == [pair.two.name] * 2
+    pair.stop(WRITER)
+    pair.stop(FOLLOWER)
     pair.start(FOLLOWER)  # without one that it could ask
     with connected(pair.running[FOLLOWER].address) as follower:
         assert model(follower) == pair.two.name
