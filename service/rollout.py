@@ -191,14 +191,15 @@ class Rollout:
 
         Raises NotFound, DamagedData or StorageFailed.
         """
+        present = {digest_of(each.engine.bundle): each for each in self._serving.all}
         engines: list[AsyncEngine] = []
         try:
             for named in line_up.all:
-                present = {digest_of(each.engine.bundle): each for each in self._serving.all}
-                engines.append(
-                    present.get(named.digest)
-                    or await self._loading.warmed(await asyncio.to_thread(named.load), self._serving.all)
-                )
+                engine = present.get(named.digest)
+                if engine is None:
+                    bundle = await asyncio.to_thread(named.load)
+                    engine = await self._loading.warmed(bundle, self._serving.all)
+                engines.append(engine)
         except BaseException:
             self.drop(engines)
             raise

@@ -239,14 +239,16 @@ class Server:
     async def stop(self) -> None:
         """Say NOT_SERVING, refuse new calls, give those in flight `drain_seconds`, close the galleries."""
         self._state = "draining"
-        if self._follower is not None:
-            await self._follower.stop()
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         draining = asyncio.create_task(self._server.stop(self._settings.drain_seconds))
         finishing = asyncio.create_task(self._finished())
         # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
         await asyncio.wait((draining, finishing), return_when=asyncio.FIRST_COMPLETED)
         finishing.cancel()
+        if (
+            self._follower is not None
+        ):  # until now a call might have been answered, and not by other models than elsewhere
+            await self._follower.stop()
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)

@@ -290,22 +290,39 @@ def test_what_was_activated_outlives_a_restart_and_all_answer_alike_when_it_is_g
         assert model(follower) == pair.one.name
 
 
-def test_a_caller_who_leaves_takes_the_change_back_or_has_it_whole(
-    pair: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = model_pb2.ActivateModelRequest(name=f"models/{pair.two.name}")
+def test_a_caller_who_leaves_early_takes_the_change_back(pair: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pair.both() as both, ThreadPoolExecutor(1) as pool:
+        loading = Held(monkeypatch, Named, "load")
+        request = model_pb2.ActivateModelRequest(name=f"models/{pair.two.name}")
+        call = both[1].models.ActivateModel.future(request)
+        loading.wait()
+        call.cancel()
+        after = pool.submit(activate, both[0], pair.recalibrated)
+        loading.let_go.set()
+        after.result(timeout=20)
+        assert [decided(stubs).calibration for stubs in both] == [4, 4]
+        assert states(both[0]) == {pair.one.name: (ACTIVE, 4), pair.two.name: (AVAILABLE, 3)}
+
+
+def test_a_caller_who_leaves_late_has_the_change_whole(pair: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = pair.running[WRITER]._rollout
+    remembering = Held(monkeypatch, Loading, "remember")
+
+    async def leave() -> None:
+        calling = asyncio.create_task(rollout.activate(pair.two.name))
+        await asyncio.to_thread(remembering.wait)
+        for _ in range(2):
+            calling.cancel()
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert rollout.changing.locked(), "another change would begin in the midst of this one"
+        remembering.let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+    pair.loop.run(leave())
     with pair.both() as both:
-        for held, left in ((Held(monkeypatch, Named, "load"), pair.one), (None, pair.two)):
-            held = held or Held(monkeypatch, Loading, "remember")
-            call = both[1].models.ActivateModel.future(request)
-            held.wait()
-            call.cancel()
-            # Another change waits for what becomes of the first, and changes nothing itself.
-            with ThreadPoolExecutor(1) as pool:
-                after = pool.submit(activate, both[0], left, calibration=3)
-                held.let_go.set()
-                after.result(timeout=20)
-            assert [model(stubs) for stubs in both] == [left.name] * 2
+        assert [model(stubs) for stubs in both] == [pair.two.name] * 2
 
 
 def test_what_a_follower_has_swapped_out_is_freed(pair: Place) -> None:
@@ -369,6 +386,22 @@ def test_one_that_hangs_is_ended(place: Place, monkeypatch: pytest.MonkeyPatch, 
     finally:
         place.loop.run(asyncio.sleep(0))
         place.loop._loop.call_soon_threadsafe(ended.set)
+        place.loop._loop.call_soon_threadsafe(listening.close)
+
+
+def test_one_that_dies_over_the_change_changes_nothing(place: Place) -> None:
+    async def serve(peer: Peer) -> None:
+        await peer.hear(Order)
+        await peer.say(Answer(state="working"))
+
+    listening = place.listening(serve)
+    try:
+        with connected(place.running[WRITER].address) as writer:
+            request = model_pb2.ActivateModelRequest(name=f"models/{place.two.name}")
+            error = refused(writer.models.ActivateModel, request)
+            assert (error.code(), "it died over it" in error.details()) == (grpc.StatusCode.UNAVAILABLE, True)
+            assert model(writer) == place.one.name
+    finally:
         place.loop._loop.call_soon_threadsafe(listening.close)
 
 
