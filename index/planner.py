@@ -25,10 +25,10 @@ from index.exact import Hit, Rows, Span
 from index.halves import HalfRows, Stored
 from index.structures import POINTS_PER_LIST, Plan, Point, Step, Structure, build_hnsw, build_ivf, load_structure, steps
 
-CROSSOVER = 20_000
-"""Rows below which a structure is not worth seconds of building: exact search takes under 0.3 ms at width 128.
+CROSSOVER = 5_000
+"""Rows below which a structure is not worth its building: exact search takes 0.06 ms at width 128, lists 0.02 ms.
 
-The times cross near 4,000 rows. See docs/performance.md.
+See docs/performance.md.
 """
 
 WHOLE_BYTES = 64 * 2**20
@@ -41,8 +41,11 @@ HNSW_MOST = 250_000
 KS = (10, 100)
 """Numbers of neighbours that recall is measured for; more are searched exactly."""
 
-_QUERIES = {10: 400, 100: 100}
+_QUERIES = {10: 1000, 100: 200}  # more of them bring what is certain of a recall nearer to what was measured
+_FIRST = 200
+_LOW = 0.97
 _HELD_OUT = max(_QUERIES.values())
+_FEWEST = 800  # rows, of which half are queries
 _MATCHED = 100  # queries whose matches are looked for
 _TIMED = 25
 _RESCORES = {10: (1, 2, 4, 6, 8, 16, 32), 100: (1, 2, 4)}
@@ -51,6 +54,9 @@ _WORTHWHILE = 0.5  # of the time of exact search
 _WHOLE_WORTHWHILE = 0.1  # the same for lists of whole rows: where more of these are read, codes are read faster
 _Z = 1.645  # one-sided 95 %
 _PERFECT = 0.9999
+_HOPELESS = (
+    0.03  # below the best of its width, a number of candidates is not tried at greater widths: it loses more there
+)
 
 
 def plan_segment(vectors_ND: Stored, path: Path, *, settings: IndexSettings, margin: float | None, step: Step) -> Plan:
@@ -64,12 +70,11 @@ def plan_segment(vectors_ND: Stored, path: Path, *, settings: IndexSettings, mar
     if not kinds:
         return Plan()
     asked_for = settings.structure != "auto"
-    trial = _Trial(vectors_ND, margin, step, whole_curve=asked_for)
+    trial = _Trial(vectors_ND, margin, step)
     for kind in kinds:
-        plan = trial.of(kind, path)
-        point = cheapest(plan, settings.min_recall)
-        most = _WHOLE_WORTHWHILE if kind == "ivf-flat" else _WORTHWHILE
-        if asked_for or (point and point.microseconds <= most * plan.exact_microseconds):
+        share = math.inf if asked_for else _WHOLE_WORTHWHILE if kind == "ivf-flat" else _WORTHWHILE
+        plan = trial.of(kind, path, most=share * trial.exact_microseconds, recall=settings.min_recall)
+        if asked_for or plan.curve:
             return plan
         path.unlink(missing_ok=True)
     return Plan(exact_microseconds=trial.exact_microseconds, queries=len(trial.queries_R), margin=margin)
@@ -134,7 +139,7 @@ def _kinds(settings: IndexSettings, rows: int, width: int) -> list[Kind]:
         return []
     pairs = width % 2 == 0 and width >= 16
     if settings.structure != "auto":
-        if rows < 2 * _HELD_OUT:
+        if rows < _FEWEST:
             return []
         return ["ivf-sq8" if settings.structure == "ivf-pq" and not pairs else settings.structure]
     if rows < CROSSOVER:
@@ -183,23 +188,22 @@ class _Scan:
 class _Trial:
     """Held-out queries of one segment, and their true answers."""
 
-    def __init__(self, vectors_ND: Stored, margin: float | None, step: Step, *, whole_curve: bool) -> None:
+    def __init__(self, vectors_ND: Stored, margin: float | None, step: Step) -> None:
         self._vectors_ND = vectors_ND
         self._scan = _Scan(vectors_ND)
         self._margin = margin
         self._step = step
         rows = len(vectors_ND)
         rng = np.random.default_rng(rows)
-        self._order = rng.permutation(rows)[: _HELD_OUT + (POINTS_PER_LIST << _MOST_LISTS)]
-        self.queries_R = self._order[:_HELD_OUT]
+        self._order = rng.permutation(rows)
+        self.queries_R = self._order[: min(_HELD_OUT, rows // 2)]
         self._queries_QD = self._scan.take(self.queries_R)
         self._measure_truth()
-        self._longest = math.inf if whole_curve else self.exact_microseconds
 
-    def of(self, kind: Kind, path: Path) -> Plan:
-        """Build a structure and measure it."""
+    def of(self, kind: Kind, path: Path, *, most: float, recall: float) -> Plan:
+        """Build a structure and measure it; its curve is empty where the recall takes more microseconds than `most`."""
         lists = lists_for(len(self._vectors_ND), kind)
-        sample_R = np.sort(self._order[_HELD_OUT:][: POINTS_PER_LIST * lists])
+        sample_R = np.sort(self._order[len(self.queries_R) :][: POINTS_PER_LIST * lists])
         if kind == "hnsw":
             build_hnsw(self._vectors_ND, path, self._step)
         else:
@@ -214,7 +218,7 @@ class _Trial:
             exact_microseconds=self.exact_microseconds,
         )
         structure = load_structure(path, plan, self._vectors_ND)
-        return plan.model_copy(update={"curve": tuple(self._curve(structure))})
+        return plan.model_copy(update={"curve": tuple(self._curve(structure, most, recall))})
 
     def _measure_truth(self) -> None:
         self._step("measuring", 0, 1)
@@ -234,35 +238,42 @@ class _Trial:
                 rows_R, _ = self._scan.within(query_D, self._margin)
                 self._matches.append(rows_R[rows_R != own])
 
-    def _curve(self, structure: Structure) -> list[Point]:
-        """The points that no other beats in both time and recall."""
+    def _curve(self, structure: Structure, most: float, recall: float) -> list[Point]:
+        """The points that no other beats in both time and recall, up to the time of exact search."""
         curve: list[Point] = []
+        longest = max(most, self.exact_microseconds)
         widths = list(steps(512 if structure.plan.structure == "hnsw" else min(structure.plan.lists, 512)))
         for k in KS:
             points: list[Point] = []
+            # The candidates of lists of whole rows come measured, however many.
+            rescores = (approximate.DEFAULT_RESCORE,) if structure.plan.structure == "ivf-flat" else _RESCORES[k]
             for width in widths:
                 self._step("measuring", width, 512)
-                if structure.plan.structure == "hnsw":
-                    points += self._points(structure, Raw(ef_search=width), k)
-                else:
-                    points += self._points(structure, Raw(nprobe=width), k)
-                if points[-1].least >= _PERFECT or points[-1].microseconds > self._longest:
+                hnsw = structure.plan.structure == "hnsw"
+                effort = Raw(ef_search=width) if hnsw else Raw(nprobe=width)
+                fresh = self._points(structure, effort, k, rescores)
+                points += fresh
+                best = max(point.recall for point in fresh)
+                hopeless = {point.rescore for point in fresh if point.recall < best - _HOPELESS}
+                rescores = tuple(rescore for rescore in rescores if rescore not in hopeless)
+                fastest = min(point.microseconds for point in fresh)
+                is_hopeless = k == KS[0] and fastest > most and not _reaches(points, recall, most)
+                if points[-1].least >= _PERFECT or points[-1].microseconds > longest or is_hopeless:
                     break
+            if k == KS[0] and most < math.inf and not _reaches(points, recall, most):
+                return []
             curve += _front(points)
         return curve
 
-    def _points(self, structure: Structure, effort: Raw, k: int) -> list[Point]:
+    def _points(self, structure: Structure, effort: Raw, k: int, rescores: Sequence[int]) -> list[Point]:
         """Rising numbers of candidates, up to the first that finds all."""
         points: list[Point] = []
         matches = [self._match_recall(structure, row, effort) for row in range(len(self._matches))]
         match_mean, match_least = _mean_and_least([recall for recall in matches if recall is not None])
-        whole = structure.plan.structure == "ivf-flat"  # whose candidates come measured, however many
-        for rescore in (approximate.DEFAULT_RESCORE,) if whole else _RESCORES[k]:
+        before = -1.0
+        for rescore in rescores:
             asked = replace(effort, rescore=rescore)
-            queries_QD = self._queries_QD[: _QUERIES[k]]
-            found = approximate.nearest(structure, self._scan.take, queries_QD, k, asked, known=1)
-            recalls = [self._recall(row, k, rows_R, dist_R) for row, (rows_R, dist_R) in enumerate(found)]
-            mean, least = _mean_and_least(recalls)
+            mean, least = _mean_and_least(self._recalls(structure, asked, k))
             points.append(
                 Point(
                     k=k,
@@ -275,9 +286,21 @@ class _Trial:
                     microseconds=self._microseconds(structure, asked, k),
                 )
             )
-            if least >= _PERFECT:
+            if least >= _PERFECT or mean == before:
                 break
+            before = mean
         return points
+
+    def _recalls(self, structure: Structure, effort: Raw, k: int) -> list[float]:
+        """Of each query, or of the first of them where these tell that it is low."""
+        recalls: list[float] = []
+        for rows in (slice(0, _FIRST), slice(_FIRST, _QUERIES[k])):
+            queries_QD = self._queries_QD[rows]
+            found = approximate.nearest(structure, self._scan.take, queries_QD, k, effort, known=1)
+            recalls += (self._recall(row, k, *hit) for row, hit in enumerate(found, start=rows.start))
+            if statistics.fmean(recalls) < _LOW:
+                break
+        return recalls
 
     def _microseconds(self, structure: Structure, effort: Raw, k: int) -> float:
         def ask(query_D: Vectors) -> object:
@@ -296,6 +319,10 @@ class _Trial:
             return None
         rows_R, _ = approximate.within(structure, self._scan.take, self._queries_QD[row], self._margin, effort)
         return float(np.isin(truth_R, rows_R).mean())
+
+
+def _reaches(points: Sequence[Point], recall: float, microseconds: float) -> bool:
+    return any(point.least >= recall and point.microseconds <= microseconds for point in points)
 
 
 def _front(points: Sequence[Point]) -> list[Point]:

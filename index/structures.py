@@ -3,7 +3,7 @@
 A structure is immutable once built: nothing is ever added to an index that is searched, since FAISS allows no such
 thing. What it answers are rows worth measuring, nearest by its own estimate first.
 
-Shapes: Q queries, C candidates, N rows, D embedding width.
+Shapes: Q queries, C candidates, N rows, S rows of a sample, L lists, D embedding width.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ POINTS_PER_LIST = 40
 _ROUNDS = 10  # of k-means
 _ADD_AT_ONCE = 2**15
 _HNSW_LINKS = 32
+_CODED_LISTS = 1024
+"""Lists from which these are chosen by codes of their centroids: 11 µs in place of 30 at 4,096 of width 128."""
+_CHOSEN = 8
+"""How many times as many centroids as lists are wanted are measured, of those that are nearest by their codes."""
 _KNOWN = 64  # parameter objects kept, which take longer to make than to use
 
 # A damaged length in a file must not make FAISS ask for the whole memory; sums are checked before all the same.
@@ -174,7 +178,7 @@ def build_ivf(kind: Kind, vectors_ND: Stored, sample_SD: Vectors, lists: int, pa
     width = vectors_ND.shape[1]
     with one_thread():
         quantizer = faiss.IndexFlatL2(width)
-        quantizer.add(_centroids(sample_SD, lists, step))
+        quantizer.add(centroids_LD := _centroids(sample_SD, lists, step))
         if kind == "ivf-pq":
             index = faiss.IndexIVFPQFastScan(quantizer, width, lists, width // 2, 4)
         elif kind == "ivf-sq8":
@@ -183,7 +187,20 @@ def build_ivf(kind: Kind, vectors_ND: Stored, sample_SD: Vectors, lists: int, pa
             index = faiss.IndexIVFFlat(quantizer, width, lists)
         index.train(sample_SD)
         _add(index, vectors_ND, step)
+        if lists >= _CODED_LISTS and width % 2 == 0:
+            index.quantizer = chooser = _chooser(centroids_LD, quantizer)  # noqa: F841  # FAISS keeps a pointer only
         faiss.write_index(index, str(path))
+
+
+def _chooser(centroids_LD: Vectors, exact: Any) -> Any:
+    """Finds nearly the same lists as `exact` finds among the centroids, in a third of the time where these are many."""
+    width = centroids_LD.shape[1]
+    codes = faiss.IndexPQFastScan(width, width // 2, 4)
+    codes.train(centroids_LD)
+    codes.add(centroids_LD)
+    chooser = faiss.IndexRefine(codes, exact)
+    chooser.k_factor = _CHOSEN
+    return chooser
 
 
 def load_structure(path: Path, plan: Plan, vectors_ND: Stored, *, moved: float = 0.0) -> Structure:
@@ -220,9 +237,11 @@ def _add(index: Any, vectors_ND: Stored, step: Step) -> None:
 
 
 def steps(total: int) -> Iterator[int]:
-    """Powers of two up to `total`, which is the last."""
+    """1, 2, 3, 4, 6, 8, 12 and so on: powers of two and their halfway marks, up to `total`, which is the last."""
     value = 1
     while value < total:
         yield value
+        if value > 1 and (halfway := value + value // 2) < total:
+            yield halfway
         value *= 2
     yield total

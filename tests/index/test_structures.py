@@ -318,3 +318,19 @@ def test_a_structure_of_other_rows_is_damaged(tmp_path: Path) -> None:
     build_ivf("ivf-flat", rows_ND, rows_ND, 16, tmp_path / "index", lambda *_: None)
     with pytest.raises(DamagedData, match="1000 rows of width 16"):
         load_structure(tmp_path / "index", Plan(structure="ivf-flat", lists=16), rows_ND[:999])
+
+
+def test_many_lists_are_chosen_by_their_codes_nearly_as_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors_ND, queries_QD = clustered(4000, 5), clustered(100, 6)
+    found = []
+    for name, coded_from in (("exact", 10**9), ("coded", 256)):
+        monkeypatch.setattr("index.structures._CODED_LISTS", coded_from)
+        build_ivf("ivf-pq", vectors_ND, vectors_ND, 256, tmp_path / name, lambda *_: None)
+        plan = Plan(structure="ivf-pq", lists=256)
+        structure = load_structure(tmp_path / name, plan, vectors_ND)
+        rows_QC, _ = structure.refined(queries_QD, 10, 40, Raw(nprobe=4))
+        found.append([set(rows_C.tolist()) for rows_C in rows_QC])
+    assert (tmp_path / "coded").read_bytes() != (tmp_path / "exact").read_bytes()
+    assert np.mean([len(coded & exact) / 10 for exact, coded in zip(*found, strict=True)]) > 0.97
