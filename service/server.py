@@ -245,9 +245,7 @@ class Server:
         # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
         await asyncio.wait((draining, finishing), return_when=asyncio.FIRST_COMPLETED)
         finishing.cancel()
-        if (
-            self._follower is not None
-        ):  # until now a call might have been answered, and not by other models than elsewhere
+        if self._follower is not None:  # calls were answered until now, by the same models as elsewhere
             await self._follower.stop()
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining

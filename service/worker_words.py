@@ -14,16 +14,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embedding.errors import (
-    Busy,
-    DamagedData,
-    InvalidInput,
-    LookalikeError,
-    NotFound,
-    NotReady,
-    NotSupported,
-    StorageFailed,
-)
+from embedding.errors import Busy, DamagedData, InvalidInput, LookalikeError, NotFound, StorageFailed
 from service.line_up import LineUp
 
 M = TypeVar("M", bound=BaseModel)
@@ -35,15 +26,8 @@ PATIENCE_SECONDS = 20.0
 _BEAT_SECONDS = 1.0
 _LONGEST = 2**20  # bytes of a line; one names at most a few hundred bundles
 
-_KINDS: tuple[type[LookalikeError], ...] = (
-    Busy,
-    DamagedData,
-    InvalidInput,
-    NotFound,
-    NotReady,
-    NotSupported,
-    StorageFailed,
-)
+# What loading a model may raise.
+_KINDS: tuple[type[LookalikeError], ...] = (DamagedData, InvalidInput, NotFound, StorageFailed)
 _BY_REASON = {kind.reason: kind for kind in _KINDS}
 
 

@@ -235,6 +235,7 @@ def _work(settings: Settings, part: Part, pipe: Connection) -> None:
     try:
         server.run_part(settings, part, on_ready=pipe.send, restart=pipe.send)
     except LookalikeError as error:
+        _log.error("worker cannot start", number=part.number, error=str(error))  # one started anew is not listened to
         pipe.send(error)
         sys.exit(1)
 

@@ -148,11 +148,16 @@ def test_both_answer_with_what_was_activated_and_with_the_previous(pair: Place) 
 def test_another_calibration_of_the_same_weights_loads_none(pair: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     with pair.both() as both:
         assert [model(stubs) for stubs in both] == [pair.one.name] * 2
-        monkeypatch.setattr(Bundle, "network", lambda self: pytest.fail("the weights are in memory already"))
+        loaded: list[Bundle] = []
+        network = Bundle.network
+        monkeypatch.setattr(Bundle, "network", lambda self: loaded.append(self) or network(self))
         assert activate(both[1], pair.recalibrated, validate_only=True).model.calibration.version == 4
         assert [decided(stubs).calibration for stubs in both] == [3, 3]
         activate(both[1], pair.recalibrated)
         assert [decided(stubs).calibration for stubs in both] == [4, 4]
+        assert loaded == []
+        activate(both[1], pair.two)
+        assert [bundle.name for bundle in loaded] == [pair.two.name] * 2
 
 
 def test_no_call_fails_while_the_models_of_both_are_swapped(pair: Place) -> None:
