@@ -1,28 +1,30 @@
 """Hot swap: a model is loaded and warmed beside what serves, checked against the galleries, and put in one step.
 
-Only the event loop changes who answers, so that no call sees half a change.
+Only the event loop changes who answers, so that no call sees half a change. Of several workers the one that writes
+decides, and the others prepare and put what it tells them; see `worker_models.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import structlog
 
 from embedding.bundle import Bundle, Described
-from embedding.encoder import Encoder
-from embedding.errors import GalleriesIncompatible, LookalikeError, ModelActive, NotFound, NotSupported
+from embedding.errors import GalleriesIncompatible, ModelActive, NotFound
 from embedding.runtime import settle, trim_malloc
-from service import standing
 from service.engine import Engine
+from service.line_up import LineUp, Named, digest_of
+from service.loading import Loading
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
-from service.standing import Standing
-from service.stock import Choice, Model, Stock
-from service.storage import catalog_of
+from service.stock import Choice, Model
+from service.worker_models import Followers, Prepared
 from service.workers import Part
 
 NAMED = 5
@@ -45,43 +47,45 @@ class Change:
 class Rollout:
     """Decides which engines `serving` holds. For one event loop."""
 
-    def __init__(self, settings: Settings, serving: Serving, part: Part | None = None) -> None:
+    def __init__(
+        self, settings: Settings, serving: Serving, part: Part | None = None, followers: Followers | None = None
+    ) -> None:
+        """`followers` are the workers that change with this one."""
+        self.changing = asyncio.Lock()
+        """Held by who changes what answers; others wait."""
         self._settings = settings
-        self._part = part
         self._serving = serving
-        self._stock = Stock([settings.bundle, *settings.other_bundles], settings.models)
-        self._changing = asyncio.Lock()  # one change at a time; others wait
-        self._given: tuple[Choice, ...] = ()
+        self._followers = followers
+        self._loading = Loading(settings, part)
+        self._stock = self._loading.stock
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> Engine:
-        """Load what is to answer, warm it, and let it answer.
+    async def start(self, told: LineUp | None = None) -> Engine:
+        """Load what is to answer, warm it, and let it answer: what was `told`, else what is remembered.
 
         Raises Busy when another process holds the galleries, and whatever `Engine.open` raises.
         """
-        first, others = await asyncio.to_thread(self._first)
-        engine = await asyncio.to_thread(
-            Engine.open,
-            first.path,
-            self._settings.galleries,
-            catalog=catalog_of(self._settings, self._part),
-            follow=self._part is not None and not self._part.writes,
-            device=self._settings.device,
-            batch_size=self._settings.batch_size,
-            max_pixels=self._settings.max_pixels,
-            thumbnails=self._settings.thumbnails,
-            runtime=self._settings.runtime,
-            threads=self._settings.encode_threads,
-            precision=self._settings.precision,
-        )
+        first: Described | Named
+        others: Sequence[Described | Named]
+        if told is None:
+            first, others = await asyncio.to_thread(self._loading.first)
+        else:
+            first, *others = told.all
+        engine = await asyncio.to_thread(self._loading.engine, first.path)
         engines = [AsyncEngine(engine, self._settings)]
         try:
+            if isinstance(first, Named):
+                first.checked(engine.bundle)
             for other in others:
-                encoder = await asyncio.to_thread(self._encoder, other)
+                encoder = await asyncio.to_thread(self._loading.encoder, other)
                 engines.append(AsyncEngine(replace(engine, encoder=encoder), self._settings))
             for each in engines:
                 await each.warm_up()
+            if self._followers is not None:
+                await self._followers.start(LineUp.of([each.engine.bundle for each in engines]))
         except BaseException:
+            if self._followers is not None:
+                await self._followers.stop()
             for each in engines:
                 await asyncio.to_thread(each.close)
             await asyncio.to_thread(engine.close)
@@ -91,6 +95,8 @@ class Rollout:
 
     async def stop(self) -> None:
         """Free what answers and close the galleries."""
+        if self._followers is not None:
+            await self._followers.stop()
         engines = self._serving.every
         self._serving.replace(None)
         if self._closing:  # the calls that used them are over, or will never be
@@ -128,10 +134,10 @@ class Rollout:
     ) -> Change:
         """Let a model answer from now on; see ActivateModel.
 
-        Raises NotFound, ModelAmbiguous, DamagedData, and GalleriesIncompatible unless `force`.
+        Raises NotFound, ModelAmbiguous, DamagedData, GalleriesIncompatible unless `force`, and what keeps another
+        worker from loading it; nothing has changed then.
         """
-        self._check_alone()
-        async with self._changing:
+        async with self.changing:
             previous = self._serving.current
             if model == "active":
                 model = previous.engine.bundle.name
@@ -149,27 +155,18 @@ class Rollout:
                 return Change(model=await self._told(previous.engine.bundle), incompatible=left)
             if validate_only:
                 return Change(model=await self._told(bundle), incompatible=left)
-            fresh = await self._warmed(bundle, previous)
+            fresh = await self._loading.warmed(bundle, self._serving.all)
             try:
-                # A caller who leaves now does not leave half a change.
-                await asyncio.shield(self._put(fresh, others))
-            except LookalikeError:
-                await asyncio.to_thread(fresh.close)
+                await self._change([fresh, *others])
+            except BaseException:
+                self.drop([fresh])
                 raise
             _log.info("model activated", model=bundle.name, calibration=bundle.calibration.version)
             return Change(model=await self._told(bundle), incompatible=left)
 
-    def _check_alone(self) -> None:
-        if self._part is not None:
-            raise NotSupported(
-                "this server has several workers, which change their model together: start it anew with the other "
-                "bundle, or with workers = 1"
-            )
-
     async def deactivate(self, model: str, *, force: bool = False, validate_only: bool = False) -> Change:
         """Unload a model. Raises NotFound, ModelActive, and GalleriesIncompatible unless `force`."""
-        self._check_alone()
-        async with self._changing:
+        async with self.changing:
             current = self._serving.current
             if model in {"active", current.engine.bundle.name}:
                 raise ModelActive(
@@ -183,67 +180,64 @@ class Rollout:
                 kept = {each.engine.model.fingerprint for each in (current, *others)}
                 left = await self._check_galleries(kept, "", force)
                 if not validate_only:
-                    await asyncio.shield(self._put(current, others))
+                    await self._change([current, *others])
                     _log.info("model deactivated", model=model)
             return Change(model=replace(found, loaded=False), incompatible=left)
 
+    # What this worker is told by the one that writes, which holds `changing`
+
+    async def prepare(self, line_up: LineUp) -> list[AsyncEngine]:
+        """The engines of these bundles: those that answer already, and others, loaded and warmed beside them.
+
+        Raises NotFound, DamagedData or StorageFailed.
+        """
+        present = {digest_of(each.engine.bundle): each for each in self._serving.all}
+        engines: list[AsyncEngine] = []
+        try:
+            for named in line_up.all:
+                engine = present.get(named.digest)
+                if engine is None:
+                    bundle = await asyncio.to_thread(named.load)
+                    engine = await self._loading.warmed(bundle, self._serving.all)
+                engines.append(engine)
+        except BaseException:
+            self.drop(engines)
+            raise
+        return engines
+
+    def put(self, engines: Sequence[AsyncEngine]) -> None:
+        """Let these answer from now on, the first as the active one, and free those that no longer do."""
+        self._free(self._serving.replace(engines[0], engines[1:]))
+
+    def drop(self, engines: Sequence[AsyncEngine]) -> None:
+        """Free those of these that do not answer."""
+        answering = self._serving.every
+        self._free([each for each in engines if each not in answering])
+
     # Within
 
-    def _first(self) -> tuple[Described, list[Described]]:
-        """The bundle to answer at start, and those beside it."""
-        given = self._stock.all()[: 1 + len(self._settings.other_bundles)]
-        self._given = tuple(map(Choice.of, given))
-        remembered = standing.read(self._settings.galleries, self._given)
+    async def _change(self, engines: Sequence[AsyncEngine]) -> None:
+        """Let these answer, in every worker. A caller who leaves leaves no half change."""
+        bundles = [each.engine.bundle for each in engines]
+        async with AsyncExitStack() as stack:
+            prepared = None
+            if self._followers is not None:
+                prepared = await stack.enter_async_context(self._followers.prepared(LineUp.of(bundles)))
+            await _to_its_end(self._carry_out(engines, bundles, prepared))
+
+    async def _carry_out(
+        self, engines: Sequence[AsyncEngine], bundles: Sequence[Bundle], prepared: Prepared | None
+    ) -> None:
+        await asyncio.to_thread(self._loading.remember, bundles)
         try:
-            first = self._found(remembered.active, given)
-            return first, [self._found(choice, given) for choice in remembered.others]
-        except LookalikeError as error:
-            _log.error("what was activated is gone; the bundles of the settings answer", error=str(error))
-            return given[0], given[1:]
+            if prepared is not None:  # the others first: galleries of a new model are made by this one
+                await prepared.put()
+        finally:
+            self.put(engines)
 
-    def _found(self, choice: Choice, given: Sequence[Described]) -> Described:
-        return next((bundle for bundle in given if Choice.of(bundle) == choice), None) or self._stock.find(
-            choice.model, choice.calibration
-        )
-
-    def _encoder(self, described: Described | Bundle) -> Encoder:
-        settings = self._settings
-        return Encoder(
-            described if isinstance(described, Bundle) else Bundle.load(described.path),
-            device=settings.device,
-            batch_size=settings.batch_size,
-            max_pixels=settings.max_pixels,
-            runtime=settings.runtime,
-            threads=settings.encode_threads,
-            precision=settings.precision,
-        )
-
-    async def _warmed(self, bundle: Bundle, previous: AsyncEngine) -> AsyncEngine:
-        same = next((each for each in self._serving.all if each.engine.model.fingerprint == bundle.fingerprint), None)
-        if same is not None:  # weights that are in memory already
-            encoder = same.engine.encoder.with_calibration_of(bundle)
-        else:
-            encoder = await asyncio.to_thread(self._encoder, bundle)
-        fresh = AsyncEngine(replace(previous.engine, encoder=encoder), self._settings)
-        try:
-            await fresh.warm_up()
-        except BaseException:
-            await asyncio.to_thread(fresh.close)
-            raise
-        return fresh
-
-    async def _put(self, engine: AsyncEngine, others: Sequence[AsyncEngine]) -> None:
-        await asyncio.to_thread(
-            standing.write,
-            self._settings.galleries,
-            Standing(
-                given=self._given,
-                active=Choice.of(engine.engine.bundle),
-                others=tuple(Choice.of(other.engine.bundle) for other in others),
-            ),
-        )
-        for retired in self._serving.replace(engine, others):
-            task = asyncio.create_task(self._retire(retired))
+    def _free(self, engines: Iterable[AsyncEngine]) -> None:
+        for each in engines:
+            task = asyncio.create_task(self._retire(each))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -296,3 +290,17 @@ class Rollout:
             loaded=name in loaded,
             active=name == self._serving.current.engine.bundle.name,
         )
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do it, and wait until it is done even when cancelled: what follows must not begin in the middle of it."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a change of models failed after its caller had left", exc_info=error)
+        raise

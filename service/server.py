@@ -63,6 +63,8 @@ from service.settings import Settings
 from service.settings_sources import Origins
 from service.tls import Certificates, certificates, is_loopback
 from service.transport import channel_options
+from service.worker_follower import Follower
+from service.worker_models import Followers
 from service.workers import Part
 
 if TYPE_CHECKING:
@@ -122,27 +124,42 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def run_part(settings: Settings, part: Part, on_ready: Callable[[str], None] | None = None) -> None:
-    """`run` for one of several processes."""
+def run_part(
+    settings: Settings,
+    part: Part,
+    on_ready: Callable[[str], None] | None = None,
+    restart: Callable[[int], None] | None = None,
+) -> None:
+    """`run` for one of several processes; `restart` has another killed and started anew, by number."""
     tune_malloc()
     logs.configure(level=settings.log_level, form=settings.log_format)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings.model_copy(update={"port": part.port}), on_ready, part))
+        runner.run(_serve(settings.model_copy(update={"port": part.port}), on_ready, part, restart))
 
 
-async def _serve(settings: Settings, on_ready: Callable[[str], None] | None, part: Part | None = None) -> None:
-    await Server(settings, part).serve_until_signal(on_ready)
+async def _serve(
+    settings: Settings,
+    on_ready: Callable[[str], None] | None,
+    part: Part | None = None,
+    restart: Callable[[int], None] | None = None,
+) -> None:
+    await Server(settings, part, restart).serve_until_signal(on_ready)
 
 
 class Server:
     """One server of one event loop."""
 
-    def __init__(self, settings: Settings, part: Part | None = None) -> None:
+    def __init__(
+        self, settings: Settings, part: Part | None = None, restart: Callable[[int], None] | None = None
+    ) -> None:
+        """`part` and `restart` are for one of several processes; see `run_part`."""
         self._settings = settings
         self._part = part
         self._forwarding: Forwarding | None = None
         self._serving = Serving()
-        self._rollout = Rollout(settings, self._serving, part)
+        followers = Followers(part.models, restart) if part is not None and part.writes and restart else None
+        self._rollout = Rollout(settings, self._serving, part, followers)
+        self._follower = None if part is None or part.writes else Follower(part, self._rollout)
         self._operations = Operations()
         admission = Admission(most_calls=settings.max_calls, most_bytes=settings.max_request_bytes)
         limits = Limits(
@@ -204,7 +221,7 @@ class Server:
         """
         self._certificates = certificates(self._settings)
         # One of several listens when it can answer: the system would give it connections that the others could serve.
-        engine = None if self._part is None else await self._rollout.start()
+        engine = None if self._part is None else await (self._follower or self._rollout).start()
         self._register()
         self.port = self._bind()
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
@@ -228,6 +245,8 @@ class Server:
         # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
         await asyncio.wait((draining, finishing), return_when=asyncio.FIRST_COMPLETED)
         finishing.cancel()
+        if self._follower is not None:  # calls were answered until now, by the same models as elsewhere
+            await self._follower.stop()
         await self._server.stop(_LAST_WRITES_SECONDS)
         await draining
         await asyncio.to_thread(self._operations.close)

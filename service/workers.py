@@ -3,7 +3,8 @@
 Each listens on the same port, and the system gives every new connection to one of them. A replica follows the writer's
 galleries, so that a read sees every write that was acknowledged before it, whichever processes answered the two; all
 calls but those of MatchService and SearchService it passes on to the writer, through a socket that only this user can
-open. The parent starts them, starts anew what dies, and passes on the signal to drain.
+open. The parent starts them, starts anew what dies, and passes on the signal to drain. All change their models
+together; see `worker_models.py`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Part:
     """The address that the writer answers the others at."""
     probes: Path
     """The socket that it answers the parent at, about metrics and health."""
+    models: tuple[Path, ...]
+    """The sockets at which all speak of which models answer, by number."""
 
     @property
     def writes(self) -> bool:
@@ -133,8 +136,9 @@ class _Workers:
     def __init__(self, settings: Settings, port: int, folder: Path) -> None:
         """`folder` is for sockets, and this user's alone."""
         self._settings = settings
+        models = tuple(folder / f"models-{n}" for n in range(settings.workers))
         self._parts = [
-            Part(number=n, port=port, writer=f"unix:{folder / 'writer'}", probes=folder / f"probes-{n}")
+            Part(number=n, port=port, writer=f"unix:{folder / 'writer'}", probes=folder / f"probes-{n}", models=models)
             for n in range(settings.workers)
         ]
         self._running: dict[int, _Worker] = {}
@@ -153,6 +157,8 @@ class _Workers:
                 while not worker.pipe.poll(0.1):
                     if told_to_stop.is_set():
                         return
+                    if not worker.part.writes:
+                        self._end_what_is_stuck()
                 said = _received(worker.pipe)
                 if isinstance(said, LookalikeError):
                     raise said
@@ -162,6 +168,7 @@ class _Workers:
     def look_after(self, told_to_stop: threading.Event) -> None:
         """Start anew what has died; returns about once in a tenth of a second."""
         ended = wait_for([worker.process.sentinel for worker in self._running.values()], timeout=0.1)
+        self._end_what_is_stuck()
         now = time.monotonic()
         for worker in list(self._running.values()):
             if worker.process.sentinel in ended:
@@ -191,6 +198,16 @@ class _Workers:
                     worker.process.join()
         self._running.clear()
 
+    def _end_what_is_stuck(self) -> None:
+        """Kill the workers that the one which writes has told the numbers of: they could not change their models."""
+        writer = self._running.get(0)
+        with suppress(EOFError, OSError):
+            while writer is not None and writer.pipe.poll():
+                said = writer.pipe.recv()
+                stuck = self._running.get(said) if isinstance(said, int) else None
+                if stuck is not None:
+                    stuck.process.kill()
+
     def _begin(self, part: Part) -> _Worker:
         context = multiprocessing.get_context("spawn")  # FAISS and gRPC survive no fork
         ours, theirs = context.Pipe()
@@ -216,8 +233,9 @@ def _work(settings: Settings, part: Part, pipe: Connection) -> None:
 
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
-        server.run_part(settings, part, on_ready=pipe.send)
+        server.run_part(settings, part, on_ready=pipe.send, restart=pipe.send)
     except LookalikeError as error:
+        _log.error("worker cannot start", number=part.number, error=str(error))  # one started anew is not listened to
         pipe.send(error)
         sys.exit(1)
 

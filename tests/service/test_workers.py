@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
@@ -22,8 +26,9 @@ from lookalike.errors import CallFailed
 from service import workers
 from service.settings import Settings
 from tests.processes import serving
-from tests.service.harness import DIM, png
+from tests.service.harness import DIM, Stubs, connected, encoded, make_bundle, png
 from tests.service.test_metrics import get, scraped
+from tests.service.test_rollout import activate, decided, search
 
 T = TypeVar("T")
 
@@ -37,6 +42,7 @@ class Running:
     process: Popen[str]
     address: str
     log: Path
+    folder: Path
 
     def pid(self, number: int) -> int:
         """Of the worker that was started last under this number: 0 writes, 1 follows."""
@@ -66,10 +72,23 @@ class Running:
 @pytest.fixture(scope="module")
 def running(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("workers")
+    (folder / "models").mkdir()
     log = folder / "log"
-    options = ["--set", "workers=2", "--set", "metrics_port=0"]
+    options = ["--set", "workers=2", "--set", "metrics_port=0", "--models", str(folder / "models")]
     with serving(bundle.path, folder / "galleries", log=log, options=options) as (process, address):
-        yield Running(process, address, log)
+        yield Running(process, address, log, folder)
+
+
+@contextmanager
+def connections(address: str) -> Iterator[list[Stubs]]:
+    """Of twelve, which the system gives to either process, each gets some, all but surely."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(connected(address)) for _ in range(12)]
+
+
+def models(stubs: list[Stubs]) -> set[str]:
+    """What they answer with."""
+    return {decided(each).model.removeprefix("models/") for each in stubs}
 
 
 def vectors(count: int) -> np.ndarray:
@@ -105,14 +124,42 @@ def test_the_metrics_of_all_are_on_one_port(running: Running) -> None:
     assert get(running.metrics_port, "/readyz") == (200, "serving\n")
 
 
-def test_a_follower_that_is_killed_comes_back(running: Running) -> None:
+def test_a_model_is_activated_in_every_process_without_a_failed_call(running: Running, bundle: Bundle) -> None:
+    two = make_bundle(running.folder / "models" / "two", seed=1)
+    swapped = threading.Event()
+
+    def ask(stubs: list[Stubs]) -> int:
+        calls = 0
+        while not swapped.is_set():
+            decided(stubs[calls % len(stubs)])
+            assert search(stubs[calls % len(stubs)], "loaded").neighbors[0].decision.distance == 0
+            calls += 1
+        return calls
+
+    with connections(running.address) as all_of_them, ThreadPoolExecutor(2) as pool:
+        all_of_them[0].fill("loaded", {"item": encoded(1)})
+        asking = [pool.submit(ask, all_of_them[::2]), pool.submit(ask, all_of_them[1::2])]
+        try:
+            for stubs, each in zip(all_of_them, (two, bundle) * 3, strict=False):
+                activate(stubs, each, keep_previous=True)
+                assert models(all_of_them) == {each.name}
+        finally:
+            swapped.set()
+        assert all(asked.result(timeout=60) > 0 for asked in asking)
+
+
+def test_a_follower_that_is_killed_comes_back_with_what_was_activated_meanwhile(running: Running) -> None:
+    two = Bundle.load(running.folder / "models" / "two")
     follower = running.pid(1)
     os.kill(follower, signal.SIGKILL)
+    running.patiently(lambda client: client.activate_model(two.name, keep_previous=True))
     ends = time.monotonic() + ENOUGH_SECONDS
-    while running.pid(1) == follower:
+    while running.pid(1) == follower or scraped(running.metrics_port)["lookalike_ready{worker=1}"] != 1:
         assert time.monotonic() < ends
         time.sleep(0.1)
-    assert running.patiently(lambda client: client.is_serving())
+    with connections(running.address) as all_of_them:
+        assert models(all_of_them) == {two.name}
+        assert all(search(stubs, "loaded").neighbors for stubs in all_of_them)
 
 
 def test_a_writer_that_is_killed_comes_back_with_what_it_acknowledged(running: Running) -> None:
@@ -123,6 +170,8 @@ def test_a_writer_that_is_killed_comes_back_with_what_it_acknowledged(running: R
     running.patiently(lambda client: client.update_item("survivor", NewItem(id="after", image=emb_ND[1])))
     for emb_D, name in zip(emb_ND, ("before", "after"), strict=True):
         assert running.patiently(lambda client, emb_D=emb_D: client.search("survivor", emb_D, k=1))[0].item.id == name
+    with connections(running.address) as all_of_them:
+        assert models(all_of_them) == {Bundle.load(running.folder / "models" / "two").name}
 
 
 def test_all_drain_on_a_signal(running: Running) -> None:
@@ -132,6 +181,27 @@ def test_all_drain_on_a_signal(running: Running) -> None:
     for pid in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_the_parent_ends_what_the_writer_cannot_tell_of_a_change(tmp_path: Path) -> None:
+    class Process:
+        killed = False
+
+        def kill(self) -> None:
+            self.killed = True
+
+    parent = workers._Workers(Settings.checked(bundle=tmp_path, workers=3), 0, tmp_path)
+    processes = [Process() for _ in range(3)]
+    pipe, theirs = multiprocessing.Pipe()
+    for part, process in zip(parent._parts, processes, strict=True):
+        parent._running[part.number] = workers._Worker(part, process, pipe, 0.0)
+    theirs.send("127.0.0.1:1")  # it is ready, when it was started anew
+    theirs.send(2)
+    parent._end_what_is_stuck()
+    assert [process.killed for process in processes] == [False, False, True]
+    theirs.close()
+    parent._end_what_is_stuck()
+    pipe.close()
 
 
 def test_galleries_elsewhere_are_refused(tmp_path: Path) -> None:
