@@ -282,7 +282,8 @@ def _limits(calibration: Calibration) -> Iterable[str]:
     yield "Probabilities hold at equal priors: where matches are rare, a probability of one half is too generous."
     yield (
         "Rates hold for pairs drawn like those of the calibration. Other cameras, other kinds of images, or identities "
-        "chosen to resemble each other shift them: calibrate on your own held-out images."
+        "chosen to resemble each other shift them: learn the calibration from labelled images of your own, "
+        "`lookalike calibrate BUNDLE --images FOLDER --out NEW`."
     )
     yield (
         "Rates are for one comparison. Searching a gallery of N compares N times and errs more often: see the table of "
