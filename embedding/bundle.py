@@ -216,12 +216,19 @@ def write_bundle(
 
 
 def recalibrated(
-    bundle: Bundle, path: Path | str, *, calibration: Calibration, learned_from: Mapping[str, JsonValue], note: str
+    bundle: Bundle,
+    path: Path | str,
+    *,
+    calibration: Calibration,
+    learned_from: Mapping[str, JsonValue],
+    note: str,
+    reference: Reference | None = None,
 ) -> Bundle:
     """Write the same model under another calibration, atomically, and read it back; its fingerprint stays.
 
     `learned_from` is kept in the lineage's data, by the calibration's version; `note`, Markdown, heads the model card.
-    All other files are copied. Raises AlreadyExists, and StorageFailed with nothing left behind.
+    `reference` is that of the calibration's images, where these are others. All other files are copied. Raises
+    AlreadyExists, and StorageFailed with nothing left behind.
     """
     path = Path(path)
     if path.exists():
@@ -241,6 +248,9 @@ def recalibrated(
     files[CALIBRATION] = calibration.model_dump_json(indent=2).encode()
     files[_CARD] = f"{note.rstrip()}\n\n".encode() + files.get(_CARD, b"")
     listed = [line.partition("  ")[2] for line in files[SUMS].decode("ascii").splitlines()]
+    if reference is not None:
+        files[REFERENCE] = reference.model_dump_json(indent=2).encode()
+        listed += [] if REFERENCE in listed else [REFERENCE]
     files[SUMS] = "".join(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in listed).encode()
     _write_directory(path, files)
     return Bundle.load(path)

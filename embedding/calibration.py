@@ -203,8 +203,8 @@ class Calibration(_Frozen):
         if target_far < self.smallest_supported_far:
             raise InvalidOperatingPoint(
                 f"target_far {target_far:g} is below {self.smallest_supported_far:.3g}, the smallest rate that this "
-                f"calibration's {self.impostor_pairs} impostor pairs support; ask for a larger rate, or calibrate on "
-                "more identities",
+                f"calibration's {self.impostor_pairs} impostor pairs support; ask for a larger rate, or learn the "
+                "calibration from more identities: `lookalike calibrate BUNDLE --images FOLDER`",
                 field="operating_point.target_far",
             )
         supported = [row.threshold for row in self.curve if row.far <= target_far]

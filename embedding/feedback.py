@@ -68,9 +68,9 @@ def read_lines(path: Path) -> Iterator[Feedback]:
                         yield Feedback.model_validate_json(line)
                     except ValidationError as error:
                         problem = error.errors()[0]
-                        where = ".".join(map(str, problem["loc"]))
+                        where = "".join(f"{place}: " for place in problem["loc"])
                         raise InvalidDataset(
-                            f"{path}, line {number}: {where}: {problem['msg']}; write such files with "
+                            f"{path}, line {number}: {where}{problem['msg']}; write such files with "
                             "`lookalike feedback export`"
                         ) from error
     except FileNotFoundError as error:

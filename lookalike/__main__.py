@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -38,7 +39,12 @@ _EXTRA_OF_MODULE = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; a bug alone ends in a traceback."""
+    """Run the command and return its exit code; a bug alone ends in a traceback.
+
+    Of several processes that `torchrun` has started on this machine the first alone says what went wrong.
+    """
+    if not _speaks():
+        logging.disable(logging.WARNING)
     try:
         from lookalike.cli import run  # typer comes with an extra, whose absence must be said in words
 
@@ -59,8 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
-    print(f"lookalike: {' '.join(message.split())}", file=sys.stderr)
+    if _speaks():
+        print(f"lookalike: {' '.join(message.split())}", file=sys.stderr)
     return FAILED
+
+
+def _speaks() -> bool:
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 if __name__ == "__main__":

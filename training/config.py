@@ -327,6 +327,11 @@ class Recipe(Section):
                 "optimizer.warmup_steps",
                 f"got {self.optimizer.warmup_steps}; at most training.steps, which is {self.training.steps}",
             )
+        if self.training.freeze_backbone_steps and self.network.weights == "random":
+            raise error_at(
+                "training.freeze_backbone_steps",
+                'freezes given weights, and network.weights is "random"; give weights, or remove this key',
+            )
         if self.classifier is not None and self.split.protocol != "closed-set":
             raise error_at(
                 "classifier", 'a classifier is measured on identities it knows: split.protocol = "closed-set"'

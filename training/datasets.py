@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,8 @@ class ImageSet:
     """Of each image: the number of the data part that it comes from."""
     skipped: tuple[SkippedImage, ...] = ()
     """Images left out because they could not be read."""
+    copies: tuple[tuple[int, ...], ...] = ()
+    """Images of the same bytes under several identities, as groups of indices; empty of a subset."""
     store: PixelStore
     rows_N: NDArray[np.int64]
     """Of each image: its row in `store`."""
@@ -70,6 +72,10 @@ class ImageSet:
     def read(self, index: int) -> bytes:
         """The bytes of one image file (PNG where the source holds arrays)."""
         return self.store.images.read(int(self.rows_N[index]))
+
+    def described(self, index: int) -> str:
+        """An image by its name and identity, for messages."""
+        return f"{self.names[index]} (identity {self.identities[self.labels_N[index]]!r})"
 
     def subset(self, indices: Indices) -> ImageSet:
         """The images at `indices`, in that order; labels are renumbered to the identities that remain."""
@@ -150,6 +156,8 @@ def load(
         rows_N=good_N.astype(np.int64),
     )
     _check_identities(images)
+    images = replace(images, copies=_copies(images))
+    _warn_of_copies(images)
     return images
 
 
@@ -253,5 +261,23 @@ def _check_identities(images: ImageSet) -> None:
         )  # fmt: skip
 
 
-def _and_more(count: int) -> str:
-    return f" and {count} more" if count > 0 else ""
+def _copies(images: ImageSet) -> tuple[tuple[int, ...], ...]:
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for at, row in enumerate(images.rows_N):
+        groups[images.store.digests[row]].append(at)
+    return tuple(tuple(group) for group in groups.values() if len({int(images.labels_N[at]) for at in group}) > 1)
+
+
+def _warn_of_copies(images: ImageSet) -> None:
+    if images.copies:
+        first = images.copies[0]
+        pair = first[0], next(at for at in first if images.labels_N[at] != images.labels_N[first[0]])
+        _log.warning(
+            "%s are the same file, byte for byte%s: training pulls such images together and pushes them apart, and "
+            "tests count them as errors; keep each under one identity, or make one identity of those that share images",
+            " and ".join(images.described(at) for at in pair), _and_more(len(images.copies) - 1, "such images"),
+        )  # fmt: skip
+
+
+def _and_more(count: int, what: str = "") -> str:
+    return f" and {count} more {what}".rstrip() if count > 0 else ""

@@ -40,6 +40,8 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     """Among the processes of this machine."""
+    local_size: int = 1
+    """How many processes this machine has."""
 
     @property
     def is_first(self) -> bool:
@@ -109,10 +111,11 @@ class Ranks:
             return pick_device(name)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and self.local_rank >= torch.cuda.device_count():
+        here = max(self.local_size, self.local_rank + 1)
+        if name == "cuda" and here > torch.cuda.device_count():  # true of every process here: the first one says it
             raise InvalidInput(
-                f"{self.local_rank + 1} processes or more on this machine and {torch.cuda.device_count()} CUDA "
-                "devices; lower --nproc-per-node, or give --device cpu",
+                f"{here} processes on this machine and {torch.cuda.device_count()} CUDA devices; lower "
+                "--nproc-per-node, or give --device cpu",
                 field="device",
             )
         return pick_device(f"cuda:{self.local_rank}" if name == "cuda" else name)
@@ -136,7 +139,12 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield ALONE
         return
-    ranks = Ranks(rank=int(os.environ["RANK"]), size=int(os.environ["WORLD_SIZE"]), local_rank=local_rank)
+    ranks = Ranks(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     own = ranks.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)

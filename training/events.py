@@ -14,7 +14,8 @@ class EventWriter:
     """Writes a run's figures into `folder`; of no folder, nothing.
 
     `done` steps are those of an earlier process: what it wrote beyond them is hidden, so that a resumed run shows one
-    curve. Raises InvalidRecipe when the package tensorboard is missing.
+    curve. A run that begins anew removes the event files of another that was written here. Raises InvalidRecipe when
+    the package tensorboard is missing.
     """
 
     def __init__(self, folder: Path | None, *, done: int = 0) -> None:
@@ -29,6 +30,9 @@ class EventWriter:
                 "the key out",
                 field="training.tensorboard",
             ) from error
+        if not done:
+            for file in folder.glob("events.out.tfevents.*"):
+                file.unlink()
         self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
     def report(self, report: Report) -> None:

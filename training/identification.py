@@ -81,7 +81,7 @@ def expected_over_galleries(accepted_Q: Ints, items_Q: Ints, gallery: int) -> fl
     log_none_Q = np.full(len(items_Q), -np.inf)
     possible = refused_Q >= gallery
     log_none_Q[possible] = _log_falling(refused_Q[possible], gallery) - _log_falling(items_Q[possible], gallery)
-    return float(-np.expm1(log_none_Q).mean())
+    return max(0.0, -float(np.expm1(log_none_Q).mean()))  # of no acceptance 0, not -0
 
 
 def _log_falling(count_Q: Ints, gallery: int) -> NDArray[np.float64]:

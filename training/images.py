@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
@@ -12,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,13 @@ from embedding.images import IMAGE_SUFFIXES, decode
 
 MAX_FILE_BYTES = 256 * 2**20
 """Larger files are not read as images; in a zip this stops a small member that inflates without end."""
+
+
+class KnownImage(NamedTuple):
+    """A decoded image and its digest, which two images share only where their files have the same bytes."""
+
+    image: Image.Image
+    digest: bytes
 
 
 class Images(Protocol):
@@ -36,6 +44,10 @@ class Images(Protocol):
 
     def image(self, row: int) -> Image.Image:
         """The decoded image, mode "L" or "RGB". Raises InvalidImage or ImageTooLarge."""
+        ...
+
+    def known_image(self, row: int) -> KnownImage:
+        """The decoded image and a digest of what it was decoded from, in one reading. Raises what `image` does."""
         ...
 
 
@@ -60,7 +72,11 @@ class FolderImages:
             raise InvalidImage(f"the file cannot be read ({error.strerror})") from error
 
     def image(self, row: int) -> Image.Image:
-        return decode(self.read(row))
+        return self.known_image(row).image
+
+    def known_image(self, row: int) -> KnownImage:
+        data = self.read(row)
+        return KnownImage(decode(data), _digest(data))
 
 
 class ZipImages:
@@ -85,7 +101,11 @@ class ZipImages:
             raise InvalidImage(f"the member cannot be unpacked ({error})") from error
 
     def image(self, row: int) -> Image.Image:
-        return decode(self.read(row))
+        return self.known_image(row).image
+
+    def known_image(self, row: int) -> KnownImage:
+        data = self.read(row)
+        return KnownImage(decode(data), _digest(data))
 
     def _archive(self) -> zipfile.ZipFile:
         archive: zipfile.ZipFile | None = getattr(self._local, "archive", None)
@@ -109,7 +129,10 @@ class ArrayImages:
         return buffer.getvalue()
 
     def image(self, row: int) -> Image.Image:
-        return Image.fromarray(self._pixels_NHW[row])
+        return self.known_image(row).image
+
+    def known_image(self, row: int) -> KnownImage:
+        return KnownImage(Image.fromarray(self._pixels_NHW[row]), _digest(self._pixels_NHW[row].tobytes()))
 
 
 class SelectedImages:
@@ -127,6 +150,9 @@ class SelectedImages:
 
     def image(self, row: int) -> Image.Image:
         return self._images.image(self._rows[row])
+
+    def known_image(self, row: int) -> KnownImage:
+        return self._images.known_image(self._rows[row])
 
 
 class ChainedImages:
@@ -146,6 +172,10 @@ class ChainedImages:
     def image(self, row: int) -> Image.Image:
         part, own_row = self._find(row)
         return part.image(own_row)
+
+    def known_image(self, row: int) -> KnownImage:
+        part, own_row = self._find(row)
+        return part.known_image(own_row)
 
     def _find(self, row: int) -> tuple[Images, int]:
         at = bisect_right(self._starts, row) - 1
@@ -203,6 +233,10 @@ def check_inside(name: str, *, where: str) -> None:
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _check_file_size(size: int) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from training.sections import Section
+from training.sections import Section, error_at
 
 Margin = Annotated[float, Field(gt=0, le=2)]
 """Between distances, which lie in [0, 2]."""
@@ -41,6 +41,14 @@ class SquaredMarginContrastiveConfig(Section):
     """Squared distance beyond which non-matching pairs are left alone; it lies in [0, 4]."""
 
 
+def _without_effect(
+    section: TripletConfig | SoftMarginTripletConfig | MultiSimilarityConfig, key: str, *, with_mining: str
+) -> None:
+    """Raises for a key that was changed and that the mining chosen does not look at."""
+    if section.mining != with_mining and getattr(section, key) != type(section).model_fields[key].default:
+        raise error_at(key, f'changes nothing with mining = "{section.mining}"; use "{with_mining}", or leave it out')
+
+
 class TripletConfig(Section):
     """Schroff et al. 2015 (semi-hard), Hermans et al. 2017 (batch-hard), Wu et al. 2017 (distance-weighted)."""
 
@@ -53,6 +61,11 @@ class TripletConfig(Section):
     """With semi-hard: what stands in where no non-match lies farther than the match: the easiest or the
     hardest non-match, or nothing."""
 
+    @model_validator(mode="after")
+    def _is_looked_at(self) -> Self:
+        _without_effect(self, "fallback", with_mining="semi-hard")
+        return self
+
 
 class SoftMarginTripletConfig(Section):
     """Hermans et al. 2017: ln(1 + exp(d_ap − d_an)) for the hinge."""
@@ -62,6 +75,11 @@ class SoftMarginTripletConfig(Section):
     """Which triplets of a batch count."""
     fallback: Literal["easiest", "hardest", "skip"] = "easiest"
     """With semi-hard, as for triplet."""
+
+    @model_validator(mode="after")
+    def _is_looked_at(self) -> Self:
+        _without_effect(self, "fallback", with_mining="semi-hard")
+        return self
 
 
 class SupervisedContrastiveConfig(Section):
@@ -127,6 +145,11 @@ class MultiSimilarityConfig(Section):
     epsilon: Annotated[float, Field(ge=0, le=2)] = 0.1
     """With multi-similarity mining, by how much a cosine may be easier than the hardest and still count."""
 
+    @model_validator(mode="after")
+    def _is_looked_at(self) -> Self:
+        _without_effect(self, "epsilon", with_mining="multi-similarity")
+        return self
+
 
 class CircleConfig(Section):
     """Sun et al. 2020."""
@@ -181,7 +204,7 @@ class CrossBatchMemoryConfig(Section):
     pair: PairLossConfig
     """The loss, as [loss.pair]."""
     size: Annotated[int, Field(ge=1, le=2**20)] = 1024
-    """Embeddings remembered."""
+    """Embeddings remembered, those of earlier steps of an image of the batch too: they count as its matches."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Of the loss against the memory."""
     start: Annotated[int, Field(ge=0)] = 100

@@ -15,15 +15,23 @@ from training.mining import multi_similarity, positions
 
 
 def multi_similarity_loss(
-    cosine_AR: Tensor, positives_AR: Tensor, negatives_AR: Tensor, *, alpha: float, beta: float, base: float
+    cosine_AR: Tensor,
+    positives_AR: Tensor,
+    negatives_AR: Tensor,
+    *,
+    is_counted_A: Tensor,
+    alpha: float,
+    beta: float,
+    base: float,
 ) -> Tensor:
     """Mean over anchors of ln(1 + Σ_P exp(−α(s − λ)))/α + ln(1 + Σ_N exp(β(s − λ)))/β.  Wang et al. 2019, eq. 15.
 
-    P and N are the pairs chosen, booleans; λ = `base`. Anchors without a chosen positive are left out of the mean.
+    P and N are the pairs chosen, booleans; λ = `base`. The mean is over the anchors counted, booleans: the paper's m,
+    whose every anchor has a positive. One of which no pair was chosen counts with 0.
     """
     pull_A = F.softplus(masked_logsumexp(-alpha * (cosine_AR - base), positives_AR)) / alpha
     push_A = F.softplus(masked_logsumexp(beta * (cosine_AR - base), negatives_AR)) / beta
-    return mean((pull_A + push_A)[positives_AR.any(1)])
+    return mean((pull_A + push_A)[is_counted_A])
 
 
 def circle_loss(
@@ -61,7 +69,8 @@ def masked_logsumexp(logits_AR: Tensor, chosen_AR: Tensor) -> Tensor:
 
 
 class MultiSimilarityLoss(CosineLoss):
-    """`multi_similarity_loss` of a batch; a term is an anchor, active when it has a chosen positive.
+    """`multi_similarity_loss` of a batch over the anchors that have a positive among their references; a term is such
+    an anchor, active when a positive was chosen.
 
     epsilon: which pairs are chosen (`mining.multi_similarity`); None for all.
     """
@@ -96,9 +105,10 @@ class MultiSimilarityLoss(CosineLoss):
             most=self.beta * (1 - self.base),
         )
         total_A = exponentials.totals()
-        push_A = exponentials.shift_A + total_A.log()
-        has_positive_A = pull_A != -torch.inf
-        share_A = has_positive_A.to(cosine_AR.dtype) / has_positive_A.sum().clamp_min(1)
+        nothing_A = total_A <= torch.finfo(total_A.dtype).tiny
+        push_A = (exponentials.shift_A + total_A.log()).masked_fill_(nothing_A, -torch.inf)
+        is_counted_A = comparison.positives_A > 0
+        share_A = is_counted_A.to(cosine_AR.dtype) / is_counted_A.sum().clamp_min(1)
         loss = (share_A * (F.softplus(pull_A) / self.alpha + F.softplus(push_A) / self.beta)).sum()
         slope = Slope(
             share_A * push_A.sigmoid() / total_A,
@@ -108,7 +118,8 @@ class MultiSimilarityLoss(CosineLoss):
             positive_P,
             -softmax_P * (share_A * pull_A.sigmoid())[anchor_P],
         )
-        return loss, mean(has_positive_A.float()), slope
+        # Where a negative was chosen its positive was too, so that these are the anchors with anything chosen.
+        return loss, mean((pull_A != -torch.inf).float()), slope
 
 
 class CircleLoss(CosineLoss):

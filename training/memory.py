@@ -17,8 +17,11 @@ class CrossBatchMemoryLoss(MetricLoss):
     """The loss of a batch plus `weight` times that of the batch against the last M embeddings.  Wang et al. 2020 (XBM).
 
     Embeddings drift slowly, so that those of recent batches still serve as references; they pass no gradient. In
-    training each batch is remembered after its loss is taken, so that no image meets itself. The memory counts from
-    batch `start` on, when the drift of the first steps is over. It is a buffer: checkpoints keep it.
+    training each batch is remembered after its loss is taken, so that no image meets this step's embedding of itself.
+    Its embeddings of earlier steps, other weights' views of it under another augmentation, are matches like those of
+    its identity's other images, as in the paper: a memory near the size of the training side or beyond holds some.
+    The memory counts from batch `start` on, when the drift of the first steps is over. It is a buffer: checkpoints
+    keep it.
     """
 
     def __init__(self, pair: PairLoss, *, size: int, width: int, weight: float = 1.0, start: int = 0) -> None:
@@ -41,8 +44,9 @@ class CrossBatchMemoryLoss(MetricLoss):
         output = self.pair.measure(emb_BD, labels_B)
         held = min(int(self.images), len(self.emb_MD))
         if self.weight and held and int(self.batches) >= self.start:
-            remembered = self.emb_MD[:held].to(emb_BD.dtype)
-            against = self.pair.compare(Comparison(emb_BD, labels_B, remembered, self.labels_M[:held]))
+            # Copies: the places are written to again below, before the gradient is taken.
+            references_MD, labels_M = self.emb_MD[:held].to(emb_BD.dtype, copy=True), self.labels_M[:held].clone()
+            against = self.pair.compare(Comparison(emb_BD, labels_B, references_MD, labels_M))
             output = output._replace(loss=output.loss + self.weight * against.loss)
         if self.training:
             self._remember(emb_BD.detach(), labels_B)

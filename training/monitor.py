@@ -19,6 +19,8 @@ from torch import Tensor
 from embedding.errors import TrainingDiverged
 from training.losses import LossOutput, MetricLoss
 from training.losses_combined import JointLoss
+from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.memory import CrossBatchMemoryLoss
 
 COLLAPSED_SPREAD = 0.05
 """An embedding of less spread has collapsed; random initial weights have more."""
@@ -190,11 +192,16 @@ def loss_of_collapse(loss: MetricLoss, labels_B: Tensor) -> float:
 
     Of a joint loss, with ln(I) as the cross-entropy over its I identities.
 
+    Of a memory from its start on, where the level is the same whatever the images: triplets, each at its margin.
+
     NaN, which equals nothing, of a loss without such a level, since it learns or remembers something itself.
     """
     if isinstance(loss, JointLoss):  # the best that a classifier can say of one point: all identities are as likely
         identities = len(loss.bias_I)
         return loss.alpha * math.log(identities) + (1 - loss.alpha) * loss_of_collapse(loss.pair, labels_B)
+    if isinstance(loss, CrossBatchMemoryLoss):
+        is_fixed = isinstance(loss.pair, SoftMarginTripletLoss | TripletLoss)  # others' depends on how many compare
+        return (1 + loss.weight) * loss_of_collapse(loss.pair, labels_B) if is_fixed else math.nan
     if not loss.tells_collapse:
         return math.nan
     same_B2 = F.one_hot(torch.zeros_like(labels_B), 2).float()

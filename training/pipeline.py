@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
 from rich.console import Console
-from rich.progress import track
 
 from embedding.bundle import Bundle, Lineage, learned_metrics, write_bundle
 from embedding.decision import Vectors
@@ -28,8 +27,9 @@ from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
 from training.calibration import calibrate
 from training.config import Recipe
-from training.datasets import ImageSet, SkippedImage, load, load_path
+from training.datasets import ImageSet, load, load_path
 from training.distributed import joined
+from training.embedded import embed, say_skipped
 from training.evaluation import evaluate as evaluate_embeddings
 from training.initial import initial_recall
 from training.measurement import Measurement, measure
@@ -47,9 +47,6 @@ from training.second_stage import fit_second_stage
 from training.splits import SIDES, Split, split
 from training.trainer import Trainer
 from training.whitening import whiten
-
-CHUNK_IMAGES = 256
-"""Images decoded and embedded at once outside training."""
 
 WATCHED_IMAGES = 2_000
 """Calibration images, at most, on which a running training is evaluated: evenly spread over the identities."""
@@ -81,7 +78,7 @@ def train(
             torch.manual_seed(recipe.seed)
             network = build(recipe.architecture, weights=recipe.network.initial_weights(data_root))
         images = load(recipe.data, data_root=data_root, preprocessing=recipe.preprocessing)
-        _say_skipped(console, images.skipped)
+        say_skipped(console, images.skipped)
         sides = split(images, recipe.split)
         console.print(_describe(images, sides), highlight=False)
         train_set, test_set = images.subset(sides.train_N), images.subset(sides.test_N)
@@ -123,7 +120,7 @@ def train(
     calibration_set = images.subset(sides.calibration_N)
     norms: list[Vectors] = []
     encoder.on_embedded = lambda _, norm_N: norms.append(norm_N)
-    calibration_emb_ND = _embed(encoder, calibration_set, console)
+    calibration_emb_ND = embed(encoder, calibration_set, console)
     encoder.on_embedded = None
     calibration = calibrate(
         calibration_emb_ND,
@@ -132,7 +129,7 @@ def train(
         groups_N=calibration_set.super_class_labels if recipe.split.by == "super" else None,
         seed=recipe.seed,
     )
-    test_emb_ND = _embed(encoder, test_set, console)
+    test_emb_ND = embed(encoder, test_set, console)
     measurement = measure(
         test_emb_ND,
         test_set.labels_N,
@@ -144,7 +141,7 @@ def train(
     measurement = replace(measurement, further={**measurement.further, **initial})
     files: dict[str, bytes] = {}
     if recipe.classifier is not None:
-        train_emb_ND = _embed(encoder, train_set, console)
+        train_emb_ND = embed(encoder, train_set, console)
         second = fit_second_stage(
             train_emb_ND, train_set.labels_N, train_set.identities, recipe.classifier, seed=recipe.seed
         )
@@ -200,11 +197,11 @@ def evaluate(
     """
     console = console or Console(stderr=True)
     found = load_path(images, gallery=gallery, preprocessing=bundle.preprocessing, max_bad_images=max_bad_images)
-    _say_skipped(console, found.skipped)
+    say_skipped(console, found.skipped)
     searches = _searches_of(bundle, found, console)
     if gallery is not None:
         searches.append(find(_IN_GALLERY, found.names, found.labels_N))
-    emb_ND = _embed(Encoder(bundle, device=device), found, console)
+    emb_ND = embed(Encoder(bundle, device=device), found, console)
     return measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
 
 
@@ -234,31 +231,18 @@ def _searches_of(bundle: Bundle, images: ImageSet, console: Console) -> list[Sea
     return searches
 
 
-def _embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:
-    starts = range(0, len(images), CHUNK_IMAGES)
-    chunks = [
-        encoder.encode_pixels(_chunk(images, start, encoder))
-        for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
-    ]
-    return np.concatenate(chunks)
-
-
 def _known_identities(encoder: PixelEncoder, images: ImageSet, sides: Split, console: Console) -> HeldOut:
     """Training images of the identities on the test side, with the labels that these have there."""
     test_labels = np.unique(images.labels_N[sides.test_N])
     known_N = sides.train_N[np.isin(images.labels_N[sides.train_N], test_labels)]
-    emb_ND = _embed(encoder, images.subset(known_N), console)
+    emb_ND = embed(encoder, images.subset(known_N), console)
     return held_out(emb_ND, np.searchsorted(test_labels, images.labels_N[known_N]))
-
-
-def _chunk(images: ImageSet, start: int, encoder: PixelEncoder) -> NDArray[np.uint8]:
-    return images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
 
 
 def _watch(network: EmbeddingNetwork, images: ImageSet, recipe: Recipe, device: str) -> Mapping[str, float]:
     """Figures of a running training, on calibration images."""
     encoder = PixelEncoder(network, recipe.preprocessing, device=device)
-    emb_ND = _embed(encoder, images, Console(quiet=True))
+    emb_ND = embed(encoder, images, Console(quiet=True))
     metrics = evaluate_embeddings(emb_ND, images.labels_N).metrics()
     return {name: value for name, value in metrics.items() if name in {"recall@1", "EER"} and value is not None}
 
@@ -325,8 +309,3 @@ def _environment(device: torch.device, result: TrainingResult) -> dict[str, str]
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "training": result.summary(),
     }
-
-
-def _say_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
-    for image in skipped:
-        console.print(f"skipped {image.name}: {image.reason}", markup=False, highlight=False, soft_wrap=True)

@@ -28,6 +28,8 @@ class PixelStore:
         self._preprocessing = preprocessing
         self._fits = len(images) * preprocessing.channels * preprocessing.image_size**2 <= cache_bytes
         self._kept_NCHW: Pixels | None = None
+        self.digests: list[bytes] = []
+        """Of each image, once `check` has read them; empty of those that cannot be read. Alike for the same bytes."""
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def check(self, on_progress: Callable[[int, int], None] | None = None) -> dict[int, str]:
@@ -36,13 +38,16 @@ class PixelStore:
         shape = (total, self._preprocessing.channels, size, size)
         kept_NCHW = np.zeros(shape, dtype=np.uint8) if self._fits else None
         bad: dict[int, str] = {}
+        digests = [b""] * total
 
         def read(row: int) -> None:
             try:
-                pixels_CHW = self._decode(row, self._preprocessing)
+                known = self.images.known_image(row)
+                pixels_CHW = self._preprocessing.pixels(known.image)
             except (InvalidImage, ImageTooLarge) as error:
                 bad[row] = str(error)
             else:
+                digests[row] = known.digest
                 if kept_NCHW is not None:
                     kept_NCHW[row] = pixels_CHW
 
@@ -52,6 +57,7 @@ class PixelStore:
             if on_progress is not None:
                 on_progress(stop, total)
         self._kept_NCHW = kept_NCHW
+        self.digests = digests
         return dict(sorted(bad.items()))
 
     def pixels(self, rows: Iterable[int] | NDArray[np.int64], preprocessing: Preprocessing) -> Pixels:
@@ -65,12 +71,9 @@ class PixelStore:
         def read(at: int) -> None:
             row = int(rows_n[at])
             try:
-                out_nCHW[at] = self._decode(row, preprocessing)
+                out_nCHW[at] = preprocessing.pixels(self.images.image(row))
             except (InvalidImage, ImageTooLarge) as error:
                 raise type(error)(f"{self._names[row]}: {error}") from error
 
         list(self._pool.map(read, range(len(rows_n))))
         return out_nCHW
-
-    def _decode(self, row: int, preprocessing: Preprocessing) -> Pixels:
-        return preprocessing.pixels(self.images.image(row))

@@ -15,7 +15,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +22,7 @@ from scipy.special import ndtri
 
 from embedding.calibration import Calibration
 from training.evaluation import VerificationCurve
+from training.names import DrawnNames
 from training.pairs import Floats, Ints
 from training.reliability import Reliability
 
@@ -125,7 +125,7 @@ def reliability_plot(measured: Reliability) -> bytes:
     return as_png(figure)
 
 
-def projection_plot(emb_ND: Floats, identity_N: Ints, name_of: Callable[[int], str], *, named: int = 12) -> bytes:
+def projection_plot(emb_ND: Floats, identity_N: Ints, name_of: DrawnNames, *, named: int = 12) -> bytes:
     """All embeddings on their first two principal components; the `named` largest identities coloured and labelled."""
     figure, (axes,) = new_figure(8, 6.4)
     centred_ND = emb_ND - emb_ND.mean(axis=0)
@@ -147,18 +147,21 @@ def projection_plot(emb_ND: Floats, identity_N: Ints, name_of: Callable[[int], s
             own_N2[:, 0], own_N2[:, 1], s=30, color=colour, marker=marker, alpha=0.8, edgecolors="white", linewidths=0.4
         )
         middle = int(np.square(own_N2 - np.median(own_N2, axis=0)).sum(axis=1).argmin())
-        labels.append((own_N2[middle], _drawable(name_of(identity), 24), colour))
+        labels.append((own_N2[middle], name_of(identity), colour))
     axes.set_xlabel(f"first principal component ({share[0]:.0%} of variance)")
     axes.set_ylabel(f"second principal component ({share[1]:.0%} of variance)")
     axes.set_aspect("equal", adjustable="datalim")
-    _place_labels(axes, labels, span=float(np.ptp(position_N2, axis=0).max()))
+    _place_labels(axes, labels, span=float(np.ptp(position_N2, axis=0).max()), families=name_of.families)
     if len(others_N2):
         _legend(axes)
     return as_png(figure)
 
 
 def pair_plot(
-    rows: Sequence[tuple[str, Sequence[tuple[int, int, str]]]], image_of: ImageOf, name_of: Callable[[int], str]
+    rows: Sequence[tuple[str, Sequence[tuple[int, int, str]]]],
+    image_of: ImageOf,
+    identity_of: Callable[[int], int],
+    name_of: DrawnNames,
 ) -> bytes:
     """Rows of image pairs, each row under a heading; a pair is two items and what is said of them."""
     columns = max(len(pairs) for _, pairs in rows)
@@ -174,13 +177,15 @@ def pair_plot(
             axes.set_anchor("N")
         for axes, (first, second, measured) in zip(grid, pairs, strict=False):
             axes.imshow(_side_by_side(image_of(first), image_of(second)), interpolation="nearest")
-            names = [_drawable(name, 24) for name in dict.fromkeys((name_of(first), name_of(second)))]
+            names = [name_of(identity) for identity in dict.fromkeys((identity_of(first), identity_of(second)))]
             between = " | " if sum(map(len, names)) < 24 else "\n"
-            axes.set_xlabel(f"{measured}\n{between.join(names)}", fontsize=9, parse_math=False)
+            axes.set_xlabel(f"{measured}\n{between.join(names)}", fontsize=9, parse_math=False, family=name_of.families)
     return as_png(figure)
 
 
-def _place_labels(axes: Axes, labels: Sequence[tuple[NDArray[np.float32], str, str]], *, span: float) -> None:
+def _place_labels(
+    axes: Axes, labels: Sequence[tuple[NDArray[np.float32], str, str]], *, span: float, families: Sequence[str]
+) -> None:
     """Names at their positions, lifted where they would cover a name already placed."""
     placed: list[tuple[float, float, int]] = []
     for position, name, colour in labels:
@@ -192,7 +197,7 @@ def _place_labels(axes: Axes, labels: Sequence[tuple[NDArray[np.float32], str, s
             y += 0.01 * span
         placed.append((x, y, len(name)))
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colour, "alpha": 0.85}
-        axes.text(x, y, name, fontsize=9, ha="center", va="center", bbox=box, parse_math=False)
+        axes.text(x, y, name, fontsize=9, ha="center", va="center", bbox=box, parse_math=False, family=families)
 
 
 def _thinned(curve: VerificationCurve, rows: int = 1000) -> VerificationCurve:
@@ -241,13 +246,6 @@ def new_figure(
 def _legend(axes: Axes, *, lower_right: bool = False, columns: int = 1) -> None:
     place: Literal["lower right", "best"] = "lower right" if lower_right else "best"
     axes.legend(loc=place, ncols=columns, framealpha=0.9, edgecolor="none", fontsize=9)
-
-
-def _drawable(name: str, length: int) -> str:
-    """The last `length` characters of a name; those that the font lacks are given by their code point."""
-    glyphs = get_font(findfont("DejaVu Sans")).get_charmap()
-    name = name if len(name) <= length else "…" + name[1 - length :]
-    return "".join(character if ord(character) in glyphs else f"U+{ord(character):04X}" for character in name)
 
 
 def as_png(figure: Figure) -> bytes:

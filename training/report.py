@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from training.calibration import Promise
 from training.evaluation import Evaluation, VerificationCurve
 from training.identification import FalseIdentification
 from training.measurement import Measurement
+from training.names import DrawnNames
 from training.pairs import HeldOut, distance_block, row_blocks
 from training.plots import ImageOf, distance_plot, error_plot, pair_plot, projection_plot, reliability_plot
 
@@ -39,12 +40,19 @@ def model_card(
     """
     data, curve, calibration = measurement.data, measurement.curve, measurement.calibration
 
-    def name_of(identity: int) -> str:
-        return (identity_names or {}).get(identity, str(identity))
-
+    drawn = DrawnNames(lambda identity: (identity_names or {}).get(identity, str(identity)))
+    pictures = {
+        "card/distances.png": distance_plot(curve, calibration),
+        "card/errors.png": error_plot(curve, calibration),
+        "card/reliability.png": reliability_plot(measurement.reliability),
+        "card/projection.png": projection_plot(data.embeddings, data.identities, drawn),
+        "card/worst.png": _worst_pairs_picture(data, calibration, image_of, drawn),
+    }
     text = _CARD.format(
         name=name,
         worst=WORST,
+        bounded=_BOUNDED[calibration.protocol],
+        numbered=_numbered(drawn.numbered),
         unseen=_UNSEEN[calibration.protocol],
         summary=_summary(measurement.evaluation, calibration),
         metrics=_metrics_table(measurement),
@@ -58,14 +66,7 @@ def model_card(
         limits="\n".join(f"- {limit}" for limit in _limits(calibration)),
         recipe=recipe_text.strip(),
     )
-    return {
-        "README.md": text.encode(),
-        "card/distances.png": distance_plot(curve, calibration),
-        "card/errors.png": error_plot(curve, calibration),
-        "card/reliability.png": reliability_plot(measurement.reliability),
-        "card/projection.png": projection_plot(data.embeddings, data.identities, name_of),
-        "card/worst.png": _worst_pairs_picture(data, calibration, image_of, name_of),
-    }
+    return {"README.md": text.encode(), **pictures}
 
 
 _CARD = """\
@@ -79,7 +80,7 @@ _CARD = """\
 {searches}
 ## Operating points
 
-Error rates on the calibration side. "At most" is what the rate of as many other identities exceeds in one of twenty
+Error rates on the calibration side. "At most" is what the rate {bounded} exceeds in one of twenty
 cases; identities, not pairs, are taken as independent, or super-classes where the split keeps these apart.
 
 {points}
@@ -111,7 +112,7 @@ How often a search accepts an item though the gallery holds none of the query's 
 The {worst} most distant matching pairs and the {worst} closest non-matching pairs of the test side.
 
 ![The worst errors as image pairs](card/worst.png)
-
+{numbered}
 ## Data, split and lineage
 
 {facts}
@@ -134,6 +135,11 @@ The {worst} most distant matching pairs and the {worst} closest non-matching pai
 """
 
 
+_BOUNDED = {
+    "identity-disjoint": "of as many other identities",
+    "closed-set": "on as many further images of these same identities",
+}
+_AMONG = {**_BOUNDED, "identity-disjoint": "among as many other identities"}
 _UNSEEN = {"identity-disjoint": "identities", "closed-set": "images, though all know its identities"}
 
 
@@ -147,7 +153,7 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
     return (
         f"Two images match when their embeddings lie within **{calibration.learned_margin:.4f}** of each other, the "
         f"learned margin. At that threshold {_rate(rates.far)} of non-matching pairs were accepted (at most "
-        f"{_rate(rates.far_upper95)} among as many other identities, with 95 % confidence) and {_rate(rates.frr)} of "
+        f"{_rate(rates.far_upper95)} {_AMONG[calibration.protocol]}, with 95 % confidence) and {_rate(rates.frr)} of "
         "matching pairs rejected, on "
         f"{protocol}. An image's nearest neighbour among {evaluation.retrieval.gallery:,} test images matches it in "
         f"{_rate(evaluation.retrieval.recall_at_1)} of cases."
@@ -282,7 +288,8 @@ def _limits(calibration: Calibration) -> Iterable[str]:
     yield "Probabilities hold at equal priors: where matches are rare, a probability of one half is too generous."
     yield (
         "Rates hold for pairs drawn like those of the calibration. Other cameras, other kinds of images, or identities "
-        "chosen to resemble each other shift them: calibrate on your own held-out images."
+        "chosen to resemble each other shift them: learn the calibration from labelled images of your own, "
+        "`lookalike calibrate BUNDLE --images FOLDER --out NEW`."
     )
     yield (
         "Rates are for one comparison. Searching a gallery of N compares N times and errs more often: see the table of "
@@ -290,9 +297,15 @@ def _limits(calibration: Calibration) -> Iterable[str]:
     )
 
 
-def _worst_pairs_picture(
-    data: HeldOut, calibration: Calibration, image_of: ImageOf, name_of: Callable[[int], str]
-) -> bytes:
+def _numbered(names: Mapping[str, str]) -> str:
+    """What the numbers in the pictures stand for."""
+    if not names:
+        return ""
+    listed = ", ".join(f"{number} {name}" for name, number in names.items())
+    return f"\nBy number in the pictures, since no font here could draw their names: {listed}.\n"
+
+
+def _worst_pairs_picture(data: HeldOut, calibration: Calibration, image_of: ImageOf, name_of: DrawnNames) -> bytes:
     def measured(pairs: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int, str]]:
         for first, second in pairs:
             apart = float(distance(data.embeddings[first], data.embeddings[second]))
@@ -305,7 +318,8 @@ def _worst_pairs_picture(
             ("Closest non-matching pairs", list(measured(closest))),
         ],
         image_of,
-        lambda row: name_of(int(data.identities[row])),
+        lambda row: int(data.identities[row]),
+        name_of,
     )
 
 
@@ -343,10 +357,9 @@ def _metric(value: float | None) -> str:
 
 
 def _rate(rate: float) -> str:
-    """A rate as a percentage where that reads well, else in powers of ten."""
-    if rate == 0 or rate >= 1e-3:
-        return f"{100 * rate:.3g} %"
-    return f"{rate:.1e}"
+    """A rate as a percentage of three significant digits, never in powers of ten: rates stand beside one another."""
+    rounded = 0.0 + float(f"{100 * rate:.3g}")
+    return f"{np.format_float_positional(rounded, trim='-')} %"
 
 
 def _probability(probability: float) -> str:

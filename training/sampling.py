@@ -29,7 +29,7 @@ class IdentityBatches:
 
     A batch depends on `labels_N`, `groups_N`, `parts_N`, the sizes, `seed` and the step alone: there is no state that a
     resumed run would have to restore, and batches may be made ahead by any thread.
-    Raises InvalidDataset when there are fewer than P identities.
+    Raises InvalidDataset when there are fewer than P identities; `called` is what its message calls them.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class IdentityBatches:
         seed: int,
         groups_N: Indices | None = None,
         parts_N: Indices | None = None,
+        called: str = "identities",
     ) -> None:
         if identities_per_batch < 1 or images_per_identity < 1:
             raise ValueError(
@@ -52,8 +53,8 @@ class IdentityBatches:
         self._images_of: list[Indices] = np.split(order_N, first_of_identity[1:]) if len(labels_N) else []
         if len(self._images_of) < identities_per_batch:
             raise InvalidDataset(
-                f"the training side has {len(self._images_of)} identities, fewer than a batch of "
-                f"{identities_per_batch}; lower sampling.identities_per_batch or give it more identities",
+                f"the training side has {len(self._images_of)} {called}, fewer than a batch of "
+                f"{identities_per_batch}; lower sampling.identities_per_batch or give it more {called}",
                 field="sampling.identities_per_batch",
             )
         self._group_of = None if groups_N is None else groups_N[[images[0] for images in self._images_of]]

@@ -40,13 +40,16 @@ class Split:
 def split(images: ImageSet, config: SplitConfig) -> Split:
     """Divide a set by the protocol; images whose side the data states keep it.
 
-    Raises InvalidDataset when the stated sides put an identity on two sides of an identity-disjoint split, or when a
-    side is left with fewer than two identities of two images.
+    Raises InvalidDataset when the stated sides put an identity on two sides of an identity-disjoint split, when one
+    image lies there on two sides under two identities, or when a side is left with fewer than two identities of two
+    images.
     """
     side_of = (
         _identity_disjoint(images, config) if config.protocol == "identity-disjoint" else _closed_set(images, config)
     )
     _check(images, side_of, config)
+    if config.protocol == "identity-disjoint":
+        _refuse_copies(images, side_of)
     train_N, calibration_N, test_N = (
         np.array([at for at, side in enumerate(side_of) if side == wanted], dtype=np.int64) for wanted in SIDES
     )
@@ -140,4 +143,19 @@ def _check(images: ImageSet, side_of: Sequence[Side], config: SplitConfig) -> No
             f"({found}); each side needs {PAIRING_IDENTITIES}, so {PAIRING_IDENTITIES * len(SIDES)} in all: "
             "add identities, or change the shares of [split]",
             field="split",
+        )
+
+
+def _refuse_copies(images: ImageSet, side_of: Sequence[Side]) -> None:
+    """One image under two identities, seen in training and held out: these are not the unseen identities they seem."""
+    across = [group for group in images.copies if len({side_of[at] for at in group}) > 1]
+    if across:
+        one, side = across[0][0], side_of[across[0][0]]
+        other = next(at for at in across[0] if side_of[at] != side)
+        named = " and ".join(f"{images.described(at)} of the {side_of[at]} side" for at in (one, other))
+        more = f", and {len(across) - 1} more images likewise" if len(across) > 1 else ""
+        raise InvalidDataset(
+            f"{named} are the same file, byte for byte{more}: the identity-disjoint split would judge by what it "
+            "has learned from; keep each image under one identity, or make one identity of those that share images",
+            field="data",
         )

@@ -45,7 +45,7 @@ def _readme(done: Done, hardware: str) -> str:
     parts = [
         f"# {study.name}",
         study.description,
-        f"Measured on {datetime.now(UTC):%Y-%m-%d}; {hardware}; {done.seconds / 60:.0f} minutes of one processor for "
+        f"Measured on {datetime.now(UTC):%Y-%m-%d}; {hardware}; {_duration(done.seconds)} of one processor for "
         f"{len(done.runs)} runs. Every run is a line of [runs.csv](runs.csv) or of [convergence.csv](convergence.csv).",
         "## What was done",
         _method(study),
@@ -65,6 +65,10 @@ def _readme(done: Done, hardware: str) -> str:
         parts += [f"### {source}", _convergence_table(done, source), _convergence_answer(done, source)]
     parts += ["![Test error by epochs](convergence.png)", "## Losses as springs", _SPRINGS_NOTE]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def _sources(study: Study) -> list[str]:

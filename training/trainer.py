@@ -104,6 +104,7 @@ class Trainer:
             seed=recipe.seed,
             groups_N=self._groups() if recipe.sampling.by == "super" else None,
             parts_N=self._train_set.parts_N if recipe.sampling.images_from == "every-part" else None,
+            called="identities" if self._is_supervised else "images",
         )
         loss = build_loss(
             recipe.loss,
@@ -135,7 +136,7 @@ class Trainer:
         ):
             display.start(done=self._result.steps, total=self.recipe.training.steps)
             self._loop(events)
-            self._say_why_it_stopped()
+            self._say_which_weights_ship()
             shipped = self._best or self.step.settle(self._result.steps, self.load_batch).state_dict()
         self.network.load_state_dict(shipped)
         self.network.requires_grad_(True).eval()
@@ -255,12 +256,20 @@ class Trainer:
         stopping = self.recipe.training.early_stopping
         return stopping is not None and is_over(self._result.evaluations, stopping)
 
-    def _say_why_it_stopped(self) -> None:
+    def _say_which_weights_ship(self) -> None:
         stopping, result = self.recipe.training.early_stopping, self._result
-        if stopping is not None and result.steps < self.recipe.training.steps:
+        if stopping is None or result.kept_step is None:
+            return
+        figure = f"{result.evaluations[result.kept_step][stopping.metric]:.4f}"
+        if result.steps < self.recipe.training.steps:
             self._display.say(
                 f"stopped at step {result.steps}: {stopping.patience} evaluations in a row did not better the "
-                f"{stopping.metric} of step {result.kept_step}, whose weights are kept"
+                f"{stopping.metric} of step {result.kept_step}, {figure}, whose weights are kept"
+            )
+        else:
+            self._display.say(
+                f"trained to the last step, {result.steps}; the weights of step {result.kept_step} are kept, whose "
+                f"{stopping.metric}, {figure}, was the best"
             )
 
     def _save(self, folder: Path) -> None:

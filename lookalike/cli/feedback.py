@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding.errors import InvalidInput
+from embedding.errors import AlreadyExists, InvalidInput
 from lookalike.cli import options
 from lookalike.cli.connection import connect
 
 if TYPE_CHECKING:
+    from embedding.bundle import Bundle
+    from embedding.calibration import Calibration
     from embedding.feedback import Feedback
 
 app = typer.Typer(help="What decisions turned out to be.", no_args_is_help=True)
@@ -41,11 +43,15 @@ def export(
 
 
 def calibrate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle whose decisions were reviewed.")],
-    feedback: Annotated[
-        Path, typer.Option("--feedback", metavar="PATH", help="A file of feedback, or the folder of galleries.")
-    ],
+    bundle: Annotated[Path, typer.Argument(help="The bundle whose margin to learn anew.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write the bundle with the calibration.")],
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="PATH", help="Labelled images of identities that it was not trained on."),
+    ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option("--feedback", metavar="PATH", help="A file of feedback, or the folder of galleries.")
+    ] = None,
     accepted_rate: Annotated[
         float | None,
         typer.Option("--accepted-rate", help="Share of accepted pairs that was reviewed, where cases do not say."),
@@ -53,16 +59,85 @@ def calibrate(
     rejected_rate: Annotated[
         float | None, typer.Option("--rejected-rate", help="Share of rejected pairs that was reviewed, likewise.")
     ] = None,
+    closed_set: Annotated[
+        bool, typer.Option("--closed-set", help="With --images: they show the identities that it was trained on.")
+    ] = False,
+    max_bad_images: Annotated[int, typer.Option("--max-bad-images", min=0, help="Unreadable images to skip.")] = 0,
+    device: options.Device = "auto",
 ) -> None:
-    """Learn a model's margin anew from feedback on its decisions, on top of its held-out pairs.
+    """Learn a model's margin anew: from labelled images of your own, or from feedback on its decisions.
 
-    The new bundle is the same model with the next version of its calibration: galleries stay as they are.
+    Images take the place of the held-out pairs: class folders, a zip of them, or a manifest. Feedback is learned on top
+    of the held-out pairs. The new bundle is the same model with the next version of its calibration: galleries stay as
+    they are.
     """
-    from embedding.bundle import Bundle, recalibrated
+    from embedding.bundle import Bundle
+
+    if (images is None) == (feedback is None):
+        raise InvalidInput("give --images, labelled images to learn the margin from, or --feedback on decisions")
+    given = {"--accepted-rate": accepted_rate is not None, "--rejected-rate": rejected_rate is not None}
+    if feedback is not None:
+        given = {"--closed-set": closed_set, "--max-bad-images": max_bad_images > 0, "--device": device != "auto"}
+    if ill := [name for name, is_given in given.items() if is_given]:
+        raise InvalidInput(f"{ill[0]} goes with {'--feedback' if feedback is None else '--images'} only; leave it out")
+    if out.exists():  # before any work
+        raise AlreadyExists(f"{out} exists; choose another place")
+    base = Bundle.load(bundle)
+    if feedback is not None:
+        made = _from_feedback(base, feedback, out, accepted_rate=accepted_rate, rejected_rate=rejected_rate)
+    else:
+        assert images is not None
+        made = _from_images(base, images, out, closed_set=closed_set, max_bad_images=max_bad_images, device=device)
+    for name in ("learned-margin", *sorted(p for p in made.named_points if p.startswith("far-"))):
+        rates = made.rates_at(made.named_points[name])
+        print(
+            f"{name}: threshold {rates.threshold:.4f}, FAR {rates.far:.2%} (95 % upper bound {rates.far_upper95:.2%})"
+        )
+
+
+def _from_images(
+    base: Bundle, images: Path, out: Path, *, closed_set: bool, max_bad_images: int, device: str
+) -> Calibration:
+    from embedding.bundle import recalibrated
+    from training.own_images import calibrate_on_images
+
+    found = calibrate_on_images(base, images, closed_set=closed_set, max_bad_images=max_bad_images, device=device)
+    calibration, before = found.calibration, base.calibration.learned_margin
+    made = recalibrated(
+        base,
+        out,
+        calibration=calibration,
+        reference=found.reference,
+        learned_from={
+            "images": found.images,
+            "identities": calibration.identities,
+            "protocol": calibration.protocol,
+            "skipped": found.skipped,
+            "in place of calibration": base.calibration.version,
+            "learned margin before": before,
+        },
+        note=(
+            f"> **Calibration {calibration.version}** was learned from {found.images} other images of "
+            f"{calibration.identities} identities ({calibration.protocol}): the learned margin went from {before:.4f} "
+            f"to {calibration.learned_margin:.4f}. What follows describes the first calibration."
+        ),
+    )
+    print(f"wrote {made.name}, calibration {calibration.version}, to {made.path}")
+    print(
+        f"learned margin {calibration.learned_margin:.4f}, was {before:.4f}; from {found.images} images of "
+        f"{calibration.identities} identities ({calibration.protocol})"
+    )
+    return calibration
+
+
+def _from_feedback(
+    base: Bundle, feedback: Path, out: Path, *, accepted_rate: float | None, rejected_rate: float | None
+) -> Calibration:
+    from embedding.bundle import recalibrated
     from embedding.feedback import read_lines
     from training.recalibration import recalibrate, reviewed
 
-    base = Bundle.load(bundle)
+    _refuse_images(feedback)
     cases = list(_of_folder(feedback) if feedback.is_dir() else read_lines(feedback))
     found = reviewed(cases, base.fingerprint, accepted_rate=accepted_rate, rejected_rate=rejected_rate)
     calibration = recalibrate(base.calibration, found)
@@ -93,14 +168,28 @@ def calibrate(
         f"learned margin {after:.4f}, was {before:.4f}; from {matching} matching and "
         f"{len(found.distance_F) - matching} other pairs"
     )
-    for name in ("learned-margin", *sorted(point for point in calibration.named_points if point.startswith("far-"))):
-        rates = calibration.rates_at(calibration.named_points[name])
-        print(
-            f"{name}: threshold {rates.threshold:.4f}, FAR {rates.far:.2%} (95 % upper bound {rates.far_upper95:.2%})"
-        )
     for why, number in found.skipped.items():
         if number:
             print(f"left out: {number} {why}")
+    return calibration
+
+
+def _refuse_images(path: Path) -> None:
+    """Images where feedback belongs. A folder of galleries has its feedback in a file, a folder of images has none."""
+    from service.feedback_store import FILE
+
+    is_set = path.is_file() and path.suffix.lower() in {".csv", ".parquet", ".zip"}
+    if is_set or (path.is_dir() and not (path / FILE).exists() and _holds_images(path)):
+        raise InvalidInput(
+            f"{path} holds images or a list of them, no feedback; to learn the margin from labelled images, give them "
+            f"with --images {path}"
+        )
+
+
+def _holds_images(folder: Path) -> bool:
+    from embedding.images import IMAGE_SUFFIXES
+
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
 
 
 def _of_folder(data: Path) -> Iterator[Feedback]:

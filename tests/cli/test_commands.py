@@ -210,3 +210,15 @@ class TestServe:
         run("serve", "--bundle", bundle.path, "--port", "70000").failed_with("port")
         run("serve", "--bundle", bundle.path, "--data", tmp_path / "g", "--port", port).failed_with("in use")
         run("serve", "--bundle", tmp_path / "none", "--data", tmp_path / "g", "--port", "0").failed_with("no bundle")
+
+
+class TestSeveralProcesses:
+    """Started by torchrun, each process ends with the same error; the first of a machine says it."""
+
+    @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+    def test_an_error_is_said_once(self, run: Run, monkeypatch: pytest.MonkeyPatch, rank: str, lines: int) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setattr("logging.disable", lambda _: None)
+        failed = run("train", "absent.toml", "--out", "out")
+        assert (failed.code, failed.out, failed.err.count("\n")) == (2, "", lines)

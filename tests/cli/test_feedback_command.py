@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lookalike import Client, Decision, Feedback
 from tests.cli.conftest import Run
 from tests.processes import serving
 from tests.service.harness import MARGIN, make_bundle, png
+from tests.training.test_pipeline import draw_shapes
 
 HELD_OUT = HeldOutPairs(
     matching=Histogram(cells=(100, 300, 500, 700), counts=(100, 150, 100, 50), effective=40.0),
@@ -79,6 +81,39 @@ def test_a_margin_learned_anew_is_activated_without_touching_galleries(
         assert describe(tmp_path / "x").calibration == second.calibration
 
 
+def test_a_margin_is_learned_from_labelled_images(run: Run, calibrated: Bundle, tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes", identities=8, images=4)
+    out = run("calibrate", calibrated.path, "--images", tmp_path / "shapes", "--out", tmp_path / "own").out
+    own = Bundle.load(tmp_path / "own")
+    assert f"wrote {calibrated.name}, calibration 4, to {tmp_path / 'own'}" in out
+    assert f"learned margin {own.calibration.learned_margin:.4f}, was {MARGIN:.4f}; from 32 images of 8" in out
+    assert "learned-margin: threshold" in out
+    assert (own.fingerprint, own.calibration.version, own.calibration.identities) == (calibrated.fingerprint, 4, 8)
+    assert own.reference is not None
+    assert own.reference.images == 32
+    assert own.lineage.data["calibration 4"]["identities"] == 8  # type: ignore[index, call-overload]
+    assert "Calibration 4** was learned from 32 other images" in (tmp_path / "own" / "README.md").read_text()
+    again = run("calibrate", own.path, "--images", tmp_path / "shapes", "--out", tmp_path / "again", "--closed-set")
+    assert "calibration 5" in again.out
+    assert Bundle.load(tmp_path / "again").calibration.protocol == "closed-set"
+
+
+def test_images_and_feedback_are_told_apart(run: Run, calibrated: Bundle, tmp_path: Path) -> None:
+    def refused(*arguments: object) -> Callable[..., None]:
+        return run("calibrate", calibrated.path, "--out", tmp_path / "out", *arguments).failed_with
+
+    draw_shapes(tmp_path / "shapes", identities=2, images=1)
+    refused()("--images", "--feedback")
+    refused("--feedback", tmp_path / "shapes")("no feedback", f"--images {tmp_path / 'shapes'}")
+    (tmp_path / "list.csv").write_text("path,identity\n")
+    refused("--feedback", tmp_path / "list.csv")("no feedback", "--images")
+    (tmp_path / "feedback.jsonl").write_text("")
+    refused("--images", tmp_path / "feedback.jsonl")("--feedback")
+    refused("--images", tmp_path / "shapes", "--accepted-rate", "1")("--accepted-rate goes with --feedback only")
+    refused("--feedback", tmp_path / "feedback.jsonl", "--closed-set")("--closed-set goes with --images only")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input(run: Run, calibrated: Bundle, bundle: Bundle, tmp_path: Path) -> None:
     run("feedback", "export", "--out", tmp_path / "f").failed_with("--target", "--data")
     run("feedback", "export", "--data", tmp_path, "--out", tmp_path / "f").failed_with("no feedback was recorded")
@@ -87,6 +122,8 @@ def test_bad_input(run: Run, calibrated: Bundle, bundle: Bundle, tmp_path: Path)
     file = tmp_path / "feedback.jsonl"
     file.write_text('{"case_id": "a"}\n')
     run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("line 1", "fingerprint")
+    file.write_text("path,identity")
+    run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("line 1: Invalid JSON")
     file.write_text("")
     run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("0 pairs that match", "20")
     assert not (tmp_path / "out").exists()

@@ -197,14 +197,15 @@ def naive_multi_similarity(emb_BD: Tensor, labels: list[int], *, mined: bool) ->
     terms = []
     for anchor in range(len(labels)):
         positives, negatives = ([cosine(emb_BD, anchor, b) for b in side] for side in partners(labels, anchor))
+        if not positives:  # the paper's batches have none such
+            continue
         if mined:
             chosen = [s for s in positives if negatives and s < max(negatives) + EPSILON_MS]
             negatives = [s for s in negatives if positives and s > min(positives) - EPSILON_MS]
             positives = chosen
-        if positives:
-            pull = math.log(1 + sum(math.exp(-ALPHA_MS * (s - BASE_MS)) for s in positives)) / ALPHA_MS
-            push = math.log(1 + sum(math.exp(BETA_MS * (s - BASE_MS)) for s in negatives)) / BETA_MS
-            terms.append(pull + push)
+        pull = math.log(1 + sum(math.exp(-ALPHA_MS * (s - BASE_MS)) for s in positives)) / ALPHA_MS
+        push = math.log(1 + sum(math.exp(BETA_MS * (s - BASE_MS)) for s in negatives)) / BETA_MS
+        terms.append(pull + push)
     return mean(terms)
 
 

@@ -73,9 +73,15 @@ def test_dropout_is_replayed_and_statistics_are_counted_once(norm: bool) -> None
 
 def test_a_frozen_recipe_trains_alike_by_parts(images: ImageSet) -> None:
     """With the batch statistics of frozen weights nothing else differs."""
-    sections: dict[str, Any] = {"network": {"dropout": 0.0}}
+    sections: dict[str, Any] = {"network": {"dropout": 0.0, "weights": "given.pt"}}
     found, expected = (
-        trainer(recipe(**sections, training={"freeze_backbone_steps": STEPS, "micro_batch": size}), images)
+        trainer(
+            recipe(
+                **sections,
+                training={"freeze_backbone_steps": STEPS, "micro_batch": size},
+            ),
+            images,
+        )
         for size in (5, None)
     )
     losses = [[report.loss for report in run.fit().history] for run in (found, expected)]

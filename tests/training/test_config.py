@@ -170,6 +170,33 @@ def test_composed_identities_need_a_loss_of_the_batch_alone(loss: str) -> None:
         parse_recipe(MINIMAL.replace('[loss]\nname = "triplet"', f"{composed}\n{of_the_batch}"))
 
 
+@pytest.mark.parametrize(
+    ("loss", "field", "says"),
+    [
+        ('name = "triplet"\nfallback = "skip"', "loss.fallback", 'mining = "batch-hard"; use "semi-hard"'),
+        ('name = "triplet"\nmining = "all"\nfallback = "hardest"', "loss.fallback", 'mining = "all"'),
+        ('name = "triplet-soft-margin"\nfallback = "skip"', "loss.fallback", 'mining = "batch-hard"'),
+        ('name = "multi-similarity"\nmining = "all"\nepsilon = 0.2', "loss.epsilon", 'use "multi-similarity"'),
+        (
+            'name = "joint"\npair = {name = "triplet", mining = "hard", fallback = "skip"}',
+            "loss.pair.fallback",
+            'mining = "hard"',
+        ),
+    ],
+)
+def test_what_a_mining_does_not_look_at_is_refused(loss: str, field: str, says: str) -> None:
+    error = refused('[loss]\nname = "triplet"', f"[loss]\n{loss}")
+    assert error.field == field
+    assert "changes nothing" in str(error)
+    assert says in str(error)
+
+
+def test_random_weights_are_not_frozen() -> None:
+    error = refused("steps = 200", "steps = 200\nfreeze_backbone_steps = 10")
+    assert error.field == "training.freeze_backbone_steps"
+    assert 'network.weights is "random"' in str(error)
+
+
 def test_one_error_is_shown_and_the_others_counted() -> None:
     error = refused("steps = 200", 'steps = 0\nprecision = "fp8"')
     assert error.field == "training.steps"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from pydantic import TypeAdapter
 
 from embedding.errors import InvalidDataset, InvalidImage
 from embedding.images import Preprocessing
+from training.config import SplitConfig
 from training.datasets import ImageSet, data_root, list_images, load, load_path
 from training.datasets_config import DataConfig
+from training.splits import split
 
 GREY_8 = Preprocessing(image_size=8, channels=1)
 
@@ -354,3 +357,52 @@ def test_the_data_root_is_the_option_then_the_environment(tmp_path: Path) -> Non
     assert data_root(None, {"LOOKALIKE_DATA": "/elsewhere"}) == Path("/elsewhere")
     assert data_root(None, {"LOOKALIKE_DATA": ""}) is None
     assert data_root(None, {}) is None
+
+
+class TestCopies:
+    """One image under several identities."""
+
+    FILES: ClassVar[dict[str, bytes]] = {
+        f"{name}/{at}.png": png(10 * row + at)
+        for row, name in enumerate(("ape", "bee", "cow", "dog", "elk", "fox"))
+        for at in range(3)
+    }
+
+    @pytest.mark.parametrize("kind", ["folder", "zip"])
+    def test_they_are_named_with_their_identities(
+        self, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        files = {**self.FILES, "dog/9.png": self.FILES["bee/1.png"], "bee/8.png": self.FILES["bee/2.png"]}
+        path = write_folder(tmp_path, files) if kind == "folder" else write_zip(tmp_path / "a.zip", files)
+        with caplog.at_level(logging.WARNING):
+            images = load_path(path, preprocessing=GREY_8, cache_bytes=0)
+        assert [[images.names[at] for at in group] for group in images.copies] == [["bee/1.png", "dog/9.png"]]
+        assert "bee/1.png (identity 'bee') and dog/9.png (identity 'dog') are the same file" in caplog.text
+
+    def test_a_set_without_any_is_quiet(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        files = {**self.FILES, "bee/8.png": self.FILES["bee/2.png"]}  # twice under one identity
+        assert load_path(write_folder(tmp_path, files), preprocessing=GREY_8).copies == ()
+        assert caplog.text == ""
+
+    def test_a_linked_folder_on_both_sides_of_a_disjoint_split_is_refused(self, tmp_path: Path) -> None:
+        write_folder(tmp_path, self.FILES)
+        (tmp_path / "yak").symlink_to(tmp_path / "ape", target_is_directory=True)
+        images = load_path(tmp_path, preprocessing=GREY_8)
+        assert len(images.copies) == 3
+        sides = [SplitConfig(seed=seed) for seed in range(30)]
+        outcomes = [self.refusal(images, config) for config in sides]
+        assert None in outcomes, "by chance both lie on one side, which misleads nobody"
+        refusal = next(each for each in outcomes if each is not None)
+        assert re.search(r"ape/0.png \(identity 'ape'\) of the (\w+) side and yak/0.png \(identity 'yak'\)", refusal)
+        assert "and 2 more images likewise" in refusal
+        assert (
+            self.refusal(images, SplitConfig(protocol="closed-set", train=1 / 3, calibration=1 / 3, test=1 / 3)) is None
+        )
+
+    @staticmethod
+    def refusal(images: ImageSet, config: SplitConfig) -> str | None:
+        try:
+            split(images, config)
+        except InvalidDataset as error:
+            return str(error) if "the same file" in str(error) else None
+        return None

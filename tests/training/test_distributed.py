@@ -130,5 +130,6 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InvalidInput, match="2 processes or more on this machine and 1 CUDA devices; lower"):
-        Ranks(rank=1, size=2, local_rank=1).device("auto")
+    for local_rank in (0, 1):  # the first process says it, and it alone is heard
+        with pytest.raises(InvalidInput, match="2 processes on this machine and 1 CUDA devices; lower"):
+            Ranks(rank=local_rank, size=2, local_rank=local_rank, local_size=2).device("auto")

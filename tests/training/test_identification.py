@@ -43,6 +43,11 @@ def test_prediction_is_that_of_independent_comparisons(far: float, gallery: int)
     assert false_identification_rate(far, 1) == pytest.approx(far, abs=1e-15)
 
 
+def test_no_acceptance_is_plainly_nothing() -> None:
+    rates = false_identification_rate(0.0, 10), expected_over_galleries(np.zeros(3, np.int64), np.full(3, 9), 4)
+    assert [f"{rate:g}" for rate in rates] == ["0", "0"]  # and not "-0"
+
+
 def test_small_rates_do_not_vanish() -> None:
     assert false_identification_rate(1e-18, 10) == pytest.approx(1e-17)
 

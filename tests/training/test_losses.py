@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -130,7 +131,7 @@ def test_a_loss_scaled_has_its_gradient_scaled(loss: MetricLoss) -> None:
     torch.testing.assert_close(thrice_BD, 3 * gradient(loss, emb_BD, labels_B))
 
 
-RISING = {"triplet hard", "multi-similarity, mined", *(name for name in LOSSES if "semi-hard" in name)}
+RISING = {"triplet hard", *(name for name in LOSSES if "semi-hard" in name)}
 """Losses that choose pairs by where the matches lie: a match that moves closer can change the choice."""
 
 
@@ -161,8 +162,6 @@ def on_circle(*degrees: float) -> Tensor:
         ("triplet hard", (0, 62, -60, 180, 90), (0, 59, -60, 180, 90), [0, 0, 1, 2, 2]),
         # A nearer match makes a nearer non-match the nearest that is farther.
         *((name, (0, 60, -50, 120), (0, 45, -50, 120), [0, 0, 1, 2]) for name in sorted(RISING) if "semi" in name),
-        # A match far nearer than every non-match is not chosen: its anchor leaves the mean.
-        ("multi-similarity, mined", (0, -80, 130, -60, -140), (0, -24, 130, -60, -140), [0, 0, 1, 1, 2]),
     ],
 )
 def test_a_closer_match_can_raise_losses_that_choose_by_it(
@@ -170,6 +169,36 @@ def test_a_closer_match_can_raise_losses_that_choose_by_it(
 ) -> None:
     values = [LOSSES[name](on_circle(*degrees), torch.tensor(labels)).loss.item() for degrees in (before, after)]
     assert values[1] > values[0] + 1e-3
+
+
+def test_mined_multi_similarity_counts_an_anchor_that_is_done_with() -> None:
+    # A match far nearer than every non-match is not chosen; its anchor must not leave the mean to the others.
+    labels_B = torch.tensor([0, 0, 1, 1, 2])
+    before, after = (
+        LOSSES["multi-similarity, mined"](on_circle(0, near, 130, -60, -140), labels_B) for near in (-80, -24)
+    )
+    assert after.loss < before.loss
+    assert after.active_fraction < before.active_fraction
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mined", [False, True], ids=["all", "mined"])
+def test_multi_similarity_is_that_of_its_peer(mined: bool, seed: int) -> None:
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    miners = importlib.import_module("pytorch_metric_learning.miners")
+    centres_BD = unit_rows(8, seed=seed, width=8).repeat_interleave(3, 0)
+    emb_BD = F.normalize(centres_BD + 0.6 * unit_rows(24, seed=seed + 9, width=8), dim=1).requires_grad_()
+    labels_B = torch.arange(24) // 3
+    peer = losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5)
+    pairs = miners.MultiSimilarityMiner(epsilon=0.1)(emb_BD, labels_B) if mined else None
+    expected = peer(emb_BD, labels_B, pairs)
+    (expected_BD,) = torch.autograd.grad(expected, emb_BD)
+    output = MultiSimilarityLoss(epsilon=0.1 if mined else None)(emb_BD, labels_B)
+    assert (output.active_fraction < 1) == mined
+    assert output.loss.item() == pytest.approx(expected.item())
+    (given_BD,) = torch.autograd.grad(output.loss, emb_BD)
+    outward_BD = (given_BD * emb_BD).sum(1, keepdim=True) * emb_BD  # which the peer, normalising again, has not
+    torch.testing.assert_close(given_BD - outward_BD, expected_BD)
 
 
 @pytest.mark.parametrize("temperature", [2e-4, 1e-3, 0.05])

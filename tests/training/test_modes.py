@@ -187,7 +187,9 @@ class TestEarlyStopping:
         assert (result.steps, result.kept_step) == (5, 2)
         assert_same_bits(weights(run), seen[1])
         assert not torch.equal(seen[1]["projection.weight"], seen[4]["projection.weight"])
-        assert "stopped at step 5: 3 evaluations in a row did not better the recall@1 of step 2" in out.getvalue()
+        assert (
+            "stopped at step 5: 3 evaluations in a row did not better the recall@1 of step 2, 0.5000" in out.getvalue()
+        )
 
     def test_the_best_ships_though_training_reaches_its_end(self, images: ImageSet) -> None:
         tiny, seen = recipe(training={"evaluate_every": 3, "early_stopping": {"metric": "EER", "patience": 5}}), []
@@ -197,10 +199,13 @@ class TestEarlyStopping:
             seen.append({name: tensor.clone() for name, tensor in shipped.state_dict().items()})
             return {"EER": next(figures)}
 
-        run = trainer(tiny, images, None, evaluate)
+        out = io.StringIO()
+        display = TrainingDisplay(Console(file=out, width=400))
+        run = Trainer(tiny, network(tiny), images, device="cpu", progress=display, evaluate=evaluate)
         result = run.fit()
         assert (result.steps, result.kept_step) == (STEPS, 6)
         assert_same_bits(weights(run), seen[1])
+        assert f"trained to the last step, {STEPS}; the weights of step 6 are kept, whose EER, 0.1000" in out.getvalue()
 
     def test_a_run_that_stopped_stays_stopped(self, images: ImageSet, tmp_path: Path) -> None:
         tiny = recipe(training={"evaluate_every": 1, "early_stopping": {"patience": 1}})
@@ -248,6 +253,18 @@ class TestEvents:
             (9, 0.75),
         ]
         assert len(events.Tags()["scalars"]) == 8
+
+    def test_a_run_that_begins_anew_shows_its_own_curve_alone(self, images: ImageSet, tmp_path: Path) -> None:
+        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        (tmp_path / "notes.txt").write_text("mine")
+        for seed in (1, 2):
+            tiny = recipe(training={"log_every": 3}).model_copy(update={"seed": seed})
+            history = Trainer(tiny, network(tiny), images, device="cpu", events_dir=tmp_path).fit().history
+        events = accumulator.EventAccumulator(str(tmp_path))
+        events.Reload()
+        losses = [(event.step, event.value) for event in events.Scalars("training/loss")]
+        assert losses == [(report.step, pytest.approx(report.loss)) for report in history]
+        assert len(list(tmp_path.iterdir())) == 2, "one file of events, and what is not ours"
 
     def test_the_missing_package_is_named(
         self, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,8 @@ from training.losses import LossOutput, MetricLoss
 from training.losses_combined import JointLoss
 from training.losses_pairs import ContrastiveLoss, MarginLoss
 from training.losses_softmax import SupervisedContrastiveLoss
-from training.losses_triplets import TripletLoss
+from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.memory import CrossBatchMemoryLoss
 from training.monitor import CollapseWatch, Meter, Report, loss_of_collapse, spread
 
 LABELS_B = torch.arange(8) // 2
@@ -86,6 +87,17 @@ def test_divergence_names_the_step_and_what_to_try(value: float) -> None:
 )
 def test_the_loss_of_a_collapsed_embedding(loss: MetricLoss, value: float) -> None:
     assert loss_of_collapse(loss, LABELS_B) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("pair", [TripletLoss(margin=0.3), SoftMarginTripletLoss(), TripletLoss(mining="all")])
+def test_a_memory_full_of_one_point_costs_what_was_foreseen(pair: TripletLoss | SoftMarginTripletLoss) -> None:
+    loss = CrossBatchMemoryLoss(pair, size=12, width=2, weight=0.5)
+    level = loss_of_collapse(loss, LABELS_B)
+    assert level == pytest.approx(1.5 * loss_of_collapse(pair, LABELS_B))
+    point_B2 = F.one_hot(torch.zeros_like(LABELS_B), 2).float()
+    of_steps = [loss.train()(point_B2, LABELS_B).loss.item() for _ in range(3)]
+    assert of_steps[1:] == [pytest.approx(level)] * 2
+    assert math.isnan(loss_of_collapse(CrossBatchMemoryLoss(ContrastiveLoss(), size=12, width=2), LABELS_B))
 
 
 def test_a_loss_that_learns_has_no_level_of_collapse() -> None:

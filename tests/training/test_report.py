@@ -130,6 +130,9 @@ def test_closed_set_is_stated_first_and_last() -> None:
     assert "the same identities it was trained on (closed set)" in text.split("##")[0]
     assert "saw its images, though all know its identities" in text
     assert "**Closed set.**" in text.split("## Intended use and limits")[1]
+    assert "on as many further images of these same identities, with 95 % confidence" in text.split("##")[0]
+    assert "other identities" not in text.split("## Data, split")[0].replace("items of other identities", "")
+    assert "among as many other identities" in card_of(identities(10, 4))["README.md"].decode().split("##")[0]
     assert "losed set" not in card_of(identities(10, 4))["README.md"].decode()
 
 

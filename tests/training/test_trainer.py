@@ -55,11 +55,19 @@ def killed_at(step: int) -> Evaluate:
     return evaluate
 
 
+GIVEN = {"weights": "given.pt"}
+"""Says that a network starts from given weights, which alone may be frozen; the tests hand it over themselves."""
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {},
-        {"training": {"ema_decay": 0.9, "freeze_backbone_steps": 5}, "optimizer": {"gradient_clip": 0.5}},
+        {
+            "training": {"ema_decay": 0.9, "freeze_backbone_steps": 5},
+            "network": GIVEN,
+            "optimizer": {"gradient_clip": 0.5},
+        },
         {"training": {"precision": "bf16", "channels_last": False}, "loss": {"name": "triplet", "mining": "semi-hard"}},
         {"loss": {"name": "margin-based", "boundaries": "per-identity"}, "optimizer": {"loss_learning_rate": 0.1}},
         {
@@ -209,7 +217,7 @@ def test_fp16_needs_a_gpu(images: ImageSet) -> None:
 
 
 def test_a_frozen_backbone_keeps_every_bit_while_the_projection_learns(images: ImageSet) -> None:
-    frozen = recipe(training={"freeze_backbone_steps": STEPS})
+    frozen = recipe(training={"freeze_backbone_steps": STEPS}, network=GIVEN)
     run, before = trainer(frozen, images), network(frozen).state_dict()
     run.fit()
     after = weights(run)
@@ -301,6 +309,12 @@ def test_an_image_that_vanishes_ends_the_run_with_its_error(images: ImageSet) ->
 def test_too_few_identities_for_a_batch(images: ImageSet) -> None:
     with pytest.raises(InvalidDataset, match="5 identities, fewer than a batch of 6"):
         trainer(recipe(sampling={"identities_per_batch": 6}), images)
+
+
+def test_too_few_images_for_a_batch_of_views(images: ImageSet) -> None:
+    views = {"identities_per_batch": 40, "images_per_identity": 2}
+    with pytest.raises(InvalidDataset, match=r"has 30 images, fewer than a batch of 40; .* or give it more images"):
+        trainer(recipe(sampling=views, training={"mode": "self-supervised"}), images)
 
 
 def test_batches_by_super_class_need_super_classes(images: ImageSet) -> None:

@@ -1,0 +1,38 @@
+"""Labelled images → embeddings, outside training, with a bar that says how far it is.
+
+Shapes: N images, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from embedding.decision import Vectors
+from embedding.encoder import PixelEncoder
+from training.datasets import ImageSet, SkippedImage
+
+CHUNK_IMAGES = 256
+"""Images decoded and embedded at once."""
+
+
+def embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:
+    """Unit embeddings [N, D] of a set, in its order."""
+    starts = range(0, len(images), CHUNK_IMAGES)
+    return np.concatenate(
+        [
+            encoder.encode_pixels(
+                images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
+            )
+            for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
+        ]
+    )
+
+
+def say_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:
+    """One line for each image that could not be read."""
+    for image in skipped:
+        console.print(f"skipped {image.name}: {image.reason}", markup=False, highlight=False, soft_wrap=True)
