@@ -114,9 +114,8 @@ def _from_python(
     recall = load.tune(RECALL)
     report.at_least("recall of ours", recall, RECALL)
     what = f"Search, {IN_FLIGHT} in flight, Python client"
-    copied = shutil.copytree(galleries, galleries.with_name("copied"), ignore=shutil.ignore_patterns(".lock"))
     with (
-        running.serving(bundle, copied, cpus=SERVER_CPUS, left_out=True) as without,
+        running.serving(bundle, _copied(galleries, "copied"), cpus=SERVER_CPUS, left_out=True) as without,
         remote.loading("ours", without, GALLERY, data=files) as other,
     ):
         mine, empty = _in_turn([_unary(load, seconds), _unary(other, seconds)], turns)
@@ -239,15 +238,29 @@ def _two_workers(
     """A second process, where both may use all cores, as they would; the load generator takes its share of them."""
     request = _request(query_D)
     rates: dict[int, list[Measured]] = {1: [], 2: []}
-    for _ in range(turns):
-        for workers, measured in rates.items():
-            with running.serving(bundle, galleries, "--workers", str(workers), cpus=_ALL_CPUS) as address:
+    copied = _copied(galleries, "for-workers")
+    with ExitStack() as stack, ThreadPoolExecutor(len(rates)) as pool:
+        starting = {
+            workers: pool.submit(
+                stack.enter_context,
+                running.serving(bundle, where, "--workers", str(workers), cpus=_ALL_CPUS),
+            )
+            for workers, where in zip(rates, (galleries, copied), strict=True)
+        }
+        addresses = {workers: started.result() for workers, started in starting.items()}
+        for _ in range(turns):
+            for workers, address in addresses.items():
                 rate = h2load.rate(address, METHOD, request, in_flight=64, seconds=seconds, cpus=_ALL_CPUS)
-                measured.append(Measured(rate=rate, p50_ms=0, p99_ms=0))
+                rates[workers].append(Measured(rate=rate, p50_ms=0, p99_ms=0))
     what = "Search, 64 in flight, C client, all cores"
     for workers, measured in rates.items():
         report.row(what, f"lookalike, --workers {workers}", rows, _rate(measured), "/s")
     report.at_least(f"{what}: two workers x one", _ratio(rates[2], rates[1]), 1.2)
+
+
+def _copied(galleries: Path, name: str) -> Path:
+    """The same galleries for a second server: one process writes to a folder."""
+    return shutil.copytree(galleries, galleries.with_name(name), ignore=shutil.ignore_patterns(".lock"))
 
 
 def _request(query_D: Vectors) -> bytes:

@@ -264,7 +264,7 @@ def test_a_server_with_tls(loop: Loop, whole: Settings, tmp_path: Path) -> None:
 def run(*arguments: str) -> tuple[int, str]:
     variables = {**environment(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     ran = subprocess.run(
-        [*COMMAND, "doctor", *arguments], env=variables, capture_output=True, text=True, check=False, timeout=60
+        [*COMMAND, "doctor", *arguments], env=variables, capture_output=True, text=True, check=False, timeout=300
     )
     assert not ran.stderr, ran.stderr
     return ran.returncode, ran.stdout
