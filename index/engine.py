@@ -301,6 +301,9 @@ class GalleryEngine(Protocol):
     def thumbnail(self, name: str) -> bytes | None:
         """The stored thumbnail of an item, None when it has none. Raises NotFound."""
 
+    def origins(self, names: Sequence[str]) -> Mapping[str, str]:
+        """The origins, by name, of those of these items that were written with one."""
+
     def list(self, *, page_size: int = 100, page_token: str = "", allowed: Filter | None = None) -> tuple[Items, str]:
         """One page of the accepted items by rising name, and the token of the next page, "" after the last."""
 

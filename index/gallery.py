@@ -247,6 +247,10 @@ class Gallery:
         check_item_name(name)
         return self._live.store.thumbnail(name)
 
+    def origins(self, names: Sequence[str]) -> Mapping[str, str]:
+        """The origins, by name, of those of these items that were written with one."""
+        return self._live.store.origins(names)
+
     def list(self, *, page_size: int = 100, page_token: str = "", allowed: Filter | None = None) -> tuple[Items, str]:
         """One page of items by rising name, and the token of the next page, "" after the last."""
         check_count(page_size, MAX_PAGE, field="page_size")

@@ -71,6 +71,9 @@ class Item(Entry):
     """Unit vector [D], float32."""
     thumbnail: bytes | None = field(default=None, repr=False)
     """A small image file to embed anew for another model; written, and read by the gallery's `thumbnail` alone."""
+    origin: str = ""
+    """The etag of the item of another gallery that this one was embedded anew from; written, and read by the gallery's
+    `origins` alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -179,6 +179,10 @@ class MilvusGallery:
         with self._store.view() as record:
             return self._store.thumbnail(record, name)
 
+    def origins(self, names: Sequence[str]) -> Mapping[str, str]:
+        with self._store.view() as record:
+            return self._store.origins(record, names)
+
     def list(self, *, page_size: int = 100, page_token: str = "", allowed: Filter | None = None) -> tuple[Items, str]:
         check_count(page_size, MAX_PAGE, field="page_size")
         items: Items = []

@@ -34,6 +34,10 @@ NEVER = 2**52
 MAX_THUMBNAIL = 48_000
 """Largest thumbnail, in bytes: Milvus has no blobs, and its strings hold 65,535 bytes."""
 
+BEFORE_ORIGIN = "@"
+"""Between a thumbnail in base64 and the item's origin, which share a field: collections of earlier versions have no
+other for it, and Milvus refuses a field that a collection lacks."""
+
 SEARCHED = ("key", "name", "vector")
 WHOLE = ("key", "name", "identity", "metadata", "vector", "born", "updated_us")
 STORED = (*WHOLE, "died", "thumbnail")
@@ -141,7 +145,7 @@ def born_rows(items: Sequence[Item], vectors_ND: Vectors, *, first_key: int, gen
                 "born": generation,
                 "died": NEVER,
                 "updated_us": written_us,
-                "thumbnail": base64.b64encode(item.thumbnail or b"").decode("ascii"),
+                "thumbnail": _packed(item),
             }
         )
     return rows
@@ -200,6 +204,11 @@ def collection_name(prefix: str, gallery_id: str, uid: str) -> str:
     """Of a gallery's own collection: no later gallery of the name has the same."""
     readable = "".join(letter if letter.isalnum() else "_" for letter in gallery_id)
     return f"{prefix}_{readable}_{hashlib.sha256(uid.encode()).hexdigest()[:12]}"
+
+
+def _packed(item: Item) -> str:
+    thumbnail = base64.b64encode(item.thumbnail or b"").decode("ascii")
+    return f"{thumbnail}{BEFORE_ORIGIN}{item.origin}" if item.origin else thumbnail
 
 
 def _fits(value: JSON) -> bool:

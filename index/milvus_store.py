@@ -20,6 +20,7 @@ from index.items import Item
 from index.milvus_filters import Expression, expression, literal
 from index.milvus_link import MOST_ROWS, Link, Row, TooMuch, seconds_left
 from index.milvus_rows import (
+    BEFORE_ORIGIN,
     NEVER,
     RECORD,
     STORED,
@@ -191,7 +192,13 @@ class MilvusStore:
         row = self.named(record, [name], ("name", "thumbnail")).get(name)
         if row is None:
             raise no_item(name)
-        return base64.b64decode(row["thumbnail"]) or None
+        return base64.b64decode(row["thumbnail"].partition(BEFORE_ORIGIN)[0]) or None
+
+    def origins(self, record: Record, names: Sequence[str]) -> dict[str, str]:
+        """By name, of the living items among these that have one."""
+        rows = self.named(record, names, ("name", "thumbnail"))
+        found = {name: row["thumbnail"].partition(BEFORE_ORIGIN)[2] for name, row in rows.items()}
+        return {name: origin for name, origin in found.items() if origin}
 
     def check_open(self) -> None:
         if self.closed:

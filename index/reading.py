@@ -127,6 +127,17 @@ class Reading:
         data: bytes | None = row[0]
         return data
 
+    def origins(self, names: Sequence[str]) -> dict[str, str]:
+        """By name, of the living items among these that have one."""
+        with self._readers.lend() as connection:
+            return dict(
+                connection.execute(
+                    f"SELECT name, etag FROM items JOIN origins USING (key) WHERE {LIVING}"
+                    " AND name IN (SELECT value FROM json_each(?))",
+                    (json.dumps(list(names)),),
+                )
+            )
+
     def answered(self, token: Token) -> bytes | None:
         """What this request was answered before; None when it was not. Raises RequestIdReused."""
         with self._readers.lend() as connection:

@@ -13,7 +13,7 @@ from index.connections import translated
 from index.items import ModelRef
 
 APPLICATION_ID = 0x4C4B474C  # "LKGL"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _SEGMENTS = """
 CREATE TABLE segments (            -- sealed parts of the gallery, by rising keys
@@ -40,6 +40,13 @@ CREATE TABLE receipts (            -- what requests were answered, by rising tim
     digest BLOB NOT NULL,          -- of the request
     made_us INTEGER NOT NULL,
     answer BLOB NOT NULL
+) STRICT;
+"""
+
+_ORIGINS = """
+CREATE TABLE origins (             -- what items were embedded anew from, in a gallery of another model
+    key INTEGER PRIMARY KEY,       -- of the item's version here
+    etag TEXT NOT NULL             -- of its version there
 ) STRICT;
 """
 
@@ -73,6 +80,7 @@ CREATE UNIQUE INDEX living_names ON items (name) WHERE died IS NULL;
 CREATE INDEX dead_items ON items (died) WHERE died IS NOT NULL;
 {_SEGMENTS}
 {RECEIPTS}
+{_ORIGINS}
 """
 
 # What brings a store of the version before to each version, in one transaction. Segments are a view: those of an older
@@ -86,6 +94,7 @@ UPDATE gallery SET size = (SELECT count(*) FROM items WHERE died IS NULL);
 {_SEGMENTS}
 """,
     3: RECEIPTS,
+    4: _ORIGINS,
 }
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -247,6 +247,9 @@ class Store(Reading):
         thumbnails = [(key, item.thumbnail) for key, item in zip(keys, write.items, strict=True) if item.thumbnail]
         if thumbnails:
             self._own.executemany("INSERT INTO thumbnails VALUES (?, ?)", thumbnails)
+        origins = [(key, item.origin) for key, item in zip(keys, write.items, strict=True) if item.origin]
+        if origins:
+            self._own.executemany("INSERT INTO origins VALUES (?, ?)", origins)
         self._advance(generation, born=len(names), died=len(died_R))
         time, prefix = as_datetime(written_us), self.header.uid[:8]
         stored = [
@@ -325,9 +328,10 @@ class Store(Reading):
         """Forget versions that no reader shows any more."""
         dead = self._own.execute("SELECT 1 FROM items WHERE died <= ? LIMIT 1", (oldest_read,)).fetchone()
         if dead:
-            self._own.execute(
-                "DELETE FROM thumbnails WHERE key IN (SELECT key FROM items WHERE died <= ?)", (oldest_read,)
-            )
+            for table in ("thumbnails", "origins"):
+                self._own.execute(
+                    f"DELETE FROM {table} WHERE key IN (SELECT key FROM items WHERE died <= ?)", (oldest_read,)
+                )
             self._own.execute("DELETE FROM items WHERE died <= ?", (oldest_read,))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
-from embedding.errors import Busy, ImagesNeeded, InvalidImage, InvalidInput, ModelMismatch, NotFound
+from embedding.errors import Busy, ImagesNeeded, InvalidImage, InvalidInput, ModelMismatch, NotFound, StaleEtag
 from embedding.images import Pixels
 from index import Filter, GalleryEngine, IndexSettings, Item, Progress
 from index.engine import OnProgress
@@ -46,11 +47,15 @@ def restore(engine: Engine, source: tuple[str, str], gallery_id: str, tell: OnPr
 class Migration:
     """Re-embeds one gallery with the engine's model into another, then moves an alias.
 
-    Items that the new gallery holds when the migration begins are taken as they are: they were imported with their
-    images. Everything else needs a stored thumbnail. The old gallery may be written to meanwhile; passes are repeated
-    until one begins and ends at the same generation; then writes wait while the last of them is copied and the alias
-    moves, so that each is in the gallery that the alias stands for. A migration that was broken off goes on where it
-    ended.
+    Each item that it writes is kept with its origin: which version of which gallery's item it was made of. So a
+    migration asked for again, because it was broken off or because the old gallery has changed since, embeds what is
+    missing or of another version, and deletes what it had made of items that are gone. What was written to the new
+    gallery by others since the old one's version was stands as it is: it was imported with its image. Everything else
+    needs a stored thumbnail.
+
+    The old gallery may be written to meanwhile; passes are repeated until one begins and ends at the same generation;
+    then writes wait while the last of them is copied and the alias moves, so that each is in the gallery that the alias
+    stands for.
     """
 
     def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
@@ -88,18 +93,18 @@ class Migration:
         """The new gallery, complete.
 
         Raises ImagesNeeded before anything is written, naming the items whose image is neither stored nor imported;
-        Cancelled, and what else stopped it: it can then be begun again.
+        InvalidInput when another gallery was migrated into the new one; Cancelled, and what else stopped it: it can
+        then be begun again.
         """
         source = self._source
         self.check_images(tell)
         settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
         target = self._target or self._engine.create_gallery(self._target_id, settings)
-        seen: set[str] = set()
         since = 0
         for turn in itertools.count(1):
             generation = source.generation
-            seen |= self._copy(target, since, f"embedding, pass {turn}", tell)
-            self._drop_deleted(target, seen)
+            self._copy(target, since, f"embedding, pass {turn}", tell)
+            self._drop_deleted(target)
             if source.generation == generation:
                 since = generation
                 break
@@ -113,18 +118,26 @@ class Migration:
             # Writes wait: those before are copied, those after find the alias moved.
             with self._engine.gate.closed():
                 if source.generation != since:
-                    seen |= self._copy(target, since, "embedding, last pass", tell)
-                    self._drop_deleted(target, seen)
+                    self._copy(target, since, "embedding, last pass", tell)
+                    self._drop_deleted(target)
                 self._engine.put_alias(self._alias, target.id)
         return target
 
     def check_images(self, tell: OnProgress = lambda _: None) -> None:
-        """Raises ImagesNeeded, naming the items whose image is neither stored nor imported."""
+        """Raises ImagesNeeded, naming the items whose image is neither stored nor imported, and InvalidInput when the
+        new gallery holds what was made of another one."""
+        if self._target is not None and any(not self._is_ours(origin) for origin in _origins(self._target).values()):
+            raise InvalidInput(
+                f"gallery {self._target_id!r} holds items that were migrated from another gallery than "
+                f"{self._source.id!r}; choose another gallery_id",
+                field="gallery_id",
+            )
         needed: list[str] = []
         done = 0
         for page in _pages(self._source, None):
             tell(Progress(stage="looking for images", done=done, total=self._source.size))
-            needed += [item.name for item in page if not self._has_image(item.name)]
+            outdated = page if self._target is None else self._outdated(self._target, page)
+            needed += [item.name for item in outdated if not self._has_image(item.name)]
             done += len(page)
         if needed:
             shown = ", ".join(repr(name) for name in needed[:NAMED])
@@ -136,28 +149,53 @@ class Migration:
 
     def _has_image(self, name: str) -> bool:
         try:
-            return _holds(self._target, name) or self._source.thumbnail(name) is not None
+            return self._source.thumbnail(name) is not None
         except NotFound:
             return True  # deleted meanwhile, and not to be copied
 
-    def _copy(self, target: GalleryEngine, since: int, stage: str, tell: OnProgress) -> set[str]:
-        """Embed what the source has written after generation `since`, all it holds for 0, and return those names.
-
-        At the beginning the target's own items stand for the source's; what is written later overwrites them.
-        """
+    def _copy(self, target: GalleryEngine, since: int, stage: str, tell: OnProgress) -> None:
+        """Embed what the source has written after generation `since`, all it holds for 0, and the target lacks."""
         newer = parse_filter(f"generation > {since}") if since else None
         total, done = self._source.size if newer is None else self._source.count(newer), 0
-        names: set[str] = set()
         for page in _pages(self._source, newer):
             tell(Progress(stage=stage, done=done, total=total))
-            wanted = page if since else [item for item in page if not _holds(target, item.name)]
-            target.upsert(self._embedded(wanted))
-            names.update(item.name for item in page)
+            while outdated := self._outdated(target, page):
+                made = self._embedded(outdated)
+                # What somebody has imported while these were embedded stands.
+                etags = {item.name: etag for item, etag in self._outdated(target, outdated.keys()).items()}
+                try:
+                    target.upsert([replace(item, etag=etags[item.name]) for item in made if item.name in etags])
+                except StaleEtag:
+                    continue
+                break
             done += len(page)
         tell(Progress(stage=stage, done=done, total=total))
-        return names
 
-    def _embedded(self, items: Sequence[Item]) -> list[Item]:
+    def _outdated(self, target: GalleryEngine, items: Collection[Item]) -> dict[Item, str]:
+        """Those of the source's items that the target lacks or has of an earlier version, with its version's etag."""
+        outdated: dict[Item, str] = {}
+        origins = target.origins([item.name for item in items])
+        for item in items:
+            origin = origins.get(item.name)
+            if origin == self._origin(item):
+                continue
+            try:
+                held = target.get(item.name)
+            except NotFound:
+                outdated[item] = ""
+                continue
+            if origin is not None or _written_us(held) < _written_us(item):
+                outdated[item] = held.etag
+        return outdated
+
+    def _origin(self, item: Item) -> str:
+        """Of what is made of an item of the source. A restored copy of the source is the same by its first part."""
+        return f"{self._source.created.isoformat()} {item.etag}"
+
+    def _is_ours(self, origin: str) -> bool:
+        return origin.partition(" ")[0] == self._source.created.isoformat()
+
+    def _embedded(self, items: Iterable[Item]) -> list[Item]:
         prepared: list[tuple[Item, bytes, Pixels]] = []
         for item in items:
             try:
@@ -179,26 +217,45 @@ class Migration:
             return []
         emb_ND, _ = self._engine.encoder.encode_with_norms(np.stack([pixels for _, _, pixels in prepared]))
         return [
-            replace(item, embedding=emb_D, thumbnail=thumbnail, etag="", generation=0, update_time=None)
+            replace(
+                item,
+                embedding=emb_D,
+                thumbnail=thumbnail,
+                origin=self._origin(item),
+                etag="",
+                generation=0,
+                update_time=None,
+            )
             for (item, thumbnail, _), emb_D in zip(prepared, emb_ND, strict=True)
         ]
 
-    def _drop_deleted(self, target: GalleryEngine, seen: set[str]) -> None:
-        """Delete from the target what the source has lost since it was seen there. What the target has beyond the
+    def _drop_deleted(self, target: GalleryEngine) -> None:
+        """Delete from the target what was made of items that the source has no more. What the target has beyond the
         source, because somebody imported it, stays."""
-        lost = seen - {item.name for page in _pages(self._source, None) for item in page}
-        seen -= lost
-        target.delete(sorted(lost), allow_missing=True)
+        while lost := _origins(target).keys() - {item.name for page in _pages(self._source, None) for item in page}:
+            etags = {}
+            for name in lost:
+                with suppress(NotFound):
+                    etags[name] = target.get(name).etag
+            made = target.origins(list(etags))  # looked at again: what has been imported since has none
+            try:
+                target.delete(sorted(made), allow_missing=True, etags=etags)
+            except StaleEtag:
+                continue
+            return
 
 
-def _holds(gallery: GalleryEngine | None, name: str) -> bool:
-    if gallery is None:
-        return False
-    try:
-        gallery.get(name)
-    except NotFound:
-        return False
-    return True
+def _origins(gallery: GalleryEngine) -> dict[str, str]:
+    """Of all items that have one, by name."""
+    return {
+        name: origin
+        for page in _pages(gallery, None)
+        for name, origin in gallery.origins([item.name for item in page]).items()
+    }
+
+
+def _written_us(item: Item) -> float:
+    return item.update_time.timestamp() if item.update_time else 0.0
 
 
 def _pages(gallery: GalleryEngine, allowed: Filter | None) -> Iterator[list[Item]]:

@@ -235,6 +235,7 @@ class GalleryContract:
             identity="mug",
             metadata={"price": 3.5, "tags": ["a", None]},
             thumbnail=b"\0x",
+            origin="2026 abc-1",
         )
         (stored,) = engine.upsert([written])
         for item in (stored, engine.get("mug é 1")):
@@ -248,7 +249,9 @@ class GalleryContract:
         assert stored.etag
         assert engine.thumbnail("mug é 1") == b"\0x"
         assert engine.thumbnail("item-00") is None
+        assert engine.origins(["mug é 1", "item-00", "none"]) == {"mug é 1": "2026 abc-1"}
         engine.upsert([Item(name="mug é 1", embedding=pool[3])])
+        assert engine.origins(["mug é 1"]) == {}
         assert engine.thumbnail("mug é 1") is None
         assert engine.get("mug é 1").metadata == {}
 

@@ -21,6 +21,7 @@ from embedding.errors import (
     StorageFailed,
 )
 from index import Catalog, Item, ModelRef
+from index.schema import SCHEMA_VERSION
 
 
 def test_galleries_are_listed_by_name_and_found_again(tmp_path: Path, model: ModelRef, pool: Vectors) -> None:
@@ -156,11 +157,13 @@ def test_a_store_of_a_later_schema_is_refused(tmp_path: Path, model: ModelRef) -
     with Catalog(tmp_path) as catalog:
         catalog.create("a", model)
     connection = sqlite3.connect(tmp_path / "a" / "store.sqlite")
-    connection.execute("PRAGMA user_version = 4")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     connection.close()
     with (
         Catalog(tmp_path) as catalog,
-        pytest.raises(DamagedData, match=r"has schema 4; this version .* reads schema 3"),
+        pytest.raises(
+            DamagedData, match=rf"has schema {SCHEMA_VERSION + 1}; this version .* reads schema {SCHEMA_VERSION}"
+        ),
     ):
         catalog.get("a")
 

@@ -126,6 +126,7 @@ def test_a_store_of_the_first_schema_is_brought_forward(
         "DROP TABLE tombstones",
         "DROP TABLE thumbnails",
         "DROP TABLE receipts",
+        "DROP TABLE origins",
         "ALTER TABLE gallery DROP COLUMN size",
         "ALTER TABLE gallery DROP COLUMN settings",
         "ALTER TABLE gallery ADD COLUMN segment TEXT",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import pytest
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
-from embedding.errors import Busy, Cancelled, ImagesNeeded, ModelMismatch, NotFound
-from index import Progress
+from embedding.errors import Busy, Cancelled, ImagesNeeded, InvalidInput, ModelMismatch, NotFound
+from index import GalleryEngine, Item, Progress
 from index.engine import OnProgress
 from service import operations, upkeep
 from service.engine import Engine
@@ -180,6 +180,91 @@ def test_what_was_imported_into_the_new_gallery_alone_stays(old: Engine, new: En
     new.ask(UpdateItems(gallery="new", drafts=drafts))
     upkeep.Migration(new, "old", "new").run(lambda progress: None)
     assert held(new, "new") == expected(new, {f"item-{seed}": seed for seed in range(6)} | {"extra": 11})
+
+
+def test_a_migration_done_again_takes_over_what_has_changed_since(old: Engine, new: Engine) -> None:
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    by_hand = [Draft(name="item-4", image=EncodedImage(data=png(14)))]
+    new.ask(UpdateItems(gallery="new", drafts=by_hand))
+    first = new.gallery("new").get("item-0").etag
+    draft = Draft(name="item-1", image=EncodedImage(data=png(11)), identity="ada", metadata={"price": 2})
+    old.ask(UpdateItems(gallery="old", drafts=[draft]))
+    old.gallery("old").delete(["item-2", "item-3"])
+    upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+    assert held(new, "now") == expected(new, {"item-0": 0, "item-1": 11, "item-4": 14, "item-5": 5})
+    changed = new.gallery("now").get("item-1")
+    assert (changed.identity, changed.metadata) == ("ada", {"price": 2})
+    assert new.gallery("now").get("item-0").etag == first, "what was sound was embedded again"
+
+
+def test_one_broken_off_goes_on_with_what_has_changed_since(
+    old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 2)
+
+    def cancel(progress: Progress) -> None:
+        if progress.stage.startswith("embedding") and progress.done == 4:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        upkeep.Migration(new, "old", "new").run(cancel)
+    write(old, 0, image_of=10)
+    old.gallery("old").delete(["item-1"])
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    assert held(new, "new") == expected(new, {"item-0": 10, "item-2": 2, "item-3": 3, "item-4": 4, "item-5": 5})
+
+
+def test_what_the_source_has_written_after_an_import_replaces_it(old: Engine, new: Engine) -> None:
+    new.create_gallery("new")
+    drafts = [Draft(name=f"item-{seed}", image=EncodedImage(data=png(20 + seed))) for seed in (0, 1)]
+    new.ask(UpdateItems(gallery="new", drafts=drafts))
+    write(old, 1, image_of=9)
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    seeds = {f"item-{seed}": seed for seed in range(2, 6)} | {"item-0": 20, "item-1": 9}
+    assert held(new, "new") == expected(new, seeds)
+
+
+def test_an_import_beside_a_migration_is_kept(old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while the item's thumbnail is being embedded, in one case after the migration has looked for it."""
+    real_embedded, real_outdated = upkeep.Migration._embedded, upkeep.Migration._outdated
+    looks = 0
+
+    def imported(seed: int, image_of: int) -> None:
+        drafts = [Draft(name=f"item-{seed}", image=EncodedImage(data=png(image_of)))]
+        new.ask(UpdateItems(gallery="new", drafts=drafts))
+
+    def embedded(self: upkeep.Migration, items: Iterable[Item]) -> list[Item]:
+        made = real_embedded(self, items)
+        if looks == 2:  # the first was for the images
+            imported(0, 30)
+        return made
+
+    def outdated(self: upkeep.Migration, target: GalleryEngine, items: Collection[Item]) -> dict[Item, str]:
+        nonlocal looks
+        found = real_outdated(self, target, items)
+        looks += 1
+        if looks == 3:  # after it has been looked at for the last time
+            imported(1, 31)
+        return found
+
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    write(old, *range(6))
+    looks = 0
+    monkeypatch.setattr(upkeep.Migration, "_outdated", outdated)
+    monkeypatch.setattr(upkeep.Migration, "_embedded", embedded)
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    seeds = {f"item-{seed}": seed for seed in range(2, 6)} | {"item-0": 30, "item-1": 31}
+    assert held(new, "new") == expected(new, seeds)
+
+
+def test_two_galleries_are_not_migrated_into_one(old: Engine, new: Engine) -> None:
+    upkeep.Migration(new, "old", "new").run(lambda progress: None)
+    old.create_gallery("other")
+    with pytest.raises(InvalidInput, match="migrated from another gallery"):
+        upkeep.Migration(new, "other", "new").run(lambda progress: None)
+    assert new.gallery("new").size == 6
+    old.gallery("old").delete([f"item-{seed}" for seed in range(6)])
+    assert upkeep.Migration(new, "old", "new").run(lambda progress: None).size == 0
 
 
 def test_a_cancelled_migration_moves_no_alias_and_goes_on_later(
