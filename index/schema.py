@@ -97,6 +97,9 @@ UPDATE gallery SET size = (SELECT count(*) FROM items WHERE died IS NULL);
     4: _ORIGINS,
 }
 
+_READABLE = 2
+"""The oldest schema that can be read as it is: what came later are tables that writers alone look into."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -121,8 +124,12 @@ def check_tables(connection: sqlite3.Connection, path: Path, *, read_only: bool)
         raise DamagedData(
             f"{path} has schema {version}; this version of lookalike reads schema {SCHEMA_VERSION} and those before it"
         )
-    if version < SCHEMA_VERSION and read_only:
-        raise DamagedData(f"{path} has schema {version}; open it once for writing, which brings it to {SCHEMA_VERSION}")
+    if read_only:
+        if version < _READABLE:
+            raise DamagedData(
+                f"{path} has schema {version}; open it once for writing, which brings it to {SCHEMA_VERSION}"
+            )
+        return
     for following in range(version + 1, SCHEMA_VERSION + 1):
         connection.executescript(f"BEGIN IMMEDIATE; {_FORWARD[following]} PRAGMA user_version = {following}; COMMIT;")
 

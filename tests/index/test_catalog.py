@@ -168,6 +168,21 @@ def test_a_store_of_a_later_schema_is_refused(tmp_path: Path, model: ModelRef) -
         catalog.get("a")
 
 
+def test_readers_need_not_wait_until_an_older_store_is_brought_forward(
+    tmp_path: Path, model: ModelRef, judge: Judge, pool: Vectors
+) -> None:
+    with Catalog(tmp_path) as catalog:
+        catalog.create("a", model).upsert([Item(name="one", embedding=pool[0])])
+    connection = sqlite3.connect(tmp_path / "a" / "store.sqlite")
+    connection.executescript("DROP TABLE origins; DROP TABLE receipts; PRAGMA user_version = 2;")
+    connection.close()
+    for follow in (True, False):
+        with Catalog(tmp_path, follow=follow) as catalog:
+            (found,) = catalog.get("a").search(pool[0], k=1, judge=judge).neighbors
+            assert found.item.name == "one"
+            assert catalog.survey() == (catalog.list(), {})
+
+
 def test_what_a_crash_left_of_creations_and_deletions_is_removed(tmp_path: Path, model: ModelRef) -> None:
     with Catalog(tmp_path) as catalog:
         catalog.create("a", model)
