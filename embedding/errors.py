@@ -20,6 +20,7 @@
     ├── GalleryNotEmpty         a gallery that still holds items is deleted only by force
     ├── GalleryAliased          a gallery that an alias stands for is not deleted
     ├── ImagesNeeded            items whose image is needed and not stored; import them
+    ├── JobChanged              a batch job was begun under other conditions than those of now
     ├── NotSupported            what this engine of galleries cannot do
     ├── Busy                    another process holds the folder, or Milvus is away
     ├── NotReady                the model is still loading
@@ -146,6 +147,10 @@ class GalleryAliased(LookalikeError):
 
 class ImagesNeeded(LookalikeError):
     reason = "IMAGES_NEEDED"
+
+
+class JobChanged(LookalikeError):
+    reason = "JOB_CHANGED"
 
 
 class NotSupported(LookalikeError):

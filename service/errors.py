@@ -55,6 +55,7 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
     domain.GalleryNotEmpty: grpc.StatusCode.FAILED_PRECONDITION,
     domain.GalleryAliased: grpc.StatusCode.FAILED_PRECONDITION,
     domain.ImagesNeeded: grpc.StatusCode.FAILED_PRECONDITION,
+    domain.JobChanged: grpc.StatusCode.FAILED_PRECONDITION,
     domain.NotReady: grpc.StatusCode.UNAVAILABLE,
     domain.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     domain.Cancelled: grpc.StatusCode.CANCELLED,

@@ -27,13 +27,45 @@ BATCH_ROWS = 100_000
 
 
 def batch_search(
-    images: Annotated[Path, typer.Argument(help="A folder of images, or a CSV or Parquet manifest.")],
-    gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")],
-    out: Annotated[Path, typer.Option("--out", help="The Parquet file to write: one row a query and neighbour.")],
+    queries: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[QUERIES]",
+            help="A folder of images, or a CSV or Parquet table of their paths; with --shards also a .npy array, or a "
+            "Parquet column, of embeddings.",
+        ),
+    ] = None,
+    gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")] = "",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="One Parquet file: one row a query and neighbour.")
+    ] = None,
+    shards: Annotated[
+        Path | None,
+        typer.Option("--shards", metavar="DIR", help="A folder of Parquet shards instead; run again, it goes on."),
+    ] = None,
+    from_gallery: Annotated[
+        str | None,
+        typer.Option("--from-gallery", metavar="GALLERY", help="With --shards: search with the items of this gallery."),
+    ] = None,
+    embeddings: Annotated[
+        str, typer.Option("--embeddings", metavar="COLUMN", help="With --shards: the Parquet column of embeddings.")
+    ] = "",
     k: options.Neighbors = 10,
+    within: Annotated[
+        bool, typer.Option("--within", help="With --shards: find all items within the threshold instead of k.")
+    ] = False,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, max=100_000, help="With --within: the most matches of one query.")
+    ] = 1000,
     filter: options.Filter = "",
     effort: options.EffortWanted = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --out: replace the file.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --shards: delete the shards that are there and begin anew.")
+    ] = False,
+    shard_queries: Annotated[
+        int, typer.Option("--shard-queries", min=1, max=1_000_000, help="With --shards: the most queries of a shard.")
+    ] = 10_000,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -43,21 +75,55 @@ def batch_search(
     uncertain_within: options.UncertainWithin = 0.0,
     device: options.Device = "auto",
 ) -> None:
-    """Find the neighbours of every image of a folder and write them as a table; bad images are listed and skipped."""
+    """Find the neighbours of every image of a folder and write them as tables; bad images are listed, and the others
+    searched. With --shards it takes any number of queries, and goes on where it was stopped; see docs/batch.md.
+    """
+    if not gallery:
+        raise typer.BadParameter("Give the gallery to search with --gallery.")
+    if (out is None) == (shards is None):
+        raise typer.BadParameter("Give --out FILE for one file, or --shards DIR for a folder of them.")
+    if (queries is None) == (from_gallery is None):
+        raise typer.BadParameter("Give the queries: a path, or a gallery with --from-gallery.")
+    wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    if shards is None:
+        if within or from_gallery or embeddings or restart:
+            raise typer.BadParameter(
+                "--within, --from-gallery, --embeddings and --restart go with --shards DIR, not with --out."
+            )
+    elif overwrite:
+        raise typer.BadParameter("--overwrite goes with --out; --restart begins a folder of shards anew.")
+    with open_backend(target, bundle, data, device=device) as backend:
+        ask = Asked(gallery, k, wanted, filter, options.effort(effort))
+        if out is not None and queries is not None:
+            _into_one_file(backend, ask, queries, out, overwrite=overwrite)
+        elif shards is not None:
+            from lookalike.cli.batch_job import Job, run
+
+            job = Job(
+                source=queries,
+                from_gallery=from_gallery,
+                embeddings=embeddings,
+                gallery=gallery,
+                k=limit if within else k,
+                within=within,
+                point=wanted,
+                filter=filter,
+                effort=options.effort(effort),
+                shard_queries=shard_queries,
+            )
+            run(backend, job, shards, restart=restart)
+
+
+def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, overwrite: bool) -> None:
     from lookalike.cli.images import in_batches, list_images
     from lookalike.cli.tables import ParquetTable
 
-    wanted = options.operating_point(target_far, threshold, point, uncertain_within)
-    ask = Asked(gallery, k, wanted, filter, options.effort(effort))
     queries = list_images(images)
     console = show.console(stderr=True)
     searched = 0
-    with (
-        open_backend(target, bundle, data, device=device) as backend,
-        ParquetTable(out, _schema(), overwrite=overwrite) as table,
-    ):
+    with ParquetTable(out, _schema(), overwrite=overwrite) as table:
         batches = track(
-            list(in_batches(queries, max(1, min(BATCH_IMAGES, BATCH_ROWS // k)))),
+            list(in_batches(queries, max(1, min(BATCH_IMAGES, BATCH_ROWS // ask.k)))),
             "batch-search",
             console=console,
             transient=True,

@@ -71,8 +71,12 @@ class LocalBackend:
                 finally:
                     backend._operations.close()
 
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
     def verify(self, a: ImageLike, b: ImageLike, *, operating_point: OperatingPoint | None = None) -> Decision:
-        decided = self._engine.ask(Verify(a=_source(a, "a"), b=_source(b, "b"), point=_point(operating_point)))
+        decided = self._engine.ask(Verify(a=_source(a, "a"), b=_source(b, "b"), point=engine_point(operating_point)))
         return messages.decision(wire.decision(decided))
 
     def search(
@@ -253,14 +257,14 @@ def _told(operation: operations.Operation[Any]) -> Operation:
     return messages.operation(wire.operation(operation, errors.status))
 
 
-def _scope(gallery: str, point: OperatingPoint | None, filter: str, effort: Effort | None) -> Scope:
+def engine_effort(effort: Effort | None) -> engine_interface.Effort | None:
+    """The engine's form of an effort."""
     wanted = messages.effort(effort)
-    return Scope(
-        gallery=gallery,
-        point=_point(point),
-        allowed=parse_filter(filter),
-        effort=parse.effort(wanted, "effort") if wanted is not None else None,
-    )
+    return parse.effort(wanted, "effort") if wanted is not None else None
+
+
+def _scope(gallery: str, point: OperatingPoint | None, filter: str, effort: Effort | None) -> Scope:
+    return Scope(gallery=gallery, point=engine_point(point), allowed=parse_filter(filter), effort=engine_effort(effort))
 
 
 def _settings(index: IndexSettings | None) -> engine_interface.IndexSettings | None:
@@ -296,7 +300,8 @@ def _source(image: ImageLike, path: str | None = None) -> Source:
             return EncodedImage(data=messages.image_input(image).encoded, path=path)
 
 
-def _point(point: OperatingPoint | None) -> engine_decision.OperatingPoint | None:
+def engine_point(point: OperatingPoint | None) -> engine_decision.OperatingPoint | None:
+    """The engine's form of an operating point."""
     if point is None:
         return None
     return engine_decision.OperatingPoint(

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedding.calibration import Calibration, ErrorRates, MatchProbability
 from embedding.decision import Judge, OperatingPoint, Vectors
 from index import Catalog, Gallery, Item, ModelRef
+from tests.index.calibrations import calibration
 
 WIDTH = 6
 
@@ -27,21 +27,8 @@ def other_model() -> ModelRef:
 
 @pytest.fixture(scope="session")
 def judge_at(model: ModelRef) -> Callable[[float], Judge]:
-    calibration = Calibration(
-        protocol="identity-disjoint",
-        identities=10,
-        matching_pairs=100,
-        impostor_pairs=1000,
-        learned_margin=0.5,
-        probability=MatchProbability(midpoint=0.5, slope=8),
-        curve=(
-            ErrorRates(threshold=0.3, far=0.001, far_upper95=0.01, frr=0.3, frr_upper95=0.4),
-            ErrorRates(threshold=2, far=1, far_upper95=1, frr=0, frr_upper95=0.1),
-        ),
-    )
-
     def at(threshold: float) -> Judge:
-        return Judge(calibration, OperatingPoint(threshold=threshold), model=model.name)
+        return Judge(calibration(), OperatingPoint(threshold=threshold), model=model.name)
 
     return at
 

@@ -37,6 +37,7 @@ UNMET = {
     "UNAUTHENTICATED": "stands for the more exact ones",
     "PERMISSION_DENIED": "stands for the more exact ones",
     "NOT_SUPPORTED": "of galleries in Milvus, and tested with them",
+    "JOB_CHANGED": "of commands",
     "INVALID_RECIPE": "of commands",
     "INVALID_DATASET": "of commands",
     "TRAINING_DIVERGED": "of commands",

@@ -1,0 +1,195 @@
+"""Answers to the queries of a batch job from a gallery in this process: read, decode, embed, search, decide.
+
+Images of the next batch are read and decoded by threads while one is embedded and searched, so that at most two batches
+are in memory, however many queries there are. Distances and verdicts are the gallery's, and so those of Search.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from embedding.decision import Judge, Vectors, checked_embedding
+from embedding.encoder import Encoder
+from embedding.errors import InvalidImage, InvalidInput, LookalikeError
+from embedding.images import Pixels
+from index.batch import Outcome, Query, batch_size
+from index.batch_shards import Answer, Evidence, Failure, evidence_of
+from index.engine import Effort, Exact, Filter, Found, GalleryEngine
+from index.items import MAX_K, MAX_MATCHES, check_count
+from index.threads import CORES
+
+MAX_IMAGE_BYTES = 32 * 2**20
+"""A larger file is not read."""
+IMAGES = 128
+"""Most images that are embedded and searched together."""
+EMBEDDINGS = 1024
+"""Most embeddings that are searched together."""
+
+_FIRST = 64  # nearest that are looked at together for all matches; who has more is searched alone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What is asked for each query."""
+
+    judge: Judge
+    k: int = 10
+    """Nearest items, or with `within` the most matches."""
+    within: bool = False
+    """All items within the threshold."""
+    effort: Effort | None = None
+    allowed: Filter | None = None
+
+
+class GalleryAnswering:
+    """Searches one gallery; implements `index.batch.Answering`."""
+
+    def __init__(
+        self,
+        gallery: GalleryEngine,
+        wanted: Wanted,
+        *,
+        encoder: Encoder | None = None,
+        images: bool = True,
+        leave_out: bool = False,
+        decode_threads: int = CORES,
+        threads: int | None = None,
+    ) -> None:
+        """`encoder` is needed for queries that are images; `leave_out` leaves each query's item out of its own results.
+
+        Raises InvalidInput.
+        """
+        check_count(wanted.k, MAX_MATCHES if wanted.within else MAX_K, field="limit" if wanted.within else "k")
+        self._gallery, self._wanted, self._encoder = gallery, wanted, encoder
+        self._leave_out, self._decode_threads, self._threads = leave_out, decode_threads, threads
+        self._size = batch_size(IMAGES if images else EMBEDDINGS, wanted.k)
+        self._evidence: Evidence | None = None
+
+    def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
+        """The outcomes, a batch at a time."""
+        source = iter(queries)
+        ahead: deque[list[tuple[Query, Vectors | Future[Pixels]]]] = deque()
+        pool = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
+        try:
+            while batch := [(query, self._begun(pool, query)) for query in islice(source, self._size)]:
+                ahead.append(batch)
+                if len(ahead) > 1:
+                    yield self._answered(ahead.popleft())
+            while ahead:
+                yield self._answered(ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _begun(self, pool: ThreadPoolExecutor, query: Query) -> Vectors | Future[Pixels]:
+        if isinstance(query.content, Path):
+            return pool.submit(self._pixels, query.content)
+        return np.empty(0, np.float32) if query.content is None else query.content
+
+    def _pixels(self, path: Path) -> Pixels:
+        if self._encoder is None:
+            raise InvalidInput("there is no encoder for images")
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise InvalidImage(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
+        return self._encoder.prepare(path.read_bytes())
+
+    def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> list[Outcome]:
+        outcomes: dict[int, Answer | Failure] = {}
+        embeddings: dict[int, Vectors] = {}
+        pixels: dict[int, Pixels] = {}
+        for at, (_, begun) in enumerate(batch):
+            try:
+                if isinstance(begun, Future):
+                    pixels[at] = begun.result()
+                else:
+                    embeddings[at] = checked_embedding(begun, self._gallery.model.embedding_dim)
+            except (LookalikeError, OSError) as error:
+                outcomes[at] = failure(error)
+        if pixels and self._encoder is not None:
+            emb_BD, _ = self._encoder.encode_with_norms(np.stack(list(pixels.values())))
+            embeddings.update(zip(pixels, emb_BD, strict=True))
+        good = sorted(embeddings)
+        if good:
+            exclude = [(batch[at][0].item,) if self._leave_out and batch[at][0].item else () for at in good]
+            found = self._found(np.stack([embeddings[at] for at in good]), exclude)
+            outcomes.update((at, self._answer(one)) for at, one in zip(good, found, strict=True))
+        return [(query, outcomes[at]) for at, (query, _) in enumerate(batch)]
+
+    def _found(self, queries_QD: Vectors, exclude: Sequence[Sequence[str]]) -> Iterator[Found]:
+        wanted = self._wanted
+        if not wanted.within:
+            yield from self._searched(queries_QD, wanted.k, exclude)
+            return
+        if wanted.effort not in {None, Exact()}:
+            yield from (self._matches(query_D, names) for query_D, names in zip(queries_QD, exclude, strict=True))
+            return
+        # Few queries have many matches: the nearest of all are found together, which takes a fraction of the time.
+        few = min(_FIRST, wanted.k)
+        nearest = self._searched(queries_QD, few, exclude, effort=Exact())
+        for query_D, names, found in zip(queries_QD, exclude, nearest, strict=True):
+            distance_R = _distances(found)
+            count = int(np.searchsorted(distance_R, np.float32(wanted.judge.threshold), side="right"))
+            if len(distance_R) == few and count == few:
+                yield self._matches(query_D, names)
+            else:
+                yield Found(neighbors=found.neighbors[:count], generation=found.generation)
+
+    def _searched(
+        self, queries_QD: Vectors, k: int, exclude: Sequence[Sequence[str]], *, effort: Effort | None = None
+    ) -> list[Found]:
+        wanted = self._wanted
+        return self._gallery.search_batch(
+            queries_QD,
+            k=k,
+            judge=wanted.judge,
+            effort=effort or wanted.effort,
+            allowed=wanted.allowed,
+            exclude=exclude,
+            threads=self._threads,
+        )
+
+    def _matches(self, query_D: Vectors, exclude: Sequence[str]) -> Found:
+        wanted = self._wanted
+        return self._gallery.matches(
+            query_D,
+            judge=wanted.judge,
+            limit=wanted.k,
+            effort=wanted.effort,
+            allowed=wanted.allowed,
+            exclude=exclude,
+        )
+
+    def _answer(self, found: Found) -> Answer:
+        near = found.neighbors
+        rows = slice(near.first, near.first + len(near))
+        if self._evidence is None:
+            self._evidence = evidence_of(near.decisions)
+        return Answer(
+            items=[item.name for item in near.items],
+            identities=[item.identity for item in near.items],
+            distance_R=near.decisions.distance_N[rows],
+            verdict_R=near.decisions.verdict_N[rows],
+            probability_R=near.decisions.probability_N[rows],
+            evidence=self._evidence,
+            generation=found.generation,
+            truncated=found.truncated,
+        )
+
+
+def failure(error: LookalikeError | OSError) -> Failure:
+    """Why a query has no answer, as it is written down."""
+    if isinstance(error, LookalikeError):
+        return Failure(error.reason, str(error))
+    return Failure("UNREADABLE", f"the file cannot be read: {error.strerror or error}")
+
+
+def _distances(found: Found) -> Vectors:
+    near = found.neighbors
+    return near.decisions.distance_N[near.first : near.first + len(near)]

@@ -1,0 +1,262 @@
+"""The rows of a batch job, and the Parquet files that they become. The columns are a contract: added to, never
+changed.
+
+One row a query and neighbour, in the order of queries and by rising (distance, name). A query that was not answered has
+one row, with `error` and without an item; one that found nothing has none. Equal rows give equal bytes.
+
+Shapes: R rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from embedding.decision import VERDICTS, Decisions, Vectors, Verdict
+from index.batch_folder import PARTIAL, Shard, refused
+from index.segments import sync_folder
+from index.sums import FileSum
+
+GROUP_ROWS = 65_536
+"""Rows that are held in memory until they are written as a row group."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("query_row", pa.int64(), nullable=False),  # place of the query in the input, from 0
+        pa.field("query", pa.string(), nullable=False),
+        pa.field("rank", pa.int32()),
+        pa.field("item", pa.string()),
+        pa.field("identity", pa.string()),
+        pa.field("verdict", pa.string()),
+        pa.field("is_match", pa.bool_()),
+        pa.field("distance", pa.float32()),
+        pa.field("threshold", pa.float32()),
+        pa.field("match_probability", pa.float64()),
+        pa.field("far", pa.float64()),
+        pa.field("far_upper95", pa.float64()),
+        pa.field("frr", pa.float64()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("calibration", pa.int32(), nullable=False),
+        pa.field("gallery_generation", pa.int64(), nullable=False),
+        pa.field("truncated", pa.bool_()),  # whether the query has more matches than were asked for
+        pa.field("error", pa.string()),
+        pa.field("error_reason", pa.string()),
+    ]
+)
+
+_MATCH = VERDICTS.index(Verdict.MATCH)
+_NAMES = pa.array([verdict.value for verdict in VERDICTS])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What all decisions of a job rest on."""
+
+    threshold: float
+    far: float
+    far_upper95: float
+    frr: float
+    model: str
+    calibration: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Answer:
+    """What one query found, nearest first."""
+
+    items: Sequence[str]
+    identities: Sequence[str | None]
+    distance_R: Vectors
+    verdict_R: NDArray[np.int8]
+    """Places in `VERDICTS`."""
+    probability_R: NDArray[np.float64]
+    evidence: Evidence | None
+    """None where nothing was found and none is known."""
+    generation: int
+    truncated: bool = False
+
+    @property
+    def matches(self) -> int:
+        return int(np.count_nonzero(self.verdict_R == _MATCH))
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one query has no answer."""
+
+    reason: str
+    message: str
+
+
+def evidence_of(decisions: Decisions) -> Evidence:
+    """What these decisions share."""
+    judge = decisions.judge
+    return Evidence(
+        threshold=judge.threshold,
+        far=judge.rates.far,
+        far_upper95=judge.rates.far_upper95,
+        frr=judge.rates.frr,
+        model=judge.model,
+        calibration=judge.calibration.version,
+    )
+
+
+class ShardWriter:
+    """Writes one shard: beside its name, and under it once it is whole and on the disk.
+
+    Raises StorageFailed when the disk refuses; then, and when `close` is called without `publish`, nothing is left.
+    """
+
+    def __init__(self, path: Path, *, first: int, model: str, calibration: int, generation: int) -> None:
+        self._path, self._partial = path, path.with_name(f"{PARTIAL}{path.name}")
+        self._first, self._model, self._calibration, self._generation = first, model, calibration, generation
+        self.queries = self.rows = 0
+        self._errors = self._matched = self._matches = self._truncated = 0
+        self._last_id = ""
+        self._file: BufferedWriter | None = None
+        self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[tuple[str, int, Answer | Failure]] = []
+        self._waiting_rows = 0
+
+    def add(self, query: str, outcome: Answer | Failure) -> None:
+        """The outcome of the next query."""
+        count = 1
+        if isinstance(outcome, Failure):
+            self._errors += 1
+        else:
+            count, matches = len(outcome.items), outcome.matches
+            self._matches += matches
+            self._matched += matches > 0
+            self._truncated += outcome.truncated
+        if count:
+            self._waiting.append((query, self._first + self.queries, outcome))
+            self._waiting_rows += count
+            self.rows += count
+        self.queries += 1
+        self._last_id = query
+        if self._waiting_rows >= GROUP_ROWS:
+            self._flush()
+
+    def publish(self) -> Shard:
+        """The shard, whole and durable under its name."""
+        self._flush()
+
+        def complete() -> None:
+            self._opened().close()
+            if self._file is not None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+            self._writer = None
+
+        self._on_disk(complete)
+        try:
+            found = FileSum.of(self._partial)
+            self._partial.replace(self._path)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise refused(self._path, error) from error
+        return Shard(
+            name=self._path.name,
+            first=self._first,
+            queries=self.queries,
+            errors=self._errors,
+            matched=self._matched,
+            matches=self._matches,
+            truncated=self._truncated,
+            rows=self.rows,
+            last_id=self._last_id,
+            sum=found,
+        )
+
+    def close(self) -> None:
+        """Leave nothing of a shard that was not published."""
+        if self._writer is not None:
+            self._writer.is_open = False  # else its destructor writes a footer
+            self._writer = None
+        if self._file is not None:
+            with suppress(OSError):  # a disk that refused may refuse again
+                self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            table = table_of(self._waiting, self._model, self._calibration, self._generation)
+            self._on_disk(lambda: self._opened().write_table(table, row_group_size=len(table)))
+            self._waiting, self._waiting_rows = [], 0
+
+    def _opened(self) -> Any:
+        if self._writer is None:
+            self._file = self._partial.open("wb")
+            self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="zstd")
+        return self._writer
+
+    def _on_disk(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            raise refused(self._path, error) from error
+
+
+def table_of(
+    outcomes: Sequence[tuple[str, int, Answer | Failure]], model: str, calibration: int, generation: int
+) -> pa.Table:
+    """The rows of queries, given with their ids and places; of those that found nothing there are none."""
+    ids, rows, every = zip(*outcomes, strict=True)
+    counts_Q = np.array([1 if isinstance(each, Failure) else len(each.items) for each in every])
+    at_R = np.repeat(np.arange(len(every)), counts_Q)
+    failed_R = np.array([isinstance(each, Failure) for each in every])[at_R]
+    starts_Q = np.concatenate([[0], np.cumsum(counts_Q)[:-1]])
+
+    def column(kind: Any, of: Callable[[Answer], Any], dtype: Any) -> pa.Array:
+        """Of arrays, one a query."""
+        parts = [np.zeros(1, dtype) if isinstance(each, Failure) else of(each) for each in every]
+        return pa.array(np.concatenate(parts).astype(dtype, copy=False), kind, mask=failed_R)
+
+    def spread(kind: Any, values: Sequence[Any]) -> pa.Array:
+        """Of one value a query, None for one that failed."""
+        return pa.array(values, kind).take(pa.array(at_R))
+
+    def listed(of: Callable[[Answer], Sequence[str | None]]) -> pa.Array:
+        return pa.array([name for each in every for name in ((None,) if isinstance(each, Failure) else of(each))])
+
+    def shared(field: str) -> pa.Array:
+        kind = SCHEMA.field(field).type
+        return spread(kind, [None if isinstance(each, Failure) else getattr(each.evidence, field) for each in every])
+
+    verdicts = column(pa.int8(), lambda each: each.verdict_R, np.int8)
+    ranks_R = (np.arange(len(at_R)) - starts_Q[at_R] + 1).astype(np.int32)
+    failures = [each if isinstance(each, Failure) else None for each in every]
+    columns = {
+        "query_row": spread(pa.int64(), rows),
+        "query": spread(pa.string(), ids),
+        "rank": pa.array(ranks_R, pa.int32(), mask=failed_R),
+        "item": listed(lambda each: each.items).cast(pa.string()),
+        "identity": listed(lambda each: each.identities).cast(pa.string()),
+        "verdict": _NAMES.take(verdicts),
+        "is_match": pc.equal(verdicts, pa.scalar(_MATCH, pa.int8())),
+        "distance": column(pa.float32(), lambda each: each.distance_R, np.float32),
+        "threshold": shared("threshold"),
+        "match_probability": column(pa.float64(), lambda each: each.probability_R, np.float64),
+        "far": shared("far"),
+        "far_upper95": shared("far_upper95"),
+        "frr": shared("frr"),
+        "model": pa.repeat(pa.scalar(model), len(at_R)),
+        "calibration": pa.repeat(pa.scalar(calibration, pa.int32()), len(at_R)),
+        "gallery_generation": pa.repeat(pa.scalar(generation, pa.int64()), len(at_R)),
+        "truncated": spread(pa.bool_(), [None if isinstance(each, Failure) else each.truncated for each in every]),
+        "error": spread(pa.string(), [each and each.message for each in failures]),
+        "error_reason": spread(pa.string(), [each and each.reason for each in failures]),
+    }
+    return pa.table(columns, schema=SCHEMA)

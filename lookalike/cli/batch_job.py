@@ -1,0 +1,214 @@
+"""`lookalike batch-search --shards`: a job that goes on where it was stopped, here or on a server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from embedding.errors import InvalidDataset, LookalikeError
+from index.batch import Answering, Done, Queries
+from index.batch import run as run_job
+from index.batch_folder import Conditions
+from index.batch_queries import queries_of
+from index.engine import Progress
+from index.filters import parse_filter
+from lookalike import Client
+from lookalike.cli import show
+from lookalike.cli.backend import Backend
+from lookalike.cli.batch_remote import RemoteItems, ServerAnswering
+from lookalike.types import Effort, Gallery, OperatingPoint
+
+_SAY_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is asked."""
+
+    source: Path | None
+    from_gallery: str | None
+    embeddings: str
+    gallery: str
+    k: int
+    """With `within` the most matches of a query."""
+    within: bool
+    point: OperatingPoint
+    filter: str
+    effort: Effort | None
+    shard_queries: int
+
+    def parameters(self, *, leave_out: bool) -> dict[str, Any]:
+        """What of it the shards depend on."""
+        allowed = parse_filter(self.filter)
+        effort = asdict(self.effort) if self.effort else {}
+        return {
+            "limit" if self.within else "k": self.k,
+            "within": self.within,
+            "filter": allowed.text if allowed else "",
+            "effort": {name: value for name, value in effort.items() if value},
+            "operating_point": {name: value for name, value in asdict(self.point).items() if value is not None},
+            "leave_out_itself": leave_out,
+            "shard_queries": self.shard_queries,
+        }
+
+
+def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
+    """Run the job and tell how it goes, on stderr, and what came of it."""
+    parse_filter(job.filter)  # before anything is begun
+    queries = queries_of(job.source, job.embeddings) if job.source else None
+    queries, answering, conditions = (
+        _on_server(backend, job, queries) if isinstance(backend, Client) else _here(backend, job, queries)
+    )
+    if not queries.total:
+        raise InvalidDataset(f"there is nothing to search for in {job.source or job.from_gallery}; nothing was written")
+    with _told(show.console(stderr=True)) as tell:
+        try:
+            done = run_job(
+                folder,
+                queries,
+                answering,
+                conditions,
+                shard_queries=job.shard_queries,
+                restart=restart,
+                on_progress=tell,
+            )
+        except KeyboardInterrupt:
+            show.console(stderr=True).print(f"stopped; run the same command again to go on in {folder}", markup=False)
+            raise
+    print(summary(done, folder))
+
+
+def summary(done: Done, folder: Path) -> str:
+    """What came of a job, in two lines."""
+    totals = done.totals
+    before = f"; {done.resumed:,} of them were answered before" if done.resumed else ""
+    redone = f"; {_counted(done.redone)} written again, damaged" if done.redone else ""
+    more = f", {totals.truncated:,} with more than the limit" if totals.truncated else ""
+    return (
+        f"answered {totals.queries:,} queries in {_counted(done.shards)} of {folder}{before}{redone}\n"
+        f"{totals.errors:,} errors; {totals.matched:,} queries with a match, {totals.matches:,} matches{more}; "
+        f"{totals.rows:,} rows, {totals.bytes:,} bytes"
+    )
+
+
+def _counted(shards: int) -> str:
+    return f"{shards:,} shard{'' if shards == 1 else 's'}"
+
+
+def _on_server(client: Client, job: Job, queries: Queries | None) -> tuple[Queries, Answering, Conditions]:
+    gallery = client.get_gallery(job.gallery)
+    model = client.get_model(gallery.model)
+    source = client.get_gallery(job.from_gallery) if job.from_gallery else None
+    found = queries or RemoteItems(client, source or gallery)
+    answering = ServerAnswering(
+        client,
+        gallery.id,
+        source=source.id if source else "",
+        images=source is None and not found.kind.endswith(("array", "embeddings")),
+        k=job.k,
+        within=job.within,
+        point=job.point,
+        filter=job.filter,
+        effort=job.effort,
+    )
+    stamp = (model.id, model.fingerprint, model.calibration.version)
+    return found, answering, _conditions(job, found, gallery, stamp, source.id if source else "")
+
+
+def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries, Answering, Conditions]:
+    from lookalike.cli.local import LocalBackend, engine_effort, engine_point
+
+    if not isinstance(backend, LocalBackend):
+        raise LookalikeError("a job is run here or on a server")
+    from index.batch_queries import GalleryItems
+    from index.batch_search import GalleryAnswering, Wanted
+
+    engine = backend.engine
+    searched = engine.gallery(job.gallery)
+    source = engine.gallery(job.from_gallery) if job.from_gallery else None
+    found = queries or GalleryItems(source or searched)
+    leave_out = source is not None and source.id == searched.id
+    answering = GalleryAnswering(
+        searched,
+        Wanted(
+            judge=engine.judge(engine_point(job.point)),
+            k=job.k,
+            within=job.within,
+            effort=engine_effort(job.effort),
+            allowed=parse_filter(job.filter),
+        ),
+        encoder=engine.encoder,
+        images=source is None and not found.kind.endswith(("array", "embeddings")),
+        leave_out=leave_out,
+    )
+    described = Gallery(
+        id=searched.id,
+        model=searched.model.name,
+        item_count=searched.size,
+        generation=searched.generation,
+        create_time=searched.created,
+        damage="",
+    )
+    stamp = (engine.bundle.name, engine.bundle.fingerprint, engine.bundle.calibration.version)
+    return found, answering, _conditions(job, found, described, stamp, source.id if source else "")
+
+
+def _conditions(job: Job, queries: Queries, gallery: Gallery, stamp: tuple[str, str, int], source: str) -> Conditions:
+    """`stamp` is the model's name, its fingerprint and the version of its calibration."""
+    model, fingerprint, calibration = stamp
+    return Conditions(
+        queries=queries.kind,
+        queries_digest=queries.digest,
+        gallery=gallery.id,
+        gallery_created=gallery.create_time.isoformat() if gallery.create_time else "",
+        generation=gallery.generation,
+        model=model,
+        fingerprint=fingerprint,
+        calibration=calibration,
+        parameters=job.parameters(leave_out=source == gallery.id),
+    )
+
+
+@contextmanager
+def _told(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """Tells progress: a bar on a terminal, else a line now and then."""
+    began, first, said = time.monotonic(), -1, time.monotonic()
+
+    def line(progress: Progress) -> None:
+        nonlocal first, said
+        now = time.monotonic()
+        first = progress.done if first < 0 else first
+        if now - said < _SAY_SECONDS:
+            return
+        said, rate = now, (progress.done - first) / (now - began)
+        left = f", {(progress.total - progress.done) / rate / 60:,.0f} min left" if rate else ""
+        console.print(f"{progress.done:,} of {progress.total:,} queries, {rate:,.0f} a second{left}", markup=False)
+
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (
+        TextColumn("batch-search"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("batch-search", rate="")
+
+        def draw(progress: Progress) -> None:
+            nonlocal first
+            first = progress.done if first < 0 else first
+            rate = (progress.done - first) / max(1e-3, time.monotonic() - began)
+            bar.update(task, completed=progress.done, total=progress.total, rate=f"{rate:,.0f} a second")
+
+        yield draw

@@ -1,0 +1,197 @@
+"""Answers to the queries of a batch job from a server: over one StreamSearch, its window full, or a call a query where
+all matches are asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from embedding.decision import VERDICTS
+from embedding.errors import Busy, InvalidImage, InvalidInput, LookalikeError
+from index.batch import Outcome, Query, batch_size
+from index.batch_search import EMBEDDINGS, IMAGES, MAX_IMAGE_BYTES, failure
+from index.batch_shards import Answer, Evidence, Failure
+from lookalike import Client
+from lookalike.errors import CallFailed, InvalidRequest
+from lookalike.types import Effort, Gallery, ImageLike, ItemName, Neighbors, OperatingPoint
+
+MAX_STREAM_K = 1000
+"""Most neighbours that a server sends for one image of a stream."""
+TOGETHER = 32
+"""Embeddings and items that travel in one message; images travel alone, since they may be large."""
+CALLS = 8
+"""Calls for all matches that are in flight at once."""
+
+_VERDICTS = {verdict.value: at for at, verdict in enumerate(VERDICTS)}
+
+
+class RemoteItems:
+    """The items of a server's gallery by name; their embeddings stay there."""
+
+    kind = "gallery"
+
+    def __init__(self, client: Client, gallery: Gallery) -> None:
+        self._client, self._gallery = client, gallery
+        self.total = gallery.item_count
+        self.digest = f"{gallery.id} {gallery.create_time} {gallery.generation}"
+
+    def since(self, row: int, after: str) -> Iterator[Query]:
+        for item in islice(self._client.list_items(self._gallery.id, metadata=False), row, None):
+            yield Query(item.name.id, None, item.name.id)
+
+
+class ServerAnswering:
+    """Asks a server; implements `index.batch.Answering`. An image that it cannot use fails alone; whatever else goes
+    wrong is raised."""
+
+    def __init__(
+        self,
+        client: Client,
+        gallery: str,
+        *,
+        source: str,
+        images: bool,
+        k: int,
+        within: bool,
+        point: OperatingPoint,
+        filter: str,
+        effort: Effort | None,
+    ) -> None:
+        """Raises InvalidInput."""
+        if not within and k > MAX_STREAM_K:
+            raise InvalidInput(f"a job on a server finds {MAX_STREAM_K:,} neighbours of a query at most; got k = {k:,}")
+        self._client, self._gallery, self._source = client, gallery, source
+        self._k, self._within, self._point, self._filter, self._effort = k, within, point, filter, effort
+        self._together = 1 if images else max(1, min(TOGETHER, 100_000 // k))
+        self._size = batch_size(IMAGES if images else EMBEDDINGS, k)
+
+    def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
+        """The outcomes, a batch at a time."""
+        each = self._matches(queries) if self._within else self._streamed(queries)
+        with closing(each):
+            while batch := list(islice(each, self._size)):
+                yield batch
+
+    def _streamed(self, queries: Iterable[Query]) -> Generator[Outcome, None, None]:
+        # Appended to by the thread of gRPC that sends, before it sends; taken from here as answers come.
+        sent: deque[tuple[Query, Failure | None]] = deque()
+
+        def contents() -> Iterator[ImageLike]:
+            for query in queries:
+                read = self._read(query)
+                sent.append((query, read if isinstance(read, Failure) else None))
+                if not isinstance(read, Failure):
+                    yield read
+
+        stream = self._client.search_stream(
+            self._gallery,
+            contents(),
+            k=self._k,
+            operating_point=self._point,
+            filter=self._filter,
+            effort=self._effort,
+            metadata=False,
+            together=self._together,
+        )
+        for answered in stream:
+            query, failed = sent.popleft()
+            while failed is not None:
+                yield query, failed
+                query, failed = sent.popleft()
+            yield query, _outcome(answered)
+        while sent:
+            query, failed = sent.popleft()
+            if failed is None:
+                raise Busy("the server ended the stream early; run the same command again to go on")
+            yield query, failed
+
+    def _matches(self, queries: Iterable[Query]) -> Generator[Outcome, None, None]:
+        running: deque[tuple[Query, Future[Answer | Failure]]] = deque()
+        given_up = threading.Event()
+
+        def asked(query: Query) -> Answer | Failure:
+            read = self._read(query)
+            if isinstance(read, Failure) or given_up.is_set():
+                return read if isinstance(read, Failure) else Failure("CANCELLED", "given up")
+            try:
+                return _outcome(
+                    self._client.search_matches(
+                        self._gallery,
+                        read,
+                        operating_point=self._point,
+                        limit=self._k,
+                        filter=self._filter,
+                        effort=self._effort,
+                        metadata=False,
+                    )
+                )
+            except InvalidRequest as error:
+                return _outcome(error)
+
+        pool = ThreadPoolExecutor(CALLS, thread_name_prefix="matches")
+        try:
+            for query in queries:
+                running.append((query, pool.submit(asked, query)))
+                if len(running) > 2 * CALLS:
+                    first, future = running.popleft()
+                    yield first, future.result()
+            while running:
+                first, future = running.popleft()
+                yield first, future.result()
+        finally:
+            given_up.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, query: Query) -> ImageLike | Failure:
+        if query.content is None:
+            return ItemName(self._source, query.item)
+        if not isinstance(query.content, Path):
+            return query.content
+        try:
+            size = query.content.stat().st_size
+            if size > MAX_IMAGE_BYTES:
+                raise InvalidImage(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
+            return query.content.read_bytes()
+        except (LookalikeError, OSError) as error:
+            return failure(error)
+
+
+def _outcome(answered: Neighbors | CallFailed) -> Answer | Failure:
+    if isinstance(answered, InvalidRequest):
+        return Failure(answered.reason, str(answered))
+    if isinstance(answered, CallFailed):
+        raise answered
+    if answered.partial:
+        raise Busy("a part of the gallery could not be asked; run the same command again when all of it is there")
+    found = list(answered)
+    return Answer(
+        items=[each.item.id for each in found],
+        identities=[each.identity for each in found],
+        distance_R=np.array([each.decision.distance for each in found], np.float32),
+        verdict_R=np.array([_VERDICTS[each.decision.verdict.value] for each in found], np.int8),
+        probability_R=np.array([each.decision.match_probability for each in found], np.float64),
+        evidence=_evidence(answered),
+        generation=answered.generation,
+        truncated=answered.truncated,
+    )
+
+
+def _evidence(answered: Neighbors) -> Evidence | None:
+    if not len(answered):
+        return None
+    decision = answered[0].decision
+    return Evidence(
+        threshold=decision.threshold,
+        far=decision.far,
+        far_upper95=decision.far_upper95,
+        frr=decision.frr,
+        model=decision.model,
+        calibration=decision.calibration,
+    )

@@ -1,0 +1,151 @@
+"""`batch-search --shards`: the same answers here and on a server, those of `search`, going on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedding.bundle import Bundle
+from lookalike.cli import batch_remote
+from tests.cli.conftest import Run
+from tests.service.harness import png
+
+
+@pytest.fixture
+def filled(run: Run, where: list[str], name: str, pictures: Path) -> str:
+    assert run("gallery", "create", name, *where).code == 0
+    assert run("gallery", "add", name, pictures, *where).code == 0
+    return name
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted(folder.glob("part-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_images_are_answered_as_search_answers_and_bad_ones_have_their_error(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "bad.png").write_bytes(b"no image")
+    (pictures / "größe.png").write_bytes(png(40))
+    (pictures / "gone.png").symlink_to("nowhere.png")
+    out = tmp_path / "job"
+    job = ["batch-search", pictures, "--gallery", filled, "--shards", out, "-k", 99, "--shard-queries", 4, *where]
+    ran = run(*job)
+    assert ran.code == 0, ran.err
+    assert ran.out.startswith(f"answered 10 queries in 3 shards of {out}\n2 errors; ")
+    found = rows(out)
+    failed = {row["query"]: row["error_reason"] for row in found if row["error"]}
+    assert failed == {"bad.png": "INVALID_IMAGE", "gone.png": "UNREADABLE"}
+    for query in ("größe.png", "loose.png", "class-0/2.png"):
+        said = json.loads(run("search", pictures / query, "--gallery", filled, "-k", 99, "--json", *where).out)
+        mine = [row for row in found if row["query"] == query]
+        assert [(row["item"], row["distance"], row["verdict"], row["match_probability"]) for row in mine] == [
+            (
+                each["item"].rpartition("/")[2],
+                *(each["decision"][n] for n in ("distance", "verdict", "match_probability")),
+            )
+            for each in said
+        ]
+        assert [(row["identity"] or None, row["threshold"]) for row in mine] == [
+            (each["identity"], each["decision"]["threshold"]) for each in said
+        ]
+    whole = shards(out)
+    (out / "part-00001.parquet").unlink()
+    assert "; 1 shard written again, damaged" in run(*job).out
+    assert shards(out) == whole
+
+
+def test_a_gallery_against_itself_within_the_threshold(run: Run, where: list[str], filled: str, tmp_path: Path) -> None:
+    out = tmp_path / "job"
+    ran = run(
+        *("batch-search", "--from-gallery", filled, "--gallery", filled, "--shards", out, "--within"),
+        *("--threshold", 0.9, "--limit", 4, *where),
+    )
+    assert ran.code == 0, ran.err
+    found = rows(out)
+    for item in ("loose.png", "class-1:3.png"):
+        name = f"galleries/{filled}/items/{item}"
+        said = json.loads(
+            run("search", name, "--gallery", filled, "--within", "--threshold", 0.9, "--json", *where).out
+        )
+        assert [row["item"] for row in found if row["query"] == item] == [
+            each["item"].rpartition("/")[2] for each in said[:4]
+        ]
+        assert {row["truncated"] for row in found if row["query"] == item} <= {len(said) > 4}
+    assert found
+    assert not [row for row in found if row["item"] == row["query"]]
+
+
+def test_embeddings_are_searched_as_their_images(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_remote, "TOGETHER", 3)
+    items = tmp_path / "items.parquet"
+    assert run("gallery", "export", filled, "--out", items, *where).code == 0
+    ask = ("--gallery", filled, "-k", 3, *where)
+    assert run("batch-search", items, "--shards", tmp_path / "a", *ask).code == 0
+    assert run("batch-search", pictures, "--shards", tmp_path / "b", *ask).code == 0
+    wanted = ("item", "rank", "distance", "verdict", "match_probability", "model", "gallery_generation")
+    assert [[row[name] for name in wanted] for row in rows(tmp_path / "a")] == [
+        [row[name] for name in wanted] for row in rows(tmp_path / "b")
+    ]
+    table = pq.read_table(items)
+    pq.write_table(table.rename_columns(["item", "identity", "metadata", "v"]), items)
+    run("batch-search", items, "--shards", tmp_path / "c", *ask).failed_with("--embeddings")
+    assert run("batch-search", items, "--embeddings", "v", "--shards", tmp_path / "c", *ask).code == 0
+    assert len(rows(tmp_path / "c")) == 21
+
+
+def test_here_and_on_a_server_one_job_goes_on_with_the_other(
+    run: Run, bundle: Bundle, target: str, name: str, pictures: Path, tmp_path: Path
+) -> None:
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, pictures, "--target", target)
+    (data,) = {path.parent.resolve() for path in tmp_path.parent.glob(f"*/galleries/{name}")}
+    out = tmp_path / "job"
+    job = ["batch-search", pictures, "--gallery", name, "--shards", out, "--shard-queries", 3]
+    assert run(*job, "--target", target).code == 0
+    whole = shards(out)
+    (out / "part-00001.parquet").unlink()
+    ran = run(*job, "--bundle", bundle.path, "--data", data)
+    assert (ran.code, shards(out)) == (0, whole), ran.err
+
+
+def test_what_was_begun_under_other_conditions_is_refused(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "job"
+    job = ["batch-search", pictures, "--gallery", filled, "--shards", out, *where]
+    assert run(*job).code == 0
+    run(*job, "-k", 5).failed_with("k was 10 and is 5", "--restart")
+    (pictures / "new.png").write_bytes(png(50))
+    run(*job).failed_with("queries digest", "--restart")
+    assert run(*job, "--restart").code == 0
+    run("gallery", "add", filled, pictures, *where)
+    run(*job).failed_with("generation was 1 and is 2")
+
+
+def test_misuse_is_told(run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path) -> None:
+    ask = ("batch-search", "--gallery", filled, *where)
+    run(*ask, pictures).failed_with("--out FILE", "--shards DIR")
+    run(*ask, pictures, "--out", "a.parquet", "--shards", "b").failed_with("--out FILE", "--shards DIR")
+    run(*ask, "--shards", "b").failed_with("--from-gallery")
+    run(*ask, pictures, "--out", "a.parquet", "--within").failed_with("--shards")
+    run(*ask, pictures, "--shards", "b", "--overwrite").failed_with("--restart")
+    run("batch-search", pictures, "--shards", "b", *where).failed_with("--gallery")
+    run(*ask, pictures, "--shards", "b", "--filter", "name <").failed_with("filter")
+    run(*ask, pictures / "notes.txt", "--shards", "b").failed_with("neither")
+    (tmp_path / "empty").mkdir()
+    run(*ask, tmp_path / "empty", "--shards", "b").failed_with("nothing to search for")
+    pq.write_table(pa.table({"v": ["x"]}), tmp_path / "t.parquet")
+    run(*ask, tmp_path / "t.parquet", "--embeddings", "w", "--shards", "b").failed_with("no column 'w'")
+    assert not (tmp_path / "b").exists()

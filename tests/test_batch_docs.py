@@ -1,0 +1,51 @@
+"""docs/batch.md is run: its commands in order, and its columns are the shards'."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from index.batch_shards import SCHEMA
+from lookalike.__main__ import main
+from tests.service.harness import make_bundle, png
+from tests.test_operations import missing_line
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "batch.md").read_text()
+
+
+def test_its_commands_print_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("TARGET", "BUNDLE", "GALLERIES"):
+        monkeypatch.delenv(f"LOOKALIKE_{variable}", raising=False)
+    monkeypatch.chdir(tmp_path)
+    make_bundle(tmp_path / "bundle", seed=0)
+    (tmp_path / "images").mkdir()
+    for seed in range(6):
+        (tmp_path / "images" / f"{seed}.png").write_bytes(png(seed))
+    ran = 0
+    for block in re.findall(r"^```console\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, shown = part.partition("\n")
+            capfd.readouterr()
+            assert main(shlex.split(command)[1:]) == 0
+            assert missing_line(shown, capfd.readouterr().out) == ""
+            ran += 1
+    assert ran == 4
+
+
+def test_its_columns_are_those_of_the_shards() -> None:
+    table = PAGE.partition("| column |")[2].partition("\n\n")[0]
+    named = [
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+    ]
+    assert named == SCHEMA.names
+
+
+def test_its_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)", PAGE):
+        assert (ROOT / "docs" / link).exists(), link
