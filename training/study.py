@@ -71,6 +71,10 @@ class Done:
             and (run.batch_size, run.learning_rate) == (setting.size, setting.learning_rate)
         ]
 
+    def accuracies(self, source: str, objective: ObjectiveConfig, batch: int) -> list[float]:
+        """Of `comparison`, on the test images."""
+        return [result.accuracy for result in self.comparison(source, objective, batch)]
+
     def convergence(self, source: str, alpha: float) -> list[ConvergenceResult]:
         """Curves of a data set and share of cross-entropy, in the order of seeds."""
         return [

@@ -122,7 +122,7 @@ def _falling(
     deltas = {label: difference(largest[label], smallest[label]) for label in labels}
     signs = [delta.sign for delta in deltas.values()]
     return Weighed(
-        claim=f"Accuracy falls from batch {sizes[0]} to batch {sizes[-1]}",
+        claim=f"Accuracy falls from batch {sizes[0]} to batch {sizes[-1]}, each at the learning rate paired with it",
         verdict=_verdict(holds=max(signs) == -1, fails=max(signs) == 1),
         why=_by_sign(deltas, {1: "rises", -1: "falls"}),
     )
@@ -175,6 +175,11 @@ class SpeedUp:
     low: float
     high: float
 
+    @property
+    def sign(self) -> Literal[-1, 0, 1]:
+        """1 for faster, -1 for slower, 0 when the interval holds 1."""
+        return 1 if self.low > 1 else -1 if self.high < 1 else 0
+
     def __str__(self) -> str:
         return f"{self.factor:.2f} times as fast (95 %: {self.low:.2f} to {self.high:.2f})"
 
@@ -192,3 +197,35 @@ def speed_up(alone_SL: NDArray[np.float64], joint_SL: NDArray[np.float64]) -> Sp
     return SpeedUp(
         factor=math.exp(log.mean), low=math.exp(log.mean - log.half_width), high=math.exp(log.mean + log.half_width)
     )
+
+
+def speeds_said(
+    levels: Sequence[float], alone_SL: NDArray[np.float64], joint_SL: NDArray[np.float64]
+) -> tuple[str, str]:
+    """Whether joint learning is faster, and how much, over all levels and to each.
+
+    What is decided over all levels is no answer where single levels are decided both ways: then it says so.
+    """
+    overall = speed_up(alone_SL, joint_SL)
+    if overall is None:
+        return "not decided", "no level was reached by every seed of both"
+    each = {
+        level: found
+        for at, level in enumerate(levels)
+        if (found := speed_up(alone_SL[:, [at]], joint_SL[:, [at]])) is not None
+    }
+    faster, slower = ([level for level, found in each.items() if found.sign == sign] for sign in (1, -1))
+    if faster and slower:
+        said = f"yes to {_listed(faster)}, no to {_listed(slower)}"
+    else:
+        said = {1: "yes", -1: "no, slower", 0: "not decided"}[overall.sign]
+    words = {1: ", faster", -1: ", slower", 0: ""}
+    by_level = "; ".join(
+        f"{level:.0%} {found.factor:.2f} ({found.low:.2f} to {found.high:.2f}{words[found.sign]})"
+        for level, found in each.items()
+    )
+    return said, f"{overall}, over the levels that every seed of both reached. By level: {by_level}"
+
+
+def _listed(levels: Sequence[float]) -> str:
+    return " and ".join(f"{level:.0%}" for level in levels)

@@ -87,6 +87,11 @@ class ConvergenceConfig(Section):
     """Accuracies whose first reaching is timed; those that cross-entropy does not reach with every seed have no
     factor."""
 
+    @property
+    def shares(self) -> list[float]:
+        """Of cross-entropy: all of it, then `alphas`, falling."""
+        return [1.0, *sorted(self.alphas, reverse=True)]
+
 
 class PublishedAccuracy(Section):
     """What others reached, shown beside ours."""
@@ -144,7 +149,7 @@ class Study(Section):
     @model_validator(mode="after")
     def _tells_apart(self) -> Self:
         listed: tuple[tuple[str, list[str]], ...] = (
-            ("data", [part.source for part in self.data]),
+            ("data", self.sources),
             ("objectives", [objective.label for objective in self.objectives]),
             ("batches", [batch.label for batch in self.batches]),
             ("convergence.alphas", [f"{alpha:g}" for alpha in self.convergence.alphas]),
@@ -174,6 +179,11 @@ class Study(Section):
         """Places of the batch settings that are not beside, by rising size."""
         places = [place for place, batch in enumerate(self.batches) if not batch.beside]
         return sorted(places, key=lambda place: self.batches[place].size)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the data sets."""
+        return [data.source for data in self.data]
 
     @property
     def baseline(self) -> str:

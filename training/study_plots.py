@@ -63,41 +63,45 @@ def accuracy_plot(
 
 
 def embedding_plot(columns: Sequence[tuple[str, Sequence[tuple[str, Sample | None]]]]) -> bytes:
-    """A column an objective: its embedding in the plane at the first setting, and its distances at each.
+    """A column an objective; for each setting its embedding in the plane, and its distances below.
 
     Each column is a label and, for each setting, the setting's name and the sample; None: no numbers any more.
     """
     settings = [name for name, _ in columns[0][1]]
-    rows = 1 + len(settings)
-    figure = Figure(figsize=(2.15 * len(columns) + 0.6, 2.1 * rows), dpi=105, layout="constrained")
+    rows = 2 * len(settings)
+    figure = Figure(figsize=(2.15 * len(columns) + 0.6, 2.0 * rows), dpi=105, layout="constrained")
     grid = figure.subplots(rows, len(columns), squeeze=False)
-    edges = np.linspace(0, 2, BINS + 1)
     for at, (label, samples) in enumerate(columns):
-        _scatter(grid[0][at], samples[0][1])
         grid[0][at].set_title(label, fontsize=11)
-        for row, (setting, sample) in enumerate(samples, 1):
-            axes = grid[row][at]
-            axes.set(xlim=(0, 2), yticks=[], xticks=[0, 0.5, 1, 1.5, 2])
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            if sample is None:
-                axes.text(1, 0.5, "no longer numbers", ha="center", fontsize=9)
-            else:
-                for pairs, colour in ((sample.matching, MATCH), (sample.non_matching, NON_MATCH)):
-                    density = np.asarray(pairs) / max(sum(pairs), 1)
-                    axes.stairs(density / max(density.max(), 1e-9), edges, color=colour, fill=True, alpha=0.3)
-                    axes.stairs(density / max(density.max(), 1e-9), edges, color=colour, linewidth=1.2)
+        for row, (setting, sample) in enumerate(samples):
+            plane, distances = grid[2 * row][at], grid[2 * row + 1][at]
+            _scatter(plane, sample)
+            _densities(distances, sample)
             if at == 0:
-                axes.set_ylabel(f"batch {setting}\ndensity of pairs", fontsize=9)
-            axes.tick_params(labelsize=9, labelbottom=row == rows - 1)
-            if row == rows - 1:
-                axes.set_xlabel("distance", fontsize=9)
-    grid[0][0].set_ylabel(f"batch {settings[0]}\n1st and 2nd component", fontsize=9)
+                plane.set_ylabel(f"batch {setting}\n1st and 2nd component", fontsize=9)
+                distances.set_ylabel(f"batch {setting}\ndensity of pairs", fontsize=9)
+            if row == len(samples) - 1:
+                distances.set_xlabel("distance", fontsize=9)
     kinds = [
         Patch(facecolor=(*to_rgb(colour), 0.3), edgecolor=colour, label=label)
         for colour, label in ((MATCH, "matching pairs"), (NON_MATCH, "non-matching pairs"))
     ]
     figure.legend(handles=kinds, loc="outside lower center", ncols=2, fontsize=11, frameon=False)
     return _small(figure)
+
+
+def _densities(axes: Axes, sample: Sample | None) -> None:
+    axes.set(xlim=(0, 2), yticks=[], xticks=[0, 0.5, 1, 1.5, 2])
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=9)
+    if sample is None:
+        axes.text(1, 0.5, "no longer numbers", ha="center", fontsize=9)
+        return
+    edges = np.linspace(0, 2, BINS + 1)
+    for pairs, colour in ((sample.matching, MATCH), (sample.non_matching, NON_MATCH)):
+        density = np.asarray(pairs) / max(sum(pairs), 1)
+        axes.stairs(density / max(density.max(), 1e-9), edges, color=colour, fill=True, alpha=0.3)
+        axes.stairs(density / max(density.max(), 1e-9), edges, color=colour, linewidth=1.2)
 
 
 def _scatter(axes: Axes, sample: Sample | None) -> None:
@@ -112,11 +116,30 @@ def _scatter(axes: Axes, sample: Sample | None) -> None:
         at = int(label)
         colour, marker = COLOURS[1:][at % 7], ("o", "^")[at // 7 % 2]
         axes.scatter(own_N2[:, 0], own_N2[:, 1], s=7, color=colour, marker=marker, alpha=0.6, linewidths=0)
-    for label in classes:
-        x, y = np.median(position_N2[labels_N == label], axis=0)
-        axes.text(x, y, str(label), fontsize=11, weight="bold", ha="center", va="center", path_effects=_HALO)
+    axes.margins(0.08)
     axes.set_aspect("equal", adjustable="datalim")
+    reach = max(float(np.ptp(position_N2, axis=0).max()), 1e-6)
+    medians_I2 = np.array([np.median(position_N2[labels_N == label], axis=0) for label in classes])
+    for label, (x, y) in zip(classes, apart(medians_I2, gap=0.1 * reach), strict=True):
+        axes.text(x, y, str(label), fontsize=11, weight="bold", ha="center", va="center", path_effects=_HALO)
     axes.set_xlabel(f"{sum(sample.variance):.0%} of variance", fontsize=9)
+
+
+def apart(place_I2: NDArray[np.float64], *, gap: float) -> NDArray[np.float64]:
+    """Places [I, 2] near to the given ones with `gap` between any two: pairs that are nearer push each other off."""
+    place_I2 = np.array(place_I2, dtype=np.float64)
+    # Points that coincide have no direction to part in: each is given one of its own, too short to be seen.
+    turn_I = 2 * np.pi * np.arange(len(place_I2)) / max(len(place_I2), 1)
+    place_I2 += 1e-3 * gap * np.column_stack([np.cos(turn_I), np.sin(turn_I)])
+    for _ in range(500):
+        step_II2 = place_I2[:, None] - place_I2[None]
+        dist_II = np.linalg.norm(step_II2, axis=2)
+        np.fill_diagonal(dist_II, np.inf)
+        lack_II = np.maximum(1.02 * gap - dist_II, 0)
+        if dist_II.min() >= gap:
+            break
+        place_I2 += 0.5 * ((lack_II / dist_II)[:, :, None] * step_II2).sum(axis=1)
+    return place_I2
 
 
 def convergence_plot(
@@ -145,10 +168,15 @@ def convergence_plot(
 
 
 def _percent_axis(axes: Axes) -> None:
-    """Ticks of an error on a logarithmic axis, as percentages at 1, 2, 3, 5 and so on."""
+    """Ticks of an error on a logarithmic axis, as percentages at 1, 2, 3, 5 and so on; closer where these are few."""
     low, high = axes.get_ylim()
-    ticks = [digit * 10.0**power for power in (-4, -3, -2, -1) for digit in (1, 1.5, 2, 3, 5, 7)] + [1.0]
-    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    coarse = (1, 1.5, 2, 3, 5, 7)
+    for digits in (coarse, (1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)):
+        ticks = [digit * 10.0**power for power in (-4, -3, -2, -1) for digit in digits] + [1.0]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) > 4:
+            break
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:g}"))
     axes.set_ylim(low, high)

@@ -12,28 +12,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from training.losses_pairs import contrastive_loss
-from training.springs import Settled, loss_and_slope, resting_place, settle
 from training.study import Done, write_atomically
-from training.study_claims import difference, epochs_to, speed_up, weigh
-from training.study_config import ObjectiveConfig, Study
-from training.study_plots import accuracy_plot, convergence_plot, embedding_plot, settling_plot, springs_plot
+from training.study_claims import difference, epochs_to, speeds_said, weigh
+from training.study_config import Study
+from training.study_pictures import pictures
 from training.study_run import ComparisonResult, ComparisonRun, ConvergenceRun
 
 COLLAPSED = 0.1
 """Test embeddings whose root mean square distance from their centre is smaller are called collapsed."""
 
-_GAP = 0.4
-"""Between the two fixed points of the picture of one point between them."""
-
 
 def write_report(done: Done, out: Path, *, hardware: str) -> None:
     """Write README.md, runs.csv, convergence.csv and the pictures. Raises StorageFailed."""
-    pictures = _pictures(done)
-    for name, picture in pictures.items():
+    for name, picture in pictures(done).items():
         write_atomically(out / name, picture)
     write_atomically(out / "runs.csv", _runs_csv(done))
     write_atomically(out / "convergence.csv", _convergence_csv(done))
@@ -52,16 +45,16 @@ def _readme(done: Done, hardware: str) -> str:
         "## Accuracy",
         "Test accuracy in percent, mean ± standard deviation of the seeds.",
     ]
-    for source in _sources(study):
+    for source in study.sources:
         parts += [f"### {source}", _accuracy_table(done, source)]
     parts += [_collapses(done), "![Test error by batch setting](accuracy.png)"]
     parts += ["## What the numbers say of the claims", _claims_note(study)]
-    for source in _sources(study):
+    for source in study.sources:
         parts += [f"### {source}", _claims(done, source)]
     parts += ["## The embeddings", _EMBEDDINGS_NOTE]
-    parts += [f"![Embeddings of {source}](embeddings_{source}.png)" for source in _sources(study)]
+    parts += [f"![Embeddings of {source}](embeddings_{source}.png)" for source in study.sources]
     parts += ["## Does contrast speed convergence up?", _convergence_note(study)]
-    for source in _sources(study):
+    for source in study.sources:
         parts += [f"### {source}", _convergence_table(done, source), _convergence_answer(done, source)]
     parts += ["![Test error by epochs](convergence.png)", "## Losses as springs", _SPRINGS_NOTE]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -69,10 +62,6 @@ def _readme(done: Done, hardware: str) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-
-
-def _sources(study: Study) -> list[str]:
-    return [data.source for data in study.data]
 
 
 def _method(study: Study) -> str:
@@ -97,10 +86,6 @@ def _epoch_count(epochs: int) -> str:
     return f"{epochs} epoch{'' if epochs == 1 else 's'}"
 
 
-def _results(done: Done, source: str, objective: ObjectiveConfig, batch: int) -> list[float]:
-    return [result.accuracy for result in done.comparison(source, objective, batch)]
-
-
 def _accuracy_table(done: Done, source: str) -> str:
     study = done.study
     published = [row for row in study.published if row.data == source]
@@ -111,7 +96,7 @@ def _accuracy_table(done: Done, source: str) -> str:
     for objective in study.objectives:
         cells = [objective.label]
         for batch in range(len(study.batches)):
-            accuracies = np.array(_results(done, source, objective, batch))
+            accuracies = np.array(done.accuracies(source, objective, batch))
             cells.append(f"{100 * accuracies.mean():.2f} ± {100 * accuracies.std(ddof=1):.2f}")
         for size in sizes:
             found = [row.accuracy for row in published if (row.objective, row.batch) == (objective.label, size)]
@@ -123,7 +108,7 @@ def _accuracy_table(done: Done, source: str) -> str:
 def _collapses(done: Done) -> str:
     """Where embeddings ended as one point, or as no numbers."""
     said = []
-    for source in _sources(done.study):
+    for source in done.study.sources:
         for place, batch in enumerate(done.study.batches):
             for objective in done.study.objectives:
                 results = done.comparison(source, objective, place)
@@ -155,7 +140,7 @@ def _claims_note(study: Study) -> str:
 def _claims(done: Done, source: str) -> str:
     study = done.study
     accuracies = [
-        {objective.label: _results(done, source, objective, place) for objective in study.objectives}
+        {objective.label: done.accuracies(source, objective, place) for objective in study.objectives}
         for place in study.paired
     ]
     sizes = [study.batches[place].size for place in study.paired]
@@ -173,20 +158,28 @@ def _beside(done: Done, source: str) -> list[str]:
         if not batch.beside or not pairs:
             continue
         rate = study.batches[pairs[-1]].learning_rate
-        deltas = []
-        for objective in study.objectives:
-            other, usual = (_results(done, source, objective, at) for at in (place, pairs[-1]))
-            deltas.append(f"{objective.label} ({difference(other, usual).points()})")
-        lines.append(
+        least = study.paired[0]
+        lines += [
             f"- **Batch {batch.size} at {batch.learning_rate:g} instead of {rate:g}** changes accuracy by: "
-            f"{', '.join(deltas)}."
-        )
+            f"{_changes(done, source, place, pairs[-1])}.",
+            f"- **Batch {batch.label} instead of {study.batches[least].label}** changes it by: "
+            f"{_changes(done, source, place, least)}. So much of the fall is left at a rate within reach of Adam.",
+        ]
     return lines
 
 
+def _changes(done: Done, source: str, place: int, instead_of: int) -> str:
+    return ", ".join(
+        f"{objective.label} ({difference(other, usual).points()})"
+        for objective in done.study.objectives
+        for other, usual in [[done.accuracies(source, objective, at) for at in (place, instead_of)]]
+    )
+
+
 _EMBEDDINGS_NOTE = (
-    "Test images of seed 0. Above: on the first two principal components, with the number of each class at its median. "
-    "Below: densities of the distances of matching and of non-matching pairs, each scaled to its own peak."
+    "Test images of seed 0, two rows a batch setting. Above: on the first two principal components, with the number of "
+    "each class at its median, or beside it where others stand there. Below: densities of the distances of matching "
+    "and of non-matching pairs, each scaled to its own peak."
 )
 
 
@@ -199,10 +192,6 @@ def _convergence_note(study: Study) -> str:
         "epochs to the first reaching of an accuracy, linear between measurements, mean ± standard deviation of the "
         "seeds; in brackets how many seeds reached it, where not all did."
     )
-
-
-def _alphas(study: Study) -> list[float]:
-    return [1.0, *sorted(study.convergence.alphas, reverse=True)]
 
 
 def _epochs(done: Done, source: str, alpha: float) -> NDArray[np.float64]:
@@ -225,7 +214,7 @@ def _shown(done: Done, source: str) -> list[int]:
 def _convergence_table(done: Done, source: str) -> str:
     levels, shown = done.study.convergence.levels, _shown(done, source)
     rows = []
-    for alpha in _alphas(done.study):
+    for alpha in done.study.convergence.shares:
         epochs_SL = _epochs(done, source, alpha)
         cells = ["cross-entropy alone" if alpha == 1 else f"α = {alpha:g}"]
         for place in shown:
@@ -249,18 +238,14 @@ def _convergence_table(done: Done, source: str) -> str:
 def _convergence_answer(done: Done, source: str) -> str:
     study, lines = done.study, []
     shown = _shown(done, source)
+    levels = [study.convergence.levels[place] for place in shown]
     alone_SL = _epochs(done, source, 1.0)[:, shown]
     final = [run.curve[-1][1] for run in done.convergence(source, 1.0)]
-    for alpha in _alphas(study)[1:]:
-        faster = speed_up(alone_SL, _epochs(done, source, alpha)[:, shown])
+    for alpha in study.convergence.shares[1:]:
+        said, how = speeds_said(levels, alone_SL, _epochs(done, source, alpha)[:, shown])
         gain = difference([run.curve[-1][1] for run in done.convergence(source, alpha)], final)
-        if faster is None:
-            said, how = "not decided", "no level was reached by every seed of both"
-        else:
-            said = "yes" if faster.low > 1 else "no, slower" if faster.high < 1 else "not decided"
-            how = f"{faster}, over the levels that every seed of both reached"
         ends = {1: "better", -1: "worse", 0: "not decidedly other"}[gain.sign]
-        lines.append(f"- **α = {alpha:g}: {said}.** {how}; in the end {ends} ({gain.points()} points).")
+        lines.append(f"- **α = {alpha:g}: {said}.** {how}. In the end {ends} ({gain.points()} points).")
     return "\n".join(lines)
 
 
@@ -279,95 +264,6 @@ A point that a fixed match holds and a fixed non-match, `gap` beyond it, pushes 
 
 Let go in thick oil, the points of a class come together, and classes rest m apart or farther: as far as the last push
 sent them, since beyond m nothing pulls them back."""
-
-
-def _pictures(done: Done) -> dict[str, bytes]:
-    study = done.study
-    order = [*study.paired, *(place for place in range(len(study.batches)) if place not in study.paired)]
-    errors = {
-        source: {
-            objective.label: [
-                (1 - float(np.mean(values)), float(np.std(values, ddof=1)))
-                for place in order
-                for values in [_results(done, source, objective, place)]
-            ]
-            for objective in study.objectives
-        }
-        for source in _sources(study)
-    }
-    pictures = {
-        "accuracy.png": accuracy_plot(
-            errors, [study.batches[place].label for place in order], paired=len(study.paired)
-        ),
-        "convergence.png": convergence_plot(
-            {
-                source: {
-                    "cross-entropy alone" if alpha == 1 else f"α = {alpha:g}": _curves(done, source, alpha)
-                    for alpha in _alphas(study)
-                }
-                for source in _sources(study)
-            }
-        ),
-        "springs.png": _springs_picture(),
-        "settling.png": _settling_picture(),
-    }
-    for source in _sources(study):
-        pictures[f"embeddings_{source}.png"] = embedding_plot(
-            [
-                (
-                    objective.label,
-                    [
-                        (study.batches[place].label, done.comparison(source, objective, place)[0].sample)
-                        for place in study.paired
-                    ],
-                )
-                for objective in study.objectives
-            ]
-        )
-    return pictures
-
-
-def _curves(done: Done, source: str, alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    curves = np.array([run.curve for run in done.convergence(source, alpha)])
-    return curves[0, :, 0], 1 - curves[:, :, 1]
-
-
-def _springs_picture(margin: float = 1.0) -> bytes:
-    def energy(dist_P: torch.Tensor, is_match_P: torch.Tensor) -> torch.Tensor:
-        return contrastive_loss(dist_P, is_match_P, margin=margin)
-
-    def force(dist_G: torch.Tensor, *, is_match: bool) -> NDArray[np.float64]:
-        """To the right on a point at the right of the other."""
-        forces: NDArray[np.float64] = -loss_and_slope(energy, dist_G, torch.full(dist_G.shape, is_match))[1].numpy()
-        return forces
-
-    dist_G = torch.linspace(0, 1.5, 301, dtype=torch.float64)
-    matching, non_matching = (
-        loss_and_slope(energy, dist_G, torch.full(dist_G.shape, is_match)) for is_match in (True, False)
-    )
-    place_G = torch.linspace(0, 1, 201, dtype=torch.float64)
-    return springs_plot(
-        dist_G.numpy(),
-        np.stack([matching[0].numpy(), non_matching[0].numpy()]),
-        np.stack([matching[1].numpy(), non_matching[1].numpy()]),
-        margin=margin,
-        line=(place_G.numpy(), force(place_G, is_match=True), force(place_G + _GAP, is_match=False)),
-        gap=_GAP,
-        rest=resting_place(_GAP, margin=margin),
-    )
-
-
-def _settling_picture(margin: float = 1.0) -> bytes:
-    settled, identities_N = example_of_springs(margin=margin)
-    return settling_plot(settled.path_TN2.numpy(), settled.energy_T.numpy(), identities_N.numpy(), margin=margin)
-
-
-def example_of_springs(*, margin: float) -> tuple[Settled, torch.Tensor]:
-    """Eighteen points of three classes, thrown together, and their springs let go."""
-    generator = torch.Generator().manual_seed(0)
-    identities_N = torch.arange(18) % 3
-    points_N2 = 0.5 * torch.randn(18, 2, generator=generator, dtype=torch.float64)
-    return settle(points_N2, identities_N, margin=margin), identities_N
 
 
 def _runs_csv(done: Done) -> str:
@@ -391,8 +287,8 @@ def _runs_csv(done: Done) -> str:
 def _convergence_csv(done: Done) -> str:
     runs = [run for run in done.runs if isinstance(run, ConvergenceRun)]
     rows: list[list[object]] = []
-    for source in _sources(done.study):
-        for alpha in _alphas(done.study):
+    for source in done.study.sources:
+        for alpha in done.study.convergence.shares:
             seeds = [run.seed for run in runs if run.data.source == source and run.alpha == alpha]
             for seed, result in zip(seeds, done.convergence(source, alpha), strict=True):
                 rows += [[source, f"{alpha:g}", seed, f"{epoch:.4f}", f"{at:.4f}"] for epoch, at in result.curve]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from training.study_claims import difference, epochs_to, speed_up, weigh
+from training.study_claims import difference, epochs_to, speed_up, speeds_said, weigh
 from training.study_config import ClaimsConfig
 
 CLAIMS = ClaimsConfig(
@@ -119,3 +119,17 @@ def test_the_speed_up_is_a_geometric_mean_over_levels_that_all_reach() -> None:
     assert wide.factor == pytest.approx(1)
     assert wide.low < 1 < wide.high
     assert speed_up(np.full((2, 1), nan), np.ones((2, 1))) is None
+
+
+def test_a_speed_up_that_turns_with_the_level_is_said_so() -> None:
+    alone_SL = np.array([[1.0, 2.0, 4.0], [1.1, 2.1, 4.1], [0.9, 2.2, 4.3]])
+    noise_S1 = np.array([[1.0], [1.01], [0.99]])
+    joint_SL = alone_SL * noise_S1 / np.array([2.0, 1.0, 0.5])
+    said, how = speeds_said([0.8, 0.82, 0.9], alone_SL, joint_SL)
+    assert said == "yes to 80%, no to 90%"
+    assert "80% 2.00 (1.95 to 2.05, faster)" in how
+    assert "90% 0.50 (0.49 to 0.51, slower)" in how
+    assert speeds_said([0.8], alone_SL[:, :1], joint_SL[:, :1])[0] == "yes"
+    assert speeds_said([0.9], alone_SL[:, 2:], joint_SL[:, 2:])[0] == "no, slower"
+    assert speeds_said([0.82], alone_SL[:, 1:2], joint_SL[:, 1:2])[0] == "not decided"
+    assert speeds_said([0.8], np.full((3, 1), math.nan), joint_SL[:, :1])[0] == "not decided"
