@@ -42,9 +42,17 @@ View = Literal[
     "mirror-rotate-90",
     "mirror-rotate-180",
     "mirror-rotate-270",
+    "shift-left",
+    "shift-right",
+    "shift-up",
+    "shift-down",
+    "mirror-shift-left",
+    "mirror-shift-right",
+    "mirror-shift-up",
+    "mirror-shift-down",
 ]
-"""A copy of an image: turned anticlockwise by so many degrees, or with left and right exchanged, or the latter and then
-the former."""
+"""A copy of an image: turned anticlockwise by so many degrees, with left and right exchanged, moved by a tenth of its
+side, or exchanged first and then turned or moved."""
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

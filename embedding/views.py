@@ -15,21 +15,38 @@ from torch import Tensor
 
 from embedding.images import Pixels, View
 
-_CHANGES: dict[View, Callable[[Pixels], Pixels]] = {
-    "as-is": lambda pixels: pixels,
+_SHIFT = 0.1
+"""Share of the side that a shifted view is moved by."""
+
+
+def _moved(pixels: Pixels, *, right: int, down: int) -> Pixels:
+    """The same, moved by so many tenths of the side; what comes in repeats the edge."""
+    height, width = pixels.shape[-2:]
+    row_H = np.clip(np.arange(height) - down * round(_SHIFT * height), 0, height - 1)
+    column_W = np.clip(np.arange(width) - right * round(_SHIFT * width), 0, width - 1)
+    return pixels[..., row_H[:, None], column_W]
+
+
+_TURNS: dict[str, Callable[[Pixels], Pixels]] = {
     "rotate-90": lambda pixels: np.rot90(pixels, 1, axes=(-2, -1)),
     "rotate-180": lambda pixels: np.rot90(pixels, 2, axes=(-2, -1)),
     "rotate-270": lambda pixels: np.rot90(pixels, 3, axes=(-2, -1)),
-    "mirror": lambda pixels: pixels[..., ::-1],
-    "mirror-rotate-90": lambda pixels: np.rot90(pixels[..., ::-1], 1, axes=(-2, -1)),
-    "mirror-rotate-180": lambda pixels: np.rot90(pixels[..., ::-1], 2, axes=(-2, -1)),
-    "mirror-rotate-270": lambda pixels: np.rot90(pixels[..., ::-1], 3, axes=(-2, -1)),
+    "shift-left": lambda pixels: _moved(pixels, right=-1, down=0),
+    "shift-right": lambda pixels: _moved(pixels, right=1, down=0),
+    "shift-up": lambda pixels: _moved(pixels, right=0, down=-1),
+    "shift-down": lambda pixels: _moved(pixels, right=0, down=1),
 }
 
 
 def view_of(pixels: Pixels, view: View) -> Pixels:
-    """The same pixels [..., H, W] in a view: turned anticlockwise by quarters, or left and right exchanged, or both."""
-    return _CHANGES[view](pixels)
+    """The same pixels [..., H, W] in a view: left and right exchanged, turned anticlockwise by quarters, moved by a
+    tenth of the side, or the first and then one of the others."""
+    if view == "as-is":
+        return pixels
+    mirrored, turn = view.startswith("mirror"), view.removeprefix("mirror").removeprefix("-")
+    if mirrored:
+        pixels = pixels[..., ::-1]
+    return _TURNS[turn](pixels) if turn else pixels
 
 
 def views_of(pixels_BCHW: Pixels, views: Sequence[View]) -> Pixels:

@@ -50,6 +50,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, make_bundle: MakeBundle) ->
     return make_bundle(tmp_path_factory.mktemp("bundle") / "b")
 
 
+@pytest.mark.parametrize(
+    ("view", "column", "row"), [("shift-left", -2, 0), ("shift-right", 2, 0), ("shift-up", 0, -2), ("shift-down", 0, 2)]
+)
+def test_a_shifted_view_is_moved_by_a_tenth_and_repeats_its_edge(view: View, column: int, row: int) -> None:
+    """Of 16 pixels a tenth is 2; a crop of the image padded by NumPy is the oracle."""
+    pixels_BCHW = random_pixels(2, channels=3)
+    wide_BCHW = np.pad(pixels_BCHW, ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
+    expected_BCHW = wide_BCHW[..., 2 - row : 18 - row, 2 - column : 18 - column]
+    assert (view_of(pixels_BCHW, view) == expected_BCHW).all()
+    mirrored = view_of(pixels_BCHW[..., ::-1], view)
+    mirror_view: View = f"mirror-{view}"  # type: ignore[assignment]
+    assert (view_of(pixels_BCHW, mirror_view) == mirrored).all()
+
+
 @pytest.mark.parametrize("view", OPERATIONS)
 def test_a_view_is_what_its_name_says(view: View) -> None:
     pixels_BCHW = random_pixels(2, channels=3)
