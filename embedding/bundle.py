@@ -258,12 +258,14 @@ def recalibrated(
 
 def fingerprint(architecture: Architecture, preprocessing: Preprocessing, weights: bytes) -> str:
     """SHA-256, in hexadecimal, over everything that an embedding depends on."""
-    later = {"views", "join_views"}  # named only where they change something, so that older bundles keep theirs
-    is_plain = preprocessing.views == ("as-is",)
+    # Fields that came later are named only where they change something, so that older bundles keep their fingerprint.
+    unused = {"views", "join_views"} if preprocessing.views == ("as-is",) else set()
+    if preprocessing.size_normalisation is None:
+        unused.add("size_normalisation")
     described = json.dumps(
         {
             "architecture": architecture.model_dump(mode="json"),
-            "preprocessing": preprocessing.model_dump(mode="json", exclude=later if is_plain else None),
+            "preprocessing": preprocessing.model_dump(mode="json", exclude=unused),
             "weights": hashlib.sha256(weights).hexdigest(),
         },
         sort_keys=True,

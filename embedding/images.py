@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,15 @@ BAND_PIXELS = 2**20
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff"})
 """File name endings, in lower case, under which images are looked for in folders and archives."""
+
+_STANDS_OUT = 64
+"""Grey levels by which a pixel differs from the background at least, to count as part of what is drawn on it."""
+
+_NORMAL_SHARE = 0.8
+"""Of the image's side: the longer side of what is drawn, once its size is normalised."""
+
+_MOST_ENLARGED = 3.0
+"""A dot stays a dot."""
 
 Pixels = NDArray[np.uint8]
 
@@ -162,7 +172,11 @@ class Preprocessing(BaseModel):
     fit: Literal["stretch", "pad", "crop"] = "stretch"
     """How a rectangle becomes a square: stretched, padded with `background`, or cropped at the centre."""
     background: Annotated[int, Field(ge=0, le=255)] = 255
-    """Grey level of the padding."""
+    """Grey level of the padding, and of what `size_normalisation` takes for empty."""
+    size_normalisation: Annotated[float, Field(ge=0, le=1)] | None = None
+    """For drawings and cut-out things on a plain background: what stands out from it is moved to the middle and brought
+    near to one size, its longer side four fifths of the image's: all the way at 1, by the square root of that factor
+    at 0.5, not at all at 0. It takes the place of `fit`. None leaves images as they are."""
     mean: tuple[float, ...] = (0.5,)
     """Per channel, subtracted after scaling to [0, 1]; a single value serves every channel."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
@@ -199,6 +213,8 @@ class Preprocessing(BaseModel):
 
     def _square(self, image: Image.Image) -> Image.Image:
         size = (self.image_size, self.image_size)
+        if self.size_normalisation is not None:
+            return self._normalised(image, self.size_normalisation)
         if image.size == size:
             return image
         if self.fit == "pad":
@@ -207,3 +223,33 @@ class Preprocessing(BaseModel):
         if self.fit == "crop":
             return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
         return image.resize(size, Image.Resampling.BILINEAR)
+
+    def _normalised(self, image: Image.Image, exponent: float) -> Image.Image:
+        """A square around what stands out from the background; the whole image where nothing does."""
+        stands_out = [255 * (abs(level - self.background) >= _STANDS_OUT) for level in range(256)]
+        left, upper, right, lower = image.point(stands_out * len(image.getbands())).getbbox() or (0, 0, *image.size)
+        longest = max(image.size)
+        factor = min((_NORMAL_SHARE * longest / max(right - left, lower - upper)) ** exponent, _MOST_ENLARGED)
+        side = longest / factor
+        source_left, source_upper = 0.5 * (left + right - side), 0.5 * (upper + lower - side)
+        columns = _inside(source_left, image.width, side, self.image_size)
+        rows = _inside(source_upper, image.height, side, self.image_size)
+        square = Image.new(image.mode, (self.image_size, self.image_size), (self.background,) * len(image.getbands()))
+        if len(columns) and len(rows):
+            pixel = side / self.image_size
+            box = (
+                max(0.0, source_left + columns.start * pixel),
+                max(0.0, source_upper + rows.start * pixel),
+                min(image.width, source_left + columns.stop * pixel),
+                min(image.height, source_upper + rows.stop * pixel),
+            )
+            seen = image.resize((len(columns), len(rows)), Image.Resampling.BILINEAR, box=box)
+            square.paste(seen, (columns.start, rows.start))
+        return square
+
+
+def _inside(start: float, size: int, side: float, pixels: int) -> range:
+    """Which of `pixels`, laid over `side` from `start` on, lie wholly within [0, size]."""
+    pixel = side / pixels
+    first = math.ceil(max(0.0, -start) / pixel - 1e-9)
+    return range(first, min(pixels, math.floor((size - start) / pixel + 1e-9)))

@@ -158,3 +158,58 @@ def test_stretching_uses_the_whole_image(picture: Image.Image) -> None:
 def test_mean_must_fit_the_channels() -> None:
     with pytest.raises(ValueError, match="mean takes 1 or 3 values"):
         Preprocessing(image_size=20, channels=3, mean=(0.5, 0.5))
+
+
+def drawing(size: int, *boxes: tuple[int, int, int, int]) -> Image.Image:
+    """Black boxes on white, each left, upper, right, lower."""
+    image = Image.new("L", (size, size), 255)
+    for box in boxes:
+        image.paste(0, box)
+    return image
+
+
+def box_of(pixels_CHW: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero((pixels_CHW < 128).any(axis=0))
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("place", [(0, 0), (10, 70), (75, 30)])
+def test_a_drawing_is_brought_to_one_place_and_size(place: tuple[int, int], channels: int) -> None:
+    left, upper = place
+    seen = []
+    for width, height in ((10, 25), (20, 50)):
+        image = drawing(125, (left, upper, left + width, upper + height))
+        seen.append(Preprocessing(image_size=100, channels=channels, size_normalisation=1).pixels(image))
+    assert box_of(seen[0])[1::2] == pytest.approx((20, 80), abs=1)  # enlarged three times, and no more
+    assert box_of(seen[1]) == pytest.approx((34, 10, 66, 90), abs=1)  # four fifths of the side, in the middle
+
+
+@pytest.mark.parametrize(("share", "side"), [(0, 20), (0.5, 40), (1, 60)])
+def test_size_is_normalised_as_far_as_it_is_asked_for(share: float, side: int) -> None:
+    image = drawing(100, (5, 50, 25, 70))
+    pixels = Preprocessing(image_size=100, channels=1, size_normalisation=share).pixels(image)
+    middle = (50 - side / 2, 50 - side / 2, 50 + side / 2, 50 + side / 2)
+    assert box_of(pixels) == pytest.approx(middle, abs=1)
+
+
+def test_what_touches_the_edges_is_made_smaller_and_stands_on_the_background() -> None:
+    image = Image.new("L", (100, 80), 30)
+    image.paste(255, (0, 40, 100, 80))
+    pixels = Preprocessing(image_size=50, channels=1, size_normalisation=1, background=30).pixels(image)
+    assert box_of(255 - pixels) == pytest.approx((5, 17, 45, 33), abs=1)
+    assert (pixels[0, :15] == 30).all()
+
+
+def test_a_long_strip_is_not_made_a_square_of_its_own_side() -> None:
+    """That would take 25 terabytes."""
+    image = Image.new("L", (5_000_000, 2), 255)
+    image.paste(0, (5, 0, 10, 2))
+    assert Preprocessing(image_size=32, channels=1, size_normalisation=0).pixels(image).shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(60, 60), (60, 30), (7, 200)])
+def test_an_empty_image_is_its_background(size: tuple[int, int]) -> None:
+    pixels = Preprocessing(image_size=40, channels=1, size_normalisation=0.5).pixels(Image.new("L", size, 250))
+    assert pixels.shape == (1, 40, 40)
+    assert (pixels >= 250).all()
