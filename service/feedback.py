@@ -11,10 +11,10 @@ import grpc
 
 from embedding.errors import InvalidInput, NotFound
 from embedding.feedback import MAX_TEXT, Feedback
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
 from lookalike.v1 import common_pb2, feedback_pb2_grpc
 from lookalike.v1 import feedback_pb2 as pb
-from service import parse, wire
+from service import pages, parse, wire
 from service.errors import translated_errors
 from service.feedback_store import FeedbackStore, Kept
 from service.once import Once, gone_already, token_of
@@ -68,10 +68,10 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             size, after = parse.page_size(request.page_size), _after(request.page_token)
             model = parse.model_name(request.model, "model") if request.model else ""
             found = await self._serving.current.run(self._store.page, after, size + 1, model)
-            return pb.ListFeedbackResponse(
-                feedback=[_message(number, each) for number, each in found[:size]],
-                next_page_token=page_token_after(str(found[size - 1][0])) if len(found) > size else "",
+            shown, following = pages.page(
+                found, size, lambda pair: _message(*pair), lambda pair: str(pair[0]), most=pages.most_bytes()
             )
+            return pb.ListFeedbackResponse(feedback=shown, next_page_token=following)
 
     async def DeleteFeedback(self, request: pb.DeleteFeedbackRequest, context: Context) -> pb.DeleteFeedbackResponse:
         async with translated_errors(context):

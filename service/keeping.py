@@ -11,10 +11,10 @@ from google.protobuf import empty_pb2
 
 from embedding.errors import InvalidInput
 from index import GalleryEngine
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
 from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
 from lookalike.v1 import upkeep_pb2 as pb
-from service import errors, parse, upkeep, wire
+from service import errors, pages, parse, upkeep, wire
 from service.call import principal
 from service.errors import translated_errors
 from service.once import Once, gone_already, token_of
@@ -96,10 +96,8 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token)
             copies = await serving.run(serving.engine.shelf.list, gallery_id)
             found = [copy for copy in copies if copy.id > after]
-            return pb.ListSnapshotsResponse(
-                snapshots=[wire.snapshot(copy) for copy in found[:size]],
-                next_page_token=page_token_after(found[size - 1].id) if len(found) > size else "",
-            )
+            shown, following = pages.page(found, size, wire.snapshot, lambda copy: copy.id, most=pages.most_bytes())
+            return pb.ListSnapshotsResponse(snapshots=shown, next_page_token=following)
 
     async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: Context) -> pb.DeleteSnapshotResponse:
         async with translated_errors(context):
@@ -170,11 +168,8 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
                 each for each in self._operations.all() if done in {None, each.done} and caller.allows(each.target)
             ]
             start = next((i + 1 for i, each in enumerate(every) if each.id == after), 0)
-            page = every[start : start + size]
-            return operations_pb2.ListOperationsResponse(
-                operations=[_told(each) for each in page],
-                next_page_token=page_token_after(page[-1].id) if start + size < len(every) else "",
-            )
+            shown, following = pages.page(every[start:], size, _told, lambda each: each.id, most=pages.most_bytes())
+            return operations_pb2.ListOperationsResponse(operations=shown, next_page_token=following)
 
     async def DeleteOperation(
         self, request: operations_pb2.DeleteOperationRequest, context: Context

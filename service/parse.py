@@ -26,6 +26,8 @@ from service.writes import PARTS, Draft
 DEFAULT_PAGE = 50
 MAX_EXCLUDED = 1000
 """Most items that a search is told to leave out."""
+READ_FOR_A_MESSAGE = 2
+"""What may be read of metadata, as JSON, for one message, in messages: long numbers take half as much when sent."""
 MAX_RAW = 100_000
 """Largest parameter of an index structure."""
 INDEX_FIELDS = ("min_recall", "structure", "memory_bytes", "vectors")
@@ -126,8 +128,11 @@ def scope(
     with wrong:
         wanted = effort(request.effort, f"{path}effort") if request.HasField("effort") else None
     wrong.check()
+    told = request.read_mask.paths
     return Scope(
         gallery=gallery,
+        metadata=not told or "metadata" in told or "*" in told,
+        most_bytes=READ_FOR_A_MESSAGE * limits().message_bytes,
         point=operating_point(request.operating_point) if request.HasField("operating_point") else LEARNED_MARGIN,
         allowed=allowed,
         effort=wanted,

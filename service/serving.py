@@ -9,8 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import grpc
 
-from embedding.errors import LookalikeError, NotFound, NotReady
-from index import Deadline
+from embedding.errors import LookalikeError, NotFound, NotReady, ResponseTooLarge
+from index import Deadline, Found
 from service.batching import Batcher, Bounds
 from service.call import CURRENT, Call
 from service.calls import Hook
@@ -99,7 +99,14 @@ class AsyncEngine:
         """The answer to a search as `form` makes it: `ask`, for which those that are quick are asked together."""
         if is_quick(question, self.engine):  # a search by a given embedding, then
             return await self.together.ask(question, form)
-        return await self.ask(question, lambda found: form([found])[0], deadline=deadline)
+
+        def formed(found: Found) -> bytes:
+            (response,) = form([found])
+            if isinstance(response, ResponseTooLarge):
+                raise response
+            return response
+
+        return await self.ask(question, formed, deadline=deadline)
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool. Raises Overloaded."""
