@@ -78,21 +78,21 @@ class Violations:
 
 def image(message: common_pb2.ImageInput, path: str) -> Source:
     """Where the image comes from; `Unusable` when that was not said, so that in a batch it fails alone."""
+    try:
+        model = model_name(message.model, f"{path}.model") if message.model else ""
+    except InvalidInput as error:
+        return Unusable(error=error)
     match message.WhichOneof("source"):
         case "encoded":
-            return EncodedImage(data=message.encoded, path=f"{path}.encoded")
+            return EncodedImage(data=message.encoded, path=f"{path}.encoded", model=model)
         case "embedding":
-            try:
-                made_by = model_name(message.model, f"{path}.model") if message.model else ""
-            except InvalidInput as error:
-                return Unusable(error=error)
-            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding", model=made_by)
+            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding", model=model)
         case "item":
             try:
                 gallery, item = item_name(message.item, f"{path}.item")
             except InvalidInput as error:
                 return Unusable(error=error)
-            return StoredItem(gallery=gallery, item=item, path=f"{path}.item")
+            return StoredItem(gallery=gallery, item=item, path=f"{path}.item", model=model)
         case _:
             return Unusable(
                 error=InvalidInput(f"{path} is required: set one of encoded, item and embedding", field=path)

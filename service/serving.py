@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +18,7 @@ from service.engine import Answer, Engine, Question
 from service.pool import Pool
 from service.questions import Search, is_quick
 from service.settings import Settings
-from service.sources import distinct_images
+from service.sources import Source, StoredItem, distinct_images
 from service.stages import Work
 from service.together import Form, Together
 from service.watch import ModelWatch
@@ -204,9 +204,29 @@ class Serving(Hook):
         names = ", ".join(repr(each.engine.bundle.name) for each in line_up)
         raise NotFound(f"no model {model!r} is loaded; loaded are {names}", field="model")
 
-    async def of(self, name: str) -> AsyncEngine:
-        """The engine of the model of this gallery or alias; the current one where none fits, which then says why."""
-        line_up = self._ready()
+    @property
+    def taken(self) -> tuple[AsyncEngine, ...]:
+        """Every engine, the current one first, in use until the running call ends. Raises NotReady."""
+        return tuple(map(self._taken, self._ready()))
+
+    async def of_items(self, sources: Iterable[Source], line_up: Sequence[AsyncEngine] | None = None) -> AsyncEngine:
+        """The engine of the model of the gallery that the first stored item among these lies in, out of `line_up`.
+
+        The current one where there is none, or where no model fits, which then says why.
+        """
+        line_up = line_up or self._ready()
+        if len(line_up) > 1:
+            for source in sources:
+                if isinstance(source, StoredItem):
+                    return await self.of(source.gallery, line_up)
+        return self._taken(line_up[0])
+
+    async def of(self, name: str, line_up: Sequence[AsyncEngine] | None = None) -> AsyncEngine:
+        """The engine of the model of this gallery or alias, out of `line_up` or of all that answer now.
+
+        The current one where none fits, which then says why.
+        """
+        line_up = line_up or self._ready()
         current = self._taken(line_up[0])
         if len(line_up) == 1:
             return current
