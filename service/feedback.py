@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import grpc
 
-from embedding.errors import InvalidInput, NotFound
+from embedding.errors import InvalidInput
 from embedding.feedback import MAX_TEXT, Feedback
 from index.items import name_of_page_token
 from lookalike.v1 import common_pb2, feedback_pb2_grpc
@@ -17,6 +17,7 @@ from lookalike.v1 import feedback_pb2 as pb
 from service import pages, parse, wire
 from service.errors import translated_errors
 from service.feedback_store import FeedbackStore, Kept
+from service.made_decisions import Known, check_made, gathered
 from service.once import Once, gone_already, token_of
 from service.rollout import Rollout
 from service.serving import Serving
@@ -25,6 +26,8 @@ MAX_CASES = 1024
 """Most cases of one RecordFeedback."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_NOT_FOUND_YET = "0" * 64
 
 _NAME = re.compile(r"feedback/([1-9][0-9]{0,17})")
 
@@ -49,17 +52,20 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         async with translated_errors(context):
             parse.check_batch(request.feedback, most=MAX_CASES, path="feedback")
             serving = self._serving.current
-            known = {model.described.name: model.described.fingerprint for model in await self._rollout.models()}
+            here = [(each.name, each.fingerprint, each.calibration) for each in await self._rollout.described()]
             read: list[Feedback] = []
             wrong = parse.Violations()
             for i, each in enumerate(request.feedback):
                 with wrong:
-                    read.append(_read(each, f"feedback[{i}]", known))
+                    read.append(_read(each, f"feedback[{i}]"))
             wrong.check()
             _check_distinct(read)
 
             def record() -> pb.RecordFeedbackResponse:
-                return pb.RecordFeedbackResponse.FromString(self._store.record(read, _recorded, token_of(request)))
+                known = gathered([*here, *self._store.calibrations({each.model for each in read})])
+                checked = _checked(request.feedback, read, known)
+                answer = self._store.record(checked, _recorded, token_of(request), calibrations=here)
+                return pb.RecordFeedbackResponse.FromString(answer)
 
             return await serving.run(record)
 
@@ -90,7 +96,20 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             )
 
 
-def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback:
+def _checked(messages: Sequence[pb.Feedback], read: Sequence[Feedback], known: Mapping[str, Known]) -> list[Feedback]:
+    """The feedback with the fingerprint of its model. Raises NotFound and InvalidInput for decisions never made."""
+    checked: list[Feedback] = []
+    wrong = parse.Violations()
+    for i, (message, each) in enumerate(zip(messages, read, strict=True)):
+        with wrong:
+            fingerprint = check_made(message.decision, each.model, f"feedback[{i}].decision", known)
+            checked.append(each.model_copy(update={"fingerprint": fingerprint}))
+    wrong.check()
+    return checked
+
+
+def _read(message: pb.Feedback, path: str) -> Feedback:
+    """What is said in the message, by a model whose fingerprint is still to be found."""
     decision, wrong = message.decision, parse.Violations()
     for field, is_wrong, accepted in (
         (
@@ -118,15 +137,9 @@ def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback
     with wrong:
         model = parse.model_name(decision.model, f"{path}.decision.model")
     wrong.check()
-    if model not in known:
-        raise NotFound(
-            f"no model {model!r} here; there are {', '.join(sorted(known))}; put the bundle that decided into the "
-            "folder of models",
-            field=f"{path}.decision.model",
-        )
     return Feedback(
         case_id=message.case_id,
-        fingerprint=known[model],
+        fingerprint=_NOT_FOUND_YET,
         model=model,
         calibration=decision.calibration,
         distance=decision.distance,
@@ -143,7 +156,7 @@ def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback
 def _check_distinct(feedback: Sequence[Feedback]) -> None:
     seen: dict[tuple[str, str], int] = {}
     for i, each in enumerate(feedback):
-        first = seen.setdefault((each.fingerprint, each.case_id), i)
+        first = seen.setdefault((each.model, each.case_id), i)
         if first != i:
             raise InvalidInput(
                 f"case {each.case_id[:80]!r} comes twice in one request, first as feedback[{first}]; keep one of them",
