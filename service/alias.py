@@ -47,11 +47,11 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
     async def ListAliases(self, request: pb.ListAliasesRequest, context: Context) -> pb.ListAliasesResponse:
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
-            after = name_of_page_token(request.page_token)
+            after = name_of_page_token(request.page_token, "aliases")
             aliases = self._serving.current.engine.aliases.all().items()
             found = [pair for pair in aliases if pair[0] > after and all(map(principal().allows, pair))]
             shown, following = pages.page(
-                found, size, lambda pair: wire.alias(*pair), lambda pair: pair[0], most=pages.most_bytes()
+                "aliases", found, size, lambda pair: wire.alias(*pair), lambda pair: pair[0], most=pages.most_bytes()
             )
             return pb.ListAliasesResponse(aliases=shown, next_page_token=following)
 

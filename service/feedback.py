@@ -75,7 +75,12 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             model = parse.model_name(request.model, "model") if request.model else ""
             found = await self._serving.current.run(self._store.page, after, size + 1, model)
             shown, following = pages.page(
-                found, size, lambda pair: _message(*pair), lambda pair: str(pair[0]), most=pages.most_bytes()
+                "feedback",
+                found,
+                size,
+                lambda pair: _message(*pair),
+                lambda pair: str(pair[0]),
+                most=pages.most_bytes(),
             )
             return pb.ListFeedbackResponse(feedback=shown, next_page_token=following)
 
@@ -191,7 +196,7 @@ def _message(number: int, known: Feedback) -> pb.Feedback:
 
 
 def _after(page_token: str) -> int:
-    name = name_of_page_token(page_token)
+    name = name_of_page_token(page_token, "feedback")
     if name and not name.isdecimal():
         raise InvalidInput("page_token is not one that this listing returned; leave it out", field="page_token")
     return int(name or 0)

@@ -104,7 +104,7 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
             serving = self._serving.current
-            after, most = name_of_page_token(request.page_token), pages.most_bytes()
+            after, most = name_of_page_token(request.page_token, "galleries"), pages.most_bytes()
             return await serving.run(_page, serving.engine.catalog, principal(), size, after, most)
 
     async def DeleteGallery(self, request: pb.DeleteGalleryRequest, context: Context) -> pb.DeleteGalleryResponse:
@@ -397,7 +397,7 @@ async def _imported(
 def _page(catalog: GalleryCatalog, caller: Principal, size: int, after: str, most: int) -> pb.ListGalleriesResponse:
     following = [gallery for gallery in wire.galleries(catalog) if gallery.name > after]
     found = [gallery for gallery in following if caller.allows(gallery.name.removeprefix("galleries/"))]
-    shown, next_page = pages.page(found, size, lambda each: each, lambda each: each.name, most=most)
+    shown, next_page = pages.page("galleries", found, size, lambda each: each, lambda each: each.name, most=most)
     return pb.ListGalleriesResponse(galleries=shown, next_page_token=next_page)
 
 

@@ -35,10 +35,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         async with translated_errors(context):
-            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token)
+            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, "models")
             found = [model for model in await self._rollout.models() if model.described.name > after]
             shown, following = pages.page(
-                found, size, wire.model, lambda model: model.described.name, most=pages.most_bytes()
+                "models", found, size, wire.model, lambda model: model.described.name, most=pages.most_bytes()
             )
             return pb.ListModelsResponse(models=shown, next_page_token=following)
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from embedding.errors import Busy, Cancelled, LookalikeError, NotFound, RequestIdReused
@@ -84,6 +84,7 @@ class Operations:
         self._futures: dict[str, Future[None]] = {}
         self._asked: dict[str, tuple[bytes, str]] = {}  # by request id: what for, and the operation
         self._changing = threading.Lock()
+        self._newest = datetime.fromtimestamp(0, UTC)
 
     def begun(self, token: Token | None) -> Operation[Any] | None:
         """The operation that this very request has begun; None when it has not. Raises RequestIdReused."""
@@ -102,7 +103,6 @@ class Operations:
 
         Raises Busy when too many wait, and RequestIdReused.
         """
-        operation: Operation[R] = Operation(uuid.uuid4().hex, verb, target, datetime.now(UTC))
         with self._changing:
             if (same := self.begun(token)) is not None:
                 return same
@@ -111,6 +111,7 @@ class Operations:
                 raise Busy(f"{len(running)} operations are running or waiting; try again when some have ended")
             for each in [each for each in self._operations.values() if each.done][: -(MAX_KEPT - MAX_WAITING)]:
                 self._forget(each.id)
+            operation: Operation[R] = Operation(uuid.uuid4().hex, verb, target, self._created())
             if token is not None:
                 self._asked[token.id] = (token.digest, operation.id)
                 operation.request_id = token.id
@@ -144,6 +145,11 @@ class Operations:
         for operation in self.all():
             operation.cancel()
         self._pool.shutdown()
+
+    def _created(self) -> datetime:
+        """Now, and later than any before: lists continue by it."""
+        self._newest = max(datetime.now(UTC), self._newest + timedelta(microseconds=1))
+        return self._newest
 
     def _forget(self, operation_id: str) -> None:
         operation = self._operations.pop(operation_id, None)

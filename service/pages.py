@@ -23,9 +23,12 @@ def most_bytes() -> int:
 
 
 def page(
-    found: Sequence[T], size: int, form: Callable[[T], M], name_of: Callable[[T], str], *, most: int
+    kind: str, found: Sequence[T], size: int, form: Callable[[T], M], name_of: Callable[[T], str], *, most: int
 ) -> tuple[list[M], str]:
-    """What is `found` as messages, as many as a page takes, and the token of the next page, "" where none is left."""
+    """What is `found` as messages, as many as a page takes, and the token of the next page, "" where none is left.
+
+    `kind` in the plural says what is listed: a token of other things is refused.
+    """
     messages: list[M] = []
     taken = 0
     for each in found[:size]:
@@ -35,4 +38,4 @@ def page(
             break
         messages.append(message)
     left = len(messages) < len(found)
-    return messages, page_token_after(name_of(found[len(messages) - 1])) if left and messages else ""
+    return messages, page_token_after(name_of(found[len(messages) - 1]), kind) if left and messages else ""
