@@ -52,6 +52,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 "reindex",
                 gallery_id,
                 lambda tell: _gallery(upkeep.reindex(engine, gallery_id, settings, tell)),
+                builds=True,
                 token=token,
             )
             return pb.ReindexGalleryResponse(operation=_told(begun))
@@ -69,7 +70,12 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 await serving.run(migration.check_images)
                 return pb.MigrateGalleryResponse()
             begun = self._operations.start(
-                "migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)), token=token
+                "migrate",
+                migration.source_id,
+                lambda tell: _gallery(migration.run(tell)),
+                others=[request.gallery_id],
+                builds=True,
+                token=token,
             )
             return pb.MigrateGalleryResponse(operation=_told(begun))
 
