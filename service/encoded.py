@@ -54,7 +54,7 @@ def search_responses(
             try:
                 responses.append(formed.of(found))
             except ResponseTooLarge as error:
-                responses.append(error)
+                responses.append(error.with_traceback(None))  # which would keep all that was formed
         return responses
 
     return form
@@ -190,10 +190,13 @@ class _Answers:
         first = neighbors.first
         records = self._of_all(neighbors.decisions)[first : first + len(neighbors)]
         form = self._form
+        heads: list[bytes] | None
         try:
             heads = [item.formed[form] for item in neighbors.items]
         except KeyError:
-            heads = self._heads(neighbors.items)  # those that are kept already are small
+            heads = None
+        if heads is None:  # those that are kept already are small
+            heads = self._heads(neighbors.items)
         return list(map(add, heads, records))
 
     def _heads(self, items: Sequence[Entry]) -> list[bytes]:

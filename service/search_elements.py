@@ -62,7 +62,7 @@ class Searching:
                         yield response
                 return
             error.field = "config.k"
-            failed = Element(elements[0].id, [Unusable(error=error)])
+            failed = Element(elements[0].id, [Unusable(error=error.with_traceback(None))])
             responses = await self._answered([failed])
         size = sum(map(len, responses))
         call, room = CURRENT.get(), limits().answers

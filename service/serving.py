@@ -103,7 +103,10 @@ class AsyncEngine:
         def formed(found: Found) -> bytes:
             (response,) = form([found])
             if isinstance(response, ResponseTooLarge):
-                raise response
+                try:
+                    raise response
+                finally:
+                    del response  # or its traceback would keep it, and all that was found
             return response
 
         return await self.ask(question, formed, deadline=deadline)

@@ -4,6 +4,7 @@ as one. Over the wire, with items whose metadata is a large part of what a messa
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from google.protobuf import field_mask_pb2
 from structlog.testing import capture_logs
 
+from index import Found
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service.server import Server
 from service.settings import Settings
@@ -101,6 +103,28 @@ def test_searches_that_are_answered_together_fail_alone(stubs: Stubs) -> None:
     calls = [stubs.search.Search.future(search(k)) for k in (2, 12) * 8]
     codes = [call.code() for call in calls]
     assert codes == [grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT] * 8
+
+
+def test_what_was_found_for_a_refused_answer_is_freed_at_once(stubs: Stubs) -> None:
+    """And not when the collector finds it, which may be long after it has added up."""
+
+    def held() -> int:
+        return sum(type(each) is Found for each in gc.get_objects())
+
+    request = search(12)
+    request.query.CopyFrom(encoded(1))
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        for _ in range(8):
+            refused(stubs.search.Search, request)
+            refused(stubs.search.Search, search(12))
+            refused(stubs.search.BatchSearch, batch(10, 12, filter="name:*"))
+        stubs.search.Search(search(1))
+        assert held() - before <= 10  # of the last call, which may not have ended quite
+    finally:
+        gc.enable()
 
 
 def test_a_batch(stubs: Stubs) -> None:
