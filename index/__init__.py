@@ -19,6 +19,7 @@ from index.items import (
     Neighbor,
     Neighbors,
 )
+from index.telling import Telling, Unparsed, metadata_bytes
 
 __all__ = [
     "JSON",
@@ -44,4 +45,7 @@ __all__ = [
     "Progress",
     "Raw",
     "Recall",
+    "Telling",
+    "Unparsed",
+    "metadata_bytes",
 ]

@@ -17,8 +17,9 @@ from index.engine import Answers, Found
 from index.exact import Keys
 from index.items import Entry, Neighbors
 from index.snapshot import Answer, Search
+from index.telling import NAMES, Telling
 
-Read = Callable[[Sequence[int]], list[Entry]]
+Read = Callable[[Sequence[int], Telling], list[Entry]]
 """What is said of the items of these keys."""
 
 _AT_ONCE = 500  # entries read between two looks at the deadline: about 5 ms
@@ -31,12 +32,13 @@ def decided(
     judge: Judge,
     excluded: Sequence[frozenset[str]],
     read: Read,
+    telling: Telling,
     deadline: Deadline | None = None,
     *,
     all_of_them: bool = False,
 ) -> Answers:
     """The `most` nearest of each answer, without the names excluded for it; `truncated` where, of `all_of_them`, there
-    were more."""
+    were more. Raises ResponseTooLarge."""
     spare = int(all_of_them)
     parts = [_nearest(answer, most + len(names) + spare, read) for answer, names in zip(answers, excluded, strict=True)]
     if not parts:
@@ -45,7 +47,7 @@ def decided(
     keys_P, dist_P = (column[0] if len(parts) == 1 else np.concatenate(column) for column in zip(*parts, strict=True))
     order_P = _order(dist_P, counts_Q)
     keys_P, dist_P = keys_P[order_P], dist_P[order_P]
-    entries = _entries(keys_P.tolist(), read, deadline)
+    entries = _entries(keys_P.tolist(), read, telling, deadline)
     starts_Q = np.cumsum([0, *counts_Q]).tolist()
     rows_Q = [range(start, end) for start, end in pairwise(starts_Q)]
     if (dist_P[1:] == dist_P[:-1]).any() or max(counts_Q) > most or any(excluded):
@@ -79,7 +81,7 @@ def _nearest(answer: Answer, most: int, read: Read) -> tuple[Keys, Vectors]:
     farthest = np.partition(dist_R, most - 1)[most - 1]
     nearer_R, tied_R = np.flatnonzero(dist_R < farthest), np.flatnonzero(dist_R == farthest)
     if len(nearer_R) + len(tied_R) > most:
-        names = [entry.name for entry in read(keys_R[tied_R].tolist())]
+        names = _names(keys_R[tied_R].tolist(), read)
         tied_R = tied_R[sorted(range(len(names)), key=names.__getitem__)]
     kept_R = np.concatenate([nearer_R, tied_R[: most - len(nearer_R)]])
     return keys_R[kept_R], dist_R[kept_R]
@@ -92,14 +94,21 @@ def _order(dist_P: Vectors, counts_Q: Sequence[int]) -> NDArray[np.intp]:
     return np.lexsort((dist_P, np.repeat(np.arange(len(counts_Q)), counts_Q)))
 
 
-def _entries(keys: list[int], read: Read, deadline: Deadline | None) -> list[Entry]:
+def _names(keys: list[int], read: Read) -> list[str]:
+    """Of items of which few may be kept: their entries are not held together."""
+    return [
+        entry.name for start in range(0, len(keys), _AT_ONCE) for entry in read(keys[start : start + _AT_ONCE], NAMES)
+    ]
+
+
+def _entries(keys: list[int], read: Read, telling: Telling, deadline: Deadline | None) -> list[Entry]:
     if len(keys) <= _AT_ONCE:
-        return read(keys)
+        return read(keys, telling)
     entries: list[Entry] = []
     for start in range(0, len(keys), _AT_ONCE):
         if deadline and start:
             deadline.check()
-        entries += read(keys[start : start + _AT_ONCE])
+        entries += read(keys[start : start + _AT_ONCE], telling)
     return entries
 
 

@@ -26,6 +26,7 @@ from embedding.errors import LookalikeError
 from index.deadline import Deadline
 from index.items import MAX_MATCHES, Item, ModelRef, Neighbors
 from index.receipts import Receipt, Token
+from index.telling import Telling
 
 # What is asked
 
@@ -244,7 +245,8 @@ class GalleryEngine(Protocol):
     def is_quick(self, *, k: int, effort: Effort | None = None) -> bool:
         """Whether a search without a filter takes well under a millisecond and waits for no other machine."""
 
-    # Searching. All raise InvalidInput, InvalidVector, ModelMismatch, Cancelled, DeadlineExceeded.
+    # Searching. All raise InvalidInput, InvalidVector, ModelMismatch, Cancelled, DeadlineExceeded, and ResponseTooLarge
+    # where `telling` bounds what is read of items; it may be ignored by an engine that bounds it otherwise.
 
     def search(
         self,
@@ -256,6 +258,7 @@ class GalleryEngine(Protocol):
         allowed: Filter | None = None,
         exclude: Collection[str] = (),
         deadline: Deadline | None = None,
+        telling: Telling | None = None,
     ) -> Found:
         """The k nearest items that `allowed` accepts, but those named in `exclude`; all when there are fewer."""
 
@@ -270,6 +273,7 @@ class GalleryEngine(Protocol):
         exclude: Sequence[Collection[str]] | None = None,
         deadline: Deadline | None = None,
         threads: int | None = None,
+        telling: Telling | None = None,
     ) -> Answers:
         """`search` for each query, all at one generation, by `threads` threads, None for one a core.
 
@@ -286,6 +290,7 @@ class GalleryEngine(Protocol):
         allowed: Filter | None = None,
         exclude: Collection[str] = (),
         deadline: Deadline | None = None,
+        telling: Telling | None = None,
     ) -> Found:
         """All items at the judge's threshold or nearer; the nearest `limit` of them, and `truncated`, when more.
 

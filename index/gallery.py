@@ -50,6 +50,7 @@ from index.schema import create_tables
 from index.snapshot import Allowed, Snapshot
 from index.stats import stats_of
 from index.store import Delete, Purge, Upsert
+from index.telling import Telling
 from index.threads import CORES, limit_blas, searchers
 from index.verify import verify
 
@@ -143,6 +144,7 @@ class Gallery:
         allowed: Filter | None = None,
         exclude: Collection[str] = (),
         deadline: Deadline | None = None,
+        telling: Telling | None = None,
     ) -> Found:
         """The k nearest accepted items but those named in `exclude`, by rising (distance, name)."""
         check_count(k, MAX_K, field="k")
@@ -157,7 +159,8 @@ class Gallery:
         if search.ways and len(answer[0]) < min(enough, snapshot.size if rows is None else rows.size):
             search = snapshot.search(Exact(), enough, rows)
             (answer,) = search.nearest(query_D[None], enough, deadline)
-        (found,) = decided(search, [answer], k, judge, [excluded], self._live.store.entries, deadline)
+        read, telling = self._live.store.entries, telling or Telling()
+        (found,) = decided(search, [answer], k, judge, [excluded], read, telling, deadline)
         return found
 
     def search_batch(
@@ -171,6 +174,7 @@ class Gallery:
         exclude: Sequence[Collection[str]] | None = None,
         deadline: Deadline | None = None,
         threads: int | None = None,
+        telling: Telling | None = None,
     ) -> Answers:
         """`search` for each query, all at one generation, by `threads` threads, None for one a core."""
         check_count(k, MAX_K, field="k")
@@ -185,17 +189,17 @@ class Gallery:
         search = snapshot.search(self._effort(effort), enough, rows)
         exact = snapshot.search(Exact(), enough, rows) if search.ways else search
         wanted = min(enough, snapshot.size if rows is None else rows.size)
+        read, told = self._live.store.entries, telling or Telling()
 
         def answer(start: int, end: int) -> Answers:
             some_QD = queries_QD[start:end]
             answers = list(search.nearest(some_QD, enough, deadline))
-            read = self._live.store.entries
-            found = decided(search, answers, k, judge, excluded[start:end], read, deadline)
+            found = decided(search, answers, k, judge, excluded[start:end], read, told, deadline)
             for at, (keys_R, _) in enumerate(answers):
                 if len(keys_R) < wanted:  # the structure has not found as many as there are
                     again = exact.nearest(some_QD[at : at + 1], enough, deadline)
                     (found[at],) = decided(
-                        exact, again, k, judge, excluded[start + at : start + at + 1], read, deadline
+                        exact, again, k, judge, excluded[start + at : start + at + 1], read, told, deadline
                     )
             return found
 
@@ -219,6 +223,7 @@ class Gallery:
         allowed: Filter | None = None,
         exclude: Collection[str] = (),
         deadline: Deadline | None = None,
+        telling: Telling | None = None,
     ) -> Found:
         """Every accepted item at the judge's threshold or nearer; the nearest `limit` and `truncated` when more.
 
@@ -232,7 +237,8 @@ class Gallery:
         search = snapshot.search(effort or Exact(), None, rows)
         answer = search.within(query_D, judge.threshold, deadline)
         read, excluded = self._live.store.entries, [frozenset(exclude)]
-        (found,) = decided(search, [answer], limit, judge, excluded, read, deadline, all_of_them=True)
+        told = telling or Telling()
+        (found,) = decided(search, [answer], limit, judge, excluded, read, told, deadline, all_of_them=True)
         return found
 
     # Reading

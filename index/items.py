@@ -161,20 +161,28 @@ def metadata_json(metadata: Mapping[str, JSON], *, field: str = "metadata") -> s
     return text
 
 
-def page_token_after(last_name: str) -> str:
-    """An opaque token that continues a listing after `last_name`."""
-    return base64.urlsafe_b64encode(last_name.encode()).decode("ascii")
+def page_token_after(last_name: str, kind: str = "items") -> str:
+    """An opaque token that continues a listing of this kind after `last_name`."""
+    return base64.urlsafe_b64encode(f"{kind}:{last_name}".encode()).decode("ascii")
 
 
-def name_of_page_token(token: str) -> str:
-    """The name to continue after, "" for the first page, or InvalidInput."""
+def name_of_page_token(token: str, kind: str = "items") -> str:
+    """The name to continue a listing of this kind after, "" for the first page, or InvalidInput."""
+    if not token:
+        return ""
     try:
-        return base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode()
+        of, colon, name = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode().partition(":")
     except (binascii.Error, UnicodeError) as error:
         raise InvalidInput(
             "page_token is not one that a listing returned; leave it out to start from the first page",
             field="page_token",
         ) from error
+    if of != kind or not colon or not name:
+        raise InvalidInput(
+            f"page_token is not one that a list of {kind} returned; leave it out to start from the first page",
+            field="page_token",
+        )
+    return name
 
 
 def _shortened(text: str) -> str:

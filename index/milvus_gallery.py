@@ -45,6 +45,7 @@ from index.milvus_rows import WHOLE, Record
 from index.milvus_search import Answer, Asking
 from index.milvus_store import MilvusStore, no_item
 from index.schema import as_datetime
+from index.telling import Telling
 
 _WIDEST_PAGE = 1_000
 
@@ -100,6 +101,7 @@ class MilvusGallery:
         allowed: Filter | None = None,
         exclude: Collection[str] = (),
         deadline: Deadline | None = None,
+        telling: Telling | None = None,
     ) -> Found:
         """The k nearest accepted items but those named in `exclude`, by rising (distance, name); exact."""
         check_count(k, MAX_K, field="k")
@@ -121,6 +123,7 @@ class MilvusGallery:
         exclude: Sequence[Collection[str]] | None = None,
         deadline: Deadline | None = None,
         threads: int | None = None,
+        telling: Telling | None = None,
     ) -> Answers:
         """`search` for each query, all at one generation; Milvus's own threads do the work."""
         check_count(k, MAX_K, field="k")
@@ -145,6 +148,7 @@ class MilvusGallery:
         allowed: Filter | None = None,
         exclude: Collection[str] = (),
         deadline: Deadline | None = None,
+        telling: Telling | None = None,
     ) -> Found:
         """Every accepted item at the judge's threshold or nearer; the nearest `limit`, and `truncated`, when more."""
         check_count(limit, MAX_MATCHES, field="limit")

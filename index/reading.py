@@ -24,12 +24,15 @@ from index.items import Entry, Item, ModelRef
 from index.receipts import Token, find
 from index.remembered import Remembered
 from index.schema import as_datetime, check_tables
+from index.telling import Telling, metadata_of
 
 LIVING = "died IS NULL"
 
 _ENTRY = "key, name, identity, metadata, generation, updated_us"
 _ITEM = f"{_ENTRY}, embedding"
-_ENTRY_BYTES, _PARSED_BYTES = 600, 10  # that an entry takes in memory, and more for each byte of its metadata's text
+_BARE = "key, name, identity, '{}', generation, updated_us"
+_ENTRY_BYTES = 600  # that an entry takes in memory, but for its texts
+_PARSED_BYTES, _PARSED_MOST = 10, 2560  # for each character of metadata that is kept as values
 _KEYS_NAMED = 64  # in a statement, of which one for each number is prepared; more are sent as one value
 _ROWS_AT_ONCE = 4096
 _F4 = np.dtype("<f4")
@@ -74,6 +77,7 @@ class Reading:
         self._readers = Readers(path, pinned=self._own if pinned else None)
         self._is_pinned = pinned
         self._entries = Remembered[Entry]()
+        self._bare = Remembered[Entry]()
         try:
             with translated(path):
                 check_tables(self._own, path, read_only=read_only)
@@ -96,6 +100,7 @@ class Reading:
             self._own.execute("PRAGMA shrink_memory")
         self._readers.shrink()
         self._entries = Remembered[Entry]()
+        self._bare = Remembered[Entry]()
 
     @property
     def path(self) -> Path:
@@ -169,19 +174,26 @@ class Reading:
             count: int = row.fetchone()[0]
         return count
 
-    def entries(self, keys: Sequence[int]) -> list[Entry]:
-        """What is said of the item versions of these keys, the dead ones included while a snapshot shows them."""
-        self._readers.check_open()
-        return self._entries.all(keys, self._read_entries)
+    def entries(self, keys: Sequence[int], telling: Telling) -> list[Entry]:
+        """What is said of the item versions of these keys, the dead ones included while a snapshot shows them.
 
-    def _read_entries(self, keys: Sequence[int]) -> dict[int, tuple[Entry, int]]:
+        Raises ResponseTooLarge.
+        """
+        self._readers.check_open()
+        remembered = self._entries if telling.metadata else self._bare
+        return remembered.all(keys, lambda missing: self._read_entries(missing, telling))
+
+    def _read_entries(self, keys: Sequence[int], telling: Telling) -> dict[int, tuple[Entry, int]]:
+        columns = _ENTRY if telling.metadata else _BARE
+        found: dict[int, tuple[Entry, int]] = {}
         with self._readers.lend() as connection:
-            rows = connection.execute(
-                f"SELECT {_ENTRY} FROM items WHERE key IN {_among(keys)}", _given(keys)
-            ).fetchall()
-        if len(rows) != len(keys):
-            raise DamagedData(f"{self._path} has lost {len(keys) - len(rows)} items; restore it from a copy")
-        return {row[0]: (self._entry(row), _ENTRY_BYTES + _PARSED_BYTES * len(row[3])) for row in rows}
+            rows = connection.execute(f"SELECT {columns} FROM items WHERE key IN {_among(keys)}", _given(keys))
+            for row in rows:
+                telling.read(len(row[3]))
+                found[row[0]] = self._entry(row), _size(row)
+        if len(found) != len(keys):
+            raise DamagedData(f"{self._path} has lost {len(keys) - len(found)} items; restore it from a copy")
+        return found
 
     def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
@@ -279,7 +291,7 @@ class Reading:
             return Entry(
                 name=name,
                 identity=identity,
-                metadata={} if metadata == "{}" else json.loads(metadata),
+                metadata=metadata_of(metadata),
                 etag=self.etag(key),
                 generation=generation,
                 update_time=as_datetime(updated_us),
@@ -289,6 +301,13 @@ class Reading:
 
     def _damaged(self, name: str, error: Exception) -> DamagedData:
         return DamagedData(f"{self._path} holds item {name!r} damaged ({error}); restore it from a copy")
+
+
+def _size(row: EntryRow) -> int:
+    """Of an entry in memory, about."""
+    _, name, identity, metadata, *_ = row
+    values = min(_PARSED_BYTES * len(metadata), _PARSED_MOST)
+    return _ENTRY_BYTES + len(name) + len(identity or "") + len(metadata) + values
 
 
 def _among(keys: Sequence[int]) -> str:

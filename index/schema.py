@@ -136,7 +136,11 @@ def check_tables(connection: sqlite3.Connection, path: Path, *, read_only: bool)
 
 def now_us() -> int:
     """The time of day as the tables hold it."""
-    return (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+    return as_us(datetime.now(UTC))
+
+
+def as_us(moment: datetime) -> int:
+    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def as_datetime(us: int) -> datetime:

@@ -212,6 +212,8 @@ class Store(Reading):
         written = self._done(write)
         try:
             receipt.answer = receipt.form(written.items, len(written.died_R))
+        except LookalikeError:
+            raise
         except Exception as error:  # a mistake of the caller's, which must not end the writes of others
             raise LookalikeError("the answer cannot be formed") from error
         self._book.keep(receipt.token, receipt.answer)

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from lookalike._calls.kinds import Batch, Call
 from lookalike._retry import Patience, Retry, service_config
 from lookalike._secure import Access, Tls, from_environment
-from lookalike.errors import CallFailed, Unavailable, from_call
+from lookalike.errors import CallFailed, Unavailable, from_call, not_understood
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
@@ -137,10 +137,15 @@ class Configured:
             yield len(chunk), batch.call(chunk)
 
     def _failed(self, error: Any) -> CallFailed:
-        return from_call(error, target=self.target, timeout=self.timeout)
+        encrypted = self._access.credentials is not None
+        return from_call(error, target=self.target, timeout=self.timeout, encrypted=encrypted)
 
-    def _not_ready(self, seconds: float) -> Unavailable:
+    def _not_ready(self, seconds: float, details: str) -> Unavailable:
+        """`details` are those of a call that did not wait for a connection."""
+        encrypted = self._access.credentials is not None
+        advice = not_understood(details, self.target, encrypted=encrypted)
         return Unavailable(
-            f"{self.target} was not serving after {seconds:g} s; start it with `lookalike serve`, or wait longer",
+            f"{self.target} was not serving after {seconds:g} s"
+            + (f": {advice}" if advice else "; start it with `lookalike serve`, or wait longer"),
             code=grpc.StatusCode.UNAVAILABLE,
         )

@@ -28,6 +28,9 @@ E = TypeVar("E", bound=Message)
 
 _POLL_SECONDS = 0.1
 
+_LOOK_SECONDS = 1.0
+"""Spent at most on why there is no connection, by a call that does not wait for one."""
+
 
 class Transport(Configured):
     """Calls that block; may be used from several threads."""
@@ -95,7 +98,7 @@ class Transport(Configured):
         give_up = time.monotonic() + timeout
         while not self._serving_by(give_up):
             if time.monotonic() >= give_up:
-                raise self._not_ready(timeout)
+                raise self._not_ready(timeout, self._why_not())
             time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
@@ -148,6 +151,16 @@ class Transport(Configured):
         except grpc.RpcError:
             return False
         return call.parse(response)
+
+    def _why_not(self) -> str:
+        """gRPC's words for why no call gets through; empty where one does."""
+        call = is_serving()
+        try:
+            self._method(call)(call.request, timeout=_LOOK_SECONDS)
+        except grpc.RpcError as error:
+            ended: Any = error  # a grpc.Call too, which its type does not say
+            return ended.details() or ""
+        return ""
 
 
 class AsyncTransport(Configured):
@@ -220,7 +233,7 @@ class AsyncTransport(Configured):
         give_up = time.monotonic() + timeout
         while not await self._serving_by(give_up):
             if time.monotonic() >= give_up:
-                raise self._not_ready(timeout)
+                raise self._not_ready(timeout, await self._why_not())
             await asyncio.sleep(_POLL_SECONDS)
 
     async def close(self) -> None:
@@ -272,6 +285,14 @@ class AsyncTransport(Configured):
         except grpc.aio.AioRpcError:
             return False
         return call.parse(response)
+
+    async def _why_not(self) -> str:
+        call = is_serving()
+        try:
+            await self._method(call)(call.request, timeout=_LOOK_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return error.details() or ""
+        return ""
 
 
 def _answers(copy: asyncio.Task[bytes]) -> bool:

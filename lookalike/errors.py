@@ -116,6 +116,9 @@ _BY_CODE: dict[grpc.StatusCode, type[CallFailed]] = {
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
+_HUNG_UP = ("Socket closed", "Connection reset by peer", "Broken pipe", "Endpoint closing")
+
+
 class _EndedCall(Protocol):
     """What grpc.Call and grpc.aio.AioRpcError have in common."""
 
@@ -126,8 +129,8 @@ class _EndedCall(Protocol):
     def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
 
 
-def from_call(call: _EndedCall, *, target: str, timeout: float) -> CallFailed:
-    """The error of a call that ended with a status other than OK."""
+def from_call(call: _EndedCall, *, target: str, timeout: float, encrypted: bool = False) -> CallFailed:
+    """The error of a call that ended with a status other than OK, over TLS where it was `encrypted`."""
     code = call.code()
     rich = next((value for key, value in call.trailing_metadata() or () if key == _DETAILS_KEY), None)
     if isinstance(rich, bytes):
@@ -137,8 +140,10 @@ def from_call(call: _EndedCall, *, target: str, timeout: float) -> CallFailed:
             pass  # a proxy's own details; the plain status below says enough
     details = _one_line(call.details() or "")
     if code is grpc.StatusCode.UNAVAILABLE:
-        cause = details.rpartition(": ")[2]  # gRPC strings the causes together, the first cause last
-        message = f"no server answers at {target} ({cause}); start one with `lookalike serve`, or check the address"
+        cause = details.rpartition(": ")[2].rstrip("]")  # gRPC strings the causes together, the first cause last
+        message = not_understood(details, target, encrypted=encrypted) or (
+            f"no server answers at {target} ({cause}); start one with `lookalike serve`, or check the address"
+        )
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer within {timeout:g} s; give it longer or send less at once"
     elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
@@ -149,6 +154,42 @@ def from_call(call: _EndedCall, *, target: str, timeout: float) -> CallFailed:
     else:
         message = details or f"the call to {target} ended with {code.name}"
     return _BY_CODE.get(code, ServerError)(message, code=code)
+
+
+def not_understood(details: str, target: str, *, encrypted: bool) -> str:
+    """What to do where somebody listens at `target` and no connection comes about; "" for other reasons.
+
+    `details` are gRPC's words for a call that found no connection.
+    """
+    if "failed to connect" not in details:
+        return ""
+    if "WRONG_VERSION_NUMBER" in details:
+        return (
+            f"what listens at {target} does not speak TLS, and the client does; leave out tls (LOOKALIKE_TLS, "
+            "LOOKALIKE_TLS_CA, --tls, --tls-ca) where the network is trusted, or give the server a certificate"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return (
+            f"the certificate of {target} leads to no root that the client trusts; give its root as tls=Tls(ca=...) "
+            "(LOOKALIKE_TLS_CA, --tls-ca)"
+        )
+    if "Hostname Verification" in details:
+        return (
+            f"the certificate of {target} is for another name; give that name as tls=Tls(server_name=...) "
+            "(LOOKALIKE_TLS_SERVER_NAME, --tls-server-name) where you trust it"
+        )
+    if not any(sign in details for sign in _HUNG_UP):
+        return ""
+    if encrypted:
+        return (
+            f"{target} hangs up on the client; if it asks for a client certificate, give one as "
+            "tls=Tls(certificate=..., key=...) (LOOKALIKE_CLIENT_CERTIFICATE and LOOKALIKE_CLIENT_KEY, "
+            "--client-certificate and --client-key)"
+        )
+    return (
+        f"{target} hangs up on the client, which does not speak TLS; if the server does, give tls=Tls(ca=...) "
+        "(LOOKALIKE_TLS_CA, --tls-ca), or tls=True (LOOKALIKE_TLS, --tls) for a certificate of a public authority"
+    )
 
 
 def from_status(status: status_pb2.Status) -> CallFailed:

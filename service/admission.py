@@ -2,6 +2,9 @@
 
 Memory and waiting are bounded at three doors: calls and the bytes of their requests (`Admission`), images on their way
 through the encoder, and work of galleries. Work is refused at the first door that it meets and never half done.
+
+Answers are bounded one by one as they are formed (`encoded`, `pages`), by as many threads as form them at once, and
+all together from when they are formed until they are sent: `Admission.answers`.
 """
 
 from __future__ import annotations
@@ -97,6 +100,11 @@ class Room:
     def bytes(self) -> int:
         """How many bytes are held by all."""
         return self._bytes
+
+    @property
+    def most_bytes(self) -> int | None:
+        """How many bytes may be held; None for any number."""
+        return self._most_bytes
 
     @property
     def patient(self) -> int:
@@ -238,7 +246,9 @@ class Admission(Hook):
     The elements of streams are bounded by their windows (see `streams.py`).
     """
 
-    def __init__(self, *, most_calls: int, most_bytes: int) -> None:
+    def __init__(self, *, most_calls: int, most_bytes: int, most_answer_bytes: int) -> None:
+        self.answers = Room("answers", most=8 * most_calls, most_bytes=most_answer_bytes)
+        """Large answers, until they are sent, which may be long after their calls have ended here."""
         self.calls = Room("calls", most=most_calls)
         self.requests = Room("requests", most=2 * most_calls, most_bytes=most_bytes)
         self._tickets: dict[Call, list[Ticket]] = {}
@@ -249,6 +259,10 @@ class Admission(Hook):
     def received(self, call: Call, request: Message) -> None:
         if not call.streams:
             self._tickets[call].append(self.requests.enter(call.payer, 1, request.ByteSize()))
+
+    def answered(self, call: Call, size: int) -> None:
+        ticket = self.answers.enter(call.payer, 1, size)
+        call.context.add_done_callback(lambda _: ticket.close())  # type: ignore[arg-type]  # a class without a base
 
     def ended(self, call: Call, code: grpc.StatusCode) -> None:
         for ticket in self._tickets.pop(call, []):

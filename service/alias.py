@@ -6,10 +6,10 @@ from typing import Any
 
 import grpc
 
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
 from lookalike.v1 import alias_pb2 as pb
 from lookalike.v1 import alias_pb2_grpc
-from service import parse, wire
+from service import pages, parse, wire
 from service.call import principal
 from service.errors import translated_errors
 from service.once import Once, gone_already
@@ -47,13 +47,13 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
     async def ListAliases(self, request: pb.ListAliasesRequest, context: Context) -> pb.ListAliasesResponse:
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
-            after = name_of_page_token(request.page_token)
+            after = name_of_page_token(request.page_token, "aliases")
             aliases = self._serving.current.engine.aliases.all().items()
             found = [pair for pair in aliases if pair[0] > after and all(map(principal().allows, pair))]
-            return pb.ListAliasesResponse(
-                aliases=[wire.alias(*pair) for pair in found[:size]],
-                next_page_token=page_token_after(found[size - 1][0]) if len(found) > size else "",
+            shown, following = pages.page(
+                "aliases", found, size, lambda pair: wire.alias(*pair), lambda pair: pair[0], most=pages.most_bytes()
             )
+            return pb.ListAliasesResponse(aliases=shown, next_page_token=following)
 
     async def DeleteAlias(self, request: pb.DeleteAliasRequest, context: Context) -> pb.DeleteAliasResponse:
         async with translated_errors(context):

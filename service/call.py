@@ -6,6 +6,8 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
@@ -16,6 +18,7 @@ import grpc
 from service.principal import ANYBODY, Principal, Scope
 
 if TYPE_CHECKING:
+    from service.admission import Room
     from service.stages import Observer
 
 REQUEST_ID = "x-request-id"
@@ -71,6 +74,10 @@ class Limits:
     """Elements of a batch."""
     k: int = 10_000
     """Neighbours."""
+    message_bytes: int = 64 * 2**20
+    """Of one message that is sent."""
+    answers: Room | None = None
+    """Where large answers are held until they are sent; None for any number."""
     window: int = 256
     """Elements of a stream that are worked on together."""
     stream_bytes: StreamBytes = field(default_factory=lambda: StreamBytes(256 * 2**20))
@@ -158,6 +165,17 @@ def limits() -> Limits:
     """Of the call being served; the defaults outside of one."""
     call = CURRENT.get()
     return Limits() if call is None else call.limits
+
+
+@contextmanager
+def answer_held(size: int) -> Iterator[None]:
+    """Count this many bytes among those of answers that are not sent yet. Raises Overloaded."""
+    call, room = CURRENT.get(), limits().answers
+    if call is None or room is None:
+        yield
+        return
+    with room.enter(call.payer, 1, size):
+        yield
 
 
 def request_id() -> str:

@@ -16,12 +16,16 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from embedding.errors import InvalidInput
+from embedding.errors import InvalidInput, ResponseTooLarge
 from service import logs
 from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 
 _log = structlog.get_logger(__name__)
+
+
+LARGE = 16 * 1024
+"""Bytes of an answer from which on it is counted among those that are not sent yet."""
 
 
 class _Malformed:
@@ -41,6 +45,9 @@ class Hook:
     def received(self, call: Call, request: Message) -> None:
         """A request message was read: the only one, or the next of a stream."""
 
+    def answered(self, call: Call, size: int) -> None:
+        """A call's one answer is formed, takes these bytes, `LARGE` or more, and is about to be sent."""
+
     def ended(self, call: Call, code: grpc.StatusCode) -> None:
         """The call is over."""
 
@@ -52,6 +59,7 @@ class Calls:
         self._hooks = tuple(hooks)
         self._limits = limits or Limits()
         self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
+        self._holders = [hook for hook in hooks if type(hook).answered is not Hook.answered]
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -68,18 +76,22 @@ class Calls:
         """The handler of a method, with all that is done around each call."""
         # Typed for blocking servers only. All our methods answer with one message, or stream their answers.
         respond: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        serialize = _unless_formed(handler.response_serializer)
         if handler.unary_unary is not None:
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with _Counted(self, method, context) as call:
                     async with translated_errors(context):
                         self._received(call, request)
-                    return await respond(request, context)
+                        answer = serialize(await respond(request, context))
+                        self._check_size(answer)
+                        if len(answer) >= LARGE:
+                            for hook in self._holders:
+                                hook.answered(call, len(answer))
+                    return answer
 
             return grpc.unary_unary_rpc_method_handler(
-                served,
-                request_deserializer=_forgiving(handler.request_deserializer),
-                response_serializer=_unless_formed(handler.response_serializer),
+                served, request_deserializer=_forgiving(handler.request_deserializer)
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
@@ -90,13 +102,14 @@ class Calls:
                     async with translated_errors(context):
                         self._received(call, request)
                 async for response in respond(request, context):
-                    yield response
+                    answer = serialize(response)
+                    async with translated_errors(context):
+                        self._check_size(answer)
+                    yield answer
 
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
         made: grpc.RpcMethodHandler[Any, Any] = make(
-            streamed,
-            request_deserializer=_forgiving(handler.request_deserializer),
-            response_serializer=_unless_formed(handler.response_serializer),
+            streamed, request_deserializer=_forgiving(handler.request_deserializer)
         )
         return made
 
@@ -105,6 +118,14 @@ class Calls:
             raise InvalidInput("the message cannot be parsed; make it with the stubs of this API's version")
         for hook in self._receivers:
             hook.received(call, request)
+
+    def _check_size(self, answer: bytes) -> None:
+        """The last line: gRPC would end the call with an error that carries no reason, and we would count it OK."""
+        if len(answer) > self._limits.message_bytes:
+            raise ResponseTooLarge(
+                f"the answer takes {len(answer):,} bytes, and one message carries {self._limits.message_bytes:,} at "
+                "most; ask for less: a smaller page or batch, or fewer fields by read_mask. What the call wrote stays"
+            )
 
     async def _each_received(self, call: Call, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """The same requests; what a hook raises reaches the method, which ends the call with it."""

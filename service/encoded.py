@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedding.decision import VERDICTS, Decisions, Judge
-from embedding.errors import LookalikeError
-from index import Entry, Found, Neighbors
-from lookalike.v1 import common_pb2, search_pb2
+from embedding.errors import LookalikeError, ResponseTooLarge
+from index import Entry, Filter, Found, GalleryEngine, Neighbors
+from index.items import page_token_after
+from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service import errors, wire
 from service.parse import NEIGHBOR_FIELDS
 
@@ -27,25 +28,46 @@ from service.parse import NEIGHBOR_FIELDS
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 _ANSWER = search_pb2.Neighbors  # whose fields are those of SearchResponse
+
+_LISTED_AT_ONCE = 100
+"""Items of a page that are read together; their metadata may be large."""
+
+_FORMS_KEPT = 4
+"""Of one item, for as many kinds of question."""
+
+_HEAD_KEPT = 8 * 1024
+"""Bytes of the largest that is kept: gigabytes else, beside the entries that are counted."""
 _VERDICT_BYTES = np.array([wire.VERDICTS[verdict] for verdict in VERDICTS], np.uint8)
 
 
 @lru_cache(maxsize=256)
 def search_responses(
-    gallery_id: str, fields: frozenset[str] = NEIGHBOR_FIELDS
-) -> Callable[[Sequence[Found]], list[bytes]]:
-    """What forms SearchResponses; equal where it forms equal ones."""
+    gallery_id: str, fields: frozenset[str] = NEIGHBOR_FIELDS, *, most_bytes: int
+) -> Callable[[Sequence[Found]], list[bytes | ResponseTooLarge]]:
+    """What forms SearchResponses; equal where it forms equal ones. One of more than `most_bytes` fails alone."""
 
-    def form(answers: Sequence[Found]) -> list[bytes]:
-        of = _Answers(gallery_id, fields).of
-        return [of(found) for found in answers]
+    def form(answers: Sequence[Found]) -> list[bytes | ResponseTooLarge]:
+        formed = _Answers(gallery_id, fields, most_bytes)
+        responses: list[bytes | ResponseTooLarge] = []
+        for found in answers:
+            formed.begin()
+            try:
+                responses.append(formed.of(found))
+            except ResponseTooLarge as error:
+                responses.append(error.with_traceback(None))  # which would keep all that was formed
+        return responses
 
     return form
 
 
-def batch_response(outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str]) -> bytes:
-    """A BatchSearchResponse."""
-    return _results(outcomes, _Answers(gallery_id, fields))
+def batch_response(
+    outcomes: Sequence[Found | LookalikeError], gallery_id: str, fields: frozenset[str], *, most_bytes: int
+) -> bytes:
+    """A BatchSearchResponse. Raises ResponseTooLarge."""
+    response = _results(outcomes, _Answers(gallery_id, fields, most_bytes))
+    if len(response) > most_bytes:  # by its errors, and what stands between its results
+        raise _too_large(most_bytes)
+    return response
 
 
 def stream_responses(
@@ -53,12 +75,15 @@ def stream_responses(
     outcomes: Sequence[Found | LookalikeError],
     gallery_id: str,
     fields: frozenset[str],
+    *,
+    most_bytes: int,
 ) -> list[bytes]:
     """A StreamSearchResponse for each element, of which its id is known, and of how many images it has results.
 
-    An element of one image, or one that failed as a whole, has None for their number.
+    An element of one image, or one that failed as a whole, has None for their number. Raises ResponseTooLarge where
+    they take more than `most_bytes` together.
     """
-    answers, message = _Answers(gallery_id, fields), search_pb2.StreamSearchResponse
+    answers, message = _Answers(gallery_id, fields, most_bytes), search_pb2.StreamSearchResponse
     responses: list[bytes] = []
     left = iter(outcomes)
     for element, count in elements:
@@ -71,6 +96,8 @@ def stream_responses(
             responses.append(said + _field(message.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString()))
         else:
             responses.append(said + _field(message.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)))
+    if sum(map(len, responses)) > most_bytes:
+        raise _too_large(most_bytes)
     return responses
 
 
@@ -94,7 +121,7 @@ def match_responses(found: Neighbors, gallery_id: str, fields: frozenset[str], *
     responses: list[bytes] = []
     some: list[bytes] = []
     size = 0
-    for piece in _Answers(gallery_id, fields).pieces(Neighbors(found.items, here)):
+    for piece in _Answers(gallery_id, fields, None).pieces(Neighbors(found.items, here)):
         if some and size + len(piece) > most_bytes:
             responses.append(b"".join(some))
             some, size = [], 0
@@ -103,31 +130,84 @@ def match_responses(found: Neighbors, gallery_id: str, fields: frozenset[str], *
     return [*responses, b"".join(some)] if some else responses
 
 
+def item_page(
+    gallery: GalleryEngine,
+    size: int,
+    page_token: str,
+    allowed: Filter | None,
+    fields: frozenset[str],
+    *,
+    most_bytes: int,
+) -> bytes:
+    """A ListItemsResponse of `size` items, or of as many as `most_bytes` hold, at least one. Raises InvalidInput."""
+    message = gallery_pb2.ListItemsResponse
+    pieces: list[bytes] = []
+    taken, following = 0, page_token
+    while True:
+        at_once = min(size - len(pieces), _LISTED_AT_ONCE)
+        items, following = gallery.list(page_size=at_once, page_token=following, allowed=allowed)
+        for item in items:
+            said = wire.item_fields(item, gallery.id, fields).SerializeToString()
+            piece = _field(message.ITEMS_FIELD_NUMBER, said)
+            taken += len(piece)
+            if pieces and taken > most_bytes:
+                return b"".join([*pieces, _field(message.NEXT_PAGE_TOKEN_FIELD_NUMBER, page_token.encode())])
+            pieces.append(piece)
+            page_token = page_token_after(item.name)
+        if not following or len(pieces) == size:
+            end = message(next_page_token=following).SerializeToString()
+            return b"".join([*pieces, end])
+
+
 class _Answers:
     """Forms answers of one call; those that share their decisions share the work on these."""
 
-    def __init__(self, gallery_id: str, fields: frozenset[str]) -> None:
+    def __init__(self, gallery_id: str, fields: frozenset[str], most_bytes: int | None) -> None:
+        """All answers together may take `most_bytes`, None for any number."""
         self._gallery_id = gallery_id
         self._fields = fields
+        self._most = most_bytes
+        self._taken = 0
         self._decisions: Decisions | None = None
         self._records: list[bytes] = []
         self._form = _form(gallery_id, fields, 0)
         self._ends: dict[tuple[float, int, bool], bytes] = {}
 
+    def begin(self) -> None:
+        """What was formed so far is another message's."""
+        self._taken = 0
+
     def of(self, found: Found) -> bytes:
-        """Neighbors, or a SearchResponse."""
-        return b"".join([*self.pieces(found.neighbors), self._end(found)])
+        """Neighbors, or a SearchResponse. Raises ResponseTooLarge."""
+        answer = b"".join([*self.pieces(found.neighbors), self._end(found)])
+        self._taken += len(answer)
+        if self._most is not None and self._taken > self._most:
+            raise _too_large(self._most)
+        return answer
 
     def pieces(self, neighbors: Neighbors) -> list[bytes]:
         """Each neighbour as an element of a list of them."""
         first = neighbors.first
         records = self._of_all(neighbors.decisions)[first : first + len(neighbors)]
         form = self._form
+        heads: list[bytes] | None
         try:
             heads = [item.formed[form] for item in neighbors.items]
         except KeyError:
-            heads = [item.formed.get(form) or form.of(item) for item in neighbors.items]
+            heads = None
+        if heads is None:  # those that are kept already are small
+            heads = self._heads(neighbors.items)
         return list(map(add, heads, records))
+
+    def _heads(self, items: Sequence[Entry]) -> list[bytes]:
+        form, heads, size = self._form, [], self._taken
+        for item in items:
+            head = item.formed.get(form) or form.of(item)
+            size += len(head)
+            if self._most is not None and size > self._most:
+                raise _too_large(self._most)
+            heads.append(head)
+        return heads
 
     def _of_all(self, decisions: Decisions) -> list[bytes]:
         if decisions is not self._decisions:
@@ -149,6 +229,14 @@ class _Answers:
         return end
 
 
+def _too_large(most_bytes: int) -> ResponseTooLarge:
+    return ResponseTooLarge(
+        f"the answer takes more than {most_bytes:,} bytes, which is what one message carries; lower k, leave out "
+        "metadata by read_mask, or split the batch",
+        field="k",
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class _Form:
     """How items are said: the bytes of a neighbour before its decision, whose length is in them."""
@@ -158,14 +246,18 @@ class _Form:
     decision_bytes: int
 
     def of(self, item: Entry) -> bytes:
-        """Kept with the item."""
+        """Kept with the item, unless it is large."""
         said = search_pb2.Neighbor(
             item=wire.item_name(self.gallery_id, item.name) if "item" in self.fields else "",
             identity=item.identity or "" if "identity" in self.fields else "",
             metadata=wire.struct(item.metadata) if "metadata" in self.fields else None,
         ).SerializeToString()
         size = _varint(len(said) + self.decision_bytes)
-        formed = item.formed[self] = _key(_ANSWER.NEIGHBORS_FIELD_NUMBER, _LENGTH) + size + said
+        formed = _key(_ANSWER.NEIGHBORS_FIELD_NUMBER, _LENGTH) + size + said
+        if len(formed) <= _HEAD_KEPT:
+            if len(item.formed) >= _FORMS_KEPT:
+                item.formed.clear()
+            item.formed[self] = formed
         return formed
 
 

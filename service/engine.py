@@ -302,16 +302,19 @@ class Engine:
         if isinstance(source, Unusable):
             return source.error
         try:
+            if source.model and source.model != self.bundle.name:
+                raise ModelMismatch(
+                    f"the embedding is of {source.model}, and {self.bundle.name} answers; embed the image anew"
+                    if isinstance(source, GivenEmbedding)
+                    else f"the image is to be compared by {source.model}, and {self.bundle.name} answers; activate "
+                    "that model, or leave `model` out"
+                )
             match source:
                 case EncodedImage():
                     return value_of(images[source.data])
                 case StoredItem():
                     return self.gallery(source.gallery).get(source.item).embedding
                 case GivenEmbedding():
-                    if source.model and source.model != self.bundle.name:
-                        raise ModelMismatch(
-                            f"the embedding is of {source.model}, and {self.bundle.name} answers; embed the image anew"
-                        )
                     return checked_embedding(source.values, self.bundle.embedding_dim)
         except LookalikeError as error:
             return located(error, source.path)

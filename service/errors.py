@@ -96,6 +96,11 @@ class translated_errors:  # noqa: N801  # used as a context manager; a generator
             *_challenge(error),
             *_pushback(made.retry_milliseconds, self._context.time_remaining()),
         )
+        if isinstance(error, domain.LookalikeError):
+            # gRPC keeps the error in a circle with the call, until the collector finds them: without its frames, which
+            # hold what was read and formed, a hundred megabytes of an answer that was too large.
+            error.__traceback__ = error.__context__ = None
+            del traceback
         await self._context.abort(made.code, made.details, trailing)  # abort forgets what was set before
 
 

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 import grpc
 
-from embedding.errors import InvalidInput, NotFound
+from embedding.errors import InvalidInput
 from embedding.feedback import MAX_TEXT, Feedback
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
 from lookalike.v1 import common_pb2, feedback_pb2_grpc
 from lookalike.v1 import feedback_pb2 as pb
-from service import parse, wire
+from service import pages, parse, wire
 from service.errors import translated_errors
 from service.feedback_store import FeedbackStore, Kept
+from service.made_decisions import Known, check_made, gathered
 from service.once import Once, gone_already, token_of
 from service.rollout import Rollout
 from service.serving import Serving
@@ -25,6 +26,8 @@ MAX_CASES = 1024
 """Most cases of one RecordFeedback."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_NOT_FOUND_YET = "0" * 64
 
 _NAME = re.compile(r"feedback/([1-9][0-9]{0,17})")
 
@@ -49,17 +52,20 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
         async with translated_errors(context):
             parse.check_batch(request.feedback, most=MAX_CASES, path="feedback")
             serving = self._serving.current
-            known = {model.described.name: model.described.fingerprint for model in await self._rollout.models()}
+            here = [(each.name, each.fingerprint, each.calibration) for each in await self._rollout.described()]
             read: list[Feedback] = []
             wrong = parse.Violations()
             for i, each in enumerate(request.feedback):
                 with wrong:
-                    read.append(_read(each, f"feedback[{i}]", known))
+                    read.append(_read(each, f"feedback[{i}]"))
             wrong.check()
             _check_distinct(read)
 
             def record() -> pb.RecordFeedbackResponse:
-                return pb.RecordFeedbackResponse.FromString(self._store.record(read, _recorded, token_of(request)))
+                known = gathered([*here, *self._store.calibrations({each.model for each in read})])
+                checked = _checked(request.feedback, read, known)
+                answer = self._store.record(checked, _recorded, token_of(request), calibrations=here)
+                return pb.RecordFeedbackResponse.FromString(answer)
 
             return await serving.run(record)
 
@@ -68,10 +74,15 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             size, after = parse.page_size(request.page_size), _after(request.page_token)
             model = parse.model_name(request.model, "model") if request.model else ""
             found = await self._serving.current.run(self._store.page, after, size + 1, model)
-            return pb.ListFeedbackResponse(
-                feedback=[_message(number, each) for number, each in found[:size]],
-                next_page_token=page_token_after(str(found[size - 1][0])) if len(found) > size else "",
+            shown, following = pages.page(
+                "feedback",
+                found,
+                size,
+                lambda pair: _message(*pair),
+                lambda pair: str(pair[0]),
+                most=pages.most_bytes(),
             )
+            return pb.ListFeedbackResponse(feedback=shown, next_page_token=following)
 
     async def DeleteFeedback(self, request: pb.DeleteFeedbackRequest, context: Context) -> pb.DeleteFeedbackResponse:
         async with translated_errors(context):
@@ -90,7 +101,20 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             )
 
 
-def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback:
+def _checked(messages: Sequence[pb.Feedback], read: Sequence[Feedback], known: Mapping[str, Known]) -> list[Feedback]:
+    """The feedback with the fingerprint of its model. Raises NotFound and InvalidInput for decisions never made."""
+    checked: list[Feedback] = []
+    wrong = parse.Violations()
+    for i, (message, each) in enumerate(zip(messages, read, strict=True)):
+        with wrong:
+            fingerprint = check_made(message.decision, each.model, f"feedback[{i}].decision", known)
+            checked.append(each.model_copy(update={"fingerprint": fingerprint}))
+    wrong.check()
+    return checked
+
+
+def _read(message: pb.Feedback, path: str) -> Feedback:
+    """What is said in the message, by a model whose fingerprint is still to be found."""
     decision, wrong = message.decision, parse.Violations()
     for field, is_wrong, accepted in (
         (
@@ -118,15 +142,9 @@ def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback
     with wrong:
         model = parse.model_name(decision.model, f"{path}.decision.model")
     wrong.check()
-    if model not in known:
-        raise NotFound(
-            f"no model {model!r} here; there are {', '.join(sorted(known))}; put the bundle that decided into the "
-            "folder of models",
-            field=f"{path}.decision.model",
-        )
     return Feedback(
         case_id=message.case_id,
-        fingerprint=known[model],
+        fingerprint=_NOT_FOUND_YET,
         model=model,
         calibration=decision.calibration,
         distance=decision.distance,
@@ -143,7 +161,7 @@ def _read(message: pb.Feedback, path: str, known: Mapping[str, str]) -> Feedback
 def _check_distinct(feedback: Sequence[Feedback]) -> None:
     seen: dict[tuple[str, str], int] = {}
     for i, each in enumerate(feedback):
-        first = seen.setdefault((each.fingerprint, each.case_id), i)
+        first = seen.setdefault((each.model, each.case_id), i)
         if first != i:
             raise InvalidInput(
                 f"case {each.case_id[:80]!r} comes twice in one request, first as feedback[{first}]; keep one of them",
@@ -178,7 +196,7 @@ def _message(number: int, known: Feedback) -> pb.Feedback:
 
 
 def _after(page_token: str) -> int:
-    name = name_of_page_token(page_token)
+    name = name_of_page_token(page_token, "feedback")
     if name and not name.isdecimal():
         raise InvalidInput("page_token is not one that this listing returned; leave it out", field="page_token")
     return int(name or 0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
+from embedding.calibration import Calibration
 from embedding.errors import NotFound
 from embedding.feedback import Feedback
 from index.connections import connect, translated
@@ -34,6 +37,13 @@ CREATE TABLE IF NOT EXISTS feedback (
     updated_us INTEGER NOT NULL,
     UNIQUE (fingerprint, case_id)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS calibrations (      -- that decided or could, when feedback was recorded
+    model TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    digest TEXT NOT NULL,                      -- of the text
+    text TEXT NOT NULL,
+    PRIMARY KEY (model, digest)
+) STRICT;
 {RECEIPTS_IF_NEEDED}
 """
 
@@ -55,16 +65,37 @@ class FeedbackStore:
     def __init__(self, galleries: Path) -> None:
         self._store = SideStore(galleries / FILE, _TABLES)
 
+    def calibrations(self, models: Collection[str]) -> list[tuple[str, str, Calibration]]:
+        """Those of these models that `record` was given at any time: model, fingerprint, calibration."""
+        with self._store.transaction() as connection:
+            rows = connection.execute(
+                "SELECT model, fingerprint, text FROM calibrations WHERE model IN (SELECT value FROM json_each(?))",
+                (json.dumps(sorted(models)),),
+            ).fetchall()
+        return [(model, fingerprint, Calibration.model_validate_json(text)) for model, fingerprint, text in rows]
+
     def record(
-        self, feedback: Sequence[Feedback], form: Callable[[Sequence[Kept]], bytes], token: Token | None = None
+        self,
+        feedback: Sequence[Feedback],
+        form: Callable[[Sequence[Kept]], bytes],
+        token: Token | None = None,
+        *,
+        calibrations: Iterable[tuple[str, str, Calibration]] = (),
     ) -> bytes:
         """Store all of it, durably, or with a token what was answered before; what `form` makes of it is the answer.
 
-        `time` is set to now. Raises RequestIdReused.
+        `time` is set to now. `calibrations`, as they are given back, are remembered: feedback on their decisions may
+        come when their bundles are gone. Raises RequestIdReused.
         """
         with self._store.transaction() as connection:
             if token is not None and (answer := find(connection, token)) is not None:
                 return answer
+            for model, fingerprint, calibration in calibrations:
+                text = calibration.model_dump_json(exclude={"held_out"})
+                connection.execute(
+                    "INSERT OR IGNORE INTO calibrations VALUES (?, ?, ?, ?)",
+                    (model, fingerprint, hashlib.sha256(text.encode()).hexdigest(), text),
+                )
             now = now_us()
             kept: list[Kept] = []
             for each in feedback:

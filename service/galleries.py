@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from embedding.errors import AlreadyExists, DamagedData, InvalidInput, LookalikeError
+from embedding.errors import AlreadyExists, DamagedData, InvalidInput, LookalikeError, ResponseTooLarge
 from index import Deadline, GalleryCatalog, IndexSettings
 from index.filters import parse_filter
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
 from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
 from lookalike.v1 import gallery_pb2_grpc
-from service import errors, parse, wire, writes
-from service.call import principal
+from service import encoded, errors, pages, parse, wire, writes
+from service.call import limits, principal
 from service.engine import Engine
 from service.errors import translated_errors
 from service.once import Once, gone_already, keeps_receipts, token_of
@@ -104,8 +104,8 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
             serving = self._serving.current
-            after = name_of_page_token(request.page_token)
-            return await serving.run(_page, serving.engine.catalog, principal(), size, after)
+            after, most = name_of_page_token(request.page_token, "galleries"), pages.most_bytes()
+            return await serving.run(_page, serving.engine.catalog, principal(), size, after, most)
 
     async def DeleteGallery(self, request: pb.DeleteGalleryRequest, context: Context) -> pb.DeleteGalleryResponse:
         async with translated_errors(context):
@@ -134,7 +134,7 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
 
             return await serving.run(read)
 
-    async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> pb.ListItemsResponse:
+    async def ListItems(self, request: pb.ListItemsRequest, context: Context) -> Any:
         async with translated_errors(context):
             wrong = parse.Violations()
             with wrong:
@@ -146,14 +146,11 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
             with wrong:
                 fields = parse.item_mask(request.read_mask, listing=True)
             wrong.check()
-            serving = self._serving.current
+            serving, most = self._serving.current, pages.most_bytes()
 
-            def read() -> pb.ListItemsResponse:
+            def read() -> bytes:
                 gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
-                items, following = gallery.list(page_size=size, page_token=request.page_token, allowed=allowed)
-                return pb.ListItemsResponse(
-                    items=[wire.item_fields(item, gallery.id, fields) for item in items], next_page_token=following
-                )
+                return encoded.item_page(gallery, size, request.page_token, allowed, fields, most_bytes=most)
 
             return await serving.run(read)
 
@@ -328,8 +325,23 @@ async def _stored(
     form: Callable[[Sequence[writes.Stored]], R],
     response: type[R],
 ) -> R:
-    """The answer to what is to be stored; with a token it is made where the items are written, and kept with them."""
-    asked = replace(question, token=token, form=lambda outcomes: form(outcomes).SerializeToString(), answered=[])
+    """The answer to what is to be stored; with a token it is made where the items are written, and kept with them.
+
+    Raises ResponseTooLarge; with a token nothing is stored then.
+    """
+    most = limits().message_bytes
+
+    def receipt(outcomes: Sequence[writes.Stored]) -> bytes:
+        answer = form(outcomes).SerializeToString()
+        if len(answer) > most:  # by metadata that was stored before
+            raise ResponseTooLarge(
+                f"the items as stored take {len(answer):,} bytes, and one message carries {most:,}; nothing was "
+                "stored: send fewer items at once",
+                field="requests",
+            )
+        return answer
+
+    asked = replace(question, token=token, form=receipt, answered=[])
     return await serving.ask(
         asked, lambda outcomes: response.FromString(asked.answered[0]) if asked.answered else form(outcomes)
     )
@@ -382,13 +394,11 @@ async def _imported(
     return await serving.ask(question, list)
 
 
-def _page(catalog: GalleryCatalog, caller: Principal, size: int, after: str) -> pb.ListGalleriesResponse:
+def _page(catalog: GalleryCatalog, caller: Principal, size: int, after: str, most: int) -> pb.ListGalleriesResponse:
     following = [gallery for gallery in wire.galleries(catalog) if gallery.name > after]
     found = [gallery for gallery in following if caller.allows(gallery.name.removeprefix("galleries/"))]
-    return pb.ListGalleriesResponse(
-        galleries=found[:size],
-        next_page_token=page_token_after(found[size - 1].name) if len(found) > size else "",
-    )
+    shown, next_page = pages.page("galleries", found, size, lambda each: each, lambda each: each.name, most=most)
+    return pb.ListGalleriesResponse(galleries=shown, next_page_token=next_page)
 
 
 def _batch_response(outcomes: Sequence[writes.Stored], gallery_id: str) -> pb.BatchUpdateItemsResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -11,10 +12,11 @@ from google.protobuf import empty_pb2
 
 from embedding.errors import InvalidInput
 from index import GalleryEngine
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
+from index.schema import as_datetime, as_us
 from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
 from lookalike.v1 import upkeep_pb2 as pb
-from service import errors, parse, upkeep, wire
+from service import errors, pages, parse, upkeep, wire
 from service.call import principal
 from service.errors import translated_errors
 from service.once import Once, gone_already, token_of
@@ -50,6 +52,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 "reindex",
                 gallery_id,
                 lambda tell: _gallery(upkeep.reindex(engine, gallery_id, settings, tell)),
+                builds=True,
                 token=token,
             )
             return pb.ReindexGalleryResponse(operation=_told(begun))
@@ -67,7 +70,12 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 await serving.run(migration.check_images)
                 return pb.MigrateGalleryResponse()
             begun = self._operations.start(
-                "migrate", migration.source_id, lambda tell: _gallery(migration.run(tell)), token=token
+                "migrate",
+                migration.source_id,
+                lambda tell: _gallery(migration.run(tell)),
+                others=[request.gallery_id],
+                builds=True,
+                token=token,
             )
             return pb.MigrateGalleryResponse(operation=_told(begun))
 
@@ -93,13 +101,13 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
         async with translated_errors(context):
             serving = self._serving.current
             gallery_id = serving.engine.aliases.resolve(parse.gallery_name(request.parent, "parent"))
-            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token)
+            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, "snapshots")
             copies = await serving.run(serving.engine.shelf.list, gallery_id)
             found = [copy for copy in copies if copy.id > after]
-            return pb.ListSnapshotsResponse(
-                snapshots=[wire.snapshot(copy) for copy in found[:size]],
-                next_page_token=page_token_after(found[size - 1].id) if len(found) > size else "",
+            shown, following = pages.page(
+                "snapshots", found, size, wire.snapshot, lambda copy: copy.id, most=pages.most_bytes()
             )
+            return pb.ListSnapshotsResponse(snapshots=shown, next_page_token=following)
 
     async def DeleteSnapshot(self, request: pb.DeleteSnapshotRequest, context: Context) -> pb.DeleteSnapshotResponse:
         async with translated_errors(context):
@@ -164,17 +172,16 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
             if spelling not in wanted:
                 raise InvalidInput("filter is `done = true`, `done = false` or empty", field="filter")
             done, size = wanted[spelling], parse.page_size(request.page_size)
-            after = name_of_page_token(request.page_token)
-            caller = principal()
-            every = [
-                each for each in self._operations.all() if done in {None, each.done} and caller.allows(each.target)
+            after, caller = _created_after(request.page_token), principal()
+            found = [
+                each
+                for each in self._operations.all()
+                if each.created > after and done in {None, each.done} and caller.allows(each.target)
             ]
-            start = next((i + 1 for i, each in enumerate(every) if each.id == after), 0)
-            page = every[start : start + size]
-            return operations_pb2.ListOperationsResponse(
-                operations=[_told(each) for each in page],
-                next_page_token=page_token_after(page[-1].id) if start + size < len(every) else "",
+            shown, following = pages.page(
+                "operations", found, size, _told, lambda each: str(as_us(each.created)), most=pages.most_bytes()
             )
+            return operations_pb2.ListOperationsResponse(operations=shown, next_page_token=following)
 
     async def DeleteOperation(
         self, request: operations_pb2.DeleteOperationRequest, context: Context
@@ -203,6 +210,19 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
 
     def _named(self, name: str) -> Operation[Any]:
         return self._operations.get(parse.operation_name(name, "name"))
+
+
+def _created_after(page_token: str) -> datetime:
+    """When the last operation of the page before was created, which may be forgotten by now."""
+    name = name_of_page_token(page_token, "operations")
+    if not name:
+        return datetime.min.replace(tzinfo=UTC)
+    try:
+        return as_datetime(int(name))
+    except (ValueError, OverflowError) as error:
+        raise InvalidInput(
+            "page_token is not one that a list of operations returned; leave it out", field="page_token"
+        ) from error
 
 
 def _gallery(made: GalleryEngine) -> gallery_pb2.Gallery:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
 from embedding.decision import Decision
-from embedding.errors import InvalidInput, LookalikeError
+from embedding.errors import InvalidInput, InvalidOperatingPoint, LookalikeError
 from lookalike.v1 import match_pb2 as pb
 from lookalike.v1 import match_pb2_grpc
 from service import errors, parse, questions, wire
 from service.errors import translated_errors
-from service.serving import Serving
-from service.sources import Embedded, Source, Unusable, under
+from service.serving import AsyncEngine, Serving
+from service.sources import Embedded, Source, StoredItem, Unusable, under
 from service.streams import Elements, answered_id, check_id
 
 MAX_PAIRS = 256
@@ -26,6 +27,8 @@ MAX_IMAGES = 256
 
 STREAM_WINDOW = 64
 """Pairs of one StreamVerify that are decided at once."""
+
+R = TypeVar("R")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,9 +46,8 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
                 b=parse.image(request.b, "b"),
                 point=parse.operating_point(request.operating_point),
             )
-            return await self._serving.current.ask(
-                question, lambda decided: pb.VerifyResponse(decision=wire.decision(decided))
-            )
+            serving = await self._serving.of_items(question.sources)
+            return await serving.ask(question, lambda decided: pb.VerifyResponse(decision=wire.decision(decided)))
 
     async def BatchVerify(self, request: pb.BatchVerifyRequest, context: Context) -> pb.BatchVerifyResponse:
         async with translated_errors(context):
@@ -57,7 +59,7 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
                 ],
                 point=parse.operating_point(request.operating_point),
             )
-            return await self._serving.current.ask(question, _batch_response)
+            return await self._verified(question, self._serving.taken, _batch_response)
 
     async def StreamVerify(
         self, request_iterator: AsyncIterator[pb.StreamVerifyRequest], context: Context
@@ -67,34 +69,62 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
             if first is None or first.WhichOneof("element") != "config":
                 raise InvalidInput("the first element of the stream must be its config", field="config")
             point = parse.operating_point(first.config.operating_point)
-            serving = self._serving.current  # one read: the answers of a stream can be compared
+            line_up = self._serving.taken  # one read: the answers of a stream can be compared
             with under("config"):
-                serving.engine.judge(point)  # says at once when the threshold cannot be put there
+                line_up[0].engine.judge(point)  # says at once when the threshold cannot be put there
             async for some in elements.batches():
                 question = questions.VerifyBatch(pairs=[_pair(request) for request in some], point=point)
-                for response in await serving.ask(question, partial(_stream_responses, some)):
+                for response in await self._verified(question, line_up, partial(_stream_responses, some)):
                     yield response
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         async with translated_errors(context):
-            serving = self._serving.current  # one read: a swap cannot pair an embedding with another model's name
+            question = questions.Embed(image=parse.image(request.image, "image"))
+            # One read: a swap cannot pair an embedding with another model's name.
+            serving = await self._serving.of_items(question.sources)
             model = wire.model_name(serving.engine.bundle.name)
             return await serving.ask(
-                questions.Embed(image=parse.image(request.image, "image")),
+                question,
                 lambda emb_D: pb.EmbedResponse(embedding=wire.embedding(emb_D), model=model),
             )
 
     async def BatchEmbed(self, request: pb.BatchEmbedRequest, context: Context) -> pb.BatchEmbedResponse:
         async with translated_errors(context):
             parse.check_batch(request.images, most=MAX_IMAGES, path="images")
-            serving = self._serving.current
+            question = questions.EmbedBatch(
+                images=[parse.image(image, f"images[{i}]") for i, image in enumerate(request.images)]
+            )
+            serving = await self._serving.of_items(question.sources)
             model = wire.model_name(serving.engine.bundle.name)
             return await serving.ask(
-                questions.EmbedBatch(
-                    images=[parse.image(image, f"images[{i}]") for i, image in enumerate(request.images)]
-                ),
+                question,
                 lambda outcomes: pb.BatchEmbedResponse(results=map(_embed_result, outcomes), model=model),
             )
+
+    async def _verified(
+        self,
+        question: questions.VerifyBatch,
+        line_up: Sequence[AsyncEngine],
+        form: Callable[[Sequence[Decision | LookalikeError]], R],
+    ) -> R:
+        """Each pair decided as Verify would: by the model of the galleries that its items lie in."""
+        rows: dict[AsyncEngine, list[int]] = {}
+        known: dict[str, AsyncEngine] = {}
+        for row, pair in enumerate(question.pairs) if len(line_up) > 1 else ():
+            gallery = next((source.gallery for source in pair if isinstance(source, StoredItem)), "")
+            if gallery not in known:
+                known[gallery] = await self._serving.of(gallery, line_up) if gallery else line_up[0]
+            rows.setdefault(known[gallery], []).append(row)
+        if len(rows) < 2:
+            return await next(iter(rows), line_up[0]).ask(question, form)
+        outcomes: dict[int, Decision | LookalikeError] = {}
+        for serving, of_model in rows.items():
+            some = replace(question, pairs=[question.pairs[row] for row in of_model])
+            try:
+                outcomes |= zip(of_model, await serving.ask(some, list), strict=True)
+            except InvalidOperatingPoint as error:  # which another model may know
+                outcomes |= dict.fromkeys(of_model, error)
+        return form([outcomes[row] for row in range(len(question.pairs))])
 
 
 def _pair(request: pb.StreamVerifyRequest) -> tuple[Source, Source]:

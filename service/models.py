@@ -6,10 +6,10 @@ from typing import Any
 
 import grpc
 
-from index.items import name_of_page_token, page_token_after
+from index.items import name_of_page_token
 from lookalike.v1 import model_pb2 as pb
 from lookalike.v1 import model_pb2_grpc
-from service import parse, wire
+from service import pages, parse, wire
 from service.errors import translated_errors
 from service.once import Once
 from service.rollout import Rollout
@@ -35,12 +35,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         async with translated_errors(context):
-            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token)
+            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, "models")
             found = [model for model in await self._rollout.models() if model.described.name > after]
-            return pb.ListModelsResponse(
-                models=[wire.model(model) for model in found[:size]],
-                next_page_token=page_token_after(found[size - 1].described.name) if len(found) > size else "",
+            shown, following = pages.page(
+                "models", found, size, wire.model, lambda model: model.described.name, most=pages.most_bytes()
             )
+            return pb.ListModelsResponse(models=shown, next_page_token=following)
 
     async def ActivateModel(self, request: pb.ActivateModelRequest, context: Context) -> pb.ActivateModelResponse:
         async with translated_errors(context):

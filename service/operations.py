@@ -1,16 +1,18 @@
 """Long work in threads of its own, that can be watched, waited for and cancelled; without grpc.
 
-Operations live in memory: what they have written is durable, that they ran is not.
+Operations live in memory: what they have written is durable, that they ran is not. Those of one gallery run one after
+the other in the order in which they were asked for; of those that build an index or embed a gallery anew, which take a
+core and up to a gigabyte, one runs at a time; copies run beside it.
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from embedding.errors import Busy, Cancelled, LookalikeError, NotFound, RequestIdReused
@@ -24,7 +26,9 @@ R = TypeVar("R")
 MAX_KEPT = 1000
 """Operations remembered; of the finished ones the oldest are forgotten first."""
 MAX_WAITING = 64
-"""Operations that may wait for a thread."""
+"""Operations that may wait or run."""
+THREADS = 3
+"""Operations that run at once: one that builds, and copies beside it, for which the disk sets the pace."""
 
 
 @dataclass(eq=False)
@@ -42,6 +46,12 @@ class Operation(Generic[R]):
     error: BaseException | None = None
     """Why it failed: a LookalikeError, Cancelled among them, or what nobody foresaw."""
     request_id: str = ""
+    galleries: frozenset[str] = frozenset()
+    """All that it reads or writes."""
+    builds: bool = False
+    """Whether it builds an index or embeds."""
+    withdraw: Callable[[], None] = lambda: None
+    """Takes it from those that wait, if it is there."""
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _finished: threading.Event = field(default_factory=threading.Event)
 
@@ -50,12 +60,19 @@ class Operation(Generic[R]):
         return self._finished.is_set()
 
     def cancel(self) -> None:
-        """End it at its next progress."""
+        """End it at once when it waits, or else at its next progress."""
         self._cancelled.set()
+        self.withdraw()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it is done within `seconds`."""
         return self._finished.wait(seconds)
+
+    def end_unbegun(self) -> None:
+        """It was cancelled while it waited."""
+        self.error = self._cancellation()
+        self.ended = datetime.now(UTC)
+        self._finished.set()
 
     def run(self, work: Callable[[OnProgress], R]) -> None:
         """Do the work in this thread and keep what came of it."""
@@ -71,19 +88,28 @@ class Operation(Generic[R]):
 
     def _tell(self, progress: Progress) -> None:
         if self._cancelled.is_set():
-            raise Cancelled(f"{self.verb} of gallery {self.target!r} was cancelled")
+            raise self._cancellation()
         self.progress = progress
+
+    def _cancellation(self) -> Cancelled:
+        return Cancelled(f"{self.verb} of gallery {self.target!r} was cancelled")
 
 
 class Operations:
     """The operations of one process; every method may be called from any thread."""
 
-    def __init__(self, *, threads: int = 1) -> None:
+    def __init__(self, *, threads: int = THREADS) -> None:
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="operation")
         self._operations: dict[str, Operation[Any]] = {}
-        self._futures: dict[str, Future[None]] = {}
+        self._waiting: dict[
+            Operation[Any], Callable[[OnProgress], Any]
+        ] = {}  # in the order in which they were asked for
+        self._running: set[Operation[Any]] = set()
+        self._closed = False
         self._asked: dict[str, tuple[bytes, str]] = {}  # by request id: what for, and the operation
         self._changing = threading.Lock()
+        self._newest = datetime.fromtimestamp(0, UTC)
 
     def begun(self, token: Token | None) -> Operation[Any] | None:
         """The operation that this very request has begun; None when it has not. Raises RequestIdReused."""
@@ -96,26 +122,40 @@ class Operations:
         return self._operations.get(operation_id)
 
     def start(
-        self, verb: str, target: str, work: Callable[[OnProgress], R], *, token: Token | None = None
+        self,
+        verb: str,
+        target: str,
+        work: Callable[[OnProgress], R],
+        *,
+        others: Iterable[str] = (),
+        builds: bool = False,
+        token: Token | None = None,
     ) -> Operation[R]:
-        """Begin `work`, which is given a function to tell its progress to, once for a token.
+        """Begin `work`, which is given a function to tell its progress to, once for a token, when its turn comes.
 
+        `others` are further galleries that it reads or writes; `builds` whether it takes as much as building an index.
         Raises Busy when too many wait, and RequestIdReused.
         """
-        operation: Operation[R] = Operation(uuid.uuid4().hex, verb, target, datetime.now(UTC))
         with self._changing:
             if (same := self.begun(token)) is not None:
                 return same
+            if self._closed:
+                raise Busy("the server is stopping; ask again when it has started anew")
             running = [each for each in self._operations.values() if not each.done]
             if len(running) >= MAX_WAITING:
                 raise Busy(f"{len(running)} operations are running or waiting; try again when some have ended")
             for each in [each for each in self._operations.values() if each.done][: -(MAX_KEPT - MAX_WAITING)]:
                 self._forget(each.id)
+            operation: Operation[R] = Operation(
+                uuid.uuid4().hex, verb, target, self._created(), galleries=frozenset({target, *others}), builds=builds
+            )
+            operation.withdraw = lambda: self._withdraw(operation)
             if token is not None:
                 self._asked[token.id] = (token.digest, operation.id)
                 operation.request_id = token.id
             self._operations[operation.id] = operation
-            self._futures[operation.id] = self._pool.submit(operation.run, work)
+            self._waiting[operation] = work
+            self._begin()
         return operation
 
     def get(self, operation_id: str) -> Operation[Any]:
@@ -140,16 +180,54 @@ class Operations:
             self._forget(operation_id)
 
     def close(self) -> None:
-        """Cancel what runs and wait for it to end."""
+        """Cancel what runs and wait for it to end; nothing begins any more."""
+        with self._changing:
+            self._closed = True
         for operation in self.all():
             operation.cancel()
         self._pool.shutdown()
+
+    def _begin(self) -> None:
+        """Whatever has its turn; the caller holds the lock."""
+        taken = {gallery for each in self._running for gallery in each.galleries}
+        for operation, work in list(self._waiting.items()):
+            if self._closed or len(self._running) >= self._threads:
+                break
+            if self._may_begin(operation, taken):
+                del self._waiting[operation]
+                self._running.add(operation)
+                self._pool.submit(self._run, operation, work)
+            taken |= operation.galleries  # who came later waits for this one, whether it runs or waits
+
+    def _may_begin(self, operation: Operation[Any], taken: Collection[str]) -> bool:
+        if operation.builds and any(each.builds for each in self._running):
+            return False
+        return operation.galleries.isdisjoint(taken)
+
+    def _run(self, operation: Operation[R], work: Callable[[OnProgress], R]) -> None:
+        try:
+            operation.run(work)
+        finally:
+            with self._changing:
+                self._running.discard(operation)
+                self._begin()
+
+    def _withdraw(self, operation: Operation[Any]) -> None:
+        with self._changing:
+            if self._waiting.pop(operation, None) is None:
+                return
+            operation.end_unbegun()
+            self._begin()  # those that waited for it alone
+
+    def _created(self) -> datetime:
+        """Now, and later than any before: lists continue by it."""
+        self._newest = max(datetime.now(UTC), self._newest + timedelta(microseconds=1))
+        return self._newest
 
     def _forget(self, operation_id: str) -> None:
         operation = self._operations.pop(operation_id, None)
         if operation is not None:
             self._asked.pop(operation.request_id, None)
-        self._futures.pop(operation_id, None)
 
 
 def value(operation: Operation[R]) -> R:

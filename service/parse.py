@@ -26,6 +26,8 @@ from service.writes import PARTS, Draft
 DEFAULT_PAGE = 50
 MAX_EXCLUDED = 1000
 """Most items that a search is told to leave out."""
+READ_FOR_A_MESSAGE = 2
+"""What may be read of metadata, as JSON, for one message, in messages: long numbers take half as much when sent."""
 MAX_RAW = 100_000
 """Largest parameter of an index structure."""
 INDEX_FIELDS = ("min_recall", "structure", "memory_bytes", "vectors")
@@ -76,21 +78,21 @@ class Violations:
 
 def image(message: common_pb2.ImageInput, path: str) -> Source:
     """Where the image comes from; `Unusable` when that was not said, so that in a batch it fails alone."""
+    try:
+        model = model_name(message.model, f"{path}.model") if message.model else ""
+    except InvalidInput as error:
+        return Unusable(error=error)
     match message.WhichOneof("source"):
         case "encoded":
-            return EncodedImage(data=message.encoded, path=f"{path}.encoded")
+            return EncodedImage(data=message.encoded, path=f"{path}.encoded", model=model)
         case "embedding":
-            try:
-                made_by = model_name(message.model, f"{path}.model") if message.model else ""
-            except InvalidInput as error:
-                return Unusable(error=error)
-            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding", model=made_by)
+            return GivenEmbedding(values=message.embedding, path=f"{path}.embedding", model=model)
         case "item":
             try:
                 gallery, item = item_name(message.item, f"{path}.item")
             except InvalidInput as error:
                 return Unusable(error=error)
-            return StoredItem(gallery=gallery, item=item, path=f"{path}.item")
+            return StoredItem(gallery=gallery, item=item, path=f"{path}.item", model=model)
         case _:
             return Unusable(
                 error=InvalidInput(f"{path} is required: set one of encoded, item and embedding", field=path)
@@ -126,8 +128,11 @@ def scope(
     with wrong:
         wanted = effort(request.effort, f"{path}effort") if request.HasField("effort") else None
     wrong.check()
+    told = request.read_mask.paths
     return Scope(
         gallery=gallery,
+        metadata=not told or "metadata" in told or "*" in told,
+        most_bytes=READ_FOR_A_MESSAGE * limits().message_bytes,
         point=operating_point(request.operating_point) if request.HasField("operating_point") else LEARNED_MARGIN,
         allowed=allowed,
         effort=wanted,

@@ -14,13 +14,14 @@ import numpy as np
 
 from embedding.decision import Decision, Judge, OperatingPoint, Vectors, distance
 from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine
+from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine, Telling
 from index.engine import Effort
 from service.engine import Engine, Question
 from service.sources import Embedded, GivenEmbedding, Source, StoredItem, value_of
 
 MAX_RESULTS = 200_000
-"""Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent."""
+"""Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent, but for metadata,
+which is bounded by itself."""
 
 
 _QUICK_QUERIES, _QUICK_RESULTS = 32, 640  # of a batch; together they take no more than a few searches alone
@@ -103,9 +104,17 @@ class Scope:
     effort: Effort | None = None
     deadline: Deadline | None = None
     """Ends the search; made for this question alone."""
+    metadata: bool = True
+    """Whether the answer tells of items' metadata; it is not read else."""
+    most_bytes: int | None = None
+    """What may be read of it for one answer, as JSON; None for any number of bytes."""
 
     def begin(self, engine: Engine) -> tuple[Judge, GalleryEngine]:
         return engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
+
+    def telling(self, field: str = "k") -> Telling:
+        """For one answer, of which `field` asks for less."""
+        return Telling(metadata=self.metadata, most_bytes=self.most_bytes, field=field)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +144,7 @@ class Search:
                 allowed=self.scope.allowed,
                 exclude=exclude,
                 deadline=self.scope.deadline,
+                telling=self.scope.telling(),
             )
 
         return answer
@@ -166,6 +176,7 @@ class SearchMatches:
                 allowed=self.scope.allowed,
                 exclude=exclude,
                 deadline=self.scope.deadline,
+                telling=self.scope.telling("limit"),
             )
 
         return answer
@@ -215,6 +226,7 @@ class SearchBatch:
                     ],
                     deadline=self.scope.deadline,
                     threads=self.threads,
+                    telling=self.scope.telling(),
                 )
                 for row, one in zip(good, found, strict=True):
                     outcomes[row] = one

@@ -113,6 +113,10 @@ class Rollout:
         names = sorted({bundle.name for bundle in stock} | set(loaded))
         return [self._model(name, stock, loaded) for name in names]
 
+    async def described(self) -> list[Described]:
+        """Every bundle that is loaded or could be, several of one model among them."""
+        return [*(each.engine.bundle for each in self._serving.all), *await asyncio.to_thread(self._stock.all)]
+
     async def model(self, name: str, calibration: int = 0) -> Model:
         """One model, "active" for the one that answers; with a calibration, described by that. Raises NotFound."""
         current = self._serving.current.engine.bundle

@@ -6,16 +6,18 @@ Answers are formed as the bytes that travel, since they may hold many thousands 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import grpc
 
 from embedding.errors import InvalidInput
-from index import MAX_K, MAX_MATCHES, Deadline
+from index import MAX_K, MAX_MATCHES, Deadline, Found, Telling, metadata_bytes
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
 from service import encoded, parse, questions, wire
+from service.call import answer_held, limits
 from service.errors import translated_errors
 from service.search_elements import Searching
 from service.serving import Serving
@@ -39,6 +41,9 @@ MATCHES_AT_ONCE = 500
 MATCHES_BYTES = 128 * 1024
 """A message of matches is cut where it would grow beyond this; metadata may be large."""
 
+ENTRY_BYTES = 600
+"""What an item found takes in memory beside its metadata."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -60,7 +65,9 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
             return await serving.search(
-                question, encoded.search_responses(resolve(scope.gallery), fields), deadline=scope.deadline
+                question,
+                encoded.search_responses(resolve(scope.gallery), fields, most_bytes=limits().message_bytes),
+                deadline=scope.deadline,
             )
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> Any:
@@ -74,15 +81,17 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
                 k=k,
             )
-            return await serving.ask(
-                question, lambda outcomes: encoded.batch_response(outcomes, gallery_id, fields), deadline=scope.deadline
+            form = partial(
+                encoded.batch_response, gallery_id=gallery_id, fields=fields, most_bytes=limits().message_bytes
             )
+            return await serving.ask(question, form, deadline=scope.deadline)
 
     async def SearchMatches(self, request: pb.SearchMatchesRequest, context: Context) -> AsyncIterator[Any]:
         async with translated_errors(context):
             scope, fields, limit = _parsed(
                 request, context, request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"
             )
+            scope = replace(scope, most_bytes=_most_matched())
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
             question = questions.SearchMatches(
@@ -91,14 +100,16 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 limit=limit,
                 exclude=parse.excluded(request.exclude, scope.gallery, resolve),
             )
-            found = await serving.ask(question, lambda found: found, deadline=scope.deadline)
-            for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
-                some = found.neighbors[start : start + MATCHES_AT_ONCE]
-                # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
-                form = partial(encoded.match_responses, most_bytes=MATCHES_BYTES)
-                for response in await serving.run(form, some, resolve(scope.gallery), fields):
-                    yield response
-            yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
+            form_held = partial(_held, telling=scope.telling("limit"))
+            found, size = await serving.ask(question, form_held, deadline=scope.deadline)
+            with answer_held(size):
+                for start in range(0, len(found.neighbors), MATCHES_AT_ONCE):
+                    some = found.neighbors[start : start + MATCHES_AT_ONCE]
+                    # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
+                    form = partial(encoded.match_responses, most_bytes=MATCHES_BYTES)
+                    for response in await serving.run(form, some, resolve(scope.gallery), fields):
+                        yield response
+                yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
     async def StreamSearch(
         self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
@@ -120,7 +131,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
             searching = Searching(serving=serving, scope=scope, k=k, fields=fields)
             async for some in elements.batches():
-                for response in await searching.answers(some):
+                async for response in searching.answers(some):
                     yield response
 
 
@@ -143,6 +154,19 @@ def _parsed(
         count = parse.count(wanted, default=default, most=most, path=path)
     wrong.check()
     return scope, fields, count
+
+
+def _most_matched() -> int | None:
+    """Bytes of metadata, as JSON, that all matches of one call may hold until they are sent, in many messages."""
+    room = limits().answers
+    return None if room is None or room.most_bytes is None else room.most_bytes // 2
+
+
+def _held(found: Found, telling: Telling) -> tuple[Found, int]:
+    """And the bytes that it takes before it is formed. Raises ResponseTooLarge, whatever was remembered of it."""
+    size = sum(metadata_bytes(item.metadata) for item in found.neighbors.items)
+    telling.read(size)
+    return found, size + ENTRY_BYTES * len(found.neighbors)
 
 
 def _deadline(context: Context) -> Deadline:

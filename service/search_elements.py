@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from embedding.errors import InvalidInput, LookalikeError
+from embedding.errors import InvalidInput, LookalikeError, Overloaded, ResponseTooLarge
 from index import Deadline, Found
 from lookalike.v1 import search_pb2 as pb
 from service import encoded, parse, questions
+from service.call import CURRENT, limits
+from service.calls import LARGE
 from service.questions import MAX_RESULTS
 from service.serving import AsyncEngine
 from service.sources import Source, Unusable
@@ -40,16 +42,46 @@ class Searching:
     k: int
     fields: frozenset[str]
 
-    async def answers(self, requests: Sequence[pb.StreamSearchRequest]) -> list[bytes]:
-        """StreamSearchResponses, one for each element."""
-        responses: list[bytes] = []
+    async def answers(self, requests: Sequence[pb.StreamSearchRequest]) -> AsyncIterator[bytes]:
+        """StreamSearchResponses, one for each element.
+
+        Those formed together take no more than one message may; what is not sent yet holds the next ones back.
+        """
         for elements in self._searches([self._element(request) for request in requests]):
-            responses += await self._answered(elements)
-        return responses
+            async for response in self._sent(elements):
+                yield response
+
+    async def _sent(self, elements: Sequence[Element]) -> AsyncIterator[bytes]:
+        try:
+            responses = await self._answered(elements)
+        except ResponseTooLarge as error:
+            half = len(elements) // 2
+            if half:
+                for some in (elements[:half], elements[half:]):
+                    async for response in self._sent(some):
+                        yield response
+                return
+            error.field = "config.k"
+            failed = Element(elements[0].id, [Unusable(error=error.with_traceback(None))])
+            responses = await self._answered([failed])
+        size = sum(map(len, responses))
+        call, room = CURRENT.get(), limits().answers
+        if size < LARGE or call is None or room is None:
+            for response in responses:
+                yield response
+            return
+        try:
+            ticket = room.enter(call.payer, 1, size)
+        except Overloaded:
+            responses = []  # formed again when there is room: those who wait for it must not hold what it is for
+            ticket = await room.enter_patiently(call.payer, size)
+        with ticket:
+            for response in responses or await self._answered(elements):
+                yield response
 
     async def _answered(self, elements: Sequence[Element]) -> list[bytes]:
         gallery_id = self.serving.engine.aliases.resolve(self.scope.gallery)
-        deadline = Deadline()
+        deadline, most = Deadline(), limits().message_bytes
         question = questions.SearchBatch(
             scope=replace(self.scope, deadline=deadline),
             queries=[source for element in elements for source in element.sources],
@@ -58,7 +90,7 @@ class Searching:
 
         def form(outcomes: Sequence[Found | LookalikeError]) -> list[bytes]:
             shapes = [(element.id, len(element.sources) if element.several else None) for element in elements]
-            return encoded.stream_responses(shapes, outcomes, gallery_id, self.fields)
+            return encoded.stream_responses(shapes, outcomes, gallery_id, self.fields, most_bytes=most)
 
         return await self.serving.ask(question, form, deadline=deadline)
 

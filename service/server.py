@@ -161,10 +161,16 @@ class Server:
         self._rollout = Rollout(settings, self._serving, part, followers)
         self._follower = None if part is None or part.writes else Follower(part, self._rollout)
         self._operations = Operations()
-        admission = Admission(most_calls=settings.max_calls, most_bytes=settings.max_request_bytes)
+        admission = Admission(
+            most_calls=settings.max_calls,
+            most_bytes=settings.max_request_bytes,
+            most_answer_bytes=settings.max_answer_bytes,
+        )
         limits = Limits(
             batch=settings.max_batch,
             k=settings.max_k,
+            message_bytes=settings.max_message_bytes,
+            answers=admission.answers,
             window=settings.stream_window,
             stream_bytes=StreamBytes(settings.max_stream_bytes),
         )

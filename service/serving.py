@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import ParamSpec, TypeVar
 
 import grpc
 
-from embedding.errors import LookalikeError, NotFound, NotReady
-from index import Deadline
+from embedding.errors import LookalikeError, NotFound, NotReady, ResponseTooLarge
+from index import Deadline, Found
 from service.batching import Batcher, Bounds
 from service.call import CURRENT, Call
 from service.calls import Hook
@@ -18,7 +18,7 @@ from service.engine import Answer, Engine, Question
 from service.pool import Pool
 from service.questions import Search, is_quick
 from service.settings import Settings
-from service.sources import distinct_images
+from service.sources import Source, StoredItem, distinct_images
 from service.stages import Work
 from service.together import Form, Together
 from service.watch import ModelWatch
@@ -99,7 +99,17 @@ class AsyncEngine:
         """The answer to a search as `form` makes it: `ask`, for which those that are quick are asked together."""
         if is_quick(question, self.engine):  # a search by a given embedding, then
             return await self.together.ask(question, form)
-        return await self.ask(question, lambda found: form([found])[0], deadline=deadline)
+
+        def formed(found: Found) -> bytes:
+            (response,) = form([found])
+            if isinstance(response, ResponseTooLarge):
+                try:
+                    raise response
+                finally:
+                    del response  # or its traceback would keep it, and all that was found
+            return response
+
+        return await self.ask(question, formed, deadline=deadline)
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a blocking function of the engine or its galleries in the pool. Raises Overloaded."""
@@ -197,9 +207,29 @@ class Serving(Hook):
         names = ", ".join(repr(each.engine.bundle.name) for each in line_up)
         raise NotFound(f"no model {model!r} is loaded; loaded are {names}", field="model")
 
-    async def of(self, name: str) -> AsyncEngine:
-        """The engine of the model of this gallery or alias; the current one where none fits, which then says why."""
-        line_up = self._ready()
+    @property
+    def taken(self) -> tuple[AsyncEngine, ...]:
+        """Every engine, the current one first, in use until the running call ends. Raises NotReady."""
+        return tuple(map(self._taken, self._ready()))
+
+    async def of_items(self, sources: Iterable[Source], line_up: Sequence[AsyncEngine] | None = None) -> AsyncEngine:
+        """The engine of the model of the gallery that the first stored item among these lies in, out of `line_up`.
+
+        The current one where there is none, or where no model fits, which then says why.
+        """
+        line_up = line_up or self._ready()
+        if len(line_up) > 1:
+            for source in sources:
+                if isinstance(source, StoredItem):
+                    return await self.of(source.gallery, line_up)
+        return self._taken(line_up[0])
+
+    async def of(self, name: str, line_up: Sequence[AsyncEngine] | None = None) -> AsyncEngine:
+        """The engine of the model of this gallery or alias, out of `line_up` or of all that answer now.
+
+        The current one where none fits, which then says why.
+        """
+        line_up = line_up or self._ready()
         current = self._taken(line_up[0])
         if len(line_up) == 1:
             return current

@@ -52,7 +52,8 @@ class Settings(BaseModel):
     trace_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the traces beginning here that is recorded; what a caller has decided is kept."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
-    """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED."""
+    """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED, and calls whose answer
+    would be larger with RESPONSE_TOO_LARGE."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Largest width × height of an image, read from its header before anything is decoded."""
     device: str = "auto"
@@ -139,6 +140,8 @@ class Settings(BaseModel):
     """Calls in flight."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 512 * MiB
     """The bytes of the requests of calls in flight."""
+    max_answer_bytes: Annotated[int, Field(ge=1024)] = 512 * MiB
+    """The bytes of answers that are not sent yet; those of up to 16 kB are not counted."""
 
     max_connections: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1024
     """Connections at once; further ones are closed."""

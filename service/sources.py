@@ -19,6 +19,8 @@ class EncodedImage:
     data: bytes = field(repr=False)
     path: str | None = None
     """The request field that it stands in, for errors to name; so with the other sources."""
+    model: str = ""
+    """The name of the model that must answer, where that was said; so with the other sources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,7 @@ class StoredItem:
     gallery: str
     item: str
     path: str | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,7 +40,7 @@ class GivenEmbedding:
     values: Vectors | bytes = field(repr=False)
     path: str | None = None
     model: str = ""
-    """The name of the model that made it, where that was said."""
+    """The one that made it, then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
 
-from embedding.errors import LookalikeError
+from embedding.errors import LookalikeError, ResponseTooLarge
 from index import Found
 from service.engine import Engine
 from service.questions import Search, SearchBatch
@@ -31,7 +31,7 @@ COMPANY = 64
 
 _let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # gRPC's thread, on the same core
 
-Form = Callable[[Sequence[Found]], Sequence[bytes]]
+Form = Callable[[Sequence[Found]], Sequence[bytes | ResponseTooLarge]]
 """Answers as bytes, one each."""
 
 
@@ -46,7 +46,7 @@ class _Asked:
     def kind(self) -> Any:
         """What must be equal for two to be answered together."""
         scope = self.question.scope
-        return self.form, scope.gallery, scope.point, scope.effort, self.question.k
+        return self.form, scope.gallery, scope.point, scope.effort, scope.metadata, self.question.k
 
 
 class Together:
@@ -87,15 +87,22 @@ class Together:
             if not asked.done.done():  # its caller has not gone
                 kinds[asked.kind].append(asked)
         for alike in kinds.values():
-            try:
-                outcomes = Work.run_as_one([asked.work for asked in alike], "search", self._outcomes, alike)
-            except Exception as error:
-                outcomes = [error] * len(alike)
+            outcomes = self._answered(alike)
             for asked, outcome in zip(alike, outcomes, strict=True):
                 if isinstance(outcome, Exception):
                     asked.done.set_exception(outcome)
                 else:
                     asked.done.set_result(outcome)
+
+    def _answered(self, alike: Sequence[_Asked]) -> Sequence[bytes | Exception]:
+        try:
+            return Work.run_as_one([asked.work for asked in alike], "search", self._outcomes, alike)
+        except ResponseTooLarge as error:
+            if len(alike) == 1:
+                return [error]
+            return [outcome for asked in alike for outcome in self._answered([asked])]  # each may be small enough
+        except Exception as error:
+            return [error] * len(alike)
 
     def _others_may_come(self) -> bool:
         count = len(self._waiting)

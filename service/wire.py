@@ -15,7 +15,7 @@ from google.rpc import status_pb2
 from embedding import calibration as measured
 from embedding.decision import Decision, Vectors, Verdict
 from embedding.errors import NotFound
-from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor
+from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor, Unparsed
 from index.engine import Stats
 from index.shelf import Copy
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
@@ -286,6 +286,8 @@ def calibration(known: measured.Calibration) -> model_pb2.Calibration:
 
 def struct(values: Mapping[str, JSON]) -> struct_pb2.Struct | None:
     """The message, or None, which leaves the field unset, when there are no values."""
+    if isinstance(values, Unparsed):
+        return json_format.ParseDict(values.parsed(), struct_pb2.Struct())
     return json_format.ParseDict(dict(values), struct_pb2.Struct()) if values else None
 
 

@@ -58,12 +58,15 @@ class ImageInput(_message.Message):
     encoded: _builtins.bytes
     """The bytes of an image file: JPEG, PNG, WebP, BMP, GIF (first frame), PBM/PGM/PPM or TIFF (first page)."""
     item: _builtins.str
-    """Name of a stored item, `galleries/{gallery}/items/{item}`; its stored embedding is used."""
+    """Name of a stored item, `galleries/{gallery}/items/{item}`; its stored embedding is used. Where nothing else names a
+    gallery, the model of the item's gallery answers, if it is loaded.
+    """
     embedding: _builtins.bytes
     """An embedding of the model that answers: little-endian float32 values, 4 × embedding_dim bytes, of unit length."""
     model: _builtins.str
-    """The model that made `embedding`, `models/{model}`. When given, the image is refused with FAILED_PRECONDITION unless that
-    model answers: an embedding that was kept must not be compared under another model after a swap.
+    """The model that made `embedding`, or that the image is to be compared by, `models/{model}`. When given, the image is
+    refused with FAILED_PRECONDITION unless that model answers: an embedding that was kept must not be compared under
+    another model after a swap. It does not choose the model.
     """
     def __init__(
         self,

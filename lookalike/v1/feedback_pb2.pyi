@@ -83,7 +83,10 @@ class Feedback(_message.Message):
     """Fingerprint of the model that decided. Output only."""
     @_builtins.property
     def decision(self) -> _common_pb2.Decision:
-        """The decision as it was answered; its distance, threshold, verdict, model and calibration are kept. Required."""
+        """The decision as it was answered; its distance, threshold, verdict, model and calibration are kept, the others may be
+        left out. One that the calibration would not have made is refused: INVALID_ARGUMENT with the field that disagrees,
+        NOT_FOUND where the server does not know the model or the calibration. Required.
+        """
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:

@@ -398,7 +398,7 @@ Global___EmbedResult: _TypeAlias = EmbedResult  # noqa: Y015
 
 @_typing.final
 class BatchEmbedResponse(_message.Message):
-    """One result an image, all of one model."""
+    """One result an image, all of one model: the active one, or that of the gallery that the first item among them lies in."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -67,7 +67,8 @@ class MatchServiceServicer(object):
     """
 
     def Verify(self, request, context):
-        """Decides whether two images match.
+        """Decides whether two images match, by the active model, or by that of the gallery that the first of them which is an
+        item lies in.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class MatchServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MatchServiceAsyncStub: ...
     Verify: _grpc.UnaryUnaryMultiCallable[_match_pb2.VerifyRequest, _match_pb2.VerifyResponse]
-    """Decides whether two images match."""
+    """Decides whether two images match, by the active model, or by that of the gallery that the first of them which is an
+    item lies in.
+    """
     BatchVerify: _grpc.UnaryUnaryMultiCallable[_match_pb2.BatchVerifyRequest, _match_pb2.BatchVerifyResponse]
     """Decides many pairs in one call; a bad pair fails alone, with its own status."""
     StreamVerify: _grpc.StreamStreamMultiCallable[_match_pb2.StreamVerifyRequest, _match_pb2.StreamVerifyResponse]
@@ -52,7 +54,9 @@ class MatchServiceAsyncStub(MatchServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Verify: _aio.UnaryUnaryMultiCallable[_match_pb2.VerifyRequest, _match_pb2.VerifyResponse]  # type: ignore[assignment]
-    """Decides whether two images match."""
+    """Decides whether two images match, by the active model, or by that of the gallery that the first of them which is an
+    item lies in.
+    """
     BatchVerify: _aio.UnaryUnaryMultiCallable[_match_pb2.BatchVerifyRequest, _match_pb2.BatchVerifyResponse]  # type: ignore[assignment]
     """Decides many pairs in one call; a bad pair fails alone, with its own status."""
     StreamVerify: _aio.StreamStreamMultiCallable[_match_pb2.StreamVerifyRequest, _match_pb2.StreamVerifyResponse]  # type: ignore[assignment]
@@ -73,7 +77,9 @@ class MatchServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _match_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_match_pb2.VerifyResponse, _abc.Awaitable[_match_pb2.VerifyResponse]]:
-        """Decides whether two images match."""
+        """Decides whether two images match, by the active model, or by that of the gallery that the first of them which is an
+        item lies in.
+        """
 
     @_abc_1.abstractmethod
     def BatchVerify(

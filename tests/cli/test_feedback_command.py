@@ -11,7 +11,7 @@ import pytest
 
 from embedding.bundle import Bundle, describe
 from embedding.calibration import HeldOutPairs, Histogram
-from lookalike import Client, Decision, Feedback
+from lookalike import Client, Decision, Feedback, Verdict
 from tests.cli.conftest import Run
 from tests.processes import serving
 from tests.service.harness import MARGIN, make_bundle, png
@@ -34,9 +34,9 @@ def feedback(decision: Decision) -> list[Feedback]:
     cases = []
     for i, (centre, is_match) in enumerate([(0.4, True), (1.2, False)] * 150):
         distance = float(np.float32(abs(rng.normal(centre, 0.15))))
-        cases.append(
-            Feedback(case_id=f"{i}", decision=replace(decision, distance=distance, threshold=0.5), is_match=is_match)
-        )
+        verdict = Verdict.MATCH if distance <= 0.5 else Verdict.NON_MATCH
+        made = replace(decision, distance=distance, threshold=0.5, verdict=verdict)
+        cases.append(Feedback(case_id=f"{i}", decision=made, is_match=is_match))
     return cases
 
 

@@ -181,3 +181,59 @@ def test_the_command_takes_them_from_options_and_the_environment(
     assert guarded.key not in err
     assert main(["--tls-ca", str(tmp_path / "none"), *ask]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def plain(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server without TLS."""
+    folder = tmp_path_factory.mktemp("plain")
+    bundle = make_bundle(folder / "toy", seed=0).path
+    loop = Loop()
+    with served(loop, Settings(bundle=bundle, galleries=folder / "galleries", port=0, device="cpu")) as server:
+        yield server.address
+    loop.close()
+
+
+@pytest.fixture(params=["plain to TLS", "TLS to plain", "another root", "no certificate", "another name"])
+def misunderstanding(request: pytest.FixtureRequest, guarded: Guarded, plain: str) -> tuple[str, Tls | bool, list[str]]:
+    """A server, how it is called, and what the error then names."""
+    certificate, key = guarded.files
+    cases: dict[str, tuple[str, Tls | bool, list[str]]] = {
+        "plain to TLS": (guarded.address, False, ["tls=Tls(ca=...)", "LOOKALIKE_TLS_CA", "--tls-ca", "does not speak"]),
+        "TLS to plain": (plain, Tls(ca=guarded.ca), ["does not speak TLS", "leave out tls", "LOOKALIKE_TLS_CA"]),
+        "another root": (guarded.address, Tls(ca=Authority("other").root), ["no root", "LOOKALIKE_TLS_CA"]),
+        "no certificate": (guarded.address, Tls(ca=guarded.ca), ["client certificate", "LOOKALIKE_CLIENT_CERTIFICATE"]),
+        "another name": (
+            guarded.address,
+            Tls(ca=guarded.ca, certificate=certificate, key=key, server_name="elsewhere"),
+            ["another name", "--tls-server-name"],
+        ),
+    }
+    return cases[request.param]
+
+
+def test_the_error_says_what_the_two_do_not_agree_on(misunderstanding: tuple[str, Tls | bool, list[str]]) -> None:
+    target, tls, named = misunderstanding
+    told: list[str] = []
+    with Client(target, tls=tls, retry=None) as client:
+        with pytest.raises(Unavailable) as caught:
+            client.get_model()
+        told.append(str(caught.value))
+        with pytest.raises(Unavailable, match="was not serving after") as caught:
+            client.wait_until_ready(0.2)
+        told.append(str(caught.value))
+
+    async def ask() -> None:
+        async with AsyncClient(target, tls=tls) as client:
+            with pytest.raises(Unavailable) as caught:
+                await client.get_model()
+            told.append(str(caught.value))
+            with pytest.raises(Unavailable, match="was not serving after") as caught:
+                await client.wait_until_ready(0.2)
+            told.append(str(caught.value))
+
+    asyncio.run(ask())
+    for message in told:
+        assert target in message
+        assert [name for name in named if name not in message] == []
+        assert "\n" not in message

@@ -18,6 +18,8 @@ from lookalike.v1 import search_pb2 as pb
 from service import encoded, errors, wire
 from service.parse import NEIGHBOR_FIELDS
 
+MOST = 2**20
+
 
 @pytest.fixture(scope="session")
 def calibration(bundle: Bundle) -> Calibration:
@@ -71,11 +73,11 @@ def test_an_answer_is_read_as_its_message(
     calibration: Calibration, data: st.DataObject, fields: frozenset[str]
 ) -> None:
     found = data.draw(answers(calibration))
-    form = encoded.search_responses("things", fields)
+    form = encoded.search_responses("things", fields, most_bytes=MOST)
     for _ in range(2):  # formed, and then as it was kept
         for answer, bytes_ in zip(found, form(found), strict=True):
             assert pb.SearchResponse.FromString(bytes_) == wire.search_response(answer, "things", fields)
-    other = encoded.search_responses("other-things", fields)
+    other = encoded.search_responses("other-things", fields, most_bytes=MOST)
     for answer, bytes_ in zip(found, other(found), strict=True):
         assert pb.SearchResponse.FromString(bytes_) == wire.search_response(answer, "other-things", fields)
 
@@ -86,14 +88,17 @@ def test_a_batch_and_a_stream_are_read_as_their_messages(
 ) -> None:
     outcomes: list[Found | LookalikeError] = list(data.draw(answers(calibration)))
     outcomes.insert(data.draw(st.integers(0, len(outcomes))), InvalidInput("not an image", field="queries[1]"))
-    batch = pb.BatchSearchResponse.FromString(encoded.batch_response(outcomes, "things", fields))
+    batch = pb.BatchSearchResponse.FromString(encoded.batch_response(outcomes, "things", fields, most_bytes=MOST))
     ids = [data.draw(st.text(max_size=200)) for _ in outcomes]
     alone: list[tuple[str, int | None]] = [(each, None) for each in ids]
     stream = [
-        pb.StreamSearchResponse.FromString(each) for each in encoded.stream_responses(alone, outcomes, "things", fields)
+        pb.StreamSearchResponse.FromString(each)
+        for each in encoded.stream_responses(alone, outcomes, "things", fields, most_bytes=MOST)
     ]
     first = data.draw(st.integers(0, len(outcomes)))
-    bundles = encoded.stream_responses([("a", first), ("", len(outcomes) - first)], outcomes, "things", fields)
+    bundles = encoded.stream_responses(
+        [("a", first), ("", len(outcomes) - first)], outcomes, "things", fields, most_bytes=MOST
+    )
     read = [pb.StreamSearchResponse.FromString(each) for each in bundles]
     assert [each.id for each in read] == ["a", ""]
     assert [result for each in read for result in each.results.results] == list(batch.results)

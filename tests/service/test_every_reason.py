@@ -190,6 +190,16 @@ def filtered(place: Place, text: str) -> status_pb2.Status:
     return place.ask("galleries", "ListItems", gallery_pb2.ListItemsRequest(parent="galleries/g", filter=text))
 
 
+def too_large(place: Place, _: pytest.MonkeyPatch) -> status_pb2.Status:
+    name = "galleries/large/items/one"
+    place.stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="large"))
+    item = gallery_pb2.Item(name=name)
+    item.metadata["note"] = "x" * 60_000
+    place.stubs.galleries.UpdateItem(gallery_pb2.UpdateItemRequest(item=item, image=encoded(1), allow_missing=True))
+    queries = [common_pb2.ImageInput(item=name), *[encoded(2)] * 5]
+    return place.ask("search", "BatchSearch", search_pb2.BatchSearchRequest(gallery="galleries/large", queries=queries))
+
+
 def stale(place: Place, _: pytest.MonkeyPatch) -> status_pb2.Status:
     request = gallery_pb2.DeleteItemRequest(name="galleries/g/items/item", etag="another")
     return place.ask("galleries", "DeleteItem", request)
@@ -203,6 +213,7 @@ PROVOKED = {
     "INVALID_OPERATING_POINT": lambda place, _: verify(
         place, encoded(1), operating_point=common_pb2.OperatingPoint(target_far=1e-9)
     ),
+    "RESPONSE_TOO_LARGE": too_large,
     "INVALID_FILTER": lambda place, _: filtered(place, "name ="),
     "REQUEST_ID_REUSED": reused,
     "NOT_FOUND": lambda place, _: delete_gallery(place, "nowhere"),

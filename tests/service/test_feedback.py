@@ -11,11 +11,11 @@ import pytest
 
 from embedding.bundle import Bundle
 from embedding.feedback import read_lines, write_lines
-from lookalike.v1 import common_pb2, match_pb2
+from lookalike.v1 import common_pb2, match_pb2, search_pb2
 from lookalike.v1 import feedback_pb2 as pb
 from service.feedback_store import read_feedback
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, refused, rich, served
+from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, make_bundle, refused, rich, served
 
 
 @pytest.fixture
@@ -108,6 +108,14 @@ def test_the_same_request_is_recorded_once(stubs: Stubs, decision: common_pb2.De
         ({"decision": {"verdict": common_pb2.VERDICT_UNSPECIFIED}}, "decision.verdict"),
         ({"decision": {"calibration": 0}}, "decision.calibration"),
         ({"decision": {"model": "toy"}}, "decision.model"),
+        ({"decision": {"verdict": common_pb2.VERDICT_MATCH, "threshold": 0.001}}, "decision.verdict"),
+        ({"decision": {"verdict": common_pb2.VERDICT_NON_MATCH, "threshold": 2}}, "decision.verdict"),
+        ({"decision": {"signed_margin": 1.9}}, "decision.signed_margin"),
+        ({"decision": {"match_probability": 0.123}}, "decision.match_probability"),
+        ({"decision": {"match_probability": float("nan")}}, "decision.match_probability"),
+        ({"decision": {"far": 0.123}}, "decision.far"),
+        ({"decision": {"far_upper95": 0.123}}, "decision.far_upper95"),
+        ({"decision": {"frr": 0.123}}, "decision.frr"),
     ],
 )
 def test_what_is_no_feedback_is_refused_as_a_whole(
@@ -145,3 +153,62 @@ def test_more_ways_to_ask_wrongly(stubs: Stubs, decision: common_pb2.Decision) -
     ):
         request_ = pb.ListFeedbackRequest(**options)
         assert fields(rich(refused(stubs.feedback.ListFeedback, request_))) == [field]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {},
+        {"threshold": 0.7},
+        {"threshold": 0.1},
+        {"target_far": 0.02},
+        {"name": "strict"},
+        {"uncertain_within": 2.0},
+    ],
+)
+def test_whatever_was_decided_can_be_told_of(stubs: Stubs, gallery: str, point: dict[str, Any]) -> None:
+    operating = common_pb2.OperatingPoint(**point)
+    stubs.fill(gallery, {f"{i}": encoded(i) for i in range(5)})
+    search = search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=encoded(2), operating_point=operating)
+    verify = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2), operating_point=operating)
+    made = [neighbor.decision for neighbor in stubs.search.Search(search).neighbors]
+    made.append(stubs.match.Verify(verify).decision)
+    recorded = record(stubs, *(case(f"{gallery}-{i}", each) for i, each in enumerate(made)))
+    assert [each.decision.distance for each in recorded] == [each.distance for each in made]
+
+
+def test_what_is_not_kept_may_be_left_out(stubs: Stubs, decision: common_pb2.Decision) -> None:
+    kept = common_pb2.Decision(
+        verdict=decision.verdict,
+        distance=decision.distance,
+        threshold=decision.threshold,
+        model=decision.model,
+        calibration=decision.calibration,
+    )
+    assert record(stubs, case("short", kept))[0].case_id == "short"
+
+
+def test_a_calibration_is_known_as_long_as_feedback_may_come(loop: Loop, settings: Settings, tmp_path: Path) -> None:
+    first, second = (make_bundle(tmp_path / f"{i}", seed=0, version=i, margin=0.25 * i) for i in (1, 2))
+    own = settings.model_copy(update={"galleries": tmp_path / "galleries", "bundle": first.path})
+    verify = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
+    with served(loop, own) as server, connected(server.address) as stubs:
+        early = stubs.match.Verify(verify).decision
+        never = common_pb2.Decision()
+        never.CopyFrom(early)
+        never.calibration = 2
+        request = pb.RecordFeedbackRequest(feedback=[case("a", early), case("b", never)])
+        status = rich(refused(stubs.feedback.RecordFeedback, request))
+        assert (info(status).reason, info(status).metadata["field"]) == (
+            "NOT_FOUND",
+            "feedback[1].decision.calibration",
+        )
+        assert listed(stubs) == []
+        record(stubs, case("a", early))
+    with served(loop, own.model_copy(update={"bundle": second.path})) as server, connected(server.address) as stubs:
+        late = stubs.match.Verify(verify).decision
+        assert (early.calibration, late.calibration) == (1, 2)
+        assert len(record(stubs, case("c", early), case("d", late))) == 2
+        early.far = 0.5
+        request = pb.RecordFeedbackRequest(feedback=[case("e", early)])
+        assert fields(rich(refused(stubs.feedback.RecordFeedback, request))) == ["feedback[0].decision.far"]
