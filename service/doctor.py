@@ -1,8 +1,8 @@
 """What is wrong with a deployment: its settings, bundle, galleries, certificates and machine, each looked at alone.
 
 Every check answers with findings and raises nothing; a finding that is no `ok` says what to do. Nothing is changed: the
-galleries are opened for reading, beside a server that may hold them. What a running server says is asked by
-`doctor_server.py`.
+galleries are opened for reading, beside a server that may hold them (`doctor_galleries.py`). What a running server says
+is asked by `doctor_server.py`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,18 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from embedding.bundle import Bundle
 from embedding.errors import InvalidInput, LookalikeError
-from index import Catalog
 from index.engine import GalleryEngine
 from service.certificate_dates import NotValid, expiry
+from service.doctor_galleries import galleries
+from service.finding import Finding
 from service.settings import Settings
 from service.tls import certificates
-
-State = Literal["ok", "warn", "fail"]
 
 LEAST_FREE_BYTES = 1 << 30
 """Free disk below which a warning is due, and a tenth of it below which writes are about to fail."""
@@ -38,17 +35,6 @@ LEAST_FILES = 1024
 CERTIFICATE_WARNING = timedelta(days=14)
 
 _FUTURE = timedelta(minutes=5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one check saw."""
-
-    check: str
-    state: State
-    what: str
-    do: str = ""
-    """What to do about it; empty where nothing is wrong."""
 
 
 def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = None) -> Iterator[Finding]:
@@ -62,8 +48,8 @@ def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = 
         yield from _bundle(path, bundles)
     yield from _folder(settings.galleries)
     opened: list[GalleryEngine] = []
-    if settings.engine == "embedded" and settings.galleries.is_dir():
-        yield from _galleries(settings, bundles, opened, full=full)
+    if settings.galleries.is_dir():
+        yield from galleries(settings, bundles, opened, full=full)
     yield from _memory(bundles, opened)
     yield from _clock(bundles, opened, now)
     for gallery in opened:
@@ -232,55 +218,6 @@ def _free_space(folder: Path) -> Finding:
         what=what,
         do="free space or move the galleries: a full disk ends writes with RESOURCE_EXHAUSTED, searches go on",
     )
-
-
-def _galleries(
-    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
-) -> Iterator[Finding]:
-    try:
-        found, damaged = Catalog(settings.galleries, read_only=True).survey()
-    except LookalikeError as error:
-        yield Finding(check="galleries", state="fail", what=str(error), do="correct the rights of the folder")
-        return
-    for name, why in damaged.items():
-        yield Finding(
-            check=f"gallery {name}",
-            state="fail",
-            what=str(why),
-            do=f"restore it from a snapshot: lookalike gallery restore {name} SNAPSHOT NEW",
-        )
-    models = {bundle.fingerprint: bundle.name for bundle in bundles}
-    for gallery in found:
-        opened.append(gallery)
-        yield from _gallery(gallery, models, full=full)
-    if not found and not damaged:
-        yield Finding(check="galleries", state="ok", what=f"none yet in {settings.galleries}")
-
-
-def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
-    check = f"gallery {gallery.id}"
-    if models and gallery.model.fingerprint not in models:
-        yield Finding(
-            check=check,
-            state="fail",
-            what=f"it holds embeddings of {gallery.model.name}, and the settings name {', '.join(models.values())}",
-            do="serve that model too (`other_bundles`), or migrate the gallery: lookalike gallery migrate",
-        )
-        return
-    if full:
-        problems = gallery.verify().problems
-        for problem in problems:
-            yield Finding(
-                check=check,
-                state="fail",
-                what=f"{problem.path}: {problem.what}",
-                do="stop the server and start it again, which writes segments anew from the store; "
-                "where the store itself is damaged, restore a snapshot",
-            )
-        if problems:
-            return
-    read = "every item agrees" if full else "opens"
-    yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
 
 
 def _memory(bundles: Sequence[Bundle], opened: Sequence[GalleryEngine]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from embedding.bundle import Bundle
 from embedding.errors import LookalikeError
 from lookalike.v1 import model_pb2, model_pb2_grpc
-from service.doctor import Finding
+from service.finding import Finding
 from service.settings import Settings
 
 _SECONDS = 5.0

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,16 +21,21 @@ from embedding.bundle import Bundle
 from index import Catalog, ModelRef
 from index.items import Item
 from index.live import SEGMENTS, STORE
-from service import doctor
+from index.receipts import Token
+from service import doctor, feedback_store, once
 from service.certificate_dates import NotValid, expiry
-from service.doctor import Finding, looked_at
+from service.doctor import looked_at
 from service.doctor_server import asked
+from service.feedback_store import FeedbackStore
+from service.finding import Finding
+from service.once import Ledger
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.authority import Authority
 from tests.processes import COMMAND, environment
 from tests.service.harness import DIM, Loop, Stubs, make_bundle, served
 from tests.service.test_drift import referenced
+from tests.service.test_side_store import spoil
 
 __all__ = ["referenced"]  # a fixture of another module
 
@@ -115,6 +121,22 @@ def test_a_damaged_segment_is_found_by_reading_it_all(whole: Settings) -> None:
     file.write_bytes(content)
     assert "gallery kept" not in wrong(looked_at(whole))  # it answers from the store
     assert wrong(looked_at(whole, full=True))["gallery kept"].state == "fail"
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "another's tables"])
+def test_stores_beside_the_galleries_that_are_damaged(whole: Settings, damage: str) -> None:
+    Ledger(whole.galleries).begin(Token(str(uuid.uuid4()), b"digest"))
+    FeedbackStore(whole.galleries).page(0, 1)
+    assert wrong(looked_at(whole)) == {}
+    for name in (once.FILE, feedback_store.FILE):
+        spoil(whole.galleries / name, damage)
+    found = wrong(looked_at(whole))
+    assert {check: finding.state for check, finding in found.items()} == {"requests": "warn", "feedback": "fail"}
+    Ledger(whole.galleries).begin(Token(str(uuid.uuid4()), b"digest"))
+    found = wrong(looked_at(whole))
+    assert found["requests"].state == "warn"
+    assert "set aside" in found["requests"].what
+    assert "delete" in found["requests"].do
 
 
 def test_a_folder_that_cannot_be_made(whole: Settings, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""What is wrong in a folder of galleries: them, and what a server keeps beside them. Read only, beside a server too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from embedding.bundle import Bundle
+from embedding.errors import LookalikeError
+from index import Catalog
+from index.engine import GalleryEngine
+from service import feedback_store, once
+from service.finding import Finding
+from service.settings import Settings
+from service.side_store import ASIDE, reading
+
+
+def galleries(
+    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
+) -> Iterator[Finding]:
+    """Every check of the folder, which exists; galleries that can be read are added to `opened`, to be closed later."""
+    if settings.engine == "embedded":
+        yield from _opened(settings, bundles, opened, full=full)
+    yield from _requests(settings.galleries)
+    yield from _feedback(settings.galleries)
+
+
+def _opened(
+    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
+) -> Iterator[Finding]:
+    try:
+        found, damaged = Catalog(settings.galleries, read_only=True).survey()
+    except LookalikeError as error:
+        yield Finding(check="galleries", state="fail", what=str(error), do="correct the rights of the folder")
+        return
+    for name, why in damaged.items():
+        yield Finding(
+            check=f"gallery {name}",
+            state="fail",
+            what=str(why),
+            do=f"restore it from a snapshot: lookalike gallery restore {name} SNAPSHOT NEW",
+        )
+    models = {bundle.fingerprint: bundle.name for bundle in bundles}
+    for gallery in found:
+        opened.append(gallery)
+        yield from _gallery(gallery, models, full=full)
+    if not found and not damaged:
+        yield Finding(check="galleries", state="ok", what=f"none yet in {settings.galleries}")
+
+
+def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
+    check = f"gallery {gallery.id}"
+    if models and gallery.model.fingerprint not in models:
+        yield Finding(
+            check=check,
+            state="fail",
+            what=f"it holds embeddings of {gallery.model.name}, and the settings name {', '.join(models.values())}",
+            do="serve that model too (`other_bundles`), or migrate the gallery: lookalike gallery migrate",
+        )
+        return
+    if full:
+        problems = gallery.verify().problems
+        for problem in problems:
+            yield Finding(
+                check=check,
+                state="fail",
+                what=f"{problem.path}: {problem.what}",
+                do="stop the server and start it again, which writes segments anew from the store; "
+                "where the store itself is damaged, restore a snapshot",
+            )
+        if problems:
+            return
+    read = "every item agrees" if full else "opens"
+    yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
+
+
+def _requests(folder: Path) -> Iterator[Finding]:
+    """The ledger of requests; nothing is said of one that is sound or was never needed."""
+    path = folder / once.FILE
+    try:
+        if _is_used(path):
+            with reading(path, once.TABLES, advice="a server replaces it", whole=True):
+                pass
+    except LookalikeError as error:
+        yield Finding(
+            check="requests",
+            state="warn",
+            what=str(error),
+            do="nothing has to be done: the server sets it aside at the next write and makes a new one; writes of the "
+            "last hour that are asked for again are then done again",
+        )
+    for aside in sorted(folder.glob(f"{path.stem}{ASIDE}*{path.suffix}")):
+        yield Finding(
+            check="requests",
+            state="warn",
+            what=f"{aside} was damaged, and set aside by the server",
+            do="look at the disk (dmesg, smartctl), then delete it with its -wal and -shm",
+        )
+
+
+def _feedback(folder: Path) -> Iterator[Finding]:
+    path = folder / feedback_store.FILE
+    try:
+        if not _is_used(path):
+            return
+        with reading(path, feedback_store.TABLES, advice=feedback_store.ADVICE, whole=True) as connection:
+            (cases,) = connection.execute("SELECT count(*) FROM feedback").fetchone()
+    except LookalikeError as error:
+        yield Finding(check="feedback", state="fail", what=str(error), do="restore a copy of the file, or move it away")
+        return
+    yield Finding(check="feedback", state="ok", what=f"{cases:,} cases")
+
+
+def _is_used(path: Path) -> bool:
+    """Whether a store was made: one whose process was killed at its first moment is empty, and made anew."""
+    return path.exists() and (not path.is_file() or path.stat().st_size > 0)
