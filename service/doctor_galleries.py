@@ -7,7 +7,7 @@ from pathlib import Path
 
 from embedding.bundle import Bundle
 from embedding.errors import LookalikeError
-from index import Catalog
+from index import Catalog, aliases
 from index.engine import GalleryEngine
 from service import feedback_store, once
 from service.finding import Finding
@@ -21,6 +21,7 @@ def galleries(
     """Every check of the folder, which exists; galleries that can be read are added to `opened`, to be closed later."""
     if settings.engine == "embedded":
         yield from _opened(settings, bundles, opened, full=full)
+    yield from _aliases(settings.galleries)
     yield from _requests(settings.galleries)
     yield from _feedback(settings.galleries)
 
@@ -74,6 +75,39 @@ def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> I
     yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
 
 
+def _aliases(folder: Path) -> Iterator[Finding]:
+    """Nothing is said of aliases that are sound."""
+    try:
+        if why := aliases.examined(folder):
+            yield Finding(
+                check="aliases",
+                state="warn",
+                what=f"{why}; its copy {aliases.COPY} is sound",
+                do="nothing has to be done: the server takes the copy, and sets the damaged file aside",
+            )
+    except LookalikeError as error:
+        yield Finding(
+            check="aliases",
+            state="fail",
+            what=str(error),
+            do=f"restore {aliases.FILE} from a backup; or delete it and {aliases.COPY}, and name the aliases again: "
+            "lookalike gallery alias",
+        )
+    yield from _set_aside(folder, "aliases", f"{aliases.ASIDE}*")
+
+
+def _set_aside(folder: Path, check: str, pattern: str) -> Iterator[Finding]:
+    """Files of this name are what a server found damaged."""
+    for aside in sorted(folder.glob(pattern)):
+        if not aside.name.endswith(("-wal", "-shm")):
+            yield Finding(
+                check=check,
+                state="warn",
+                what=f"{aside} was damaged, and set aside by the server",
+                do="look whether the disk is sound (dmesg, smartctl), then delete it, and what begins with its name",
+            )
+
+
 def _requests(folder: Path) -> Iterator[Finding]:
     """The ledger of requests; nothing is said of one that is sound or was never needed."""
     path = folder / once.FILE
@@ -89,13 +123,7 @@ def _requests(folder: Path) -> Iterator[Finding]:
             do="nothing has to be done: the server sets it aside at the next write and makes a new one; writes of the "
             "last hour that are asked for again are then done again",
         )
-    for aside in sorted(folder.glob(f"{path.stem}{ASIDE}*{path.suffix}")):
-        yield Finding(
-            check="requests",
-            state="warn",
-            what=f"{aside} was damaged, and set aside by the server",
-            do="look at the disk (dmesg, smartctl), then delete it with its -wal and -shm",
-        )
+    yield from _set_aside(folder, "requests", f"{path.stem}{ASIDE}*")
 
 
 def _feedback(folder: Path) -> Iterator[Finding]:

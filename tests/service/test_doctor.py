@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from embedding.bundle import Bundle
-from index import Catalog, ModelRef
+from index import Catalog, ModelRef, aliases
+from index.aliases import Aliases
 from index.items import Item
 from index.live import SEGMENTS, STORE
 from index.receipts import Token
@@ -123,16 +124,34 @@ def test_a_damaged_segment_is_found_by_reading_it_all(whole: Settings) -> None:
     assert wrong(looked_at(whole, full=True))["gallery kept"].state == "fail"
 
 
+def test_aliases_that_are_damaged(whole: Settings) -> None:
+    Aliases(whole.galleries).put("team", "kept")
+    assert wrong(looked_at(whole)) == {}
+    (whole.galleries / aliases.FILE).write_text("{")
+    found = wrong(looked_at(whole))
+    assert {check: finding.state for check, finding in found.items()} == {"aliases": "warn"}
+    assert aliases.COPY in found["aliases"].what
+    Aliases(whole.galleries)
+    assert "set aside" in wrong(looked_at(whole))["aliases"].what
+    for name in (aliases.FILE, aliases.COPY):
+        (whole.galleries / name).write_text("{")
+    assert "fail" in [finding.state for finding in looked_at(whole) if finding.check == "aliases"]
+
+
 @pytest.mark.parametrize("damage", ["garbage", "cut", "another's tables"])
 def test_stores_beside_the_galleries_that_are_damaged(whole: Settings, damage: str) -> None:
-    Ledger(whole.galleries).begin(Token(str(uuid.uuid4()), b"digest"))
-    FeedbackStore(whole.galleries).page(0, 1)
-    assert wrong(looked_at(whole)) == {}
+    ledger, feedback = Ledger(whole.galleries), FeedbackStore(whole.galleries)
+    ledger.begin(Token(str(uuid.uuid4()), b"digest"))
+    feedback.page(0, 1)
+    assert wrong(looked_at(whole)) == {}  # beside those who write
+    ledger.close()
+    feedback.close()
     for name in (once.FILE, feedback_store.FILE):
         spoil(whole.galleries / name, damage)
     found = wrong(looked_at(whole))
     assert {check: finding.state for check, finding in found.items()} == {"requests": "warn", "feedback": "fail"}
-    Ledger(whole.galleries).begin(Token(str(uuid.uuid4()), b"digest"))
+    ledger.begin(Token(str(uuid.uuid4()), b"digest"))
+    ledger.close()
     found = wrong(looked_at(whole))
     assert found["requests"].state == "warn"
     assert "set aside" in found["requests"].what
