@@ -36,7 +36,8 @@ class Aliases:
 
     Where the file cannot be understood, its copy counts; a writer then sets the file aside and writes it anew. Where
     neither can be, both are read again at each question, so that what is brought back counts at once. Until then
-    galleries are found by their names, which `is_gallery` knows, and everything else raises DamagedData.
+    galleries are found by their names, which `is_gallery` knows, and everything else raises DamagedData. Raises
+    StorageFailed where the disk refuses the file and there is no copy.
     """
 
     def __init__(
@@ -75,9 +76,12 @@ class Aliases:
         with self._changing:
             try:
                 found, why = _read(self._path), f"{self._path} is missing"
-            except (DamagedData, StorageFailed) as error:
-                found, why = None, str(error)
-                is_there = True
+            except StorageFailed as error:
+                if not copy.is_file():
+                    raise  # the disk has its own reasons, and its own remedies
+                found, why, is_there = None, str(error), True
+            except DamagedData as error:
+                found, why, is_there = None, str(error), True
             else:
                 is_there = copy.exists()  # without either, there were never any
             if found is None and is_there:

@@ -9,6 +9,7 @@ from embedding.bundle import Bundle
 from embedding.errors import LookalikeError
 from index import Catalog, aliases
 from index.engine import GalleryEngine
+from index.shelf import Shelf
 from service import feedback_store, once
 from service.finding import Finding
 from service.settings import Settings
@@ -21,6 +22,7 @@ def galleries(
     """Every check of the folder, which exists; galleries that can be read are added to `opened`, to be closed later."""
     if settings.engine == "embedded":
         yield from _opened(settings, bundles, opened, full=full)
+    yield from _snapshots(settings.galleries, full=full)
     yield from _aliases(settings.galleries)
     yield from _requests(settings.galleries)
     yield from _feedback(settings.galleries)
@@ -73,6 +75,25 @@ def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> I
             return
     read = "every item agrees" if full else "opens"
     yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
+
+
+def _snapshots(folder: Path, *, full: bool) -> Iterator[Finding]:
+    """Nothing is said of those that are sound, without `full` as far as their sizes tell."""
+    shelf = Shelf(folder)
+    try:
+        for copy in (copy for gallery in shelf.galleries() for copy in shelf.list(gallery, full=full)):
+            if copy.damage:
+                yield Finding(
+                    check=f"snapshot {copy.gallery}/{copy.id}",
+                    state="warn",
+                    what=f"it cannot be restored: {copy.damage}",
+                    do=f"make another one (lookalike gallery snapshot {copy.gallery} NAME), then delete this one: "
+                    f"lookalike gallery delete-snapshot {copy.gallery} {copy.id}",
+                )
+    except (LookalikeError, OSError) as error:
+        yield Finding(
+            check="snapshots", state="fail", what=f"they cannot be read: {error}", do="correct the rights of the folder"
+        )
 
 
 def _aliases(folder: Path) -> Iterator[Finding]:

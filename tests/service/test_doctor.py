@@ -23,6 +23,7 @@ from index.aliases import Aliases
 from index.items import Item
 from index.live import SEGMENTS, STORE
 from index.receipts import Token
+from index.shelf import FOLDER, Shelf
 from service import doctor, feedback_store, once
 from service.certificate_dates import NotValid, expiry
 from service.doctor import looked_at
@@ -122,6 +123,20 @@ def test_a_damaged_segment_is_found_by_reading_it_all(whole: Settings) -> None:
     file.write_bytes(content)
     assert "gallery kept" not in wrong(looked_at(whole))  # it answers from the store
     assert wrong(looked_at(whole, full=True))["gallery kept"].state == "fail"
+
+
+def test_snapshots_that_are_damaged(whole: Settings) -> None:
+    with Catalog(whole.galleries) as catalog:
+        for name in ("sound", "cut", "flipped"):
+            Shelf(whole.galleries).create(catalog.get("kept"), name)
+    copies = whole.galleries / FOLDER / "kept"
+    assert wrong(looked_at(whole, full=True)) == {}
+    (copies / "cut" / STORE).write_bytes(b"")
+    store = bytearray((copies / "flipped" / STORE).read_bytes())
+    store[-1] ^= 1
+    (copies / "flipped" / STORE).write_bytes(store)
+    assert {check: finding.state for check, finding in wrong(looked_at(whole)).items()} == {"snapshot kept/cut": "warn"}
+    assert set(wrong(looked_at(whole, full=True))) == {"snapshot kept/cut", "snapshot kept/flipped"}
 
 
 def test_aliases_that_are_damaged(whole: Settings) -> None:
