@@ -1,8 +1,8 @@
 """What is wrong with a deployment: its settings, bundle, galleries, certificates and machine, each looked at alone.
 
 Every check answers with findings and raises nothing; a finding that is no `ok` says what to do. Nothing is changed: the
-galleries are opened for reading, beside a server that may hold them (`doctor_galleries.py`). What a running server says
-is asked by `doctor_server.py`.
+galleries are opened for reading, beside a server that may hold them (`doctor_galleries.py`). Bundles are looked at by
+`doctor_models.py`; what a running server says is asked by `doctor_server.py`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from importlib import metadata
 from pathlib import Path
 
 from embedding.bundle import Bundle
-from embedding.errors import InvalidInput, LookalikeError
+from embedding.errors import InvalidInput
 from index.engine import GalleryEngine
 from service.certificate_dates import NotValid, expiry
 from service.doctor_galleries import galleries
+from service.doctor_models import models
 from service.finding import Finding
 from service.settings import Settings
 from service.tls import certificates
@@ -44,8 +45,7 @@ def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = 
     yield from _files_limit()
     yield from _tls(settings, now)
     bundles: list[Bundle] = []
-    for path in (settings.bundle, *settings.other_bundles):
-        yield from _bundle(path, bundles)
+    yield from models(settings, bundles)
     yield from _folder(settings.galleries)
     opened: list[GalleryEngine] = []
     if settings.galleries.is_dir():
@@ -145,43 +145,6 @@ def _tls(settings: Settings, now: datetime) -> Iterator[Finding]:
         )
     else:
         yield Finding(check="TLS", state="ok", what=f"the certificate is valid until {until:%Y-%m-%d}")
-
-
-def _bundle(path: Path, found: list[Bundle]) -> Iterator[Finding]:
-    try:
-        bundle = Bundle.load(path)
-        bundle.network()
-    except LookalikeError as error:
-        yield Finding(
-            check="bundle", state="fail", what=str(error), do="restore the bundle from a copy, or correct its path"
-        )
-        return
-    found.append(bundle)
-    calibration = bundle.calibration
-    yield Finding(
-        check="bundle",
-        state="ok",
-        what=f"{bundle.name}: sums agree, {calibration.identities} identities calibrated, "
-        f"learned margin {calibration.learned_margin:.4f}",
-    )
-    if calibration.protocol != "identity-disjoint":
-        yield Finding(
-            check="calibration",
-            state="warn",
-            what=f"{bundle.name} was calibrated on identities that it was trained on: its rates flatter",
-            do="train with an identity-disjoint split before relying on the rates of its decisions",
-        )
-    if bundle.reference is None:
-        yield Finding(
-            check="drift reference",
-            state="warn",
-            what=f"{bundle.name} was made by an earlier version and has no reference.json: drift is not measured",
-            do="train it anew with this version, or leave it and do without",
-        )
-    else:
-        yield Finding(
-            check="drift reference", state="ok", what=f"{bundle.name}: of {bundle.reference.images} held-out images"
-        )
 
 
 def _folder(folder: Path) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from embedding.bundle import Bundle
 from embedding.errors import LookalikeError
 from index import Catalog, aliases
 from index.engine import GalleryEngine
+from index.schema import OtherVersion
 from index.shelf import Shelf
 from service import feedback_store, once
 from service.finding import Finding
@@ -17,11 +18,14 @@ from service.side_store import ASIDE, reading
 
 
 def galleries(
-    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
+    settings: Settings, answering: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
 ) -> Iterator[Finding]:
-    """Every check of the folder, which exists; galleries that can be read are added to `opened`, to be closed later."""
+    """Every check of the folder, which exists, for a server that answers with these models.
+
+    Galleries that can be read are added to `opened`, to be closed later.
+    """
     if settings.engine == "embedded":
-        yield from _opened(settings, bundles, opened, full=full)
+        yield from _opened(settings, answering, opened, full=full)
     yield from _snapshots(settings.galleries, full=full)
     yield from _aliases(settings.galleries)
     yield from _requests(settings.galleries)
@@ -29,7 +33,7 @@ def galleries(
 
 
 def _opened(
-    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
+    settings: Settings, answering: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
 ) -> Iterator[Finding]:
     try:
         found, damaged = Catalog(settings.galleries, read_only=True).survey()
@@ -37,18 +41,34 @@ def _opened(
         yield Finding(check="galleries", state="fail", what=str(error), do="correct the rights of the folder")
         return
     for name, why in damaged.items():
+        if isinstance(why, OtherVersion):
+            yield _of_another_version(name, why)
+            continue
         yield Finding(
             check=f"gallery {name}",
             state="fail",
             what=str(why),
             do=f"restore it from a snapshot: lookalike gallery restore {name} SNAPSHOT NEW",
         )
-    models = {bundle.fingerprint: bundle.name for bundle in bundles}
+    models = {bundle.fingerprint: bundle.name for bundle in answering}
     for gallery in found:
         opened.append(gallery)
         yield from _gallery(gallery, models, full=full)
     if not found and not damaged:
         yield Finding(check="galleries", state="ok", what=f"none yet in {settings.galleries}")
+
+
+def _of_another_version(name: str, why: OtherVersion) -> Finding:
+    if why.newer:
+        do = "install the version of lookalike that wrote it, or a later one; or restore a snapshot that this one made"
+        return Finding(check=f"gallery {name}", state="fail", what=str(why), do=do)
+    return Finding(
+        check=f"gallery {name}",
+        state="warn",
+        what=f"it is sound, and of an earlier version: {why}",
+        do="nothing has to be done: the server brings it forward at its start, after which earlier versions refuse it; "
+        "its items were not looked at",
+    )
 
 
 def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
@@ -57,8 +77,10 @@ def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> I
         yield Finding(
             check=check,
             state="fail",
-            what=f"it holds embeddings of {gallery.model.name}, and the settings name {', '.join(models.values())}",
-            do="serve that model too (`other_bundles`), or migrate the gallery: lookalike gallery migrate",
+            what=f"it holds embeddings of {gallery.model.name}, and {', '.join(models.values())} "
+            f"{'answer' if len(models) > 1 else 'answers'}",
+            do="serve that model too (`other_bundles`, or lookalike model activate MODEL --keep-previous), or migrate "
+            "the gallery: lookalike gallery migrate",
         )
         return
     if full:

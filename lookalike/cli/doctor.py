@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,6 +55,7 @@ def doctor(
     from service.server import SERVICES
     from service.settings_sources import Flag, Origins, set_flags
 
+    logging.disable(logging.ERROR)  # what is logged about what is found is told as a finding
     findings: list[Finding] = []
 
     def tell(finding: Finding) -> None:

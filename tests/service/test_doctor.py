@@ -7,10 +7,12 @@ import os
 import resource
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from index.aliases import Aliases
 from index.items import Item
 from index.live import SEGMENTS, STORE
 from index.receipts import Token
+from index.schema import SCHEMA_VERSION
 from index.shelf import FOLDER, Shelf
-from service import doctor, feedback_store, once
+from lookalike.v1 import gallery_pb2, model_pb2
+from service import doctor, feedback_store, once, standing
 from service.certificate_dates import NotValid, expiry
 from service.doctor import looked_at
 from service.doctor_server import asked
@@ -35,7 +39,7 @@ from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.authority import Authority
 from tests.processes import COMMAND, environment
-from tests.service.harness import DIM, Loop, Stubs, make_bundle, served
+from tests.service.harness import DIM, Loop, Stubs, connected, make_bundle, served
 from tests.service.test_drift import referenced
 from tests.service.test_side_store import spoil
 
@@ -99,6 +103,46 @@ def test_a_gallery_of_another_model(whole: Settings, tmp_path: Path) -> None:
     assert other.name in found["gallery kept"].what
     both = whole.model_copy(update={"other_bundles": (other.path,)})
     assert "gallery kept" not in wrong(looked_at(both))
+
+
+def test_what_was_activated_counts(whole: Settings, loop: Loop, tmp_path: Path) -> None:
+    """A server after an activation, with its new gallery and its old one, is well."""
+    models = tmp_path / "models"
+    newer = make_bundle(models / "newer", seed=9)
+    own = whole.model_copy(update={"models": models, "port": 0})
+    with served(loop, own) as server, connected(server.address) as stubs:
+        activate = model_pb2.ActivateModelRequest(name=f"models/{newer.name}", keep_previous=True)
+        stubs.models.ActivateModel(activate)
+        stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="moved"))
+        told = own.model_copy(update={"port": server.port})
+        found = [*looked_at(told), *asked(told, services=SERVICES)]
+        assert {f.check: f for f in found if f.state == "fail"} == {}
+        assert "model" not in wrong(iter(found)), "it is the one that was activated"
+        (said,) = [f for f in found if f.check == "models"]
+        assert said.what.startswith(f"{newer.name} was activated and answers, beside ")
+        former = Bundle.load(own.bundle).name
+        stubs.models.DeactivateModel(model_pb2.DeactivateModelRequest(name=f"models/{former}", force=True))
+        found = wrong(looked_at(told))
+        assert set(found) - {"drift reference"} == {"gallery kept"}, "now its model is not loaded"
+        assert newer.name in found["gallery kept"].what
+    models.rename(tmp_path / "away")
+    found = wrong(looked_at(own.model_copy(update={"models": tmp_path / "deployed"})))
+    assert found["models"].state == "warn"
+    assert newer.name in found["models"].what
+    assert "gallery moved" in found
+    (own.galleries / standing.FILE).write_text("{")
+    assert standing.FILE in wrong(looked_at(own))["models"].what
+
+
+@pytest.mark.parametrize(("version", "state"), [(1, "warn"), (SCHEMA_VERSION + 1, "fail")])
+def test_a_store_of_another_version_is_not_damaged(whole: Settings, version: int, state: str) -> None:
+    with closing(sqlite3.connect(whole.galleries / "kept" / STORE)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    found = wrong(looked_at(whole))
+    assert {check: finding.state for check, finding in found.items()} == {"gallery kept": state}
+    told = found["gallery kept"]
+    assert "damaged" not in told.what
+    assert ("brings it forward" if version == 1 else "install the version") in told.do
 
 
 def test_a_damaged_store(whole: Settings) -> None:
