@@ -1,18 +1,32 @@
-"""Names that stand for galleries: one small file beside them, replaced as a whole, so that a move is one step."""
+"""Names that stand for galleries: one small file beside them, replaced as a whole, so that a move is one step.
+
+root/.aliases.json              targets by alias
+root/.aliases.copy.json         the same, written after it
+root/.aliases.damaged-….json    what was found damaged, set aside
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
-from embedding.errors import DamagedData, InvalidInput, NotFound, StorageFailed
+from embedding.errors import DamagedData, InvalidInput, LookalikeError, NotFound, StorageFailed
+from index.engine import GalleryCatalog
 from index.items import check_gallery_id
 from index.segments import sync_folder
 
 FILE = ".aliases.json"
+COPY = ".aliases.copy.json"
+"""The same once more, for when the first cannot be read."""
+ASIDE = ".aliases.damaged-"
+"""How the name begins of a damaged file that was set aside."""
+
+_log = logging.getLogger(__name__)
 
 
 class Aliases:
@@ -20,23 +34,85 @@ class Aliases:
     process alone that holds the folder for writing. Opened read-only they are those of the moment of opening, and those
     of the moment of asking when they `follow`.
 
-    Raises DamagedData when the file cannot be understood.
+    Where the file cannot be understood, its copy counts; a writer then sets the file aside and writes it anew. Where
+    neither can be, both are read again at each question, so that what is brought back counts at once. Until then
+    galleries are found by their names, which `is_gallery` knows, and everything else raises DamagedData. Raises
+    StorageFailed where the disk refuses the file and there is no copy.
     """
 
-    def __init__(self, root: Path, *, read_only: bool = False, follow: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        read_only: bool = False,
+        follow: bool = False,
+        is_gallery: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         read_only = read_only or follow
         self._follow = follow
         self._path = root / FILE
         self._read_only = read_only
-        self._changing = threading.Lock()
+        self._is_gallery = is_gallery
+        self._changing = threading.RLock()
+        self._damage: DamagedData | None = None
+        self._read_targets: Mapping[str, str] = {}
         self._seen = self._look()
-        self._read_targets: Mapping[str, str] = _read(self._path)
+        self._take()
 
     @property
     def _targets(self) -> Mapping[str, str]:
         if self._follow and (now := self._look()) != self._seen:
-            self._read_targets, self._seen = _read(self._path), now
+            self._take()
+            self._seen = now
+        elif self._damage is not None:
+            self._take()
+        if self._damage is not None:
+            raise self._damage
         return self._read_targets
+
+    def _take(self) -> None:
+        """Read the file, or else its copy; when neither can be read, what was read before stays, if anything was."""
+        copy = self._path.with_name(COPY)
+        with self._changing:
+            try:
+                found, why = _read(self._path), f"{self._path} is missing"
+            except StorageFailed as error:
+                if not copy.is_file():
+                    raise  # the disk has its own reasons, and its own remedies
+                found, why, is_there = None, str(error), True
+            except DamagedData as error:
+                found, why, is_there = None, str(error), True
+            else:
+                is_there = copy.exists()  # without either, there were never any
+            if found is None and is_there:
+                found = _or_none(copy)
+                if found is None:
+                    if not self._read_targets and self._damage is None:
+                        self._damage = _lost(self._path)
+                        _log.error("%s", self._damage)  # once, though it is looked at again and again
+                    return
+                _log.warning("%s; the aliases of %s count", why, copy)
+                self._renew(found)
+            elif found and not self._read_only and _or_none(copy) != found:
+                self._copy(found)  # a version before this one wrote, or a crash came between the two
+            self._read_targets, self._damage = found or {}, None
+
+    def _renew(self, targets: Mapping[str, str]) -> None:
+        """Set a damaged file aside and write another."""
+        if self._read_only:
+            return
+        try:
+            if self._path.exists():
+                self._path.rename(self._path.with_name(f"{ASIDE}{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.json"))
+            _replace(self._path, targets)
+        except OSError as error:
+            _log.warning("%s cannot be written anew: %s", self._path, error.strerror or error)
+
+    def _copy(self, targets: Mapping[str, str]) -> None:
+        try:
+            _replace(self._path.with_name(COPY), targets)
+        except OSError as error:  # the aliases themselves are written
+            _log.warning("the copy of %s cannot be written: %s", self._path, error.strerror or error)
 
     def _look(self) -> tuple[int, int]:
         """Changes with every replacement of the file."""
@@ -47,8 +123,13 @@ class Aliases:
         return found.st_ino, found.st_mtime_ns
 
     def resolve(self, name: str) -> str:
-        """The gallery that `name` stands for; itself when it is no alias."""
-        return self._targets.get(name, name)
+        """The gallery that `name` stands for; itself when it is no alias. Raises DamagedData when that is not known."""
+        try:
+            return self._targets.get(name, name)
+        except DamagedData:
+            if self._is_gallery(name):
+                return name  # no alias has the name of a gallery
+            raise
 
     def get(self, alias: str) -> str:
         """The gallery that the alias stands for. Raises NotFound."""
@@ -82,24 +163,58 @@ class Aliases:
     def _write(self, targets: Mapping[str, str]) -> None:
         if self._read_only:
             raise StorageFailed(f"{self._path.parent} is open read-only; open it for writing")
-        partial = self._path.with_suffix(".partial")
         try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(targets, file, indent=1, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
-            sync_folder(self._path.parent)
+            _replace(self._path, targets)
         except OSError as error:
             raise StorageFailed(f"the disk refused {self._path}: {error.strerror or error}") from error
         self._read_targets = targets
+        self._copy(targets)
 
 
-def _read(path: Path) -> dict[str, str]:
+def holds(catalog: GalleryCatalog, name: str) -> bool:
+    """Whether there is a gallery of this name, sound or not."""
+    try:
+        return catalog.opened(name) is not None or catalog.get(name) is not None
+    except NotFound:
+        return False
+    except LookalikeError:
+        return True
+
+
+def examined(root: Path) -> str:
+    """What is wrong with the aliases of a folder; empty when nothing is. Changes nothing.
+
+    Raises DamagedData where neither the file nor its copy can be understood.
+    """
+    path, copy = root / FILE, root / COPY
+    try:
+        if _read(path) is not None or not copy.exists():
+            return ""
+        why = f"{path} is missing"
+    except (DamagedData, StorageFailed) as error:
+        why = str(error)
+    if _or_none(copy) is None:
+        raise _lost(path)
+    return why
+
+
+def _replace(path: Path, targets: Mapping[str, str]) -> None:
+    """Write as a whole or not at all. Raises OSError."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(targets, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """None when there is no file. Raises StorageFailed, and DamagedData for what is no list of aliases."""
     try:
         targets = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}
+        return None
     except OSError as error:
         raise StorageFailed(f"the disk refused {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -114,5 +229,20 @@ def _read(path: Path) -> dict[str, str]:
     return targets
 
 
+def _or_none(path: Path) -> dict[str, str] | None:
+    try:
+        return _read(path)
+    except LookalikeError:
+        return None
+
+
 def _damaged(path: Path) -> DamagedData:
-    return DamagedData(f"{path} is not a list of aliases; restore it from a copy, or delete it and name them again")
+    return DamagedData(f"{path} is no list of aliases")
+
+
+def _lost(path: Path) -> DamagedData:
+    return DamagedData(
+        f"the aliases are damaged: neither {path} nor {COPY} beside it can be read, so that a name that is no "
+        f"gallery's may be an alias. Restore {FILE} from a backup; or delete both files, and name the aliases again. "
+        "Galleries answer to their own names meanwhile"
+    )

@@ -17,6 +17,7 @@ BUSY_SECONDS = 10.0
 
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_COPY = "restore it from a copy"
 _REFUSED = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 
 
@@ -85,14 +86,17 @@ class Readers:
         connection.close()
 
 
-def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """A connection for any thread, in autocommit mode; commits are synced to the disk. The file must exist."""
+def connect(path: Path, *, read_only: bool, advice: str = _COPY) -> sqlite3.Connection:
+    """A connection for any thread, in autocommit mode; commits are synced to the disk. The file must exist.
+
+    `advice` is what to do about a damaged file.
+    """
     if not path.is_file():
-        raise DamagedData(f"{path} is missing; restore it from a copy")
+        raise DamagedData(f"{path} is missing; {advice}")
     uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
     if read_only and _is_frozen(path):
         uri += "&immutable=1"
-    with translated(path):
+    with translated(path, advice=advice):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous = FULL")
     return connection
@@ -121,14 +125,17 @@ def _is_frozen(path: Path) -> bool:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """SQLite's refusals as errors of ours; what only a mistake in our own SQL can cause passes through."""
+def translated(path: Path, *, advice: str = _COPY) -> Iterator[None]:
+    """SQLite's refusals as errors of ours; what only a mistake in our own SQL can cause passes through.
+
+    `advice` is what to do about a damaged file.
+    """
     try:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
         if code in _DAMAGED:
-            raise DamagedData(f"{path} is damaged ({error}); restore it from a copy") from error
+            raise DamagedData(f"{path} is damaged ({error}); {advice}") from error
         if code in _BUSY:
             raise Busy(f"{path} is in use by another process ({error}); try again") from error
         if code in _REFUSED:

@@ -27,6 +27,7 @@ from index.sums import FileSum
 CONTENTS = "copy.json"
 
 _PAGES_AT_ONCE = 2048
+_OTHER = "restore another snapshot, or put this one back from a backup"
 
 
 class Contents(BaseModel):
@@ -75,6 +76,39 @@ def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
     return generation
 
 
+def read_contents(folder: Path) -> Contents:
+    """What a snapshot says that it holds. Raises DamagedData, which says in a few words what is wrong."""
+    try:
+        return Contents.model_validate_json((folder / CONTENTS).read_bytes())
+    except OSError as error:
+        raise DamagedData(f"{CONTENTS} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise DamagedData(f"{CONTENTS} is no list of what a snapshot holds") from error
+
+
+def missing(folder: Path, contents: Contents) -> str:
+    """The first file that is not there in its full size; empty when all are. Sums are not computed. Raises OSError."""
+    for name, wanted in contents.files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != wanted.bytes:
+            return f"{name} has {size:,} bytes instead of {wanted.bytes:,}"
+    return "" if STORE in contents.files else f"it holds no {STORE}"
+
+
+def altered(folder: Path, contents: Contents) -> str:
+    """The first file that does not agree with its sum; empty when all do. Reads all of them. Raises OSError."""
+    return next(
+        (
+            f"{name} does not agree with its checksum"
+            for name, wanted in contents.files.items()
+            if FileSum.of(folder / name) != wanted
+        ),
+        "",
+    )
+
+
 def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> None:
     """Copy a snapshot, checked, into a folder that exists and is empty.
 
@@ -82,22 +116,20 @@ def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> Non
     """
     tell = on_progress or _nobody
     try:
-        contents = Contents.model_validate_json((folder / CONTENTS).read_text())
-    except (OSError, UnicodeError, ValidationError) as error:
-        raise DamagedData(
-            f"{folder} is no whole snapshot: {CONTENTS} cannot be read; make the snapshot again"
-        ) from error
+        contents = read_contents(folder)
+    except DamagedData as error:
+        raise DamagedData(f"{folder} is no whole snapshot: {error}; {_OTHER}") from error
     for at, (name, wanted) in enumerate(contents.files.items()):
         tell(Progress(stage="restoring", done=at, total=len(contents.files)))
         source, copied = folder / name, target / name
         if not source.resolve().is_relative_to(folder.resolve()) or not source.is_file():
-            raise DamagedData(f"{source} of the snapshot is missing; make the snapshot again")
+            raise DamagedData(f"{source} of the snapshot is missing; {_OTHER}")
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, copied)
         if FileSum.of(copied) != wanted:  # what has been copied is checked, not what was there before
-            raise DamagedData(f"{source} does not agree with its checksum; make the snapshot again")
+            raise DamagedData(f"{source} does not agree with its checksum; {_OTHER}")
     if STORE not in contents.files:
-        raise DamagedData(f"the snapshot {folder} holds no {STORE}; make the snapshot again")
+        raise DamagedData(f"the snapshot {folder} holds no {STORE}; {_OTHER}")
     for name in contents.files:
         _synced(target / name)
     for below in target.rglob("*"):

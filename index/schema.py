@@ -100,6 +100,16 @@ UPDATE gallery SET size = (SELECT count(*) FROM items WHERE died IS NULL);
 _READABLE = 2
 """The oldest schema that can be read as it is: what came later are tables that writers alone look into."""
 
+
+class OtherVersion(DamagedData):
+    """A sound store that this version cannot read, or cannot until it is opened for writing."""
+
+    def __init__(self, message: str, *, field: str | None = None, newer: bool = False) -> None:
+        super().__init__(message, field=field)
+        self.newer = newer
+        """Whether a later version wrote it."""
+
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -115,19 +125,24 @@ def create_tables(path: Path, model: ModelRef, settings: str = "{}") -> None:
 
 
 def check_tables(connection: sqlite3.Connection, path: Path, *, read_only: bool) -> None:
-    """Bring an older store forward. Raises DamagedData unless the file is a gallery's that this version can read."""
+    """Bring an older store forward.
+
+    Raises DamagedData unless the file is a gallery's, and OtherVersion unless this version can read it.
+    """
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application_id != APPLICATION_ID:
         raise DamagedData(f"{path} is not a gallery's store; restore it from a copy")
     if not 1 <= version <= SCHEMA_VERSION:
-        raise DamagedData(
-            f"{path} has schema {version}; this version of lookalike reads schema {SCHEMA_VERSION} and those before it"
+        raise OtherVersion(
+            f"{path} has schema {version}; this version of lookalike reads schema {SCHEMA_VERSION} and those before it",
+            newer=version > SCHEMA_VERSION,
         )
     if read_only:
         if version < _READABLE:
-            raise DamagedData(
-                f"{path} has schema {version}; open it once for writing, which brings it to {SCHEMA_VERSION}"
+            raise OtherVersion(
+                f"{path} has schema {version}; open it once for writing, which brings it to {SCHEMA_VERSION}",
+                newer=False,
             )
         return
     for following in range(version + 1, SCHEMA_VERSION + 1):

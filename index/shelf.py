@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
-from index.copies import CONTENTS, Contents
+from index.copies import CONTENTS, altered, missing, read_contents
 from index.engine import GalleryCatalog, GalleryEngine, OnProgress
-from index.items import check_gallery_id
+from index.items import GALLERY_ID, check_gallery_id
 
 FOLDER = ".snapshots"
 
@@ -32,6 +31,8 @@ class Copy:
     generation: int
     created: datetime
     size_bytes: int
+    damage: str = ""
+    """Why it cannot be restored, as far as can be told without reading it whole; then its generation is 0."""
 
 
 class Shelf:
@@ -60,35 +61,55 @@ class Shelf:
             )
 
     def get(self, gallery_id: str, snapshot_id: str) -> Copy:
-        """Raises NotFound, and DamagedData for one that cannot be read."""
-        folder = self._path(gallery_id, snapshot_id)
-        if not folder.is_dir():
-            raise NotFound(f"no snapshot {snapshot_id!r} of gallery {gallery_id!r} here", field="name")
-        try:
-            contents = Contents.model_validate_json((folder / CONTENTS).read_bytes())
-            created = (folder / CONTENTS).stat().st_mtime
-        except (OSError, ValidationError) as error:
-            raise DamagedData(f"snapshot {folder} cannot be read ({error}); delete it and make another") from error
-        return Copy(
-            gallery=gallery_id,
-            id=snapshot_id,
-            generation=contents.generation,
-            created=datetime.fromtimestamp(created, UTC),
-            size_bytes=sum(file.bytes for file in contents.files.values()),
-        )
+        """Raises NotFound, and DamagedData for one that cannot be restored."""
+        copy = self._seen(gallery_id, snapshot_id)
+        if copy.damage:
+            raise DamagedData(
+                f"snapshot {snapshot_id!r} of gallery {gallery_id!r} cannot be restored: {copy.damage}; "
+                "restore another one, or put this one back from a backup"
+            )
+        return copy
 
-    def list(self, gallery_id: str) -> tuple[Copy, ...]:
-        """Those of one gallery that can be read, by name."""
+    def list(self, gallery_id: str, *, full: bool = False) -> tuple[Copy, ...]:
+        """Those of one gallery by name, with the damage of those that are damaged; `full` computes every sum."""
         check_gallery_id(gallery_id, field="parent")
         folder = self._root / gallery_id
         copies = []
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if not path.name.startswith("."):
-                try:
-                    copies.append(self.get(gallery_id, path.name))
-                except (DamagedData, NotFound):
-                    continue  # deleted meanwhile, or damaged: asking for it by name says so
+            if GALLERY_ID.fullmatch(path.name):
+                with suppress(NotFound):  # deleted meanwhile
+                    copies.append(self._seen(gallery_id, path.name, full=full))
         return tuple(copies)
+
+    def galleries(self) -> tuple[str, ...]:
+        """The ids of galleries that snapshots are kept of, by name; such a gallery may be gone."""
+        if not self._root.is_dir():
+            return ()
+        return tuple(sorted(path.name for path in self._root.iterdir() if GALLERY_ID.fullmatch(path.name)))
+
+    def _seen(self, gallery_id: str, snapshot_id: str, *, full: bool = False) -> Copy:
+        """What can be told of a snapshot, without reading it whole unless `full`. Raises NotFound."""
+        folder = self._path(gallery_id, snapshot_id)
+        if not folder.is_dir():
+            raise NotFound(f"no snapshot {snapshot_id!r} of gallery {gallery_id!r} here", field="name")
+        try:
+            contents = read_contents(folder)
+            damage = missing(folder, contents) or (altered(folder, contents) if full else "")
+            generation, size = contents.generation, sum(file.bytes for file in contents.files.values())
+            created = (folder / CONTENTS).stat().st_mtime
+        except DamagedData as error:
+            damage, generation, size = str(error), 0, _bytes(folder)
+            created = _changed(folder)
+        except OSError as error:
+            raise _refused(folder, error) from error
+        return Copy(
+            gallery=gallery_id,
+            id=snapshot_id,
+            generation=0 if damage else generation,
+            created=datetime.fromtimestamp(created, UTC),
+            size_bytes=size,
+            damage=damage,
+        )
 
     def delete(self, gallery_id: str, snapshot_id: str) -> None:
         """Delete a snapshot, damaged or not. Raises NotFound."""
@@ -119,6 +140,21 @@ class Shelf:
         check_gallery_id(gallery_id, field="parent")
         check_gallery_id(snapshot_id, field="name")
         return self._root / gallery_id / snapshot_id
+
+
+def _bytes(folder: Path) -> int:
+    """What the files that are there take."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _changed(folder: Path) -> float:
+    with suppress(OSError):
+        return folder.stat().st_mtime
+    return 0.0
 
 
 def _refused(path: Path, error: OSError) -> StorageFailed:

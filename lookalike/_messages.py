@@ -304,6 +304,7 @@ def snapshot(message: upkeep_pb2.Snapshot) -> Snapshot:
         generation=message.generation,
         create_time=_datetime(message.create_time),
         size_bytes=message.size_bytes,
+        damage=message.damage,
     )
 
 

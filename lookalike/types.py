@@ -401,8 +401,11 @@ class Snapshot:
     gallery: str
     id: str
     generation: int
+    """0 when the copy is damaged."""
     create_time: datetime
     size_bytes: int
+    damage: str = ""
+    """Why it cannot be restored; empty for a sound one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,8 +1,8 @@
 """What is wrong with a deployment: its settings, bundle, galleries, certificates and machine, each looked at alone.
 
 Every check answers with findings and raises nothing; a finding that is no `ok` says what to do. Nothing is changed: the
-galleries are opened for reading, beside a server that may hold them. What a running server says is asked by
-`doctor_server.py`.
+galleries are opened for reading, beside a server that may hold them (`doctor_galleries.py`). Bundles are looked at by
+`doctor_models.py`; what a running server says is asked by `doctor_server.py`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
 from embedding.bundle import Bundle
-from embedding.errors import InvalidInput, LookalikeError
-from index import Catalog
+from embedding.errors import InvalidInput
 from index.engine import GalleryEngine
 from service.certificate_dates import NotValid, expiry
+from service.doctor_galleries import galleries
+from service.doctor_models import models
+from service.finding import Finding
 from service.settings import Settings
 from service.tls import certificates
-
-State = Literal["ok", "warn", "fail"]
 
 LEAST_FREE_BYTES = 1 << 30
 """Free disk below which a warning is due, and a tenth of it below which writes are about to fail."""
@@ -40,17 +38,6 @@ CERTIFICATE_WARNING = timedelta(days=14)
 _FUTURE = timedelta(minutes=5)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What one check saw."""
-
-    check: str
-    state: State
-    what: str
-    do: str = ""
-    """What to do about it; empty where nothing is wrong."""
-
-
 def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = None) -> Iterator[Finding]:
     """Every check that needs no running server; `full` reads galleries whole, which takes as long as reading them."""
     now = now or datetime.now(UTC)
@@ -58,12 +45,11 @@ def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = 
     yield from _files_limit()
     yield from _tls(settings, now)
     bundles: list[Bundle] = []
-    for path in (settings.bundle, *settings.other_bundles):
-        yield from _bundle(path, bundles)
+    yield from models(settings, bundles)
     yield from _folder(settings.galleries)
     opened: list[GalleryEngine] = []
-    if settings.engine == "embedded" and settings.galleries.is_dir():
-        yield from _galleries(settings, bundles, opened, full=full)
+    if settings.galleries.is_dir():
+        yield from galleries(settings, bundles, opened, full=full)
     yield from _memory(bundles, opened)
     yield from _clock(bundles, opened, now)
     for gallery in opened:
@@ -161,43 +147,6 @@ def _tls(settings: Settings, now: datetime) -> Iterator[Finding]:
         yield Finding(check="TLS", state="ok", what=f"the certificate is valid until {until:%Y-%m-%d}")
 
 
-def _bundle(path: Path, found: list[Bundle]) -> Iterator[Finding]:
-    try:
-        bundle = Bundle.load(path)
-        bundle.network()
-    except LookalikeError as error:
-        yield Finding(
-            check="bundle", state="fail", what=str(error), do="restore the bundle from a copy, or correct its path"
-        )
-        return
-    found.append(bundle)
-    calibration = bundle.calibration
-    yield Finding(
-        check="bundle",
-        state="ok",
-        what=f"{bundle.name}: sums agree, {calibration.identities} identities calibrated, "
-        f"learned margin {calibration.learned_margin:.4f}",
-    )
-    if calibration.protocol != "identity-disjoint":
-        yield Finding(
-            check="calibration",
-            state="warn",
-            what=f"{bundle.name} was calibrated on identities that it was trained on: its rates flatter",
-            do="train with an identity-disjoint split before relying on the rates of its decisions",
-        )
-    if bundle.reference is None:
-        yield Finding(
-            check="drift reference",
-            state="warn",
-            what=f"{bundle.name} was made by an earlier version and has no reference.json: drift is not measured",
-            do="train it anew with this version, or leave it and do without",
-        )
-    else:
-        yield Finding(
-            check="drift reference", state="ok", what=f"{bundle.name}: of {bundle.reference.images} held-out images"
-        )
-
-
 def _folder(folder: Path) -> Iterator[Finding]:
     if not folder.is_dir():
         there = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -232,55 +181,6 @@ def _free_space(folder: Path) -> Finding:
         what=what,
         do="free space or move the galleries: a full disk ends writes with RESOURCE_EXHAUSTED, searches go on",
     )
-
-
-def _galleries(
-    settings: Settings, bundles: Sequence[Bundle], opened: list[GalleryEngine], *, full: bool
-) -> Iterator[Finding]:
-    try:
-        found, damaged = Catalog(settings.galleries, read_only=True).survey()
-    except LookalikeError as error:
-        yield Finding(check="galleries", state="fail", what=str(error), do="correct the rights of the folder")
-        return
-    for name, why in damaged.items():
-        yield Finding(
-            check=f"gallery {name}",
-            state="fail",
-            what=str(why),
-            do=f"restore it from a snapshot: lookalike gallery restore {name} SNAPSHOT NEW",
-        )
-    models = {bundle.fingerprint: bundle.name for bundle in bundles}
-    for gallery in found:
-        opened.append(gallery)
-        yield from _gallery(gallery, models, full=full)
-    if not found and not damaged:
-        yield Finding(check="galleries", state="ok", what=f"none yet in {settings.galleries}")
-
-
-def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
-    check = f"gallery {gallery.id}"
-    if models and gallery.model.fingerprint not in models:
-        yield Finding(
-            check=check,
-            state="fail",
-            what=f"it holds embeddings of {gallery.model.name}, and the settings name {', '.join(models.values())}",
-            do="serve that model too (`other_bundles`), or migrate the gallery: lookalike gallery migrate",
-        )
-        return
-    if full:
-        problems = gallery.verify().problems
-        for problem in problems:
-            yield Finding(
-                check=check,
-                state="fail",
-                what=f"{problem.path}: {problem.what}",
-                do="stop the server and start it again, which writes segments anew from the store; "
-                "where the store itself is damaged, restore a snapshot",
-            )
-        if problems:
-            return
-    read = "every item agrees" if full else "opens"
-    yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
 
 
 def _memory(bundles: Sequence[Bundle], opened: Sequence[GalleryEngine]) -> Iterator[Finding]:

@@ -11,11 +11,12 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from embedding.bundle import Bundle
 from embedding.errors import LookalikeError
 from lookalike.v1 import model_pb2, model_pb2_grpc
-from service.doctor import Finding
+from service import standing
+from service.finding import Finding
 from service.settings import Settings
+from service.stock import Choice, Stock
 
 _SECONDS = 5.0
 
@@ -73,7 +74,8 @@ def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...]
 
 def _same_model(channel: grpc.Channel, settings: Settings) -> Iterator[Finding]:
     try:
-        wanted = Bundle.load(settings.bundle).name
+        given = Stock((settings.bundle, *settings.other_bundles)).all()
+        wanted = standing.read(settings.galleries, tuple(map(Choice.of, given))).active.model
         response = model_pb2_grpc.ModelServiceStub(channel).GetModel(
             model_pb2.GetModelRequest(name="models/active"), timeout=_SECONDS
         )
@@ -94,8 +96,8 @@ def _same_model(channel: grpc.Channel, settings: Settings) -> Iterator[Finding]:
         yield Finding(
             check="model",
             state="warn",
-            what=f"{serving} answers, and the settings name {wanted}",
-            do="another model was activated, or the settings changed after the start: restart, or correct `bundle`",
+            what=f"{serving} answers, and by the settings, and what was activated, {wanted} would",
+            do="the settings changed after the start, or are not this server's: restart it, or correct `bundle`",
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
@@ -31,7 +32,7 @@ from embedding.errors import (
 from embedding.images import MAX_PIXELS
 from embedding.runtime import Precision, Runtime
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
-from index.aliases import Aliases
+from index.aliases import Aliases, holds
 from index.engine import OnProgress
 from index.receipts import Token
 from index.shelf import Shelf
@@ -130,7 +131,7 @@ class Engine:
         root = Path(galleries)
         opened = catalog(root) if catalog else Catalog(root, read_only=read_only)
         try:
-            aliases = Aliases(root, read_only=read_only, follow=follow)
+            aliases = Aliases(root, read_only=read_only, follow=follow, is_gallery=partial(holds, opened))
         except BaseException:
             opened.close()
             raise

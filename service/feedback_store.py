@@ -6,21 +6,19 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
 from embedding.calibration import Calibration
 from embedding.errors import NotFound
 from embedding.feedback import Feedback
-from index.connections import connect, translated
 from index.receipts import Book, Token, find
 from index.schema import as_datetime, now_us
-from service.side_store import RECEIPTS_IF_NEEDED, SideStore
+from service.side_store import RECEIPTS_IF_NEEDED, SideStore, reading
 
 FILE = ".feedback.sqlite"
 
-_TABLES = f"""
+TABLES = f"""
 CREATE TABLE IF NOT EXISTS feedback (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,     -- rising with first recording, never used again
     fingerprint TEXT NOT NULL,
@@ -47,6 +45,12 @@ CREATE TABLE IF NOT EXISTS calibrations (      -- that decided or could, when fe
 {RECEIPTS_IF_NEEDED}
 """
 
+ADVICE = (
+    "feedback is neither recorded nor read until it is restored from a copy, or moved away with its -wal and -shm, "
+    "which begins anew; all else goes on"
+)
+"""What to do about a damaged store: what it holds is people's work, and not thrown away by itself."""
+
 _COLUMNS = (
     "fingerprint, case_id, model, calibration, distance, threshold, verdict, is_match, subject, review_rate, "
     "candidates, updated_us"
@@ -63,7 +67,7 @@ class FeedbackStore:
     """
 
     def __init__(self, galleries: Path) -> None:
-        self._store = SideStore(galleries / FILE, _TABLES)
+        self._store = SideStore(galleries / FILE, TABLES, advice=ADVICE)
 
     def calibrations(self, models: Collection[str]) -> list[tuple[str, str, Calibration]]:
         """Those of these models that `record` was given at any time: model, fingerprint, calibration."""
@@ -144,11 +148,14 @@ class FeedbackStore:
 
 
 def read_feedback(galleries: Path) -> Iterator[Feedback]:
-    """All feedback of a folder of galleries, also while a server writes to it. Raises NotFound when there is none."""
+    """All feedback of a folder of galleries, also while a server writes to it.
+
+    Raises NotFound when there is none, and DamagedData.
+    """
     path = galleries / FILE
     if not path.is_file():
         raise NotFound(f"no feedback was recorded in {galleries}; record some with RecordFeedback")
-    with translated(path), closing(connect(path, read_only=True)) as connection:
+    with reading(path, TABLES, advice=ADVICE) as connection:
         for row in _select(connection, 0, -1, ""):
             yield _feedback(row[1:])
 

@@ -356,6 +356,7 @@ def _purged(count: int) -> bytes:
 
 
 def _described(engine: Engine, gallery_id: str) -> pb.Gallery:
+    engine.aliases.resolve(gallery_id)  # that these are damaged says nothing of a gallery
     try:
         return wire.gallery(engine.gallery(gallery_id, path="name", any_model=True), with_stats=True)
     except DamagedData as error:

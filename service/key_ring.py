@@ -50,6 +50,10 @@ class KeyRing:
 
         Raises InvalidInput, and AlreadyExists when the name or the certificate has a record that has not expired.
         """
+        if burst is not None and per_second is None:
+            raise InvalidInput(
+                "a burst is of no effect without a rate; give --rate too, or leave out --burst", field="burst"
+            )
         now = datetime.now(UTC)
         key_id, key = make_key()
         record = _checked(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,7 +30,7 @@ FILE = ".requests.sqlite"
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
 
-_TABLES = f"""
+TABLES = f"""
 {RECEIPTS_IF_NEEDED}
 CREATE TABLE IF NOT EXISTS begun (     -- requests that have begun and not been answered
     id TEXT PRIMARY KEY,
@@ -37,6 +38,8 @@ CREATE TABLE IF NOT EXISTS begun (     -- requests that have begun and not been 
     made_us INTEGER NOT NULL
 ) STRICT;
 """
+
+_LOST = "requests of the last hour that are made again under their request_id are done again"
 
 R = TypeVar("R", bound=Message)
 
@@ -63,15 +66,17 @@ def token_of(request: Any) -> Token | None:
 class Ledger:
     """The store of requests beside the galleries; every method may be called from any thread.
 
-    Made when it is first used, by the process that holds the folder of galleries.
+    Made when it is first used, by the process that holds the folder of galleries; and anew, the old one set aside, when
+    it is damaged: a request that is made again is then done again, and no write is refused.
     """
 
     def __init__(self, galleries: Path) -> None:
-        self._store = SideStore(galleries / FILE, _TABLES)
+        self._store = SideStore(galleries / FILE, TABLES)
 
     def begin(self, token: Token) -> tuple[bytes | None, bool]:
         """What the request was answered; else None, and whether it had begun before. Raises RequestIdReused."""
-        with self._store.transaction() as connection:
+
+        def look(connection: sqlite3.Connection) -> tuple[bytes | None, bool]:
             answer = find(connection, token)
             if answer is not None:
                 return answer, False
@@ -86,12 +91,17 @@ class Ledger:
                 )
             return None, True
 
+        return self._store.renewed(look, lost=_LOST)
+
     def end(self, token: Token, answer: bytes | None) -> None:
         """The request is answered; or, with None, has failed and may be made again."""
-        with self._store.transaction() as connection:
+
+        def note(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM begun WHERE id = ?", (token.id,))
             if answer is not None:
                 Book(connection).keep(token, answer)
+
+        self._store.renewed(note, lost=_LOST)
 
     def close(self) -> None:
         self._store.close()

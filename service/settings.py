@@ -6,10 +6,11 @@ Where the values come from, and how they are printed, stands in `settings_source
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from embedding.errors import InvalidInput
@@ -173,6 +174,21 @@ class Settings(BaseModel):
     max_k: Annotated[int, Field(ge=1)] = 10_000
     """Most neighbours of one search."""
 
+    @model_validator(mode="after")
+    def _each_is_of_effect(self) -> Self:
+        """Raises InvalidInput for one that does nothing without another: `jwt_issuer` alone would let everybody in."""
+        for need in NEEDS:
+            if need.met(self):
+                continue
+            for name in need.names:
+                # One that has its default changes nothing, whether it was left out or written down: a file made from
+                # `--print-settings` names all of them.
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise InvalidInput(
+                        f"{name} is of no effect without {need.of}; set that too, or leave out {name}", field=name
+                    )
+        return self
+
     @classmethod
     def checked(cls, **values: Any) -> Self:
         """Settings from untrusted values. Raises InvalidInput naming the first that is wrong."""
@@ -182,6 +198,46 @@ class Settings(BaseModel):
             problem = error.errors()[0]
             name = ".".join(map(str, problem["loc"]))
             raise InvalidInput(_told(name, problem), field=name or None) from error
+
+
+class Need(NamedTuple):
+    """Settings that do nothing unless another is set."""
+
+    of: str
+    """That other, as messages name it."""
+    met: Callable[[Settings], bool]
+    names: tuple[str, ...]
+
+
+NEEDS = (
+    Need(
+        "jwt_keys",
+        lambda settings: settings.jwt_keys is not None,
+        (
+            "jwt_issuer",
+            "jwt_audience",
+            "jwt_algorithms",
+            "jwt_leeway_seconds",
+            "jwt_scopes_claim",
+            "jwt_scope_prefix",
+            "jwt_galleries_claim",
+            "jwt_galleries",
+        ),
+    ),
+    Need("tls_certificate", lambda settings: settings.tls_certificate is not None, ("tls_key", "tls_client_ca")),
+    Need(
+        'engine = "milvus"',
+        lambda settings: settings.engine == "milvus",
+        ("milvus_uri", "milvus_token", "milvus_database", "milvus_prefix"),
+    ),
+    # Drift is told by metrics alone.
+    Need("metrics_port", lambda settings: settings.metrics_port is not None, ("metrics_host", "drift_window_seconds")),
+    Need("otlp_endpoint", lambda settings: settings.otlp_endpoint is not None, ("otlp_headers", "trace_share")),
+    Need("max_ping_strikes above 0", lambda settings: settings.max_ping_strikes > 0, ("min_ping_seconds",)),
+    Need("a device other than cpu", lambda settings: settings.device != "cpu", ("precision",)),
+)
+"""What needs what. A TLS certificate and its key need each other, which `tls.certificates` says for both; `insecure` on
+loopback is allowed, so that one environment serves both kinds of address."""
 
 
 def is_secret(name: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embedding.errors import StorageFailed
+from embedding.errors import DamagedData, StorageFailed
 from service.stock import Choice
 
 FILE = ".models.json"
@@ -35,18 +35,30 @@ class Standing(BaseModel):
 def read(galleries: Path, given: Sequence[Choice]) -> Standing:
     """What answers: as remembered, or as the settings say when these have changed or nothing is remembered."""
     plain = Standing(given=tuple(given), active=given[0], others=tuple(given[1:]))
-    path = galleries / FILE
     try:
-        remembered = Standing.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        remembered = kept(galleries)
+    except DamagedData as error:
+        _log.warning("%s", error)
         return plain
-    except (OSError, UnicodeError, ValidationError) as error:
-        _log.warning("%s cannot be read (%s); the bundles of the settings answer", path, type(error).__name__)
+    if remembered is None:
         return plain
     if remembered.given != plain.given:
         _log.warning("the settings name other bundles than when a model was activated; these answer")
         return plain
     return remembered
+
+
+def kept(galleries: Path) -> Standing | None:
+    """What the file holds, whatever the settings say; None when nothing was activated. Raises DamagedData."""
+    path = galleries / FILE
+    try:
+        return Standing.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeError, ValidationError) as error:
+        raise DamagedData(
+            f"{path} cannot be read ({type(error).__name__}); the bundles of the settings answer"
+        ) from error
 
 
 def write(galleries: Path, standing: Standing) -> None:

@@ -186,6 +186,7 @@ def snapshot(copy: Copy) -> upkeep_pb2.Snapshot:
         generation=copy.generation,
         create_time=timestamp(copy.created),
         size_bytes=copy.size_bytes,
+        damage=copy.damage,
     )
 
 

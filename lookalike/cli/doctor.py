@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from rich.text import Text
 from lookalike.cli import options, show
 
 if TYPE_CHECKING:
-    from service.doctor import Finding
+    from service.finding import Finding
 
 UNWELL = 1
 
@@ -48,11 +49,13 @@ def doctor(
     Give it the settings that the server gets. It changes nothing and may run beside a server.
     """
     from embedding.errors import LookalikeError
-    from service.doctor import Finding, looked_at
+    from service.doctor import looked_at
     from service.doctor_server import asked
+    from service.finding import Finding
     from service.server import SERVICES
     from service.settings_sources import Flag, Origins, set_flags
 
+    logging.disable(logging.ERROR)  # what is logged about what is found is told as a finding
     findings: list[Finding] = []
 
     def tell(finding: Finding) -> None:

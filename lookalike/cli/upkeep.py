@@ -192,10 +192,12 @@ def snapshots(
     json: options.Json = False,
 ) -> None:
     """List the snapshots of a gallery; as JSON, one line each."""
-    table = show.table(["snapshot", "generation", "bytes", "made"])
+    table = show.table(["snapshot", "generation", "bytes", "made", "damage"])
     with open_backend(target, bundle, data) as backend:
         for copy in backend.list_snapshots(gallery):
-            table.add_row(copy.id, str(copy.generation), f"{copy.size_bytes:,}", f"{copy.create_time:%Y-%m-%d %H:%M}")
+            generation = "" if copy.damage else str(copy.generation)
+            made = f"{copy.create_time:%Y-%m-%d %H:%M}"
+            table.add_row(copy.id, generation, f"{copy.size_bytes:,}", made, copy.damage)
             if json:
                 print(show.as_json(copy))
     if not json:

@@ -31,12 +31,17 @@ class Snapshot(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    DAMAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `galleries/{gallery}/snapshots/{snapshot}`; the id is formed as a gallery's."""
     generation: _builtins.int
     """The generation copied."""
     size_bytes: _builtins.int
     """What it takes on the disk."""
+    damage: _builtins.str
+    """Why it cannot be restored; empty for a sound one. Of a damaged one the generation is not known. What is found without
+    reading it whole is told; a restore checks every sum.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was copied."""
@@ -48,10 +53,11 @@ class Snapshot(_message.Message):
         generation: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         size_bytes: _builtins.int = ...,
+        damage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation", b"generation", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "damage", b"damage", "generation", b"generation", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

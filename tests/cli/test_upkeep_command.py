@@ -89,6 +89,19 @@ def test_a_gallery_is_copied_and_restored(run: Run, where: list[str], filled: st
     run("gallery", "restore", filled, "before", f"{filled}-s", *where).failed_with("no snapshot")
 
 
+def test_a_damaged_snapshot_is_shown_and_not_restored(run: Run, bundle: Bundle, tmp_path: Path) -> None:
+    where = ["--bundle", str(bundle.path), "--data", str(tmp_path / "galleries")]
+    run("gallery", "create", "g", *where)
+    run("gallery", "snapshot", "g", "one", *where)
+    (tmp_path / "galleries" / ".snapshots" / "g" / "one" / "copy.json").write_text("{")
+    (line,) = run("gallery", "snapshots", "g", "--json", *where).out.splitlines()
+    assert "copy.json" in json.loads(line)["damage"]
+    assert "copy.json" in run("gallery", "snapshots", "g", *where).out
+    ran = run("gallery", "restore", "g", "one", "again", *where)
+    ran.failed_with("cannot be restored", "restore another one")
+    assert len(ran.err.strip().splitlines()) == 1, "in one line"
+
+
 def test_a_gallery_is_named_by_an_alias(run: Run, where: list[str], filled: str) -> None:
     alias = f"{filled}-now"
     assert run("gallery", "alias", alias, filled, *where).out == f"alias {alias} stands for gallery {filled}\n"

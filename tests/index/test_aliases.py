@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from embedding.errors import DamagedData, InvalidInput, NotFound, StorageFailed
-from index.aliases import FILE, Aliases
+from index.aliases import ASIDE, COPY, FILE, Aliases, examined
 
 
 def test_an_alias_is_there_after_reopening(tmp_path: Path) -> None:
@@ -35,11 +36,113 @@ def test_what_cannot_be_named(tmp_path: Path) -> None:
         Aliases(tmp_path, read_only=True).put("now", "g")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"../a": "b"}', '{"a": "B"}', "\xff"])
-def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
+DAMAGES = ["", "{", "[]", '{"a": 1}', '{"../a": "b"}', '{"a": "B"}', "\xff"]
+
+
+@pytest.mark.parametrize("text", DAMAGES)
+def test_a_damaged_file_gives_way_to_its_copy(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    Aliases(tmp_path).put("now", "g-1")
     (tmp_path / FILE).write_bytes(text.encode("latin-1"))
-    with pytest.raises(DamagedData, match="aliases"):
-        Aliases(tmp_path)
+    assert Aliases(tmp_path, read_only=True).all() == {"now": "g-1"}
+    assert "no list of aliases" in examined(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == text.encode("latin-1"), "who only reads changes nothing"
+    caplog.clear()
+    aliases = Aliases(tmp_path)
+    assert "no list of aliases; the aliases of" in caplog.text
+    assert aliases.all() == Aliases(tmp_path).all() == {"now": "g-1"}
+    (aside,) = tmp_path.glob(f"{ASIDE}*")
+    assert aside.read_bytes() == text.encode("latin-1")
+    assert examined(tmp_path) == ""
+    aliases.put("now", "g-2")
+    (tmp_path / FILE).unlink()
+    assert "missing" in examined(tmp_path)
+    assert Aliases(tmp_path).all() == {"now": "g-2"}, "not the aliases of before"
+
+
+def test_every_cut_of_the_file_is_noticed(tmp_path: Path) -> None:
+    Aliases(tmp_path).put("now", "g-1")
+    Aliases(tmp_path).put("also", "g-2")
+    whole = (tmp_path / FILE).read_bytes()
+    assert (tmp_path / COPY).read_bytes() == whole
+    for length in range(len(whole)):
+        (tmp_path / FILE).write_bytes(whole[:length])
+        assert Aliases(tmp_path, read_only=True).all() == {"also": "g-2", "now": "g-1"}, length
+        assert Aliases(tmp_path).resolve("also") == "g-2", length
+        assert (tmp_path / FILE).read_bytes() == whole
+        (tmp_path / COPY).write_bytes(whole[:length])
+        assert Aliases(tmp_path, read_only=True).resolve("also") == "g-2", length
+        (tmp_path / FILE).write_bytes(whole[:length])
+        lost = Aliases(tmp_path, is_gallery=lambda name: name == "g-2")
+        assert lost.resolve("g-2") == "g-2"
+        with pytest.raises(DamagedData, match=r"Restore \.aliases\.json"):
+            lost.resolve("also")
+        (tmp_path / FILE).write_bytes(whole)
+        assert lost.resolve("also") == "g-2", "without being opened anew"
+        assert (tmp_path / COPY).read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", DAMAGES)
+def test_without_either_only_names_of_galleries_are_known(tmp_path: Path, text: str) -> None:
+    for name in (FILE, COPY):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    aliases = Aliases(tmp_path, is_gallery=lambda name: name == "g-1")
+    assert aliases.resolve("g-1") == "g-1"
+    for ask in (
+        lambda: aliases.resolve("now"),
+        lambda: aliases.get("now"),
+        aliases.all,
+        lambda: aliases.put("now", "g-1"),
+        lambda: aliases.delete("now"),
+        lambda: examined(tmp_path),
+    ):
+        with pytest.raises(DamagedData, match="the aliases are damaged"):
+            ask()
+    assert (tmp_path / FILE).read_bytes() == text.encode("latin-1"), "nothing is written over it"
+    for name in (FILE, COPY):
+        (tmp_path / name).unlink()
+    aliases.put("now", "g-1")
+    assert Aliases(tmp_path).all() == {"now": "g-1"}
+
+
+def test_a_follower_keeps_what_it_knows_while_the_files_are_damaged(tmp_path: Path) -> None:
+    Aliases(tmp_path).put("now", "g-1")
+    following = Aliases(tmp_path, follow=True)
+    for name in (FILE, COPY):
+        (tmp_path / name).write_text("{")
+    assert following.resolve("now") == "g-1"
+    (tmp_path / COPY).write_text('{"now": "g-2"}')
+    (tmp_path / FILE).write_text("[")
+    os.utime(tmp_path / FILE, ns=(1, 1))
+    assert following.resolve("now") == "g-2"
+    assert (tmp_path / FILE).read_text() == "[", "the writer mends it"
+
+
+def test_a_file_that_the_disk_refuses_gives_way_too(tmp_path: Path) -> None:
+    Aliases(tmp_path).put("now", "g-1")
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    assert "the disk refused" in examined(tmp_path)
+    assert Aliases(tmp_path).get("now") == "g-1"
+    assert (tmp_path / FILE).is_file()
+
+
+def test_a_copy_that_fell_behind_is_brought_up(tmp_path: Path) -> None:
+    """A version before this one wrote the file alone, or a crash came between the two."""
+    Aliases(tmp_path).put("now", "g-1")
+    (tmp_path / FILE).write_text('{"now": "g-2"}')
+    assert Aliases(tmp_path).resolve("now") == "g-2"
+    (tmp_path / FILE).write_text("")
+    assert Aliases(tmp_path).resolve("now") == "g-2"
+
+
+def test_a_copy_that_cannot_be_written_refuses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    aliases = Aliases(tmp_path)
+    aliases.put("now", "g-0")
+    (tmp_path / COPY).unlink()
+    (tmp_path / COPY).mkdir()
+    aliases.put("now", "g-1")
+    assert Aliases(tmp_path).get("now") == "g-1"
+    assert "the copy of" in caplog.text
 
 
 def test_a_refused_write_leaves_the_old_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 from embedding.errors import AlreadyExists, DamagedData, InvalidInput, NotFound
 from index import Catalog, Gallery, ModelRef
 from index.copies import CONTENTS
+from index.live import STORE
 from index.shelf import FOLDER, Shelf
 
 
@@ -48,13 +49,62 @@ def test_what_the_shelf_refuses(catalog: Catalog, filled: Gallery) -> None:
         shelf.restore(catalog, "shapes", "one", into="shapes")
 
 
-def test_a_damaged_snapshot_is_refused_left_out_and_can_be_deleted(catalog: Catalog, filled: Gallery) -> None:
+def test_a_damaged_snapshot_is_listed_as_such_refused_and_can_be_deleted(catalog: Catalog, filled: Gallery) -> None:
+    shelf = Shelf(catalog.root)
+    sound = shelf.create(filled, "sound")
+    for damage, told in {
+        "{": "copy.json is no list of what a snapshot holds",
+        "": "copy.json is no list of what a snapshot holds",
+        "gone": "copy.json cannot be read: No such file or directory",
+        "no store": "store.sqlite is missing",
+        "cut": "store.sqlite has 100 bytes instead of",
+    }.items():
+        shelf.create(filled, "one")
+        folder: Path = catalog.root / FOLDER / "shapes" / "one"
+        if damage == "gone":
+            (folder / CONTENTS).unlink()
+        elif damage == "no store":
+            (folder / STORE).unlink()
+        elif damage == "cut":
+            (folder / STORE).write_bytes((folder / STORE).read_bytes()[:100])
+        else:
+            (folder / CONTENTS).write_text(damage)
+        damaged, beside = shelf.list("shapes")
+        assert beside == sound
+        assert (damaged.id, damaged.generation) == ("one", 0)
+        assert damaged.size_bytes > 0
+        assert damaged.damage.startswith(told)
+        for ask in (lambda: shelf.restore(catalog, "shapes", "one", into="again"), lambda: shelf.get("shapes", "one")):
+            with pytest.raises(
+                DamagedData, match=r"^snapshot 'one' of gallery 'shapes' cannot be restored: "
+            ) as caught:
+                ask()
+            assert told in str(caught.value)
+            assert "restore another one" in str(caught.value)
+            assert "\n" not in str(caught.value)
+        with pytest.raises(NotFound):
+            catalog.get("again")
+        shelf.delete("shapes", "one")
+        assert not folder.exists()
+
+
+def test_the_contents_of_a_snapshot_cut_anywhere(catalog: Catalog, filled: Gallery) -> None:
     shelf = Shelf(catalog.root)
     shelf.create(filled, "one")
     contents: Path = catalog.root / FOLDER / "shapes" / "one" / CONTENTS
-    contents.write_text("{")
-    with pytest.raises(DamagedData):
-        shelf.restore(catalog, "shapes", "one", into="again")
-    assert shelf.list("shapes") == ()
-    shelf.delete("shapes", "one")
-    assert not contents.parent.exists()
+    whole = contents.read_bytes()
+    for length in range(len(whole)):
+        contents.write_bytes(whole[:length])
+        (copy,) = shelf.list("shapes")
+        assert copy.damage, length
+
+
+def test_what_is_no_snapshot_is_not_listed(catalog: Catalog, filled: Gallery) -> None:
+    shelf = Shelf(catalog.root)
+    assert shelf.galleries() == ()
+    copy = shelf.create(filled, "one")
+    (catalog.root / FOLDER / "shapes" / ".one.partial-7").mkdir()
+    (catalog.root / FOLDER / "shapes" / "notes.txt").touch()
+    (catalog.root / FOLDER / "shapes" / "file").touch()
+    assert shelf.list("shapes") == (copy,)
+    assert shelf.galleries() == ("shapes",)

@@ -106,7 +106,7 @@ def test_a_snapshot_that_is_not_whole_is_refused(catalog: Catalog, sealed: Galle
                 path.unlink(missing_ok=True)
                 if damaged is not None:
                     path.write_bytes(damaged)
-                with pytest.raises(DamagedData, match="make the snapshot again"):
+                with pytest.raises(DamagedData, match="restore another snapshot"):
                     catalog.restore("back", copy)
             path.write_bytes(data)
     assert catalog.restore("back", copy).size == sealed.size

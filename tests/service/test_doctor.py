@@ -7,9 +7,12 @@ import os
 import resource
 import shutil
 import socket
+import sqlite3
 import subprocess
 import threading
+import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,19 +20,28 @@ import numpy as np
 import pytest
 
 from embedding.bundle import Bundle
-from index import Catalog, ModelRef
+from index import Catalog, ModelRef, aliases
+from index.aliases import Aliases
 from index.items import Item
 from index.live import SEGMENTS, STORE
-from service import doctor
+from index.receipts import Token
+from index.schema import SCHEMA_VERSION
+from index.shelf import FOLDER, Shelf
+from lookalike.v1 import gallery_pb2, model_pb2
+from service import doctor, feedback_store, once, standing
 from service.certificate_dates import NotValid, expiry
-from service.doctor import Finding, looked_at
+from service.doctor import looked_at
 from service.doctor_server import asked
+from service.feedback_store import FeedbackStore
+from service.finding import Finding
+from service.once import Ledger
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.authority import Authority
 from tests.processes import COMMAND, environment
-from tests.service.harness import DIM, Loop, Stubs, make_bundle, served
+from tests.service.harness import DIM, Loop, Stubs, connected, make_bundle, served
 from tests.service.test_drift import referenced
+from tests.service.test_side_store import spoil
 
 __all__ = ["referenced"]  # a fixture of another module
 
@@ -93,6 +105,46 @@ def test_a_gallery_of_another_model(whole: Settings, tmp_path: Path) -> None:
     assert "gallery kept" not in wrong(looked_at(both))
 
 
+def test_what_was_activated_counts(whole: Settings, loop: Loop, tmp_path: Path) -> None:
+    """A server after an activation, with its new gallery and its old one, is well."""
+    models = tmp_path / "models"
+    newer = make_bundle(models / "newer", seed=9)
+    own = whole.model_copy(update={"models": models, "port": 0})
+    with served(loop, own) as server, connected(server.address) as stubs:
+        activate = model_pb2.ActivateModelRequest(name=f"models/{newer.name}", keep_previous=True)
+        stubs.models.ActivateModel(activate)
+        stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="moved"))
+        told = own.model_copy(update={"port": server.port})
+        found = [*looked_at(told), *asked(told, services=SERVICES)]
+        assert {f.check: f for f in found if f.state == "fail"} == {}
+        assert "model" not in wrong(iter(found)), "it is the one that was activated"
+        (said,) = [f for f in found if f.check == "models"]
+        assert said.what.startswith(f"{newer.name} was activated and answers, beside ")
+        former = Bundle.load(own.bundle).name
+        stubs.models.DeactivateModel(model_pb2.DeactivateModelRequest(name=f"models/{former}", force=True))
+        found = wrong(looked_at(told))
+        assert set(found) - {"drift reference"} == {"gallery kept"}, "now its model is not loaded"
+        assert newer.name in found["gallery kept"].what
+    models.rename(tmp_path / "away")
+    found = wrong(looked_at(own.model_copy(update={"models": tmp_path / "deployed"})))
+    assert found["models"].state == "warn"
+    assert newer.name in found["models"].what
+    assert "gallery moved" in found
+    (own.galleries / standing.FILE).write_text("{")
+    assert standing.FILE in wrong(looked_at(own))["models"].what
+
+
+@pytest.mark.parametrize(("version", "state"), [(1, "warn"), (SCHEMA_VERSION + 1, "fail")])
+def test_a_store_of_another_version_is_not_damaged(whole: Settings, version: int, state: str) -> None:
+    with closing(sqlite3.connect(whole.galleries / "kept" / STORE)) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    found = wrong(looked_at(whole))
+    assert {check: finding.state for check, finding in found.items()} == {"gallery kept": state}
+    told = found["gallery kept"]
+    assert "damaged" not in told.what
+    assert ("brings it forward" if version == 1 else "install the version") in told.do
+
+
 def test_a_damaged_store(whole: Settings) -> None:
     kept, cut = whole.galleries / "kept", whole.galleries / "cut"
     shutil.copytree(kept, cut)
@@ -115,6 +167,54 @@ def test_a_damaged_segment_is_found_by_reading_it_all(whole: Settings) -> None:
     file.write_bytes(content)
     assert "gallery kept" not in wrong(looked_at(whole))  # it answers from the store
     assert wrong(looked_at(whole, full=True))["gallery kept"].state == "fail"
+
+
+def test_snapshots_that_are_damaged(whole: Settings) -> None:
+    with Catalog(whole.galleries) as catalog:
+        for name in ("sound", "cut", "flipped"):
+            Shelf(whole.galleries).create(catalog.get("kept"), name)
+    copies = whole.galleries / FOLDER / "kept"
+    assert wrong(looked_at(whole, full=True)) == {}
+    (copies / "cut" / STORE).write_bytes(b"")
+    store = bytearray((copies / "flipped" / STORE).read_bytes())
+    store[-1] ^= 1
+    (copies / "flipped" / STORE).write_bytes(store)
+    assert {check: finding.state for check, finding in wrong(looked_at(whole)).items()} == {"snapshot kept/cut": "warn"}
+    assert set(wrong(looked_at(whole, full=True))) == {"snapshot kept/cut", "snapshot kept/flipped"}
+
+
+def test_aliases_that_are_damaged(whole: Settings) -> None:
+    Aliases(whole.galleries).put("team", "kept")
+    assert wrong(looked_at(whole)) == {}
+    (whole.galleries / aliases.FILE).write_text("{")
+    found = wrong(looked_at(whole))
+    assert {check: finding.state for check, finding in found.items()} == {"aliases": "warn"}
+    assert aliases.COPY in found["aliases"].what
+    Aliases(whole.galleries)
+    assert "set aside" in wrong(looked_at(whole))["aliases"].what
+    for name in (aliases.FILE, aliases.COPY):
+        (whole.galleries / name).write_text("{")
+    assert "fail" in [finding.state for finding in looked_at(whole) if finding.check == "aliases"]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "another's tables"])
+def test_stores_beside_the_galleries_that_are_damaged(whole: Settings, damage: str) -> None:
+    ledger, feedback = Ledger(whole.galleries), FeedbackStore(whole.galleries)
+    ledger.begin(Token(str(uuid.uuid4()), b"digest"))
+    feedback.page(0, 1)
+    assert wrong(looked_at(whole)) == {}  # beside those who write
+    ledger.close()
+    feedback.close()
+    for name in (once.FILE, feedback_store.FILE):
+        spoil(whole.galleries / name, damage)
+    found = wrong(looked_at(whole))
+    assert {check: finding.state for check, finding in found.items()} == {"requests": "warn", "feedback": "fail"}
+    ledger.begin(Token(str(uuid.uuid4()), b"digest"))
+    ledger.close()
+    found = wrong(looked_at(whole))
+    assert found["requests"].state == "warn"
+    assert "set aside" in found["requests"].what
+    assert "delete" in found["requests"].do
 
 
 def test_a_folder_that_cannot_be_made(whole: Settings, tmp_path: Path) -> None:

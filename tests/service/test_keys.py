@@ -120,6 +120,7 @@ def test_a_key_with_an_end_is_rotated_into_one_that_lives_as_long(ring: KeyRing)
         ("a", {"galleries": ["UPPER"]}, "galleries"),
         ("a", {"galleries": ["a|b"]}, "galleries"),
         ("a", {"per_second": 0.0}, "per_second"),
+        ("a", {"burst": 5}, "burst"),
         ("a", {"days": 0.0}, "expires"),
     ],
 )

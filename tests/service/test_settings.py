@@ -16,7 +16,7 @@ from pydantic import Field, SecretStr
 from embedding.errors import InvalidInput, LookalikeError, NotFound
 from service import settings as settings_module
 from service import settings_sources
-from service.settings import Settings
+from service.settings import NEEDS, Settings
 from service.settings_sources import Flag, Origins, set_flags
 from tests.processes import COMMAND, environment
 
@@ -99,6 +99,54 @@ def test_what_is_wrong_is_told_with_its_source(
 ) -> None:
     with pytest.raises(InvalidInput, match=told):
         read(text, variables, [*set_flags(pairs), Flag("bundle", "--bundle", None)], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "needed"),
+    [
+        ("jwt_issuer", "https://id.example", {"jwt_keys": "jwks.json"}),
+        ("jwt_audience", "lookalike", {"jwt_keys": "jwks.json"}),
+        ("jwt_algorithms", "ES256", {"jwt_keys": "jwks.json"}),
+        ("jwt_leeway_seconds", "0", {"jwt_keys": "jwks.json"}),
+        ("jwt_scopes_claim", "roles", {"jwt_keys": "jwks.json"}),
+        ("jwt_scope_prefix", "l:", {"jwt_keys": "jwks.json"}),
+        ("jwt_galleries_claim", "g", {"jwt_keys": "jwks.json"}),
+        ("jwt_galleries", "shop-*", {"jwt_keys": "jwks.json"}),
+        ("tls_key", "tls.key", {"tls_certificate": "tls.crt"}),
+        ("tls_client_ca", "ca.crt", {"tls_certificate": "tls.crt", "tls_key": "tls.key"}),
+        ("milvus_uri", "http://localhost:19530", {"engine": "milvus"}),
+        ("milvus_token", "root:secret", {"engine": "milvus"}),
+        ("milvus_database", "d", {"engine": "milvus"}),
+        ("milvus_prefix", "p", {"engine": "milvus"}),
+        ("metrics_host", "0.0.0.0", {"metrics_port": "0"}),
+        ("drift_window_seconds", "60", {"metrics_port": "0"}),
+        ("otlp_headers", "x-key=secret", {"otlp_endpoint": "http://127.0.0.1:4317"}),
+        ("trace_share", "0.1", {"otlp_endpoint": "http://127.0.0.1:4317"}),
+        ("min_ping_seconds", "1", {"max_ping_strikes": "1"}),
+        ("precision", "bfloat16", {"device": "auto"}),
+    ],
+)
+def test_what_does_nothing_without_another_is_refused(name: str, text: str, needed: dict[str, str]) -> None:
+    """`jwt_issuer` without `jwt_keys` would look like a locked door and stand open."""
+    variable = f"LOOKALIKE_{name.upper()}"
+    without = {"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_DEVICE": "cpu", "LOOKALIKE_MAX_PING_STRIKES": "0"}
+    with pytest.raises(InvalidInput, match=rf"^{name} is of no effect without .*\(environment {variable}\)$") as caught:
+        Origins.read(environment={**without, variable: text})
+    assert caught.value.field == name
+    assert next(iter(needed)).split("_")[0] in str(caught.value)
+    assert "secret" not in str(caught.value)
+    whole = {f"LOOKALIKE_{other.upper()}": value for other, value in needed.items()}
+    assert name in Origins.read(environment={**without, variable: text, **whole}).of
+
+
+def test_every_need_is_tried_and_defaults_written_down_are_no_need() -> None:
+    tried = next(
+        mark.args[1]
+        for mark in test_what_does_nothing_without_another_is_refused.pytestmark  # type: ignore[attr-defined]
+        if mark.name == "parametrize"
+    )
+    assert {name for name, *_ in tried} == {name for need in NEEDS for name in need.names}
+    assert Settings.checked(bundle="b", jwt_leeway_seconds=30, trace_share=1, metrics_host="127.0.0.1").port == 50051
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
