@@ -39,7 +39,7 @@ from index.segments import sync_folder
 
 Galleries: TypeAlias = list[Gallery]
 
-_LOCK = ".lock"
+LOCK = ".lock"
 _MAKING = ".making-"
 _DELETED = ".deleted-"
 
@@ -259,7 +259,7 @@ class HeldFolder:
 
 def _locked(root: Path) -> int:
     """A descriptor that holds the folder's write lock until it is closed; the system frees it with the process."""
-    descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

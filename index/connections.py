@@ -91,11 +91,14 @@ def connect(path: Path, *, read_only: bool, advice: str = _COPY) -> sqlite3.Conn
 
     `advice` is what to do about a damaged file.
     """
-    if not path.is_file():
-        raise DamagedData(f"{path} is missing; {advice}")
-    uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
-    if read_only and _is_frozen(path):
-        uri += "&immutable=1"
+    try:
+        if not path.is_file():
+            raise DamagedData(f"{path} is missing; {advice}")
+        uri = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
+        if read_only and _is_frozen(path):
+            uri += "&immutable=1"
+    except OSError as error:
+        raise StorageFailed(f"the disk refused {path}: {error.strerror}; let this user read it") from error
     with translated(path, advice=advice):
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous = FULL")

@@ -48,7 +48,7 @@ def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = 
     yield from models(settings, bundles)
     yield from _folder(settings.galleries)
     opened: list[GalleryEngine] = []
-    if settings.galleries.is_dir():
+    if settings.galleries.is_dir() and os.access(settings.galleries, os.R_OK | os.X_OK):
         yield from galleries(settings, bundles, opened, full=full)
     yield from _memory(bundles, opened)
     yield from _clock(bundles, opened, now)

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from embedding.bundle import Bundle
-from embedding.errors import LookalikeError
+from embedding.errors import LookalikeError, StorageFailed
 from index import Catalog, aliases
+from index.catalog import LOCK
 from index.engine import GalleryEngine
 from index.schema import OtherVersion
 from index.shelf import Shelf
@@ -43,6 +44,11 @@ def _opened(
     for name, why in damaged.items():
         if isinstance(why, OtherVersion):
             yield _of_another_version(name, why)
+            continue
+        if isinstance(why, StorageFailed):
+            yield Finding(
+                check=f"gallery {name}", state="fail", what=str(why), do=f"correct the rights of {name}: chown"
+            )
             continue
         yield Finding(
             check=f"gallery {name}",
@@ -185,3 +191,19 @@ def _feedback(folder: Path) -> Iterator[Finding]:
 def _is_used(path: Path) -> bool:
     """Whether a store was made: one whose process was killed at its first moment is empty, and made anew."""
     return path.exists() and (not path.is_file() or path.stat().st_size > 0)
+
+
+def holder(folder: Path) -> int | None:
+    """The number of the process that writes to the galleries; None when nobody does, or the system does not say.
+
+    The lock is not touched: a server that starts at this moment must not find it taken by us.
+    """
+    try:
+        inode = (folder / LOCK).stat().st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()  # 7: FLOCK ADVISORY WRITE 4242 08:01:131077 0 EOF
+            if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+                return int(fields[4])
+    except (OSError, ValueError, IndexError):
+        return None
+    return None

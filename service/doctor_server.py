@@ -14,19 +14,44 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from embedding.errors import LookalikeError
 from lookalike.v1 import model_pb2, model_pb2_grpc
 from service import standing
+from service.doctor_galleries import holder
 from service.finding import Finding
 from service.settings import Settings
 from service.stock import Choice, Stock
 
 _SECONDS = 5.0
 
+_UNANSWERED = {
+    grpc.StatusCode.UNAUTHENTICATED: "it asks for keys, which this command does not send: ask with one, by "
+    "LOOKALIKE_API_KEY=… lookalike model list --target",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "it is full: look at LookalikeOverloaded in docs/operations.md, and ask again",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "it is too busy to answer: look at LookalikeSlow in docs/operations.md",
+}
+
 
 def asked(settings: Settings, *, target: str | None = None, services: tuple[str, ...] = ()) -> Iterator[Finding]:
     """What the server at `target`, by default the settings' own address, says; `services` are to be SERVING."""
     host, port = _address(target) if target else (_reachable(settings.host), settings.port)
+    if not port:
+        yield Finding(
+            check="server",
+            state="fail" if target else "warn",
+            what=f"{target!r} names no port" if target else "the settings say port 0, so that any free one is taken",
+            do="name the server as HOST:PORT with --target; its log says where it listens",
+        )
+        return
     try:
         socket.create_connection((host, port), timeout=_SECONDS).close()
     except OSError as error:
+        if not target and (process := holder(settings.galleries)) is not None:
+            yield Finding(
+                check="server",
+                state="fail",
+                what=f"nothing answers on {host}:{port}, and process {process} writes to {settings.galleries}",
+                do="if that is this server, it listens elsewhere, loads or drains: look at its log, and correct "
+                f"`host` and `port`; else stop it (kill -TERM {process}): one process writes to a folder of galleries",
+            )
+            return
         yield Finding(
             check="server",
             state="fail" if target else "warn",
@@ -56,7 +81,7 @@ def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...]
                     check=name,
                     state="fail",
                     what=f"{host}:{port} does not answer health checks: {error.code().name}",
-                    do="something else listens there, or it serves TLS: choose another port, or name tls_certificate",
+                    do="something else listens there, it serves TLS (name tls_certificate), or it hangs: see its log",
                 )
                 return
             if status == health_pb2.HealthCheckResponse.SERVING:
@@ -86,7 +111,7 @@ def _same_model(channel: grpc.Channel, settings: Settings) -> Iterator[Finding]:
             check="model",
             state="warn",
             what=f"the server does not say which model answers: {error.code().name}",
-            do="give this command a key that may read, or look at `lookalike model show --target`",
+            do=_UNANSWERED.get(error.code(), "look at its log for this call"),
         )
         return
     serving = response.model.name.removeprefix("models/")
@@ -112,6 +137,14 @@ def _encrypted(host: str, port: int, settings: Settings) -> Iterator[Finding]:
         with socket.create_connection((host, port), timeout=_SECONDS) as connection:
             context.wrap_socket(connection).close()
     except (OSError, ValueError) as error:
+        if getattr(error, "reason", "") in {"WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING"}:
+            yield Finding(
+                check="server",
+                state="fail",
+                what=f"{host}:{port} does not speak TLS",
+                do="it was started without tls_certificate: restart it with these settings; or something else listens",
+            )
+            return
         yield Finding(
             check="server",
             state="fail",

@@ -102,14 +102,14 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
 
     For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
     """
-    if settings.workers > 1:
-        logs.configure(level=settings.log_level, form=settings.log_format)
-        workers.run(settings, on_ready)
-        return
-    tune_malloc()
+    if settings.workers == 1:
+        tune_malloc()
     logs.configure(level=settings.log_level, form=settings.log_format)
     told = origins or Origins(settings=settings, of={})
     _log.info("settings", **told.shown(), origins=dict(told.of))
+    if settings.workers > 1:
+        workers.run(settings, on_ready)
+        return
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings, on_ready))
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -27,19 +28,20 @@ from index.live import SEGMENTS, STORE
 from index.receipts import Token
 from index.schema import SCHEMA_VERSION
 from index.shelf import FOLDER, Shelf
-from lookalike.v1 import gallery_pb2, model_pb2
+from lookalike.v1 import gallery_pb2, model_pb2, search_pb2
 from service import doctor, feedback_store, once, standing
 from service.certificate_dates import NotValid, expiry
 from service.doctor import looked_at
 from service.doctor_server import asked
 from service.feedback_store import FeedbackStore
 from service.finding import Finding
+from service.key_ring import KeyRing
 from service.once import Ledger
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.authority import Authority
 from tests.processes import COMMAND, environment
-from tests.service.harness import DIM, Loop, Stubs, connected, make_bundle, served
+from tests.service.harness import DIM, Loop, Stubs, connected, encoded, make_bundle, served
 from tests.service.test_drift import referenced
 from tests.service.test_side_store import spoil
 
@@ -313,6 +315,58 @@ def test_a_server_that_is_not_there(whole: Settings) -> None:
     assert wrong(asked(whole, target=f"127.0.0.1:{whole.port}"))["server"].state == "fail"
 
 
+def test_a_server_that_listens_elsewhere(loop: Loop, whole: Settings) -> None:
+    """Its folder is held: to start another one, as for a server that is not there, would fail."""
+    with served(loop, whole.model_copy(update={"port": 0})):
+        found = wrong(asked(whole))
+    assert {check: f.state for check, f in found.items()} == {"server": "fail"}
+    assert f"process {os.getpid()} writes to" in found["server"].what
+    assert "correct `host`" in found["server"].do
+
+
+def test_a_target_without_a_port(whole: Settings) -> None:
+    assert "names no port" in wrong(asked(whole, target="localhost"))["server"].what
+
+
+def test_a_server_that_is_full(loop: Loop, whole: Settings) -> None:
+    with (
+        served(loop, whole.model_copy(update={"port": 0, "max_calls": 1})) as server,
+        connected(server.address) as stubs,
+    ):
+        sent: SimpleQueue[search_pb2.StreamSearchRequest | None] = SimpleQueue()
+        answers = stubs.search.StreamSearch(iter(sent.get, None))
+        sent.put(search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery="galleries/kept", k=1)))
+        sent.put(search_pb2.StreamSearchRequest(id="one", query=encoded(1)))
+        next(answers)
+        found = wrong(asked(whole.model_copy(update={"port": server.port}), services=SERVICES))
+        sent.put(None)
+    assert {check: f.state for check, f in found.items()} == {"model": "warn"}
+    assert "it is full" in found["model"].do
+
+
+def test_a_server_that_asks_for_keys(loop: Loop, whole: Settings, tmp_path: Path) -> None:
+    KeyRing(tmp_path / "keys.json").create("somebody", scopes=["read"], galleries=["*"])
+    own = whole.model_copy(update={"port": 0, "keys": tmp_path / "keys.json"})
+    with served(loop, own) as server:
+        found = wrong(asked(own.model_copy(update={"port": server.port}), services=SERVICES))
+    assert {check: f.state for check, f in found.items()} == {"model": "warn"}
+    assert "LOOKALIKE_API_KEY" in found["model"].do
+
+
+def test_a_store_that_may_not_be_read(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.name == STORE:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    found = wrong(looked_at(whole))
+    assert {check: f.state for check, f in found.items()} == {"gallery kept": "fail"}
+    assert "rights" in found["gallery kept"].do
+
+
 def test_a_server_that_serves_another_model(server: Server, whole: Settings, tmp_path: Path) -> None:
     other = make_bundle(tmp_path / "another", seed=11)
     told = whole.model_copy(update={"port": server.port, "bundle": other.path})
@@ -359,6 +413,10 @@ def test_a_server_with_tls(loop: Loop, whole: Settings, tmp_path: Path) -> None:
         stale = wrong(asked(told.model_copy(update={"tls_certificate": renewed})))
         assert stale["server"].state == "fail"
         assert wrong(asked(whole.model_copy(update={"port": server.port})))["server"].state == "fail"
+    with served(loop, whole.model_copy(update={"port": 0})) as server:
+        plain = wrong(asked(secure.model_copy(update={"port": server.port})))["server"]
+        assert "does not speak TLS" in plain.what
+        assert "restart it with these settings" in plain.do
 
 
 def run(*arguments: str) -> tuple[int, str]:

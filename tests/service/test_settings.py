@@ -12,10 +12,11 @@ from typing import Annotated
 
 import pytest
 from pydantic import Field, SecretStr
+from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput, LookalikeError, NotFound
+from service import server, settings_sources
 from service import settings as settings_module
-from service import settings_sources
 from service.settings import NEEDS, Settings
 from service.settings_sources import Flag, Origins, set_flags
 from tests.processes import COMMAND, environment
@@ -219,6 +220,15 @@ def test_what_is_printed_is_a_settings_file(tmp_path: Path) -> None:
     again = read(first.text(), folder=tmp_path)
     assert again.settings == first.settings.model_copy(update={"galleries": Path("galleries").absolute()})
     assert "port = 50051  # default" in first.text().splitlines()
+
+
+def test_several_workers_log_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.logs, "configure", lambda **_: None)
+    monkeypatch.setattr(server.workers, "run", lambda *_: None)
+    with capture_logs() as logs:
+        server.run(Settings(bundle=Path("b"), workers=2))
+    assert [line["event"] for line in logs] == ["settings"]
+    assert logs[0]["workers"] == 2
 
 
 def test_the_command_prints_them_and_ends(tmp_path: Path) -> None:
