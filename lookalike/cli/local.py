@@ -202,7 +202,7 @@ class LocalBackend:
         return (Alias(id=alias, gallery=gallery) for alias, gallery in self._engine.aliases.all().items())
 
     def delete_alias(self, alias: str) -> None:
-        self._engine.aliases.delete(alias)
+        self._engine.delete_alias(alias)
 
     def reindex_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Operation:
         settings = _settings(index)
