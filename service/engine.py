@@ -184,7 +184,7 @@ class Engine:
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
     ) -> GalleryEngine:
         """An empty gallery of this model, with a receipt of the request when it has a token. Raises AlreadyExists."""
-        self._check_no_alias(gallery_id)  # now rather than after the work
+        self.check_no_alias(gallery_id)  # now rather than after the work
         publishing = self._named(gallery_id)
         if isinstance(self.catalog, Catalog):
             return self.catalog.create(gallery_id, self.model, settings=settings, token=token, publishing=publishing)
@@ -192,7 +192,7 @@ class Engine:
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
         """Raises NotFound, and AlreadyExists when there is a gallery or an alias of that name."""
-        self._check_no_alias(gallery_id)
+        self.check_no_alias(gallery_id)
         self.shelf.get(*snapshot)
         try:
             self.catalog.get(gallery_id)
@@ -204,7 +204,7 @@ class Engine:
         self, gallery_id: str, snapshot: tuple[str, str], *, on_progress: OnProgress | None = None
     ) -> GalleryEngine:
         """A gallery made from a snapshot, given as the ids of its gallery and its own. Raises AlreadyExists."""
-        self._check_no_alias(gallery_id)
+        self.check_no_alias(gallery_id)
         return self.shelf.restore(
             self.catalog,
             *snapshot,
@@ -225,6 +225,13 @@ class Engine:
                 self.catalog.get(gallery_id)
             self.check_no_gallery(alias, path="alias.name")
             self.aliases.put(alias, gallery_id, allow_missing=allow_missing)
+
+    def check_no_alias(self, gallery_id: str) -> None:
+        """Raises AlreadyExists when an alias has this name."""
+        if gallery_id in self.aliases.all():
+            raise AlreadyExists(
+                f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; choose another name"
+            )
 
     def check_no_gallery(self, alias: str, *, path: str) -> None:
         """Raises AlreadyExists, naming the request field `path`, when a gallery has this name, damaged or not."""
@@ -291,14 +298,8 @@ class Engine:
     def _named(self, gallery_id: str) -> Iterator[None]:
         """Within, no other name is given or taken. Raises AlreadyExists when an alias has this one."""
         with self.names:
-            self._check_no_alias(gallery_id)
+            self.check_no_alias(gallery_id)
             yield
-
-    def _check_no_alias(self, gallery_id: str) -> None:
-        if gallery_id in self.aliases.all():
-            raise AlreadyExists(
-                f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; choose another name"
-            )
 
     def _check_empty(self, gallery_id: str) -> None:
         try:

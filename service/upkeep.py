@@ -16,6 +16,7 @@ from index.engine import OnProgress
 from index.filters import parse_filter
 from index.shelf import Copy
 from service.engine import Engine
+from service.sources import naming
 
 BATCH = 256
 """Items re-embedded and stored at once."""
@@ -61,7 +62,8 @@ class Migration:
     def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
         """Checks what can be checked at once.
 
-        Raises InvalidInput, NotFound, and ModelMismatch when the new gallery is of a third model.
+        Raises InvalidInput, NotFound, AlreadyExists when the new gallery's name is an alias or the alias a gallery's
+        name, and ModelMismatch when the new gallery is of a third model.
         """
         self._engine = engine
         self._alias = alias
@@ -72,6 +74,8 @@ class Migration:
             self._target: GalleryEngine | None = engine.catalog.get(target)
         except NotFound:
             self._target = None
+            with naming("gallery_id"):
+                engine.check_no_alias(target)
         self._target_id = target
         if self._target is not None and self._target.model.fingerprint != engine.model.fingerprint:
             raise ModelMismatch(
@@ -84,6 +88,10 @@ class Migration:
                 "name it",
                 field="model",
             )
+        if alias == target:
+            raise InvalidInput("an alias has another name than its gallery; give another alias", field="alias")
+        if alias:
+            engine.check_no_gallery(alias, path="alias")
 
     @property
     def source_id(self) -> str:

@@ -411,6 +411,38 @@ def test_a_migration_to_the_same_model_or_a_third_is_refused(two: Stubs, newer: 
     assert info(rich(error)).reason == "MODEL_MISMATCH"
 
 
+def test_what_a_migration_is_refused_for_is_found_by_validating_it(two: Stubs, newer: Bundle) -> None:
+    two.fill("old", {"a": encoded(1)})
+    two.fill("other", {"a": encoded(1)})
+    put(two, "taken", "other")
+    wrong = [migration(alias, newer.name) for alias in ("other", "old", "new")] + [migration("now", newer.name)]
+    wrong[-1].gallery_id = "taken"
+    told = []
+    for request in wrong:
+        seen = set()
+        for request.validate_only in (True, False):
+            error = refused(two.upkeep.MigrateGallery, request)
+            field = info(rich(error)).metadata["field"]
+            seen.add((error.code(), field, error.details()))
+        (what,) = seen  # the same by validating as by doing
+        told.append(what[:2])
+    assert told == [
+        (grpc.StatusCode.ALREADY_EXISTS, "alias"),
+        (grpc.StatusCode.ALREADY_EXISTS, "alias"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "alias"),
+        (grpc.StatusCode.ALREADY_EXISTS, "gallery_id"),
+    ]
+    listing = two.galleries.ListGalleries(gallery_pb2.ListGalleriesRequest()).galleries
+    assert [gallery.name for gallery in listing] == ["galleries/old", "galleries/other"]
+    moved = migration("taken", newer.name)
+    moved.validate_only = True
+    two.upkeep.MigrateGallery(moved)
+    assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/other"
+    moved.validate_only = False
+    finished(two, two.upkeep.MigrateGallery(moved).operation)
+    assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/new"
+
+
 def test_a_wait_ends_when_its_time_is_over(two: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.keeping.MAX_WAIT_SECONDS", 0.01)
     two.fill("old", {"a": encoded(1)})
