@@ -31,10 +31,10 @@ from embedding.errors import (
     StorageFailed,
 )
 from index.copies import read_copy
-from index.engine import IndexSettings, OnProgress
+from index.engine import IndexSettings, OnProgress, Problem, Verification
 from index.gallery import Gallery
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
-from index.live import SEAL_AFTER
+from index.live import SEAL_AFTER, STORE
 from index.receipts import Token
 from index.segments import sync_folder
 
@@ -168,6 +168,14 @@ class Catalog:
                     self._reported[name] = str(error)
                 damaged[name] = error
         return galleries, damaged
+
+    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
+        """Check a gallery, also one that cannot be opened: then its store is what is wrong. Raises NotFound."""
+        try:
+            gallery = self.get(gallery_id)
+        except DamagedData as error:
+            return Verification(items=0, files=1, problems=[Problem(path=STORE, what=str(error), repaired=False)])
+        return gallery.verify(repair=repair, on_progress=on_progress)
 
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not, with all its items; raises NotFound."""

@@ -193,6 +193,7 @@ class Problem:
     """Something that does not agree."""
 
     path: str
+    """Below the gallery's folder; in Milvus, the collection."""
     what: str
     repaired: bool
 
@@ -414,6 +415,9 @@ class GalleryCatalog(Protocol):
 
     def survey(self) -> tuple[Sequence[GalleryEngine], Mapping[str, LookalikeError]]:
         """The galleries that can be opened, by name, and why each of the others cannot."""
+
+    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
+        """`GalleryEngine.verify`, also of a gallery that cannot be opened. Raises NotFound."""
 
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not. Raises NotFound."""

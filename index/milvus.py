@@ -29,7 +29,7 @@ from typing import Self, TypeAlias
 
 from embedding.errors import AlreadyExists, Busy, DamagedData, InvalidInput, LookalikeError, NotFound, NotSupported
 from index.catalog import HeldFolder
-from index.engine import IndexSettings, OnProgress
+from index.engine import IndexSettings, OnProgress, Problem, Verification
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.milvus_filters import literal
 from index.milvus_gallery import MilvusGallery, check_settings
@@ -151,6 +151,16 @@ class MilvusCatalog:
             except (DamagedData, Busy) as error:
                 damaged[name] = error
         return galleries, damaged
+
+    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
+        """Check a gallery, also one whose record cannot be read. Raises NotFound."""
+        try:
+            gallery = self.get(gallery_id)
+        except DamagedData as error:
+            return Verification(
+                items=0, files=0, problems=[Problem(path=self._records, what=str(error), repaired=False)]
+            )
+        return gallery.verify(repair=repair, on_progress=on_progress)
 
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not. Raises NotFound."""

@@ -9,10 +9,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from embedding.errors import Busy, ImagesNeeded, InvalidImage, InvalidInput, ModelMismatch, NotFound, StaleEtag
+from embedding.errors import (
+    Busy,
+    DamagedData,
+    ImagesNeeded,
+    InvalidImage,
+    InvalidInput,
+    ModelMismatch,
+    NotFound,
+    StaleEtag,
+)
 from embedding.images import Pixels
 from index import Filter, GalleryEngine, IndexSettings, Item, Progress
-from index.engine import OnProgress
+from index.engine import OnProgress, Verification
 from index.filters import parse_filter
 from index.shelf import Copy
 from service.engine import Engine
@@ -32,6 +41,19 @@ def reindex(engine: Engine, gallery_id: str, settings: IndexSettings | None, tel
     gallery = engine.gallery(gallery_id, path="name", any_model=True)
     gallery.reindex(settings, on_progress=tell)
     return gallery
+
+
+def existing(engine: Engine, name: str) -> str:
+    """The id of the gallery that a name or an alias stands for, damaged or not. Raises NotFound."""
+    gallery_id = engine.aliases.resolve(name)
+    with naming("name"), suppress(DamagedData):
+        engine.catalog.get(gallery_id)
+    return gallery_id
+
+
+def verify(engine: Engine, gallery_id: str, repair: bool, tell: OnProgress) -> Verification:
+    """Check a gallery, of whatever model, and mend with `repair` what can be."""
+    return engine.catalog.verify(gallery_id, repair=repair, on_progress=tell)
 
 
 def snapshot(engine: Engine, gallery_id: str, snapshot_id: str, tell: OnProgress) -> Copy:
