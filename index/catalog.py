@@ -16,6 +16,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -30,10 +31,10 @@ from embedding.errors import (
     StorageFailed,
 )
 from index.copies import read_copy
-from index.engine import IndexSettings, OnProgress
+from index.engine import IndexSettings, OnProgress, Problem, Verification
 from index.gallery import Gallery
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
-from index.live import SEAL_AFTER
+from index.live import SEAL_AFTER, STORE
 from index.receipts import Token
 from index.segments import sync_folder
 
@@ -97,15 +98,29 @@ class Catalog:
         *,
         settings: IndexSettings | None = None,
         token: Token | None = None,
+        publishing: AbstractContextManager[None] | None = None,
     ) -> Gallery:
-        """Make an empty gallery for embeddings of `model`; raises AlreadyExists."""
+        """Make an empty gallery for embeddings of `model`, which gets its name within `publishing`.
+
+        Raises AlreadyExists.
+        """
         if model.embedding_dim < 1:
             raise InvalidInput(f"embedding_dim must be at least 1; got {model.embedding_dim}", field="embedding_dim")
-        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings, token))
+        return self._made(gallery_id, lambda folder: Gallery.create(folder, model, settings, token), publishing)
 
-    def restore(self, gallery_id: str, folder: Path, *, on_progress: OnProgress | None = None) -> Gallery:
-        """A new gallery from a snapshot; raises AlreadyExists, and DamagedData when the snapshot is not whole."""
-        return self._made(gallery_id, lambda target: read_copy(folder, target, on_progress))
+    def restore(
+        self,
+        gallery_id: str,
+        folder: Path,
+        *,
+        on_progress: OnProgress | None = None,
+        publishing: AbstractContextManager[None] | None = None,
+    ) -> Gallery:
+        """A new gallery from a snapshot, which gets its name, once all is copied, within `publishing`.
+
+        Raises AlreadyExists, and DamagedData when the snapshot is not whole.
+        """
+        return self._made(gallery_id, lambda target: read_copy(folder, target, on_progress), publishing)
 
     def get(self, gallery_id: str, *, model: ModelRef | None = None) -> Gallery:
         """The gallery of this name, which must hold embeddings of `model` when that is given.
@@ -154,6 +169,14 @@ class Catalog:
                 damaged[name] = error
         return galleries, damaged
 
+    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
+        """Check a gallery, also one that cannot be opened: then its store is what is wrong. Raises NotFound."""
+        try:
+            gallery = self.get(gallery_id)
+        except DamagedData as error:
+            return Verification(items=0, files=1, problems=[Problem(path=STORE, what=str(error), repaired=False)])
+        return gallery.verify(repair=repair, on_progress=on_progress)
+
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not, with all its items; raises NotFound."""
         path = self._path(gallery_id)
@@ -193,7 +216,9 @@ class Catalog:
         check_gallery_id(gallery_id)
         return self.root / gallery_id
 
-    def _made(self, gallery_id: str, fill: Callable[[Path], None]) -> Gallery:
+    def _made(
+        self, gallery_id: str, fill: Callable[[Path], None], publishing: AbstractContextManager[None] | None
+    ) -> Gallery:
         """A new gallery whose folder `fill` writes; it is there as a whole or not at all."""
         final = self._path(gallery_id)
         self._check_writable()
@@ -203,11 +228,11 @@ class Catalog:
             making.mkdir()
             fill(making)
             sync_folder(making)
-            with self._changing:
+            with publishing or nullcontext(), self._changing:
                 self._check_free(gallery_id, final)
                 making.rename(final)
                 sync_folder(self.root)
-                return self._opened(gallery_id, final)
+            return self.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
         except OSError as error:
             raise _refused(final, error) from error
         finally:

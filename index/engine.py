@@ -16,6 +16,7 @@ Shapes: Q queries, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -193,6 +194,7 @@ class Problem:
     """Something that does not agree."""
 
     path: str
+    """Below the gallery's folder; in Milvus, the collection."""
     what: str
     repaired: bool
 
@@ -394,8 +396,18 @@ class Receipting(GalleryEngine, Protocol):
 class GalleryCatalog(Protocol):
     """A set of galleries of one engine, by name."""
 
-    def create(self, gallery_id: str, model: ModelRef, *, settings: IndexSettings | None = None) -> GalleryEngine:
-        """Make an empty gallery. Raises AlreadyExists."""
+    def create(
+        self,
+        gallery_id: str,
+        model: ModelRef,
+        *,
+        settings: IndexSettings | None = None,
+        publishing: AbstractContextManager[None] | None = None,
+    ) -> GalleryEngine:
+        """Make an empty gallery. Raises AlreadyExists.
+
+        It gets its name within `publishing`, entered when all else is done; what that raises leaves no gallery.
+        """
 
     def get(self, gallery_id: str, *, model: ModelRef | None = None) -> GalleryEngine:
         """The gallery of this name. Raises NotFound, ModelMismatch, or DamagedData where it cannot be opened."""
@@ -409,10 +421,23 @@ class GalleryCatalog(Protocol):
     def survey(self) -> tuple[Sequence[GalleryEngine], Mapping[str, LookalikeError]]:
         """The galleries that can be opened, by name, and why each of the others cannot."""
 
+    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
+        """`GalleryEngine.verify`, also of a gallery that cannot be opened. Raises NotFound."""
+
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not. Raises NotFound."""
 
-    def restore(self, gallery_id: str, folder: Path, *, on_progress: OnProgress | None = None) -> GalleryEngine:
-        """A new gallery from a snapshot. Raises AlreadyExists, and DamagedData when the snapshot is not whole."""
+    def restore(
+        self,
+        gallery_id: str,
+        folder: Path,
+        *,
+        on_progress: OnProgress | None = None,
+        publishing: AbstractContextManager[None] | None = None,
+    ) -> GalleryEngine:
+        """A new gallery from a snapshot, named within `publishing` as by `create`.
+
+        Raises AlreadyExists, and DamagedData when the snapshot is not whole.
+        """
 
     def close(self) -> None: ...

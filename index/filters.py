@@ -62,7 +62,7 @@ MAX_COMPARISONS = 256
 """Most comparisons of one filter."""
 
 MAX_DEPTH = 32
-"""Most NOTs, ANDs and ORs inside one another."""
+"""Most brackets inside one another, each with NOT, AND and OR around and in it."""
 
 _GRAMMAR = r"""
     start: conjunction
@@ -178,7 +178,7 @@ class _Builder(Transformer[Token, Any]):
 
     def transform(self, tree: Tree[Token]) -> Any:
         # The tree is as deep as brackets are nested, and its traversal is recursive.
-        if _depth(tree) > 4 * MAX_DEPTH:
+        if _depth(tree) > MAX_DEPTH:
             raise _Wrong(0, f"NOT, AND, OR and brackets may be nested {MAX_DEPTH} deep at most; write it flatter")
         return super().transform(tree)
 
@@ -319,10 +319,13 @@ def _moment(text: str | Prefix, at: int) -> datetime:
 
 
 def _depth(tree: Tree[Token]) -> int:
-    deepest, level = 0, [tree]
-    while level:
-        deepest += 1
-        level = [child for node in level for child in node.children if isinstance(child, Tree)]
+    """How many brackets stand inside one another: each makes a conjunction, and so does the whole filter."""
+    deepest, waiting = 0, [(tree, -1)]
+    while waiting:
+        node, depth = waiting.pop()
+        depth += node.data == "conjunction"
+        deepest = max(deepest, depth)
+        waiting += [(child, depth) for child in node.children if isinstance(child, Tree)]
     return deepest
 
 

@@ -29,7 +29,7 @@ from index.reading import SealedRange
 from index.receipts import Token
 from index.rows import LiveRows
 from index.sealing import Telling, living_rows, moved_most, told
-from index.segments import Blocks, Planned, Segment, open_segment, remove_segments, write_segment
+from index.segments import Blocks, Planned, Segment, open_segment, remove_segments, segment_path, write_segment
 from index.snapshot import Part, Snapshot
 from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
 from index.structures import Plan
@@ -64,6 +64,8 @@ class Live:
         self.closed = False
         self.busy = ""
         self.last_failure = ""
+        self.found_at_opening: list[tuple[str, str]] = []
+        """Segments, by path, whose vectors were taken from the store instead, and why; `verify` tells."""
         self.seals = 0
         self.compactions = 0
         self._failed_at = 0
@@ -261,9 +263,12 @@ class Live:
         except DamagedData as error:
             # Those that follow are smaller: they are written anew with it, which keeps keys in order.
             _log.warning("gallery %r: %s; taking its vectors from the store instead", self.id, error)
+            path = segment_path(self.segments_folder, sealed[len(segments)].digest)
+            self.found_at_opening.append((str(path.relative_to(self.folder)), str(error)))
         rows = self._loaded(segments, sealed[: len(segments)])
         if segments and rows.snapshot(0).size != self.store.header.size:
             _log.warning("gallery %r: its segments lack items; taking all vectors from the store instead", self.id)
+            self.found_at_opening.append((SEGMENTS, "items are missing"))
             segments = []
             rows = self._loaded([], [])
         if rows.snapshot(0).size != self.store.header.size:

@@ -22,13 +22,14 @@ import re
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
 
 from embedding.errors import AlreadyExists, Busy, DamagedData, InvalidInput, LookalikeError, NotFound, NotSupported
 from index.catalog import HeldFolder
-from index.engine import IndexSettings, OnProgress
+from index.engine import IndexSettings, OnProgress, Problem, Verification
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.milvus_filters import literal
 from index.milvus_gallery import MilvusGallery, check_settings
@@ -62,6 +63,8 @@ class MilvusCatalog:
         self._records = f"{prefix}_galleries"
         self._me = uuid.uuid4().hex
         self._open: dict[str, MilvusGallery] = {}
+        self._making: set[str] = set()
+        """Collections of galleries that are being made, and have no record yet."""
         self._changing = threading.Lock()
         self._folder = None if folder is None else HeldFolder(folder)
         try:
@@ -80,25 +83,38 @@ class MilvusCatalog:
             self._let_go()
             raise
 
-    def create(self, gallery_id: str, model: ModelRef, *, settings: IndexSettings | None = None) -> MilvusGallery:
-        """Make an empty gallery. Raises AlreadyExists, and NotSupported for settings that Milvus does not have."""
+    def create(
+        self,
+        gallery_id: str,
+        model: ModelRef,
+        *,
+        settings: IndexSettings | None = None,
+        publishing: AbstractContextManager[None] | None = None,
+    ) -> MilvusGallery:
+        """Make an empty gallery, which gets its name within `publishing`.
+
+        Raises AlreadyExists, and NotSupported for settings that Milvus does not have.
+        """
         check_gallery_id(gallery_id)
         check_settings(settings or IndexSettings())
-        with self._changing:
-            self._check_owner()
-            if self._found(gallery_id):
-                raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
-            uid = uuid.uuid4().hex
-            record = Record(
-                id=gallery_id,
-                model=model,
-                collection=collection_name(self._prefix, gallery_id, uid),
-                uid=uid,
-                settings=settings or IndexSettings(),
-            )
+        self._check_makeable(gallery_id)  # now rather than after the work
+        uid = uuid.uuid4().hex
+        record = Record(
+            id=gallery_id,
+            model=model,
+            collection=collection_name(self._prefix, gallery_id, uid),
+            uid=uid,
+            settings=settings or IndexSettings(),
+        )
+        self._making.add(record.collection)
+        try:
             self._link.create(record.collection, gallery_schema(self._link.client, model), vector="vector")
-            self._link.upsert(self._records, [record.row()])  # from here on there is such a gallery
-            return self._opened(record)
+            with publishing or nullcontext(), self._changing:
+                self._check_makeable(gallery_id)
+                self._link.upsert(self._records, [record.row()])  # from here on there is such a gallery
+                return self._opened(record)
+        finally:
+            self._making.discard(record.collection)  # without a record it goes with the next leftovers
 
     def opened(self, gallery_id: str) -> MilvusGallery | None:
         """None: Milvus is another machine, or may be."""
@@ -136,6 +152,16 @@ class MilvusCatalog:
                 damaged[name] = error
         return galleries, damaged
 
+    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
+        """Check a gallery, also one whose record cannot be read. Raises NotFound."""
+        try:
+            gallery = self.get(gallery_id)
+        except DamagedData as error:
+            return Verification(
+                items=0, files=0, problems=[Problem(path=self._records, what=str(error), repaired=False)]
+            )
+        return gallery.verify(repair=repair, on_progress=on_progress)
+
     def delete(self, gallery_id: str) -> None:
         """Delete a gallery, damaged or not. Raises NotFound."""
         check_gallery_id(gallery_id)
@@ -150,7 +176,14 @@ class MilvusCatalog:
             self._link.delete(self._records, f"id == {literal(gallery_id)}")
             self._drop_leftovers()
 
-    def restore(self, gallery_id: str, folder: Path, *, on_progress: OnProgress | None = None) -> MilvusGallery:
+    def restore(
+        self,
+        gallery_id: str,
+        folder: Path,
+        *,
+        on_progress: OnProgress | None = None,
+        publishing: AbstractContextManager[None] | None = None,
+    ) -> MilvusGallery:
         """Raises NotSupported."""
         raise NotSupported(
             "a snapshot is restored by the engine that made it; open the server with the embedded engine, or restore "
@@ -176,6 +209,11 @@ class MilvusCatalog:
     def _let_go(self) -> None:
         if self._folder is not None:
             self._folder.close()
+
+    def _check_makeable(self, gallery_id: str) -> None:
+        self._check_owner()
+        if self._found(gallery_id):
+            raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
 
     def _opened(self, record: Record) -> MilvusGallery:
         gallery = MilvusGallery(MilvusStore(self._link, self._records, record, self._check_owner))
@@ -205,7 +243,7 @@ class MilvusCatalog:
     def _drop_leftovers(self) -> None:
         """Drop collections of galleries that were deleted, or never got their record."""
         records = [row["state"] for row in self._rows()]
-        known = {self._records, *(str(state.get("collection")) for state in records)}
+        known = {self._records, *self._making, *(str(state.get("collection")) for state in records)}
         for name in self._link.collections():
             if name.startswith(f"{self._prefix}_") and name not in known:
                 self._link.drop(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,10 +131,15 @@ class Shelf:
         *,
         into: str,
         on_progress: OnProgress | None = None,
+        publishing: AbstractContextManager[None] | None = None,
     ) -> GalleryEngine:
-        """A new gallery `into` from a snapshot. Raises NotFound, AlreadyExists, DamagedData."""
+        """A new gallery `into` from a snapshot, named within `publishing`.
+
+        Raises NotFound, AlreadyExists, DamagedData.
+        """
         self.get(gallery_id, snapshot_id)
-        return catalog.restore(into, self._path(gallery_id, snapshot_id), on_progress=on_progress)
+        folder = self._path(gallery_id, snapshot_id)
+        return catalog.restore(into, folder, on_progress=on_progress, publishing=publishing)
 
     def _path(self, gallery_id: str, snapshot_id: str) -> Path:
         check_gallery_id(gallery_id, field="parent")

@@ -42,11 +42,13 @@ from lookalike.types import (
     NotStored,
     OperatingPoint,
     Operation,
+    Problem,
     Purged,
     RecordedFeedback,
     Segment,
     Snapshot,
     Verdict,
+    Verification,
 )
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "NotStored",
     "OperatingPoint",
     "Operation",
+    "Problem",
     "Purged",
     "RecordedFeedback",
     "ResourceExhausted",
@@ -94,5 +97,6 @@ __all__ = [
     "Tls",
     "Unavailable",
     "Verdict",
+    "Verification",
     "stacked",
 ]

@@ -45,11 +45,13 @@ from lookalike.types import (
     NotStored,
     OperatingPoint,
     Operation,
+    Problem,
     Purged,
     RecordedFeedback,
     Segment,
     Snapshot,
     Verdict,
+    Verification,
 )
 from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
@@ -308,11 +310,25 @@ def snapshot(message: upkeep_pb2.Snapshot) -> Snapshot:
     )
 
 
+def verification(message: upkeep_pb2.Verification) -> Verification:
+    return Verification(
+        gallery=_id(message.gallery),
+        item_count=message.item_count,
+        file_count=message.file_count,
+        problems=tuple(
+            Problem(path=problem.path, what=problem.what, repaired=problem.repaired) for problem in message.problems
+        ),
+        sound=message.sound,
+    )
+
+
 def operation(message: operations_pb2.Operation) -> Operation:
     known = pb.OperationMetadata()
     message.metadata.Unpack(known)
     made, copied = gallery_pb2.Gallery(), upkeep_pb2.Snapshot()
     is_gallery, is_copy = message.response.Unpack(made), message.response.Unpack(copied)
+    found = upkeep_pb2.Verification()
+    is_found = message.response.Unpack(found)
     return Operation(
         id=_id(message.name),
         verb=known.verb,
@@ -325,6 +341,7 @@ def operation(message: operations_pb2.Operation) -> Operation:
         error=from_status(message.error) if message.HasField("error") else None,
         gallery=gallery(made) if is_gallery else None,
         snapshot=snapshot(copied) if is_copy else None,
+        verification=verification(found) if is_found else None,
     )
 
 

@@ -161,6 +161,7 @@ class Methods:
     list_aliases = Paged(galleries.list_aliases)
     delete_alias = Unary(galleries.delete_alias)
     reindex_gallery = Unary(upkeep.reindex_gallery)
+    verify_gallery = Unary(upkeep.verify_gallery)
     migrate_gallery = Unary(upkeep.migrate_gallery)
     create_snapshot = Unary(upkeep.create_snapshot)
     list_snapshots = Paged(upkeep.list_snapshots)

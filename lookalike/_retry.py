@@ -32,8 +32,9 @@ _METHODS = [
 _NEVER_REPEATED = {(GALLERY, "ImportItems"), (OPERATIONS, "DeleteOperation")}
 
 _READS = ("Get", "List", "Search", "Verify", "Embed", "BatchSearch", "BatchVerify", "BatchEmbed")
+_NOT_HEDGED = {"SearchMatches", "VerifyGallery"}  # a stream, and one that may mend
 HEDGED = frozenset(
-    f"{service}/{method}" for service, method in _METHODS if method.startswith(_READS) and method != "SearchMatches"
+    f"{service}/{method}" for service, method in _METHODS if method.startswith(_READS) and method not in _NOT_HEDGED
 )
 """Calls that only read and give one answer."""
 

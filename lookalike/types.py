@@ -409,6 +409,30 @@ class Snapshot:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Something in a gallery that is not what it was written to be."""
+
+    path: str
+    """Where: `store.sqlite`, or a segment as `segments/…`; in Milvus, the collection."""
+    what: str
+    repaired: bool
+    """Whether it was made again from the store."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """What a check of a gallery has found."""
+
+    gallery: str
+    item_count: int
+    """0 when the gallery cannot be opened."""
+    file_count: int
+    problems: Sequence[Problem]
+    sound: bool
+    """Whether nothing is wrong now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Purged:
     """What was, or would be, deleted."""
 
@@ -442,7 +466,7 @@ class Operation:
 
     id: str
     verb: str
-    """`reindex`, `snapshot`, `restore` or `migrate`."""
+    """`reindex`, `verify`, `snapshot`, `restore` or `migrate`."""
     target: str
     """The gallery that it works on."""
     stage: str
@@ -456,6 +480,8 @@ class Operation:
     gallery: Gallery | None = None
     """What it made or changed, once it is done."""
     snapshot: Snapshot | None = None
+    verification: Verification | None = None
+    """What a check has found, once it is done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,7 +62,7 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
 
             def delete(again: bool) -> pb.DeleteAliasResponse:
                 with gone_already(again):
-                    serving.engine.aliases.delete(alias)
+                    serving.engine.delete_alias(alias)
                 return pb.DeleteAliasResponse()
 
             return await self._once.done(

@@ -6,6 +6,7 @@ the same questions without blocking an event loop. Swapping a model is replacing
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ class Engine:
     """Largest width × height of an image."""
     gate: Gate = field(default_factory=Gate)
     """Writes to galleries pass it; shared by the engines of all models of a server."""
+    names: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """Held from looking whether a gallery or an alias may get or lose a name until it has; shared as `gate` is, and
+    taken after it."""
     model: ModelRef = field(init=False)
     """The model as galleries are stamped with it."""
     _judges: dict[OperatingPoint | None, Judge] = field(default_factory=dict, init=False, repr=False)
@@ -181,14 +185,15 @@ class Engine:
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
     ) -> GalleryEngine:
         """An empty gallery of this model, with a receipt of the request when it has a token. Raises AlreadyExists."""
-        self._check_no_alias(gallery_id)
+        self.check_no_alias(gallery_id)  # now rather than after the work
+        publishing = self._named(gallery_id)
         if isinstance(self.catalog, Catalog):
-            return self.catalog.create(gallery_id, self.model, settings=settings, token=token)
-        return self.catalog.create(gallery_id, self.model, settings=settings)
+            return self.catalog.create(gallery_id, self.model, settings=settings, token=token, publishing=publishing)
+        return self.catalog.create(gallery_id, self.model, settings=settings, publishing=publishing)
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
         """Raises NotFound, and AlreadyExists when there is a gallery or an alias of that name."""
-        self._check_no_alias(gallery_id)
+        self.check_no_alias(gallery_id)
         self.shelf.get(*snapshot)
         try:
             self.catalog.get(gallery_id)
@@ -200,8 +205,14 @@ class Engine:
         self, gallery_id: str, snapshot: tuple[str, str], *, on_progress: OnProgress | None = None
     ) -> GalleryEngine:
         """A gallery made from a snapshot, given as the ids of its gallery and its own. Raises AlreadyExists."""
-        self._check_no_alias(gallery_id)
-        return self.shelf.restore(self.catalog, *snapshot, into=gallery_id, on_progress=on_progress)
+        self.check_no_alias(gallery_id)
+        return self.shelf.restore(
+            self.catalog,
+            *snapshot,
+            into=gallery_id,
+            on_progress=on_progress,
+            publishing=self._named(gallery_id),
+        )
 
     def put_alias(self, alias: str, gallery_id: str, *, allow_missing: bool = True) -> None:
         """Let `alias` stand for a gallery from now on.
@@ -209,22 +220,42 @@ class Engine:
         Raises NotFound, and AlreadyExists when a gallery has that name.
         """
         with naming("alias.gallery"):
-            self.catalog.get(gallery_id)
-        try:
-            self.catalog.get(alias)
-        except NotFound:
+            self.catalog.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
+        with self.names:
+            with naming("alias.gallery"):
+                self.catalog.get(gallery_id)
+            self.check_no_gallery(alias, path="alias.name")
             self.aliases.put(alias, gallery_id, allow_missing=allow_missing)
-            return
-        except DamagedData:
-            pass
-        raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias", field="alias.name")
+
+    def check_no_alias(self, gallery_id: str) -> None:
+        """Raises AlreadyExists when an alias has this name."""
+        if gallery_id in self.aliases.all():
+            raise AlreadyExists(
+                f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; choose another name"
+            )
+
+    def check_no_gallery(self, alias: str, *, path: str) -> None:
+        """Raises AlreadyExists, naming the request field `path`, when a gallery has this name, damaged or not."""
+        with naming(path):
+            try:
+                self.catalog.get(alias)
+            except NotFound:
+                return
+            except DamagedData:
+                pass
+            raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias")
+
+    def delete_alias(self, alias: str) -> None:
+        """Delete an alias; the gallery stays. Raises NotFound."""
+        with self.names:
+            self.aliases.delete(alias)
 
     def delete_gallery(self, gallery_id: str, *, force: bool = False, validate_only: bool = False) -> None:
         """Delete a gallery of any model, or with `validate_only` look whether it could be.
 
         Raises NotFound, GalleryAliased, and GalleryNotEmpty unless it is empty or `force` is set.
         """
-        with naming("name"):
+        with self.names, naming("name"):
             if aliases := self.aliases.of(gallery_id):
                 raise GalleryAliased(
                     f"alias {aliases[0]!r} stands for gallery {gallery_id!r}; move or delete the alias first"
@@ -264,11 +295,12 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _check_no_alias(self, gallery_id: str) -> None:
-        if gallery_id in self.aliases.all():
-            raise AlreadyExists(
-                f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; choose another name"
-            )
+    @contextmanager
+    def _named(self, gallery_id: str) -> Iterator[None]:
+        """Within, no other name is given or taken. Raises AlreadyExists when an alias has this one."""
+        with self.names:
+            self.check_no_alias(gallery_id)
+            yield
 
     def _check_empty(self, gallery_id: str) -> None:
         try:

@@ -57,6 +57,25 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             )
             return pb.ReindexGalleryResponse(operation=_told(begun))
 
+    async def VerifyGallery(self, request: pb.VerifyGalleryRequest, context: Context) -> pb.VerifyGalleryResponse:
+        async with translated_errors(context):
+            name, repair = parse.gallery_name(request.name, "name"), request.repair
+            serving = self._serving.current
+            engine = serving.engine
+            token = token_of(request)
+            if (before := self._operations.begun(token)) is not None:
+                return pb.VerifyGalleryResponse(operation=_told(before))
+            gallery_id = await serving.run(upkeep.existing, engine, name)
+            if request.validate_only:
+                return pb.VerifyGalleryResponse()
+            begun = self._operations.start(
+                "verify",
+                gallery_id,
+                lambda tell: wire.verification(gallery_id, upkeep.verify(engine, gallery_id, repair, tell)),
+                token=token,
+            )
+            return pb.VerifyGalleryResponse(operation=_told(begun))
+
     async def MigrateGallery(self, request: pb.MigrateGalleryRequest, context: Context) -> pb.MigrateGalleryResponse:
         async with translated_errors(context):
             source = parse.gallery_name(request.name, "name")

@@ -92,6 +92,7 @@ RULES: dict[str, Rule] = {
     "/lookalike.v1.FeedbackService/ListFeedback": Rule(scope="admin", others=("model",)),
     "/lookalike.v1.FeedbackService/DeleteFeedback": Rule(scope="admin", others=("name",)),
     "/lookalike.v1.UpkeepService/ReindexGallery": Rule(scope="admin", galleries=("name",)),
+    "/lookalike.v1.UpkeepService/VerifyGallery": Rule(scope="admin", galleries=("name",)),
     "/lookalike.v1.UpkeepService/MigrateGallery": Rule(
         scope="admin", galleries=("name",), ids=("gallery_id",), aliases=("alias",), others=("model",)
     ),

@@ -9,13 +9,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from embedding.errors import Busy, ImagesNeeded, InvalidImage, InvalidInput, ModelMismatch, NotFound, StaleEtag
+from embedding.errors import (
+    Busy,
+    DamagedData,
+    ImagesNeeded,
+    InvalidImage,
+    InvalidInput,
+    ModelMismatch,
+    NotFound,
+    StaleEtag,
+)
 from embedding.images import Pixels
 from index import Filter, GalleryEngine, IndexSettings, Item, Progress
-from index.engine import OnProgress
+from index.engine import OnProgress, Verification
 from index.filters import parse_filter
 from index.shelf import Copy
 from service.engine import Engine
+from service.sources import naming
 
 BATCH = 256
 """Items re-embedded and stored at once."""
@@ -31,6 +41,19 @@ def reindex(engine: Engine, gallery_id: str, settings: IndexSettings | None, tel
     gallery = engine.gallery(gallery_id, path="name", any_model=True)
     gallery.reindex(settings, on_progress=tell)
     return gallery
+
+
+def existing(engine: Engine, name: str) -> str:
+    """The id of the gallery that a name or an alias stands for, damaged or not. Raises NotFound."""
+    gallery_id = engine.aliases.resolve(name)
+    with naming("name"), suppress(DamagedData):
+        engine.catalog.get(gallery_id)
+    return gallery_id
+
+
+def verify(engine: Engine, gallery_id: str, repair: bool, tell: OnProgress) -> Verification:
+    """Check a gallery, of whatever model, and mend with `repair` what can be."""
+    return engine.catalog.verify(gallery_id, repair=repair, on_progress=tell)
 
 
 def snapshot(engine: Engine, gallery_id: str, snapshot_id: str, tell: OnProgress) -> Copy:
@@ -61,7 +84,8 @@ class Migration:
     def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
         """Checks what can be checked at once.
 
-        Raises InvalidInput, NotFound, and ModelMismatch when the new gallery is of a third model.
+        Raises InvalidInput, NotFound, AlreadyExists when the new gallery's name is an alias or the alias a gallery's
+        name, and ModelMismatch when the new gallery is of a third model.
         """
         self._engine = engine
         self._alias = alias
@@ -72,6 +96,8 @@ class Migration:
             self._target: GalleryEngine | None = engine.catalog.get(target)
         except NotFound:
             self._target = None
+            with naming("gallery_id"):
+                engine.check_no_alias(target)
         self._target_id = target
         if self._target is not None and self._target.model.fingerprint != engine.model.fingerprint:
             raise ModelMismatch(
@@ -84,6 +110,10 @@ class Migration:
                 "name it",
                 field="model",
             )
+        if alias == target:
+            raise InvalidInput("an alias has another name than its gallery; give another alias", field="alias")
+        if alias:
+            engine.check_no_gallery(alias, path="alias")
 
     @property
     def source_id(self) -> str:

@@ -16,7 +16,7 @@ from embedding import calibration as measured
 from embedding.decision import Decision, Vectors, Verdict
 from embedding.errors import NotFound
 from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor, Unparsed
-from index.engine import Stats
+from index.engine import Stats, Verification
 from index.shelf import Copy
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
@@ -187,6 +187,19 @@ def snapshot(copy: Copy) -> upkeep_pb2.Snapshot:
         create_time=timestamp(copy.created),
         size_bytes=copy.size_bytes,
         damage=copy.damage,
+    )
+
+
+def verification(gallery_id: str, found: Verification) -> upkeep_pb2.Verification:
+    return upkeep_pb2.Verification(
+        gallery=gallery_name(gallery_id),
+        item_count=found.items,
+        file_count=found.files,
+        problems=[
+            upkeep_pb2.Problem(path=problem.path, what=problem.what, repaired=problem.repaired)
+            for problem in found.problems
+        ],
+        sound=found.sound,
     )
 
 

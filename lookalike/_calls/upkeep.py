@@ -28,6 +28,19 @@ def reindex_gallery(gallery: str, *, index: IndexSettings | None = None) -> Call
     )
 
 
+def verify_gallery(gallery: str, *, repair: bool = False) -> Call[Operation]:
+    """Begin to check a gallery, damaged or not, and with `repair` make again what can be.
+
+    What is found is the `verification` of the operation.
+    """
+    return call(
+        f"{UPKEEP}/VerifyGallery",
+        upkeep_pb2.VerifyGalleryRequest(name=messages.gallery_name(gallery), repair=repair, request_id=new_id()),
+        upkeep_pb2.VerifyGalleryResponse,
+        lambda response: messages.operation(response.operation),
+    )
+
+
 def migrate_gallery(gallery: str, to: str, *, model: str = "", alias: str = "") -> Call[Operation]:
     """Begin to embed a gallery's stored thumbnails with another loaded model into the gallery `to`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from google.protobuf.message import Message
 
 from embedding import decision as engine_decision
 from embedding.bundle import Bundle, learned_by_loss
-from embedding.errors import DamagedData, InvalidInput, LookalikeError
-from index import MAX_MATCHES
+from embedding.errors import DamagedData, InvalidInput, LookalikeError, NotFound, StorageFailed
+from index import MAX_MATCHES, Catalog
 from index import engine as engine_interface
+from index.aliases import Aliases
+from index.catalog import HeldFolder
 from index.engine import OnProgress
 from index.filters import parse_filter
 from lookalike import _messages as messages
@@ -40,6 +42,7 @@ from lookalike.types import (
     Operation,
     Purged,
     Snapshot,
+    Verification,
 )
 from service import errors, operations, parse, upkeep, wire
 from service.engine import Engine
@@ -202,7 +205,7 @@ class LocalBackend:
         return (Alias(id=alias, gallery=gallery) for alias, gallery in self._engine.aliases.all().items())
 
     def delete_alias(self, alias: str) -> None:
-        self._engine.aliases.delete(alias)
+        self._engine.delete_alias(alias)
 
     def reindex_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Operation:
         settings = _settings(index)
@@ -211,6 +214,12 @@ class LocalBackend:
             "reindex",
             found.id,
             lambda tell: wire.gallery(upkeep.reindex(self._engine, found.id, settings, tell), with_stats=True),
+        )
+
+    def verify_gallery(self, gallery: str, *, repair: bool = False) -> Operation:
+        found = upkeep.existing(self._engine, gallery)
+        return self._begun(
+            "verify", found, lambda tell: wire.verification(found, upkeep.verify(self._engine, found, repair, tell))
         )
 
     def migrate_gallery(self, gallery: str, to: str, *, model: str = "", alias: str = "") -> Operation:
@@ -251,6 +260,32 @@ class LocalBackend:
     def _id(self, gallery: str) -> str:
         """The gallery that an alias stands for."""
         return self._engine.aliases.resolve(gallery)
+
+
+def verified(galleries: Path, gallery: str, *, repair: bool, on_progress: OnProgress) -> Verification:
+    """What a check of a gallery in this folder finds; no model is needed. Raises NotFound, and Busy while another
+    process writes to the folder."""
+    with Catalog(galleries, read_only=not repair) as catalog, nullcontext() if repair else _alone(galleries):
+        try:
+            found, name = catalog.verify(gallery, repair=repair, on_progress=on_progress), gallery
+        except NotFound:
+            name = Aliases(galleries, read_only=True).resolve(gallery)
+            found = catalog.verify(name, repair=repair, on_progress=on_progress)
+    return messages.verification(wire.verification(name, found))
+
+
+@contextmanager
+def _alone(galleries: Path) -> Iterator[None]:
+    """Nobody writes within; segments that a writer replaces meanwhile would look damaged."""
+    try:
+        held = HeldFolder(galleries)
+    except StorageFailed:  # a read-only disk
+        yield
+        return
+    try:
+        yield
+    finally:
+        held.close()
 
 
 def _told(operation: operations.Operation[Any]) -> Operation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Annotated
 
@@ -15,6 +16,9 @@ from lookalike.types import Operation
 
 _LOOK_SECONDS = 0.2
 
+DAMAGED = 1
+"""Exit code of `verify` when damage stays."""
+
 GalleryName = Annotated[str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.")]
 SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="1 to 63 lower-case letters, digits, hyphens.")]
 NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.")]
@@ -27,6 +31,7 @@ def add_commands(app: typer.Typer) -> None:
         "configure": configure,
         "purge": purge,
         "reindex": reindex,
+        "verify": verify,
         "migrate": migrate,
         "snapshot": snapshot,
         "snapshots": snapshots,
@@ -146,6 +151,44 @@ def reindex(
         done = _finished(backend, backend.reindex_gallery(gallery, index=settings))
     segments = done.gallery.stats.segments if done.gallery and done.gallery.stats else ()
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
+
+
+def verify(
+    gallery: GalleryName,
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, where the store can.")] = False,
+    target: options.Target = None,
+    bundle: options.BundleFolder = None,
+    data: options.Galleries = options.DEFAULT_GALLERIES,
+    json: options.Json = False,
+) -> None:
+    """Check every file, sum and vector of a gallery, one that cannot be opened too; exit with 1 when damage stays.
+
+    Without --target the gallery is one of the folder given by --data, and no bundle is needed.
+    """
+    if not target and not bundle:
+        target = os.environ.get("LOOKALIKE_TARGET")
+    if target:
+        with open_backend(target, bundle, data) as backend:
+            found = _finished(backend, backend.verify_gallery(gallery, repair=repair)).verification
+        if found is None:
+            raise InvalidInput("the server has not said what it found; ask one of this version")
+    else:
+        from lookalike.cli.local import verified
+
+        found = verified(data, gallery, repair=repair, on_progress=lambda _: None)
+    if json:
+        print(show.as_json(found))
+    else:
+        for problem in found.problems:
+            print(f"{problem.path}: {problem.what}" + (" (made again)" if problem.repaired else ""))
+        left = sum(not problem.repaired for problem in found.problems)
+        said = f"gallery {found.gallery}: {found.item_count:,} items, {found.file_count:,} files checked, "
+        if not left:
+            print(said + ("all damage is mended" if found.problems else "nothing is wrong"))
+        else:
+            print(said + f"{left:,} problems left" + ("" if repair else "; --repair mends what the store can"))
+    if not found.sound:
+        raise typer.Exit(DAMAGED)
 
 
 def migrate(

@@ -31,7 +31,7 @@ class OperationMetadata(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     verb: _builtins.str
-    """What was asked for: `reindex`, `snapshot`, `restore` or `migrate`."""
+    """What was asked for: `reindex`, `verify`, `snapshot`, `restore` or `migrate`."""
     target: _builtins.str
     """Resource name of what it works on, `galleries/{gallery}`."""
     stage: _builtins.str

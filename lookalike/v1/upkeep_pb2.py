@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from lookalike.v1 import gallery_pb2 as lookalike_dot_v1_dot_gallery__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/upkeep.proto\x12\x0clookalike.v1\x1a#google/longrunning/operations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1alookalike/v1/gallery.proto\"\x81\x01\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06\x64\x61mage\x18\x05 \x01(\t\"|\n\x15ReindexGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05index\x18\x02 \x01(\x0b\x32\x1b.lookalike.v1.IndexSettings\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"J\n\x16ReindexGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"\x82\x01\n\x15MigrateGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngallery_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x61lias\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"J\n\x16MigrateGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"g\n\x15\x43reateSnapshotRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"J\n\x16\x43reateSnapshotResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"M\n\x14ListSnapshotsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x15ListSnapshotsResponse\x12)\n\tsnapshots\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Snapshot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15\x44\x65leteSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x18\n\x16\x44\x65leteSnapshotResponse\"h\n\x15RestoreGalleryRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x12\n\ngallery_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"J\n\x16RestoreGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation2\xba\x04\n\rUpkeepService\x12[\n\x0eReindexGallery\x12#.lookalike.v1.ReindexGalleryRequest\x1a$.lookalike.v1.ReindexGalleryResponse\x12[\n\x0eMigrateGallery\x12#.lookalike.v1.MigrateGalleryRequest\x1a$.lookalike.v1.MigrateGalleryResponse\x12[\n\x0e\x43reateSnapshot\x12#.lookalike.v1.CreateSnapshotRequest\x1a$.lookalike.v1.CreateSnapshotResponse\x12X\n\rListSnapshots\x12\".lookalike.v1.ListSnapshotsRequest\x1a#.lookalike.v1.ListSnapshotsResponse\x12[\n\x0e\x44\x65leteSnapshot\x12#.lookalike.v1.DeleteSnapshotRequest\x1a$.lookalike.v1.DeleteSnapshotResponse\x12[\n\x0eRestoreGallery\x12#.lookalike.v1.RestoreGalleryRequest\x1a$.lookalike.v1.RestoreGalleryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/upkeep.proto\x12\x0clookalike.v1\x1a#google/longrunning/operations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1alookalike/v1/gallery.proto\"\x81\x01\n\x08Snapshot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0e\n\x06\x64\x61mage\x18\x05 \x01(\t\"|\n\x15ReindexGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05index\x18\x02 \x01(\x0b\x32\x1b.lookalike.v1.IndexSettings\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"J\n\x16ReindexGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"_\n\x14VerifyGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06repair\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"I\n\x15VerifyGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"\x7f\n\x0cVerification\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\x12\n\nitem_count\x18\x02 \x01(\x03\x12\x12\n\nfile_count\x18\x03 \x01(\x03\x12\'\n\x08problems\x18\x04 \x03(\x0b\x32\x15.lookalike.v1.Problem\x12\r\n\x05sound\x18\x05 \x01(\x08\"7\n\x07Problem\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04what\x18\x02 \x01(\t\x12\x10\n\x08repaired\x18\x03 \x01(\x08\"\x82\x01\n\x15MigrateGalleryRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ngallery_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05\x61lias\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"J\n\x16MigrateGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"g\n\x15\x43reateSnapshotRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"J\n\x16\x43reateSnapshotResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation\"M\n\x14ListSnapshotsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"[\n\x15ListSnapshotsResponse\x12)\n\tsnapshots\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Snapshot\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15\x44\x65leteSnapshotRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\x18\n\x16\x44\x65leteSnapshotResponse\"h\n\x15RestoreGalleryRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\t\x12\x12\n\ngallery_id\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"J\n\x16RestoreGalleryResponse\x12\x30\n\toperation\x18\x01 \x01(\x0b\x32\x1d.google.longrunning.Operation2\x94\x05\n\rUpkeepService\x12[\n\x0eReindexGallery\x12#.lookalike.v1.ReindexGalleryRequest\x1a$.lookalike.v1.ReindexGalleryResponse\x12X\n\rVerifyGallery\x12\".lookalike.v1.VerifyGalleryRequest\x1a#.lookalike.v1.VerifyGalleryResponse\x12[\n\x0eMigrateGallery\x12#.lookalike.v1.MigrateGalleryRequest\x1a$.lookalike.v1.MigrateGalleryResponse\x12[\n\x0e\x43reateSnapshot\x12#.lookalike.v1.CreateSnapshotRequest\x1a$.lookalike.v1.CreateSnapshotResponse\x12X\n\rListSnapshots\x12\".lookalike.v1.ListSnapshotsRequest\x1a#.lookalike.v1.ListSnapshotsResponse\x12[\n\x0e\x44\x65leteSnapshot\x12#.lookalike.v1.DeleteSnapshotRequest\x1a$.lookalike.v1.DeleteSnapshotResponse\x12[\n\x0eRestoreGallery\x12#.lookalike.v1.RestoreGalleryRequest\x1a$.lookalike.v1.RestoreGalleryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,26 +40,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REINDEXGALLERYREQUEST']._serialized_end=397
   _globals['_REINDEXGALLERYRESPONSE']._serialized_start=399
   _globals['_REINDEXGALLERYRESPONSE']._serialized_end=473
-  _globals['_MIGRATEGALLERYREQUEST']._serialized_start=476
-  _globals['_MIGRATEGALLERYREQUEST']._serialized_end=606
-  _globals['_MIGRATEGALLERYRESPONSE']._serialized_start=608
-  _globals['_MIGRATEGALLERYRESPONSE']._serialized_end=682
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=684
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=787
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=789
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=863
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=865
-  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=942
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=944
-  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1035
-  _globals['_DELETESNAPSHOTREQUEST']._serialized_start=1037
-  _globals['_DELETESNAPSHOTREQUEST']._serialized_end=1094
-  _globals['_DELETESNAPSHOTRESPONSE']._serialized_start=1096
-  _globals['_DELETESNAPSHOTRESPONSE']._serialized_end=1120
-  _globals['_RESTOREGALLERYREQUEST']._serialized_start=1122
-  _globals['_RESTOREGALLERYREQUEST']._serialized_end=1226
-  _globals['_RESTOREGALLERYRESPONSE']._serialized_start=1228
-  _globals['_RESTOREGALLERYRESPONSE']._serialized_end=1302
-  _globals['_UPKEEPSERVICE']._serialized_start=1305
-  _globals['_UPKEEPSERVICE']._serialized_end=1875
+  _globals['_VERIFYGALLERYREQUEST']._serialized_start=475
+  _globals['_VERIFYGALLERYREQUEST']._serialized_end=570
+  _globals['_VERIFYGALLERYRESPONSE']._serialized_start=572
+  _globals['_VERIFYGALLERYRESPONSE']._serialized_end=645
+  _globals['_VERIFICATION']._serialized_start=647
+  _globals['_VERIFICATION']._serialized_end=774
+  _globals['_PROBLEM']._serialized_start=776
+  _globals['_PROBLEM']._serialized_end=831
+  _globals['_MIGRATEGALLERYREQUEST']._serialized_start=834
+  _globals['_MIGRATEGALLERYREQUEST']._serialized_end=964
+  _globals['_MIGRATEGALLERYRESPONSE']._serialized_start=966
+  _globals['_MIGRATEGALLERYRESPONSE']._serialized_end=1040
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=1042
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=1145
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=1147
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=1221
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_start=1223
+  _globals['_LISTSNAPSHOTSREQUEST']._serialized_end=1300
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_start=1302
+  _globals['_LISTSNAPSHOTSRESPONSE']._serialized_end=1393
+  _globals['_DELETESNAPSHOTREQUEST']._serialized_start=1395
+  _globals['_DELETESNAPSHOTREQUEST']._serialized_end=1452
+  _globals['_DELETESNAPSHOTRESPONSE']._serialized_start=1454
+  _globals['_DELETESNAPSHOTRESPONSE']._serialized_end=1478
+  _globals['_RESTOREGALLERYREQUEST']._serialized_start=1480
+  _globals['_RESTOREGALLERYREQUEST']._serialized_end=1584
+  _globals['_RESTOREGALLERYRESPONSE']._serialized_start=1586
+  _globals['_RESTOREGALLERYRESPONSE']._serialized_end=1660
+  _globals['_UPKEEPSERVICE']._serialized_start=1663
+  _globals['_UPKEEPSERVICE']._serialized_end=2323
 # @@protoc_insertion_point(module_scope)

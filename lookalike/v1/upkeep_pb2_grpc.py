@@ -40,6 +40,11 @@ class UpkeepServiceStub(object):
                 request_serializer=lookalike_dot_v1_dot_upkeep__pb2.ReindexGalleryRequest.SerializeToString,
                 response_deserializer=lookalike_dot_v1_dot_upkeep__pb2.ReindexGalleryResponse.FromString,
                 _registered_method=True)
+        self.VerifyGallery = channel.unary_unary(
+                '/lookalike.v1.UpkeepService/VerifyGallery',
+                request_serializer=lookalike_dot_v1_dot_upkeep__pb2.VerifyGalleryRequest.SerializeToString,
+                response_deserializer=lookalike_dot_v1_dot_upkeep__pb2.VerifyGalleryResponse.FromString,
+                _registered_method=True)
         self.MigrateGallery = channel.unary_unary(
                 '/lookalike.v1.UpkeepService/MigrateGallery',
                 request_serializer=lookalike_dot_v1_dot_upkeep__pb2.MigrateGalleryRequest.SerializeToString,
@@ -73,6 +78,15 @@ class UpkeepServiceServicer(object):
 
     def ReindexGallery(self, request, context):
         """Merges a gallery into one segment and tunes its index anew. The operation's response is a Gallery.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyGallery(self, request, context):
+        """Checks a gallery: its store, every file of its segments against the sums, every vector against the store; a gallery
+        that cannot be opened too. With `repair`, what is damaged and can be made again from the store is, while searches
+        and writes go on. The operation's response is a Verification; that something is wrong is no error of the operation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,6 +138,11 @@ def add_UpkeepServiceServicer_to_server(servicer, server):
                     servicer.ReindexGallery,
                     request_deserializer=lookalike_dot_v1_dot_upkeep__pb2.ReindexGalleryRequest.FromString,
                     response_serializer=lookalike_dot_v1_dot_upkeep__pb2.ReindexGalleryResponse.SerializeToString,
+            ),
+            'VerifyGallery': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyGallery,
+                    request_deserializer=lookalike_dot_v1_dot_upkeep__pb2.VerifyGalleryRequest.FromString,
+                    response_serializer=lookalike_dot_v1_dot_upkeep__pb2.VerifyGalleryResponse.SerializeToString,
             ),
             'MigrateGallery': grpc.unary_unary_rpc_method_handler(
                     servicer.MigrateGallery,
@@ -179,6 +198,33 @@ class UpkeepService(object):
             '/lookalike.v1.UpkeepService/ReindexGallery',
             lookalike_dot_v1_dot_upkeep__pb2.ReindexGalleryRequest.SerializeToString,
             lookalike_dot_v1_dot_upkeep__pb2.ReindexGalleryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyGallery(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookalike.v1.UpkeepService/VerifyGallery',
+            lookalike_dot_v1_dot_upkeep__pb2.VerifyGalleryRequest.SerializeToString,
+            lookalike_dot_v1_dot_upkeep__pb2.VerifyGalleryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,6 +9,8 @@ import pytest
 
 from embedding.bundle import Bundle
 from tests.cli.conftest import Run
+from tests.index.test_verify import flip_in_place
+from tests.processes import serving
 from tests.service.harness import make_bundle
 
 
@@ -127,3 +129,50 @@ def test_a_gallery_moves_to_another_model(run: Run, bundle: Bundle, pictures: Pa
     assert found[0]["item"] == "galleries/new/items/loose.png"
     assert found[0]["decision"]["distance"] == 0
     assert run("search", pictures / "loose.png", "--gallery", "old", "-k", "1", "--json", *old).code == 0
+
+
+def test_damage_is_found_and_mended(run: Run, bundle: Bundle, pictures: Path, tmp_path: Path) -> None:
+    data = tmp_path / "galleries"
+    here = ["--bundle", str(bundle.path), "--data", str(data)]
+    run("gallery", "create", "g", *here)
+    run("gallery", "add", "g", pictures, *here)
+    run("gallery", "reindex", "g", *here)
+    run("gallery", "alias", "now", "g", *here)
+    query = ("search", pictures / "loose.png", "--gallery", "g", "--json")
+    before = json.loads(run(*query, *here).out)
+    alone = ["--data", str(data)]  # no model is needed
+    whole = run("gallery", "verify", "now", *alone)
+    assert whole.code == 0, whole.err
+    assert whole.out.startswith("gallery g: 7 items, ")
+    assert "nothing is wrong" in whole.out
+    run("gallery", "verify", "nowhere", *alone).failed_with("no gallery 'nowhere'")
+
+    (path,) = data.glob("g/segments/*/vectors.f32")
+    flip_in_place(path, 20)
+    for options in ([], ["--json"]):
+        found = run("gallery", "verify", "g", *options, *alone)
+        assert found.code == 1, found.err
+        assert f"segments/{path.parent.name}" in found.out
+    assert json.loads(found.out)["sound"] is False
+    with serving(bundle.path, data, log=tmp_path / "log") as (_, address):
+        opened = run("gallery", "verify", "g", "--target", address)
+        assert (opened.code, "(made again)" in opened.out) == (0, True), opened.err  # when the server opened it
+        (path,) = data.glob("g/segments/*/vectors.f32")
+        flip_in_place(path, 20)
+        asked = run("gallery", "verify", "g", "--target", address)
+        assert asked.code == 1, asked.err
+        assert "--repair mends" in asked.out
+        run("gallery", "verify", "g", *alone).failed_with("writes to the galleries")
+        mended = run("gallery", "verify", "g", "--repair", "--target", address)
+        assert (mended.code, "all damage is mended" in mended.out) == (0, True), mended.err
+        assert run("gallery", "verify", "g", "--target", address).code == 0
+    (path,) = data.glob("g/segments/*/vectors.f32")
+    flip_in_place(path, 20)
+    assert run("gallery", "verify", "g", "--repair", *alone).code == 0
+    assert "nothing is wrong" in run("gallery", "verify", "g", *alone).out
+    assert json.loads(run(*query, *here).out) == before
+
+    (data / "g" / "store.sqlite").write_bytes(b"damage")
+    lost = run("gallery", "verify", "g", "--repair", *alone)
+    assert lost.code == 1
+    assert "1 problems left" in lost.out

@@ -26,9 +26,11 @@ from lookalike import (
     NotFound,
     OperatingPoint,
     Unavailable,
+    Verification,
 )
 from lookalike.types import ImageLike
 from service.server import Server
+from tests.index.test_verify import flip_in_place
 from tests.service.harness import MAX_MESSAGE_BYTES, png
 
 ALL = OperatingPoint(threshold=2)
@@ -279,6 +281,24 @@ def test_long_work(client: Client, filled: str) -> None:
     client.delete_snapshot(filled, "one")
     with pytest.raises(InvalidRequest, match="already"):
         client.migrate_gallery(filled, other)
+
+
+def test_a_check_through_both_clients(client: Client, server: Server, filled: str) -> None:
+    client.wait_operation(client.reindex_gallery(filled).id)
+    (path,) = (server._settings.galleries / filled).glob("segments/*/vectors.f32")
+    flip_in_place(path, 20)
+    found = client.wait_operation(client.verify_gallery(filled).id).verification
+    assert found is not None
+    assert (found.gallery, found.item_count, found.sound) == (filled, 8, False)
+    assert (found.problems[0].path, found.problems[0].repaired) == (f"segments/{path.parent.name}", False)
+
+    async def mended() -> Verification | None:
+        async with AsyncClient(server.address) as other:
+            return (await other.wait_operation((await other.verify_gallery(filled, repair=True)).id)).verification
+
+    repaired = asyncio.run(mended())
+    assert repaired is not None
+    assert (repaired.sound, {problem.repaired for problem in repaired.problems}) == (True, {True})
 
 
 def test_aliases(client: Client, filled: str) -> None:

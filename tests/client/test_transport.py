@@ -189,6 +189,7 @@ def test_every_method_of_the_contract_is_called_by_its_name() -> None:
             lambda: list(client.list_aliases()),
             lambda: client.delete_alias("a"),
             lambda: client.reindex_gallery("g"),
+            lambda: client.verify_gallery("g"),
             lambda: client.migrate_gallery("g", "h"),
             lambda: client.create_snapshot("g", "s"),
             lambda: list(client.list_snapshots("g")),

@@ -5,7 +5,8 @@ Everything is compared with `distance` over a dict. A subclass may also override
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -345,6 +346,28 @@ class GalleryContract:
             generation,
             created,
         )
+
+    def test_a_name_that_is_taken_at_the_last_moment_is_not_given(
+        self, catalog: GalleryCatalog, model: ModelRef
+    ) -> None:
+        @contextmanager
+        def taken() -> Iterator[None]:
+            raise AlreadyExists("somebody has this name now")
+            yield
+
+        @contextmanager
+        def named() -> Iterator[None]:
+            with pytest.raises(NotFound):
+                catalog.get("late")
+            yield
+            entered.append("late")
+
+        entered: list[str] = []
+        with pytest.raises(AlreadyExists, match="somebody"):
+            catalog.create("late", model, publishing=taken())
+        assert [gallery.id for gallery in catalog.list()] == []
+        assert catalog.create("late", model, publishing=named()).size == 0
+        assert entered == ["late"]
 
     def test_a_snapshot_comes_back_as_it_was(
         self,

@@ -239,6 +239,11 @@ def test_what_does_not_parse_is_told_with_its_place(text: str, position: int, wo
 def test_filters_have_limits() -> None:
     bracketed = "(" * MAX_DEPTH + "name = a" + ")" * MAX_DEPTH
     assert parse_filter(bracketed) is not None
+    beside = " AND ".join(["(name = a OR NOT (name = b AND name = c))"] * (2 * MAX_DEPTH))
+    assert accepts(beside, item(name="a"))
+    for around in (f"({bracketed})", f"NOT ({bracketed})", f"name = b OR ({bracketed} AND name = a)"):
+        with pytest.raises(InvalidFilter, match="32 deep at most"):
+            parse_filter(around)
     many = " OR ".join(["name = a"] * MAX_COMPARISONS)
     assert accepts(many, item(name="a"))
     nested = "NOT (" * 10_000 + "name = a" + ")" * 10_000

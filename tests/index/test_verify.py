@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from embedding.decision import Judge, Vectors
-from embedding.errors import DamagedData
+from embedding.errors import DamagedData, NotFound
 from index import Catalog, Gallery, Item
 from tests.index.contract import items_of, pairs, ranked
 
@@ -190,3 +190,28 @@ def test_a_repair_reads_the_store_a_block_at_a_time(
     del left["item-03"]
     expected = ranked(pool[2], [Item(name=name, embedding=vector) for name, vector in left.items()])
     assert pairs(sealed.search(pool[2], k=100, judge=judge)) == expected
+
+
+def test_a_gallery_that_cannot_be_opened_is_told_of(catalog: Catalog, sealed: Gallery) -> None:
+    catalog.close()
+    (catalog.root / "shapes" / "store.sqlite").write_bytes(b"damage")
+    with Catalog(catalog.root) as writer:
+        found = writer.verify("shapes", repair=True)
+        assert (found.sound, found.items, [problem.path for problem in found.problems]) == (False, 0, ["store.sqlite"])
+        with pytest.raises(NotFound):
+            writer.verify("nowhere")
+
+
+def test_what_opening_has_mended_is_told_of_once(catalog: Catalog, sealed: Gallery) -> None:
+    catalog.close()
+    (path,) = (catalog.root / "shapes" / "segments").glob("*/vectors.f32")
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    where = f"segments/{path.parent.name}"
+    with Catalog(catalog.root, read_only=True) as reader:
+        (problem,) = reader.verify("shapes").problems
+        assert (problem.path, problem.repaired) == (where, False)
+        assert path.name in problem.what
+    with Catalog(catalog.root) as writer:
+        (problem,) = writer.verify("shapes").problems
+        assert (problem.path, problem.repaired) == (where, True)
+        assert writer.verify("shapes").problems == []

@@ -127,6 +127,7 @@ CASES: dict[str, Case] = {
     "FeedbackService/ListFeedback": anywhere("admin", feedback_pb2.ListFeedbackRequest()),
     "FeedbackService/DeleteFeedback": anywhere("admin", feedback_pb2.DeleteFeedbackRequest(name="feedback/1")),
     "UpkeepService/ReindexGallery": Case("admin", lambda g: U.ReindexGalleryRequest(name=name(g))),
+    "UpkeepService/VerifyGallery": Case("admin", lambda g: U.VerifyGalleryRequest(name=name(g))),
     "UpkeepService/MigrateGallery": Case(
         "admin", lambda g: U.MigrateGalleryRequest(name=name("mine-none"), gallery_id=g)
     ),

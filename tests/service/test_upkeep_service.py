@@ -19,6 +19,7 @@ from index.engine import OnProgress
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1.operations_pb2 import OperationMetadata
 from service.settings import Settings
+from tests.index.test_verify import flip_in_place
 from tests.service.harness import (
     Loop,
     Stubs,
@@ -301,6 +302,87 @@ def test_ways_to_ask_for_operations_wrongly(stubs: Stubs) -> None:
         assert refused(call, request).code() is grpc.StatusCode.NOT_FOUND
 
 
+# Checking
+
+
+@pytest.fixture
+def folder(settings: Settings, filled: str, stubs: Stubs) -> Path:
+    """Of the gallery, whose items are in a segment."""
+    finished(stubs, stubs.upkeep.ReindexGallery(upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{filled}")).operation)
+    return settings.galleries / filled
+
+
+def checked(stubs: Stubs, gallery: str, **options: bool) -> upkeep_pb2.Verification:
+    request = upkeep_pb2.VerifyGalleryRequest(name=f"galleries/{gallery}", **options)  # type: ignore[arg-type]
+    done = finished(stubs, stubs.upkeep.VerifyGallery(request).operation)
+    assert metadata(done).verb == "verify"
+    found = upkeep_pb2.Verification()
+    assert done.response.Unpack(found), done
+    return found
+
+
+def test_damage_of_a_gallery_in_use_is_found_and_mended(stubs: Stubs, filled: str, folder: Path) -> None:
+    put(stubs, f"{filled}-now", filled)
+    whole = checked(stubs, f"{filled}-now")
+    assert (whole.gallery, whole.item_count, whole.sound) == (f"galleries/{filled}", 5, True)
+    assert whole.file_count >= 5
+    assert not whole.problems
+    before = names(stubs, filled, encoded(3))
+    (path,) = folder.glob("segments/*/vectors.f32")
+    flip_in_place(path, 20)
+    for _ in range(2):
+        found = checked(stubs, filled)
+        assert not found.sound
+        assert found.problems[0].path == f"segments/{path.parent.name}"
+        assert "vectors.f32 does not agree with its checksum" in found.problems[0].what
+        assert not any(problem.repaired for problem in found.problems)
+    look = upkeep_pb2.VerifyGalleryRequest(name=f"galleries/{filled}", repair=True, validate_only=True)
+    assert not stubs.upkeep.VerifyGallery(look).HasField("operation")
+    mended = checked(stubs, filled, repair=True)
+    assert mended.sound
+    assert all(problem.repaired for problem in mended.problems)
+    assert not checked(stubs, filled).problems
+    assert names(stubs, filled, encoded(3)) == before
+    expected = sorted((distance_of(stubs, filled, i), f"galleries/{filled}/items/item-{i}") for i in range(5))
+    assert before == [name for _, name in expected]
+
+
+def distance_of(stubs: Stubs, gallery: str, item: int) -> float:
+    pair = match_pb2.VerifyRequest(a=encoded(3), b=stored(gallery, f"item-{item}"))
+    return stubs.match.Verify(pair).decision.distance
+
+
+def test_a_gallery_that_does_not_open_is_checked_too(stubs: Stubs, settings: Settings, gallery: str) -> None:
+    broken = f"{gallery}-broken"
+    (settings.galleries / broken).mkdir()
+    (settings.galleries / broken / "store.sqlite").write_bytes(b"damage")
+    found = checked(stubs, broken, repair=True)
+    assert (found.sound, found.item_count, [problem.path for problem in found.problems]) == (False, 0, ["store.sqlite"])
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=f"galleries/{broken}", force=True))
+    nowhere = upkeep_pb2.VerifyGalleryRequest(name=f"galleries/{broken}")
+    error = refused(stubs.upkeep.VerifyGallery, nowhere)
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert info(rich(error)).metadata["field"] == "name"
+    assert fields(rich(refused(stubs.upkeep.VerifyGallery, upkeep_pb2.VerifyGalleryRequest(name="x")))) == ["name"]
+
+
+def test_a_check_is_begun_once_for_a_request_and_is_cancelled(
+    stubs: Stubs, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(self: Gallery, *, repair: bool, on_progress: OnProgress) -> None:
+        while True:
+            on_progress(Progress(stage="for ever", done=1, total=2))
+
+    monkeypatch.setattr(Gallery, "verify", endless)
+    request = upkeep_pb2.VerifyGalleryRequest(
+        name=f"galleries/{filled}", request_id="5f0c6b3e-1d4e-4e0e-9a53-0d6e8f1c2b3a"
+    )
+    begun = stubs.upkeep.VerifyGallery(request).operation
+    assert stubs.upkeep.VerifyGallery(request).operation.name == begun.name
+    stubs.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=begun.name))
+    assert finished(stubs, begun).error.code == grpc.StatusCode.CANCELLED.value[0]
+
+
 # Migration: a server of two models
 
 
@@ -409,6 +491,38 @@ def test_a_migration_to_the_same_model_or_a_third_is_refused(two: Stubs, newer: 
     two.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="new"))
     error = refused(two.upkeep.MigrateGallery, migration(model=newer.name))
     assert info(rich(error)).reason == "MODEL_MISMATCH"
+
+
+def test_what_a_migration_is_refused_for_is_found_by_validating_it(two: Stubs, newer: Bundle) -> None:
+    two.fill("old", {"a": encoded(1)})
+    two.fill("other", {"a": encoded(1)})
+    put(two, "taken", "other")
+    wrong = [migration(alias, newer.name) for alias in ("other", "old", "new")] + [migration("now", newer.name)]
+    wrong[-1].gallery_id = "taken"
+    told = []
+    for request in wrong:
+        seen = set()
+        for request.validate_only in (True, False):
+            error = refused(two.upkeep.MigrateGallery, request)
+            field = info(rich(error)).metadata["field"]
+            seen.add((error.code(), field, error.details()))
+        (what,) = seen  # the same by validating as by doing
+        told.append(what[:2])
+    assert told == [
+        (grpc.StatusCode.ALREADY_EXISTS, "alias"),
+        (grpc.StatusCode.ALREADY_EXISTS, "alias"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "alias"),
+        (grpc.StatusCode.ALREADY_EXISTS, "gallery_id"),
+    ]
+    listing = two.galleries.ListGalleries(gallery_pb2.ListGalleriesRequest()).galleries
+    assert [gallery.name for gallery in listing] == ["galleries/old", "galleries/other"]
+    moved = migration("taken", newer.name)
+    moved.validate_only = True
+    two.upkeep.MigrateGallery(moved)
+    assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/other"
+    moved.validate_only = False
+    finished(two, two.upkeep.MigrateGallery(moved).operation)
+    assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/new"
 
 
 def test_a_wait_ends_when_its_time_is_over(two: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
