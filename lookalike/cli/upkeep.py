@@ -19,9 +19,11 @@ _LOOK_SECONDS = 0.2
 DAMAGED = 1
 """Exit code of `verify` when damage stays."""
 
-GalleryName = Annotated[str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.")]
+GalleryName = Annotated[
+    str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.", parser=options.gallery_id)
+]
 SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="1 to 63 lower-case letters, digits, hyphens.")]
-NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.")]
+NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.", parser=options.gallery_id)]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -274,7 +276,7 @@ def restore(
 
 def alias(
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="A name that no gallery has.")],
-    gallery: Annotated[str, typer.Argument(metavar="GALLERY", help="The gallery that it is to stand for.")],
+    gallery: GalleryName,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,

@@ -163,3 +163,12 @@ def test_damage_is_found_and_mended(run: Run, bundle: Bundle, pictures: Path, tm
     lost = run("gallery", "verify", "g", "--repair", *alone)
     assert lost.code == 1
     assert "1 problems left" in lost.out
+
+
+def test_a_gallery_is_named_as_a_resource_too(run: Run, where: list[str], filled: str) -> None:
+    full = f"galleries/{filled}"
+    assert run("gallery", "show", full, *where).out == run("gallery", "show", filled, *where).out
+    assert items(run, where, full) == items(run, where, filled)
+    for wrong in ("MINE", "galleries/MINE", "a/b", "galleries/"):
+        for command in ("show", "list", "delete"):
+            run("gallery", command, wrong, *where).failed_with(repr(wrong), "lower-case letters", "galleries/ID")
