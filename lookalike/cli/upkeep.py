@@ -153,6 +153,12 @@ def reindex(
         done = _finished(backend, backend.reindex_gallery(gallery, index=settings))
     segments = done.gallery.stats.segments if done.gallery and done.gallery.stats else ()
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
+    asked = done.gallery.index.structure if done.gallery and done.gallery.index else "auto"
+    if segments and asked not in {"auto", segments[0].structure}:
+        print(
+            f"{asked} was asked for and is not used: with {segments[0].rows:,} rows, exact search is as fast, or no "
+            "other reaches the recall asked for; it is tried again as the gallery grows"
+        )
 
 
 def verify(

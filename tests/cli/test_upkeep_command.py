@@ -67,6 +67,10 @@ def test_a_gallery_is_configured_indexed_and_shown(run: Run, where: list[str], f
     assert run("gallery", "configure", filled, "--min-recall", "0.9", *where).code == 0
     ran = run("gallery", "reindex", filled, "--structure", "exact", *where)
     assert (ran.code, ran.out) == (0, f"indexed gallery {filled}: exact\n"), ran.err
+    few = run("gallery", "reindex", filled, "--structure", "ivf-pq", *where)
+    assert few.code == 0, few.err
+    assert few.out.startswith(f"indexed gallery {filled}: exact\nivf-pq was asked for and is not used: with 7 rows")
+    assert run("gallery", "reindex", filled, "--structure", "exact", *where).out.count("\n") == 1
     told = json.loads(run("gallery", "show", filled, "--json", *where).out)
     assert told["index"] == {"min_recall": 0.9, "structure": "exact", "memory_bytes": None, "vectors": "float32"}
     assert told["stats"]["fresh_items"] == 0
