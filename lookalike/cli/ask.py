@@ -45,7 +45,7 @@ def verify(
 
 def search(
     image: Annotated[str, typer.Argument(help="An image file, or galleries/GALLERY/items/ITEM.")],
-    gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")],
+    gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.", parser=options.gallery_id)],
     k: options.Neighbors = 10,
     within: Annotated[
         bool, typer.Option("--within", help="Find all items within the threshold, however many, instead of k.")

@@ -28,7 +28,10 @@ _CALLS_IN_FLIGHT = 8
 
 app = typer.Typer(help="Create, fill, list, export and delete galleries.", no_args_is_help=True)
 
-GalleryName = Annotated[str, typer.Argument(metavar="GALLERY", help="1 to 63 lower-case letters, digits, hyphens.")]
+GalleryName = Annotated[
+    str,
+    typer.Argument(metavar="GALLERY", help="1 to 63 lower-case letters, digits, hyphens.", parser=options.gallery_id),
+]
 
 
 @app.command()
@@ -103,7 +106,9 @@ def delete(
 
 @app.command(name="list")
 def list_(
-    gallery: Annotated[str | None, typer.Argument(help="List its items; without it, the galleries.")] = None,
+    gallery: Annotated[
+        str | None, typer.Argument(help="List its items; without it, the galleries.", parser=options.gallery_id)
+    ] = None,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -67,6 +68,18 @@ Thumbnails: TypeAlias = Annotated[
 ]
 
 DEFAULT_GALLERIES = Path("galleries")
+
+_GALLERY = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def gallery_id(name: str) -> str:
+    """The id of a gallery that is named by its id, an alias or as `galleries/ID`. Raises BadParameter."""
+    found = name.removeprefix("galleries/")
+    if _GALLERY.fullmatch(found):
+        return found
+    raise typer.BadParameter(
+        f"{name[:80]!a} names no gallery: give 1 to 63 lower-case letters, digits and inner hyphens, or galleries/ID."
+    )
 
 
 def effort(text: str | None) -> Effort | None:

@@ -19,9 +19,11 @@ _LOOK_SECONDS = 0.2
 DAMAGED = 1
 """Exit code of `verify` when damage stays."""
 
-GalleryName = Annotated[str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.")]
+GalleryName = Annotated[
+    str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.", parser=options.gallery_id)
+]
 SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="1 to 63 lower-case letters, digits, hyphens.")]
-NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.")]
+NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.", parser=options.gallery_id)]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -151,6 +153,12 @@ def reindex(
         done = _finished(backend, backend.reindex_gallery(gallery, index=settings))
     segments = done.gallery.stats.segments if done.gallery and done.gallery.stats else ()
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
+    asked = done.gallery.index.structure if done.gallery and done.gallery.index else "auto"
+    if segments and asked not in {"auto", segments[0].structure}:
+        print(
+            f"{asked} was asked for and is not used: with {segments[0].rows:,} rows, exact search is as fast, or no "
+            "other reaches the recall asked for; it is tried again as the gallery grows"
+        )
 
 
 def verify(
@@ -276,7 +284,7 @@ def restore(
 
 def alias(
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="A name that no gallery has.")],
-    gallery: Annotated[str, typer.Argument(metavar="GALLERY", help="The gallery that it is to stand for.")],
+    gallery: GalleryName,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,

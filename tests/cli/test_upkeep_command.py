@@ -67,6 +67,10 @@ def test_a_gallery_is_configured_indexed_and_shown(run: Run, where: list[str], f
     assert run("gallery", "configure", filled, "--min-recall", "0.9", *where).code == 0
     ran = run("gallery", "reindex", filled, "--structure", "exact", *where)
     assert (ran.code, ran.out) == (0, f"indexed gallery {filled}: exact\n"), ran.err
+    few = run("gallery", "reindex", filled, "--structure", "ivf-pq", *where)
+    assert few.code == 0, few.err
+    assert few.out.startswith(f"indexed gallery {filled}: exact\nivf-pq was asked for and is not used: with 7 rows")
+    assert run("gallery", "reindex", filled, "--structure", "exact", *where).out.count("\n") == 1
     told = json.loads(run("gallery", "show", filled, "--json", *where).out)
     assert told["index"] == {"min_recall": 0.9, "structure": "exact", "memory_bytes": None, "vectors": "float32"}
     assert told["stats"]["fresh_items"] == 0
@@ -176,3 +180,12 @@ def test_damage_is_found_and_mended(run: Run, bundle: Bundle, pictures: Path, tm
     lost = run("gallery", "verify", "g", "--repair", *alone)
     assert lost.code == 1
     assert "1 problems left" in lost.out
+
+
+def test_a_gallery_is_named_as_a_resource_too(run: Run, where: list[str], filled: str) -> None:
+    full = f"galleries/{filled}"
+    assert run("gallery", "show", full, *where).out == run("gallery", "show", filled, *where).out
+    assert items(run, where, full) == items(run, where, filled)
+    for wrong in ("MINE", "galleries/MINE", "a/b", "galleries/"):
+        for command in ("show", "list", "delete"):
+            run("gallery", command, wrong, *where).failed_with(repr(wrong), "lower-case letters", "galleries/ID")
