@@ -29,14 +29,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from embedding import destination
 from embedding.calibration import Calibration
-from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
+from embedding.errors import DamagedData, NotFound, StorageFailed
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, EmbeddingNetwork, build
 from embedding.reference import Reference
 
 WEIGHTS = "weights.safetensors"
-MANIFEST = "bundle.json"
+MANIFEST = destination.MANIFEST
 CALIBRATION = "calibration.json"
 REFERENCE = "reference.json"
 SUMS = "SHA256SUMS"
@@ -187,12 +188,11 @@ def write_bundle(
     """Write a bundle atomically and read it back.
 
     `extra_files` maps relative paths to contents, such as the model card; weights among them (.safetensors) are
-    listed in SHA256SUMS and verified with the rest. Raises AlreadyExists unless `overwrite`,
-    and StorageFailed when the disk refuses; neither leaves anything behind.
+    listed in SHA256SUMS and verified with the rest. Raises AlreadyExists unless `overwrite`
+    takes the place of a bundle, and StorageFailed when the disk refuses; neither leaves anything behind.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise AlreadyExists(f"{path} exists; choose another place or ask to overwrite it")
+    destination.check_destination(path, overwrite=overwrite)
     weights = save_tensors({key: tensor.contiguous().cpu() for key, tensor in network.state_dict().items()})
     manifest = Manifest(
         name=name,
@@ -231,8 +231,7 @@ def recalibrated(
     AlreadyExists, and StorageFailed with nothing left behind.
     """
     path = Path(path)
-    if path.exists():
-        raise AlreadyExists(f"{path} exists; choose another place")
+    destination.check_destination(path, overwrite=None)
     data = {**bundle.lineage.data, f"calibration {calibration.version}": dict(learned_from)}
     lineage = bundle.lineage.model_copy(update={"data": data})
     manifest = bundle.manifest.model_copy(update={"lineage": lineage})

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from embedding.bundle import NAME_PATTERN
 from embedding.errors import NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
@@ -297,8 +298,8 @@ def _known_preprocessing(value: Any) -> Any:
 class Recipe(Section):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-    """Names the bundle: lower-case letters, digits, - and _."""
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """Names the bundle: lower-case letters, digits, - and _, the last two not at an end; 63 characters at most."""
     description: str = ""
     """One sentence for the model card."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from embedding.bundle import Bundle, Lineage, learned_metrics, write_bundle
 from embedding.decision import Vectors
+from embedding.destination import check_destination
 from embedding.encoder import Encoder, PixelEncoder
-from embedding.errors import AlreadyExists, InvalidDataset
+from embedding.errors import InvalidDataset, InvalidRecipe
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
 from training.calibration import calibrate
@@ -66,11 +67,17 @@ def train(
 
     Under `torchrun`, all processes train together; the first one alone does the rest, and the others get None.
     Checkpoints go to a folder beside `out` and are removed once the bundle stands.
-    Raises AlreadyExists before any work unless `overwrite`, and whatever the recipe, its data or the disk give cause
-    for: see `embedding.errors`.
+    Before any work, raises AlreadyExists unless `overwrite` takes the place of a bundle, StorageFailed where `out`
+    cannot be written, and InvalidRecipe when resuming a recipe that writes no checkpoints; then whatever the recipe,
+    its data or the disk give cause for: see `embedding.errors`.
     """
-    if out.exists() and not overwrite:
-        raise AlreadyExists(f"{out} exists; choose another place, or ask to overwrite it")
+    check_destination(out, overwrite=overwrite)
+    if resume and not recipe.training.checkpoint_every:
+        raise InvalidRecipe(
+            "the recipe writes no checkpoints (training.checkpoint_every = 0), so there is none to resume from; train "
+            "without --resume",
+            field="training.checkpoint_every",
+        )
     tune_malloc()
     with joined(device) as ranks:
         console = (console or Console(stderr=True)) if ranks.is_first else Console(quiet=True)
@@ -80,7 +87,7 @@ def train(
         images = load(recipe.data, data_root=data_root, preprocessing=recipe.preprocessing)
         say_skipped(console, images.skipped)
         sides = split(images, recipe.split)
-        console.print(_describe(images, sides), highlight=False)
+        console.print(_describe(images, sides), highlight=False, soft_wrap=True)
         train_set, test_set = images.subset(sides.train_N), images.subset(sides.test_N)
         searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding.errors import AlreadyExists, InvalidInput
+from embedding.errors import InvalidInput
 from lookalike.cli import options
 from lookalike.cli.connection import connect
 
@@ -72,6 +72,7 @@ def calibrate(
     they are.
     """
     from embedding.bundle import Bundle
+    from embedding.destination import check_destination
 
     if (images is None) == (feedback is None):
         raise InvalidInput("give --images, labelled images to learn the margin from, or --feedback on decisions")
@@ -80,8 +81,7 @@ def calibrate(
         given = {"--closed-set": closed_set, "--max-bad-images": max_bad_images > 0, "--device": device != "auto"}
     if ill := [name for name, is_given in given.items() if is_given]:
         raise InvalidInput(f"{ill[0]} goes with {'--feedback' if feedback is None else '--images'} only; leave it out")
-    if out.exists():  # before any work
-        raise AlreadyExists(f"{out} exists; choose another place")
+    check_destination(out, overwrite=None)
     base = Bundle.load(bundle)
     if feedback is not None:
         made = _from_feedback(base, feedback, out, accepted_rate=accepted_rate, rejected_rate=rejected_rate)

@@ -17,7 +17,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to write the bundle and its model card.")],
     data: Annotated[Path | None, typer.Option("--data", metavar="DIR", envvar="LOOKALIKE_DATA", help=DATA_HELP)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle; nothing else is.")] = False,
     device: options.Device = "auto",
 ) -> None:
     """Train as a recipe says, learn the margin on held-out identities, and write a bundle with its model card."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from training.config import Recipe
+from training.losses_config import LossConfig
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 BASE, *CHANGES = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL))
@@ -35,3 +36,13 @@ def test_there_is_an_example_of_each_mode() -> None:
 @pytest.mark.parametrize("key", ["mode", "micro_batch", "early_stopping", "tensorboard", "ema_decay", "layer_decay"])
 def test_the_keys_of_a_mode_are_told(key: str) -> None:
     assert key in TEXT
+
+
+@pytest.mark.parametrize("loss", get_args(get_args(LossConfig)[0]))
+def test_every_loss_stands_in_the_table_with_its_keys_and_choices(loss: Any) -> None:
+    (name,) = get_args(loss.model_fields["name"].annotation)
+    (row,) = (line for line in TEXT.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1])
+    for key, field in loss.model_fields.items():
+        choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
+        for word in [*choices, *([key] if key != "name" else [])]:
+            assert re.search(rf"`(\[loss\.)?{word}\]?`", row), word

@@ -16,7 +16,15 @@ from sklearn.linear_model import LogisticRegression
 from embedding.bundle import Bundle
 from embedding.decision import distance
 from embedding.encoder import Encoder
-from embedding.errors import AlreadyExists, DamagedData, InvalidDataset, LookalikeError, NotFound
+from embedding.errors import (
+    AlreadyExists,
+    DamagedData,
+    InvalidDataset,
+    InvalidRecipe,
+    LookalikeError,
+    NotFound,
+    StorageFailed,
+)
 from training.classifier import LinearClassifier
 from training.config import Recipe, parse_recipe
 from training.datasets import load
@@ -250,6 +258,36 @@ def test_the_same_recipe_gives_the_same_model(trained: Bundle, data: Path, tmp_p
 def test_an_existing_bundle_is_refused_before_any_work(trained: Bundle) -> None:
     with pytest.raises(AlreadyExists):
         train(parse_recipe(RECIPE), out=trained.path, data_root=Path("/nowhere"), console=Console(quiet=True))
+
+
+def test_what_is_no_bundle_is_not_overwritten(data: Path) -> None:
+    with pytest.raises(AlreadyExists, match="no bundle"):
+        train(
+            parse_recipe(RECIPE),
+            out=data / "shapes",
+            overwrite=True,
+            data_root=Path("/nowhere"),
+            console=Console(quiet=True),
+        )
+    assert len(list((data / "shapes").glob("*/*.png"))) == 72
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageFailed, match="choose another place"):
+        train(parse_recipe(RECIPE), out=tmp_path / "file/b", data_root=Path("/nowhere"), console=Console(quiet=True))
+
+
+def test_resuming_without_checkpoints_is_refused_in_words(tmp_path: Path) -> None:
+    recipe = parse_recipe(RECIPE.replace("checkpoint_every = 20", "checkpoint_every = 0"))
+    with pytest.raises(InvalidRecipe, match="checkpoint_every = 0"):
+        train(recipe, out=tmp_path / "b", resume=True, data_root=Path("/nowhere"), console=Console(quiet=True))
+
+
+def test_a_recipe_has_a_name_that_a_bundle_can_have() -> None:
+    for name in ("shapes-", "shapes_", "x" * 64):
+        with pytest.raises(InvalidRecipe, match="name"):
+            parse_recipe(RECIPE.replace('name = "shapes"', f'name = "{name}"', 1))
 
 
 def test_evaluate_measures_with_the_served_distances(trained: Bundle, data: Path) -> None:
