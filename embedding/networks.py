@@ -167,10 +167,16 @@ def _load_backbone(network: EmbeddingNetwork, state: dict[str, Tensor], source: 
         if key in state and state[key].shape != tensor.shape:
             raise InvalidRecipe(
                 f"{source} has {key} of shape {list(state[key].shape)}; {network.architecture.network} needs "
-                f"{list(tensor.shape)}",
+                f"{list(tensor.shape)}: {_remedy(key, state[key])}",
                 field="network.weights",
             )
     target.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
+
+
+def _remedy(key: str, given: Tensor) -> str:
+    if key.startswith("projection.") and given.ndim:
+        return f"set network.embedding_dim to {len(given)}"
+    return "set network.width and preprocessing to those it was trained with, or give other weights"
 
 
 def _torchvision_mobilenet_v2_key(key: str) -> str:

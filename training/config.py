@@ -108,6 +108,10 @@ class NetworkConfig(Section):
         if given in {"random", "pretrained"}:
             return given
         path = Path(given) if given != self.weights or data_root is None else data_root / given
+        if path.is_dir():
+            raise NotFound(
+                f"{path} is a folder; give a file in it, of a bundle weights.safetensors", field="network.weights"
+            )
         if not path.is_file():
             raise NotFound(
                 f"no weights file {path}; set {WEIGHTS_VARIABLE} to a state-dict file of {self.name}, or "

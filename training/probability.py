@@ -31,6 +31,9 @@ _CELLS = int(MAX_DISTANCE) * _CELLS_PER_UNIT + 1
 
 Rates = NDArray[np.float64]
 
+_COLLAPSED_DISTANCE = 0.01
+"""Embeddings none of which lie farther apart than this tell nothing from anything."""
+
 
 @dataclass(frozen=True, eq=False)
 class Distances:
@@ -117,6 +120,13 @@ def fit_logistic(matching: Distances, impostor: Distances) -> MatchProbability:
         offset, slope = _fit_coefficients(features_C2, target_C, weight_C)
         midpoint = centre + offset / slope if slope > 0 else centre
     if slope <= 0:
+        farthest = max(matching.highest, impostor.highest)
+        if farthest < _COLLAPSED_DISTANCE:
+            raise InvalidDataset(
+                f"all embeddings lie at one point (no two more than {farthest:.3f} apart), so there is no margin to "
+                "learn: the images are copies of one, or the network has collapsed; train with a lower "
+                "optimizer.learning_rate, more warmup_steps, or another loss"
+            )
         raise InvalidDataset(
             f"matching pairs lie no nearer (mean distance {matching.centre_C @ matching.share_C:.3f}) than "
             f"non-matching pairs ({impostor.centre_C @ impostor.share_C:.3f}), so there is no margin to learn; check "

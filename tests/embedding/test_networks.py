@@ -89,6 +89,14 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         build(Architecture(network="small_cnn", image_size=32, width=16), weights=tmp_path / "w.pt")
 
 
+def test_weights_of_another_width_of_embedding_say_which_key_to_set(tmp_path: Path) -> None:
+    torch.save(
+        build(Architecture(network="small_cnn", image_size=32, embedding_dim=16)).state_dict(), tmp_path / "w.pt"
+    )
+    with pytest.raises(InvalidRecipe, match=r"set network\.embedding_dim to 16"):
+        build(Architecture(network="small_cnn", image_size=32, embedding_dim=8), weights=tmp_path / "w.pt")
+
+
 class Payload:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return print, ("code ran while weights were read",)

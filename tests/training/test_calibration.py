@@ -153,14 +153,17 @@ def test_identity_with_one_image_counts_as_impostor_only() -> None:
     assert (len(table.matching), len(table.impostor)) == (15, 105)
 
 
-@pytest.mark.parametrize("name", ["collapsed", "reversed"])
-def test_a_model_without_a_margin_is_refused(name: str) -> None:
-    emb = np.tile(np.array([[1, 0]], dtype=np.float32), (6, 1))
+def test_a_model_without_a_margin_is_refused() -> None:
     labels = np.repeat([0, 1], 3)
-    if name == "reversed":
-        emb = np.array([[1, 0], [0, 1], [-1, 0], [1, 0], [0, 1], [-1, 0]], dtype=np.float32)
+    emb = np.array([[1, 0], [0, 1], [-1, 0], [1, 0], [0, 1], [-1, 0]], dtype=np.float32)
     with pytest.raises(InvalidDataset, match="no margin to learn; check the labels, or train longer"):
         calibrate(emb, labels, protocol="identity-disjoint")
+
+
+def test_a_collapsed_embedding_is_not_put_down_to_labels() -> None:
+    emb_ND = np.tile(np.eye(4, dtype=np.float32)[:1], (20, 1))
+    with pytest.raises(InvalidDataset, match=r"one point .*lower optimizer\.learning_rate"):
+        calibrate(emb_ND, np.arange(20) % 4, protocol="identity-disjoint", seed=0)
 
 
 def test_large_sets_are_sampled_with_the_seed_and_keep_every_identity() -> None:

@@ -258,3 +258,9 @@ class TestInitialWeights:
 
 def test_recipes_are_compared_by_value() -> None:
     assert parse_recipe(MINIMAL) == Recipe.model_validate(parse_recipe(MINIMAL).model_dump())
+
+
+def test_a_folder_for_weights_is_told_from_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(NotFound, match=r"is a folder; .*weights\.safetensors"):
+        NetworkConfig(name="small_cnn", weights="bundle").initial_weights(tmp_path, {})
