@@ -69,6 +69,9 @@ class ImageFolder:
     def digest(self) -> str:
         return self._known[0]
 
+    def now(self) -> str:
+        return self._look()[0]
+
     @property
     def total(self) -> int:
         return self._known[1]
@@ -79,6 +82,9 @@ class ImageFolder:
 
     @cached_property
     def _known(self) -> tuple[str, int]:
+        return self._look()
+
+    def _look(self) -> tuple[str, int]:
         digest, total = hashlib.sha256(), 0
         for name, entry in _walk(self._root, ""):
             try:
@@ -99,6 +105,9 @@ class PathTable:
     def __init__(self, table: Path) -> None:
         self._table = table
         self.digest = _stamp(table)
+
+    def now(self) -> str:
+        return _stamp(self._table)
 
     @cached_property
     def total(self) -> int:
@@ -133,8 +142,12 @@ class Array:
             raise InvalidDataset(
                 f"{path} holds {self._rows_ND.dtype} {list(self._rows_ND.shape)}; embeddings are float32 [N, D]"
             )
+        self._path = path
         self.digest = _stamp(path)
         self.total = len(self._rows_ND)
+
+    def now(self) -> str:
+        return _stamp(self._path)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         for start in range(row, self.total, _ROWS_AT_ONCE):
@@ -159,6 +172,9 @@ class EmbeddingTable:
         self.digest = f"{_stamp(table)} {column}"
         with pq.ParquetFile(table) as file:
             self.total = int(file.metadata.num_rows)
+
+    def now(self) -> str:
+        return f"{_stamp(self._table)} {self._column}"
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         import pyarrow.parquet as pq
@@ -191,9 +207,12 @@ class GalleryItems:
     def __init__(self, gallery: GalleryEngine, allowed: Filter | None = None) -> None:
         self._gallery, self._allowed = gallery, allowed
         self.total = gallery.size if allowed is None else gallery.count(allowed)
-        self.digest = gallery_digest(
-            gallery.id, gallery.created.isoformat(), gallery.generation, allowed.text if allowed else ""
-        )
+        self.digest = self.now()
+
+    def now(self) -> str:
+        gallery, allowed = self._gallery, self._allowed
+        text = allowed.text if allowed else ""
+        return gallery_digest(gallery.id, gallery.created.isoformat(), gallery.generation, text)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         token = page_token_after(after) if after else ""

@@ -41,8 +41,15 @@ class RemoteItems:
     def __init__(self, client: Client, gallery: Gallery) -> None:
         self._client, self._gallery = client, gallery
         self.total = gallery.item_count
+        self.digest = self._digest(gallery)
+
+    def now(self) -> str:
+        return self._digest(self._client.get_gallery(self._gallery.id))
+
+    @staticmethod
+    def _digest(gallery: Gallery) -> str:
         created = gallery.create_time.isoformat() if gallery.create_time else ""
-        self.digest = gallery_digest(gallery.id, created, gallery.generation)
+        return gallery_digest(gallery.id, created, gallery.generation)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         for item in islice(self._client.list_items(self._gallery.id, metadata=False), row, None):

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedding.bundle import Bundle
-from lookalike.cli import batch_remote
+from lookalike.cli import batch_job, batch_remote
+from lookalike.errors import ResourceExhausted, Unavailable
 from tests.cli.conftest import Run
 from tests.service.harness import png
 
@@ -164,6 +166,40 @@ def test_here_and_on_a_server_bad_queries_and_items_of_a_gallery_are_the_same(
 def _exported(run: Run, name: str, target: str, folder: Path) -> Path:
     assert run("gallery", "export", name, "--out", folder / "exported.parquet", "--target", target).code == 0
     return folder / "exported.parquet"
+
+
+def test_a_job_waits_for_a_server_that_is_away_or_has_no_room(
+    run: Run, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, pictures, "--target", target)
+    job = ["batch-search", pictures, "--gallery", name, "--shard-queries", 3, "--target", target, "--shards"]
+    assert run(*job, tmp_path / "whole").code == 0
+    answers, calls, waits = batch_remote.ServerAnswering.answers, 0, []
+    failures = {
+        2: Unavailable("away", code=grpc.StatusCode.UNAVAILABLE),
+        3: ResourceExhausted("full", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED", retry_after=7),
+        6: ResourceExhausted("disk", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="STORAGE_FULL", retry_after=7),
+    }
+
+    def failing(self: Any, queries: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in failures:
+            raise failures[calls]
+        return answers(self, queries)
+
+    monkeypatch.setattr(batch_remote.ServerAnswering, "answers", failing)
+    monkeypatch.setattr(batch_job.time, "sleep", waits.append)
+    ran = run(*job, tmp_path / "job")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("going on") == 2
+    assert 1 <= waits[0] < 2
+    assert 7 <= waits[1] < 9
+    assert shards(tmp_path / "job") == shards(tmp_path / "whole")
+    calls = 5
+    assert run(*job, tmp_path / "another").code != 0  # waiting does not mend it
+    assert len(waits) == 2
 
 
 def test_what_was_begun_under_other_conditions_is_refused(

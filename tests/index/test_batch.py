@@ -279,8 +279,31 @@ class TestGoingOn:
             ran(tmp_path / "job", filled, Array(array), judge, on_progress=write)
         assert {row["item"] == "new" for row in rows(tmp_path / "job")} == {False}
 
+    def test_queries_that_move_under_it_do_not_make_a_job_that_is_done(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(jobs, "_TELL_SECONDS", 0)
+
+        def touch(progress: Progress) -> None:
+            if progress.done == SHARD_QUERIES:
+                os.utime(array, (1, 1))
+
+        with pytest.raises(JobChanged, match="changed while the job read them"):
+            ran(tmp_path / "job", filled, Array(array), judge, on_progress=touch)
+        assert json.loads((tmp_path / "job" / MANIFEST).read_text())["done"] is False
+        with pytest.raises(JobChanged, match="--restart"):
+            ran(tmp_path / "job", filled, Array(array), judge)
+
 
 class TestFolders:
+    def test_files_of_others_beside_the_shards_are_kept(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+    ) -> None:
+        ran(tmp_path / "job", filled, Array(array), judge)
+        (tmp_path / "job" / "part-mine.parquet").write_text("precious")
+        ran(tmp_path / "job", filled, Array(array), judge, restart=True)
+        assert (tmp_path / "job" / "part-mine.parquet").read_text() == "precious"
+
     def test_what_is_no_job_is_left_alone(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("precious")
