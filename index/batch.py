@@ -52,6 +52,9 @@ class Queries(Protocol):
     def digest(self) -> str:
         """Tells other queries from these."""
 
+    def now(self) -> str:
+        """The digest of what is there now."""
+
     @property
     def total(self) -> int: ...
 
@@ -113,8 +116,19 @@ def run(
                 )
             job.add(shard)
             row, after = row + shard.queries, shard.last_id
+        if not job.manifest.done:
+            _check_input(queries, conditions)
         job.finish()
         return Done(totals=job.manifest.totals, resumed=resumed, redone=len(damaged), shards=len(job.manifest.shards))
+
+
+def _check_input(queries: Queries, conditions: Conditions) -> None:
+    """Refuses to call a job done whose input moved under it: queries may be missing, or be there twice."""
+    if queries.now() != conditions.queries_digest:
+        raise JobChanged(
+            "the queries changed while the job read them, so some may be missing or answered twice; leave the input as "
+            "it is while a job runs, and run it again with --restart"
+        )
 
 
 def batch_size(most: int, rows: int) -> int:

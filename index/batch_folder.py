@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from index.sums import FileSum
 
 MANIFEST = "_job.json"
 PARTIAL = ".partial-"
+_SHARD = re.compile(r"part-\d{5,}\.parquet")  # no looser: what others put beside them is not ours to delete
 
 _SHOWN = 4  # of the conditions that differ
 
@@ -217,7 +219,7 @@ class JobFolder:
         """Remove shards that do not count, and what a kill has left of others."""
         kept = set(keep)
         for path in self.path.iterdir():
-            if path.name.startswith(PARTIAL) or (path.match("part-*.parquet") and path.name not in kept):
+            if path.name.startswith(PARTIAL) or (_SHARD.fullmatch(path.name) and path.name not in kept):
                 path.unlink()
 
 

@@ -69,6 +69,9 @@ class ImageFolder:
     def digest(self) -> str:
         return self._known[0]
 
+    def now(self) -> str:
+        return self._look()[0]
+
     @property
     def total(self) -> int:
         return self._known[1]
@@ -79,6 +82,9 @@ class ImageFolder:
 
     @cached_property
     def _known(self) -> tuple[str, int]:
+        return self._look()
+
+    def _look(self) -> tuple[str, int]:
         digest, total = hashlib.sha256(), 0
         for name, entry in _walk(self._root, ""):
             try:
@@ -99,6 +105,9 @@ class PathTable:
     def __init__(self, table: Path) -> None:
         self._table = table
         self.digest = _stamp(table)
+
+    def now(self) -> str:
+        return _stamp(self._table)
 
     @cached_property
     def total(self) -> int:
@@ -133,8 +142,12 @@ class Array:
             raise InvalidDataset(
                 f"{path} holds {self._rows_ND.dtype} {list(self._rows_ND.shape)}; embeddings are float32 [N, D]"
             )
+        self._path = path
         self.digest = _stamp(path)
         self.total = len(self._rows_ND)
+
+    def now(self) -> str:
+        return _stamp(self._path)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         for start in range(row, self.total, _ROWS_AT_ONCE):
@@ -159,6 +172,9 @@ class EmbeddingTable:
         self.digest = f"{_stamp(table)} {column}"
         with pq.ParquetFile(table) as file:
             self.total = int(file.metadata.num_rows)
+
+    def now(self) -> str:
+        return f"{_stamp(self._table)} {self._column}"
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         import pyarrow.parquet as pq
@@ -191,8 +207,12 @@ class GalleryItems:
     def __init__(self, gallery: GalleryEngine, allowed: Filter | None = None) -> None:
         self._gallery, self._allowed = gallery, allowed
         self.total = gallery.size if allowed is None else gallery.count(allowed)
-        stamp = [gallery.id, gallery.created.isoformat(), gallery.generation, allowed.text if allowed else ""]
-        self.digest = json.dumps(stamp)
+        self.digest = self.now()
+
+    def now(self) -> str:
+        gallery, allowed = self._gallery, self._allowed
+        text = allowed.text if allowed else ""
+        return gallery_digest(gallery.id, gallery.created.isoformat(), gallery.generation, text)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         token = page_token_after(after) if after else ""
@@ -202,6 +222,11 @@ class GalleryItems:
                 yield Query(item.name, item.embedding, item.name)
             if not token:
                 return
+
+
+def gallery_digest(gallery: str, created: str, generation: int, allowed: str = "") -> str:
+    """Tells the items of a gallery from others; the same here and on a server, so that one goes on for the other."""
+    return json.dumps([gallery, created, generation, allowed])
 
 
 def _walk(root: Path | str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -214,8 +239,15 @@ def _walk(root: Path | str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(entry.path, f"{prefix}{entry.name}/")
-        elif PurePath(entry.name).suffix.lower() in IMAGE_SUFFIXES and not entry.is_dir():
+        elif PurePath(entry.name).suffix.lower() in IMAGE_SUFFIXES and not _leads_to_folder(entry):
             yield f"{prefix}{entry.name}", entry
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: told when it is read
+        return False
 
 
 def _printable(name: str) -> str:
@@ -237,7 +269,8 @@ def _vectors(column: Any) -> list[Vectors] | Vectors:
     if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         widths = pc.unique(pc.list_value_length(column)).to_pylist()
         values = column.flatten()
-        if len(widths) == 1 and widths[0] and not column.null_count and not values.null_count:
+        are_numbers = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
+        if are_numbers and len(widths) == 1 and widths[0] and not column.null_count and not values.null_count:
             return np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(len(column), widths[0])
     return [_vector(value) for value in column.to_pylist()]
 

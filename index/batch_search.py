@@ -6,6 +6,7 @@ are in memory, however many queries there are. Distances and verdicts are the ga
 
 from __future__ import annotations
 
+import stat
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,10 +96,7 @@ class GalleryAnswering:
     def _pixels(self, path: Path) -> Pixels:
         if self._encoder is None:
             raise InvalidInput("there is no encoder for images")
-        size = path.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            raise InvalidImage(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
-        return self._encoder.prepare(path.read_bytes())
+        return self._encoder.prepare(image_bytes(path))
 
     def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> list[Outcome]:
         outcomes: dict[int, Answer | Failure] = {}
@@ -181,6 +179,19 @@ class GalleryAnswering:
             generation=found.generation,
             truncated=found.truncated,
         )
+
+
+def image_bytes(path: Path) -> bytes:
+    """The content of an image file. Raises InvalidImage for what is none, and OSError."""
+    try:
+        found = path.stat()
+    except ValueError as error:
+        raise InvalidImage("its name has a character that no name of a file can have; mend the table") from error
+    if not stat.S_ISREG(found.st_mode):  # to read a pipe or a device may never end
+        raise InvalidImage("it is no regular file; give the path of an image")
+    if found.st_size > MAX_IMAGE_BYTES:
+        raise InvalidImage(f"the file has {found.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
+    return path.read_bytes()
 
 
 def failure(error: LookalikeError | OSError) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,13 @@ from lookalike import Client
 from lookalike.cli import show
 from lookalike.cli.backend import Backend
 from lookalike.cli.batch_remote import RemoteItems, ServerAnswering
+from lookalike.errors import ResourceExhausted, Unavailable
 from lookalike.types import Effort, Gallery, OperatingPoint
 
 _SAY_SECONDS = 30.0
+_PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0)
+"""Seconds before a job goes on after a server could not answer; then it ends, and is run again by whoever wants it."""
+_ROOM = frozenset({"OVERLOADED", "RATE_LIMITED"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,19 +76,38 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
         raise InvalidDataset(f"there is nothing to search for in {job.source or job.from_gallery}; nothing was written")
     with _told(show.console(stderr=True)) as tell:
         try:
-            done = run_job(
-                folder,
-                queries,
-                answering,
-                conditions,
-                shard_queries=job.shard_queries,
+            done = _patiently(
+                lambda anew: run_job(
+                    folder,
+                    queries,
+                    answering,
+                    conditions,
+                    shard_queries=job.shard_queries,
+                    restart=anew,
+                    on_progress=tell,
+                ),
                 restart=restart,
-                on_progress=tell,
+                say=lambda text: show.console(stderr=True).print(text, markup=False),
             )
         except KeyboardInterrupt:
             show.console(stderr=True).print(f"stopped; run the same command again to go on in {folder}", markup=False)
             raise
     print(summary(done, folder))
+
+
+def _patiently(attempt: Callable[[bool], Done], *, restart: bool, say: Callable[[str], None]) -> Done:
+    """Go on with the job after a server had no room or was away, as long as waiting may help."""
+    for pause in (*_PAUSES, None):
+        try:
+            return attempt(restart)
+        except (Unavailable, ResourceExhausted) as error:
+            if pause is None or (isinstance(error, ResourceExhausted) and error.reason not in _ROOM):
+                raise
+            wait = max(pause, error.retry_after or 0.0)
+            say(f"the server cannot answer now ({error}); going on from the last whole shard in {wait:,.0f} s")
+            restart = False
+            time.sleep(wait * random.uniform(1, 1.25))  # not all who wait come back at once
+    raise AssertionError("unreachable")
 
 
 def summary(done: Done, folder: Path) -> str:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from embedding.decision import VERDICTS
-from embedding.errors import Busy, InvalidImage, InvalidInput, LookalikeError
+from embedding.errors import Busy, InvalidInput, LookalikeError
 from index.batch import Outcome, Query, batch_size
-from index.batch_search import EMBEDDINGS, IMAGES, MAX_IMAGE_BYTES, failure
+from index.batch_queries import gallery_digest
+from index.batch_search import EMBEDDINGS, IMAGES, failure, image_bytes
 from index.batch_shards import Answer, Evidence, Failure
 from lookalike import Client
 from lookalike.errors import CallFailed, InvalidRequest
@@ -40,7 +41,15 @@ class RemoteItems:
     def __init__(self, client: Client, gallery: Gallery) -> None:
         self._client, self._gallery = client, gallery
         self.total = gallery.item_count
-        self.digest = f"{gallery.id} {gallery.create_time} {gallery.generation}"
+        self.digest = self._digest(gallery)
+
+    def now(self) -> str:
+        return self._digest(self._client.get_gallery(self._gallery.id))
+
+    @staticmethod
+    def _digest(gallery: Gallery) -> str:
+        created = gallery.create_time.isoformat() if gallery.create_time else ""
+        return gallery_digest(gallery.id, created, gallery.generation)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         for item in islice(self._client.list_items(self._gallery.id, metadata=False), row, None):
@@ -155,10 +164,7 @@ class ServerAnswering:
         if not isinstance(query.content, Path):
             return query.content
         try:
-            size = query.content.stat().st_size
-            if size > MAX_IMAGE_BYTES:
-                raise InvalidImage(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
-            return query.content.read_bytes()
+            return image_bytes(query.content)
         except (LookalikeError, OSError) as error:
             return failure(error)
 

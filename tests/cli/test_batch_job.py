@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import grpc
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from embedding.bundle import Bundle
-from lookalike.cli import batch_remote
+from lookalike.cli import batch_job, batch_remote
+from lookalike.errors import ResourceExhausted, Unavailable
 from tests.cli.conftest import Run
 from tests.service.harness import png
 
@@ -118,6 +121,85 @@ def test_here_and_on_a_server_one_job_goes_on_with_the_other(
     (out / "part-00001.parquet").unlink()
     ran = run(*job, "--bundle", bundle.path, "--data", data)
     assert (ran.code, shards(out)) == (0, whole), ran.err
+
+
+def test_here_and_on_a_server_bad_queries_and_items_of_a_gallery_are_the_same(
+    run: Run, bundle: Bundle, target: str, name: str, pictures: Path, tmp_path: Path
+) -> None:
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, pictures, "--target", target)
+    (data,) = {path.parent.resolve() for path in tmp_path.parent.glob(f"*/galleries/{name}")}
+    (pictures / "0.png").touch()
+    (pictures / "1.png").write_bytes(png(3)[:40])
+    (pictures / "2.png").symlink_to("2.png")
+    (pictures / "3.jpg").write_bytes(b"no image")
+    width = len(pq.read_table(_exported(run, name, target, tmp_path))["embedding"][0])
+    unit = np.eye(5, width, dtype=np.float32)
+    unit[1] *= 2
+    unit[2, 0] = np.nan
+    unit[3] = 0
+    np.save(tmp_path / "some.npy", unit)
+    np.save(tmp_path / "narrow.npy", unit[:, 1:])
+    pq.write_table(pa.table({"embedding": [unit[0].tolist(), [], None, [1.0]]}), tmp_path / "ragged.parquet")
+    sources = [[pictures], [tmp_path / "some.npy"], [tmp_path / "narrow.npy"], [tmp_path / "ragged.parquet"]]
+    for at, source in enumerate([*sources, ["--from-gallery", name]]):
+        out = tmp_path / f"job-{at}"
+        for more in ([], ["--within", "--limit", 3]):
+            job = ["batch-search", *source, "--gallery", name, "--shards", out, "--shard-queries", 3, *more]
+            ran = run(*job, "--restart", "--target", target)
+            assert ran.code == 0, (source, ran.err)
+            whole = shards(out)
+            (out / "part-00000.parquet").unlink()
+            ran = run(*job, "--bundle", bundle.path, "--data", data)
+            assert ran.code == 0, ran.err
+            again = run(*job, "--restart", "--bundle", bundle.path, "--data", data)
+            assert again.code == 0, again.err
+            mine = rows(out)
+            run(*job, "--restart", "--target", target)
+            assert shards(out) == whole
+            theirs = rows(out)
+            for row in (*mine, *theirs):
+                row["error"] = row["error"] is not None  # a server may say it in other words, for the same reason
+            assert mine == theirs, source
+
+
+def _exported(run: Run, name: str, target: str, folder: Path) -> Path:
+    assert run("gallery", "export", name, "--out", folder / "exported.parquet", "--target", target).code == 0
+    return folder / "exported.parquet"
+
+
+def test_a_job_waits_for_a_server_that_is_away_or_has_no_room(
+    run: Run, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, pictures, "--target", target)
+    job = ["batch-search", pictures, "--gallery", name, "--shard-queries", 3, "--target", target, "--shards"]
+    assert run(*job, tmp_path / "whole").code == 0
+    answers, calls, waits = batch_remote.ServerAnswering.answers, 0, []
+    failures = {
+        2: Unavailable("away", code=grpc.StatusCode.UNAVAILABLE),
+        3: ResourceExhausted("full", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED", retry_after=7),
+        6: ResourceExhausted("disk", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="STORAGE_FULL", retry_after=7),
+    }
+
+    def failing(self: Any, queries: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in failures:
+            raise failures[calls]
+        return answers(self, queries)
+
+    monkeypatch.setattr(batch_remote.ServerAnswering, "answers", failing)
+    monkeypatch.setattr(batch_job.time, "sleep", waits.append)
+    ran = run(*job, tmp_path / "job")
+    assert ran.code == 0, ran.err
+    assert ran.err.count("going on") == 2
+    assert 1 <= waits[0] < 2
+    assert 7 <= waits[1] < 9
+    assert shards(tmp_path / "job") == shards(tmp_path / "whole")
+    calls = 5
+    assert run(*job, tmp_path / "another").code != 0  # waiting does not mend it
+    assert len(waits) == 2
 
 
 def test_what_was_begun_under_other_conditions_is_refused(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from embedding.errors import (
     Cancelled,
     DamagedData,
     InvalidDataset,
+    InvalidImage,
     InvalidInput,
     JobChanged,
     StorageFailed,
@@ -183,6 +185,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         forks.stdin.close()
 
 
+def decode_none(data: bytes) -> Any:
+    raise InvalidImage(f"{len(data)} bytes")
+
+
 class TestGoingOn:
     def test_stopped_by_its_progress_and_run_again(
         self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
@@ -273,8 +279,31 @@ class TestGoingOn:
             ran(tmp_path / "job", filled, Array(array), judge, on_progress=write)
         assert {row["item"] == "new" for row in rows(tmp_path / "job")} == {False}
 
+    def test_queries_that_move_under_it_do_not_make_a_job_that_is_done(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(jobs, "_TELL_SECONDS", 0)
+
+        def touch(progress: Progress) -> None:
+            if progress.done == SHARD_QUERIES:
+                os.utime(array, (1, 1))
+
+        with pytest.raises(JobChanged, match="changed while the job read them"):
+            ran(tmp_path / "job", filled, Array(array), judge, on_progress=touch)
+        assert json.loads((tmp_path / "job" / MANIFEST).read_text())["done"] is False
+        with pytest.raises(JobChanged, match="--restart"):
+            ran(tmp_path / "job", filled, Array(array), judge)
+
 
 class TestFolders:
+    def test_files_of_others_beside_the_shards_are_kept(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+    ) -> None:
+        ran(tmp_path / "job", filled, Array(array), judge)
+        (tmp_path / "job" / "part-mine.parquet").write_text("precious")
+        ran(tmp_path / "job", filled, Array(array), judge, restart=True)
+        assert (tmp_path / "job" / "part-mine.parquet").read_text() == "precious"
+
     def test_what_is_no_job_is_left_alone(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -359,6 +388,33 @@ class TestQueries:
         pq.write_table(pa.table({"v": [pool[0].tolist(), [1.0], None]}), path)
         done = ran(tmp_path / "job", filled, queries_of(path, "v"), judge)
         assert (done.totals.queries, done.totals.errors) == (3, 2)
+
+    def test_a_column_of_words_fails_row_by_row(self, tmp_path: Path, filled: Gallery, judge: Judge) -> None:
+        path = tmp_path / "items.parquet"
+        pq.write_table(pa.table({"embedding": [["x"], ["y"]]}), path)
+        assert ran(tmp_path / "job", filled, queries_of(path), judge).totals.errors == 2
+
+    def test_links_to_themselves_pipes_and_impossible_names_fail_alone(
+        self, tmp_path: Path, filled: Gallery, judge: Judge
+    ) -> None:
+        root = tmp_path / "images"
+        root.mkdir()
+        (root / "itself.png").symlink_to("itself.png")
+        (root / "above").symlink_to(".")
+        os.mkfifo(root / "pipe.png")
+        (root / "empty.png").touch()
+        pq.write_table(
+            pa.table(
+                {"path": ["images/a\0.png", "x" * 5000, *(f"images/{path.name}" for path in sorted(root.iterdir()))]}
+            ),
+            tmp_path / "list.parquet",
+        )
+        encoder: Any = SimpleNamespace(prepare=decode_none)
+        for source, count in ((root, 3), (tmp_path / "list.parquet", 6)):
+            queries = queries_of(source)
+            answering = GalleryAnswering(filled, Wanted(judge=judge), encoder=encoder, decode_threads=1)
+            done = run(tmp_path / f"job-{count}", queries, answering, conditions(filled, queries))
+            assert (done.totals.queries, done.totals.errors) == (count, count)
 
     def test_a_folder_is_walked_in_order_and_known_by_what_is_in_it(self, tmp_path: Path) -> None:
         root = tmp_path / "images"
