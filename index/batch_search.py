@@ -24,6 +24,7 @@ from index.batch import Outcome, Query, batch_size
 from index.batch_shards import Answer, Evidence, Failure, evidence_of
 from index.engine import Effort, Exact, Filter, Found, GalleryEngine
 from index.items import MAX_K, MAX_MATCHES, check_count
+from index.telling import NAMES
 from index.threads import CORES
 
 MAX_IMAGE_BYTES = 32 * 2**20
@@ -151,6 +152,7 @@ class GalleryAnswering:
             allowed=wanted.allowed,
             exclude=exclude,
             threads=self._threads,
+            telling=NAMES,
         )
 
     def _matches(self, query_D: Vectors, exclude: Sequence[str]) -> Found:
@@ -162,6 +164,7 @@ class GalleryAnswering:
             effort=wanted.effort,
             allowed=wanted.allowed,
             exclude=exclude,
+            telling=NAMES,
         )
 
     def _answer(self, found: Found) -> Answer:

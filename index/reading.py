@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -30,7 +30,6 @@ LIVING = "died IS NULL"
 
 _ENTRY = "key, name, identity, metadata, generation, updated_us"
 _ITEM = f"{_ENTRY}, embedding"
-_BARE = "key, name, identity, '{}', generation, updated_us"
 _ENTRY_BYTES = 600  # that an entry takes in memory, but for its texts
 _PARSED_BYTES, _PARSED_MOST = 10, 2560  # for each character of metadata that is kept as values
 _KEYS_NAMED = 64  # in a statement, of which one for each number is prepared; more are sent as one value
@@ -180,20 +179,36 @@ class Reading:
         Raises ResponseTooLarge.
         """
         self._readers.check_open()
-        remembered = self._entries if telling.metadata else self._bare
-        return remembered.all(keys, lambda missing: self._read_entries(missing, telling))
+        if not telling.metadata:
+            return self._bare.all(keys, self._read_bare)
+        return self._entries.all(keys, lambda missing: self._read_entries(missing, telling))
 
     def _read_entries(self, keys: Sequence[int], telling: Telling) -> dict[int, tuple[Entry, int]]:
-        columns = _ENTRY if telling.metadata else _BARE
         found: dict[int, tuple[Entry, int]] = {}
         with self._readers.lend() as connection:
-            rows = connection.execute(f"SELECT {columns} FROM items WHERE key IN {_among(keys)}", _given(keys))
+            rows = connection.execute(f"SELECT {_ENTRY} FROM items WHERE key IN {_among(keys)}", _given(keys))
             for row in rows:
                 telling.read(len(row[3]))
                 found[row[0]] = self._entry(row), _size(row)
+        self._check_all_there(keys, found)
+        return found
+
+    def _read_bare(self, keys: Sequence[int]) -> dict[int, tuple[Entry, int]]:
+        """Names and identities alone, in a third of the time."""
+        with self._readers.lend() as connection:
+            rows = connection.execute(
+                f"SELECT key, name, identity FROM items WHERE key IN {_among(keys)}", _given(keys)
+            )
+            found = {
+                key: (Entry(name=name, identity=identity), _ENTRY_BYTES + len(name) + len(identity or ""))
+                for key, name, identity in rows
+            }
+        self._check_all_there(keys, found)
+        return found
+
+    def _check_all_there(self, keys: Sequence[int], found: Mapping[int, object]) -> None:
         if len(found) != len(keys):
             raise DamagedData(f"{self._path} has lost {len(keys) - len(found)} items; restore it from a copy")
-        return found
 
     def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
