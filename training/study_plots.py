@@ -24,6 +24,9 @@ from training.study_sample import BINS, Sample
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
 MARKERS = ("o", "s", "X", "^", "D", "v", "P", "*")
 
+_ONE_POINT = 0.02
+"""Embeddings that spread less than this in the plane are not drawn: what is left of them is rounding."""
+
 _HALO = [withStroke(linewidth=2.5, foreground="white")]
 
 
@@ -110,17 +113,23 @@ def _scatter(axes: Axes, sample: Sample | None) -> None:
     if sample is None:
         return
     position_N2, labels_N = np.asarray(sample.positions), np.asarray(sample.labels)
+    reach = float(np.ptp(position_N2, axis=0).max())
+    if reach < _ONE_POINT:
+        axes.text(0.5, 0.5, "one point", transform=axes.transAxes, ha="center", va="center", fontsize=9)
+        return
     classes = np.unique(labels_N)
     for label in classes:
         own_N2 = position_N2[labels_N == label]
         at = int(label)
         colour, marker = COLOURS[1:][at % 7], ("o", "^")[at // 7 % 2]
         axes.scatter(own_N2[:, 0], own_N2[:, 1], s=7, color=colour, marker=marker, alpha=0.6, linewidths=0)
-    axes.margins(0.08)
-    axes.set_aspect("equal", adjustable="datalim")
-    reach = max(float(np.ptp(position_N2, axis=0).max()), 1e-6)
     medians_I2 = np.array([np.median(position_N2[labels_N == label], axis=0) for label in classes])
-    for label, (x, y) in zip(classes, apart(medians_I2, gap=0.1 * reach), strict=True):
+    places_I2 = apart(medians_I2, gap=0.1 * reach)
+    axes.update_datalim(places_I2)
+    axes.margins(0.1)
+    axes.autoscale_view()
+    axes.set_aspect("equal", adjustable="datalim")
+    for label, (x, y) in zip(classes, places_I2, strict=True):
         axes.text(x, y, str(label), fontsize=11, weight="bold", ha="center", va="center", path_effects=_HALO)
     axes.set_xlabel(f"{sum(sample.variance):.0%} of variance", fontsize=9)
 
