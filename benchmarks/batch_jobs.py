@@ -49,7 +49,7 @@ class Taken:
 
 def job(place: Path, queries: Path) -> Taken:
     """The answers as Parquet shards; `queries` is an array, or a folder of images."""
-    encoder = Encoder(Bundle.load(place / "bundle"), device="cpu", threads=1) if queries.is_dir() else None
+    encoder = _encoder_for(place, queries)
     with Catalog(place / "galleries", read_only=True) as catalog, tempfile.TemporaryDirectory(dir=place) as out:
         gallery = catalog.get(GALLERY)
         asked = ImageFolder(queries) if queries.is_dir() else Array(queries)
@@ -74,7 +74,7 @@ def job(place: Path, queries: Path) -> Taken:
 
 def alone(place: Path, queries: Path) -> Taken:
     """The same batches embedded and searched, and nothing kept."""
-    encoder = Encoder(Bundle.load(place / "bundle"), device="cpu", threads=1) if queries.is_dir() else None
+    encoder = _encoder_for(place, queries)
     with Catalog(place / "galleries", read_only=True) as catalog:
         gallery = catalog.get(GALLERY)
         judge = _judge(gallery)
@@ -122,6 +122,11 @@ def measure(report: Report, *, rows: int, embeddings: int, images: int, turns: i
             report.row(f"{count:,} embeddings", "job", rows, peak, "MB resident at most")
         few, many = peaks.values()
         report.at_most(f"peak memory of {embeddings:,} queries, x that of a tenth", many / few, GROWTH)
+
+
+def _encoder_for(place: Path, queries: Path) -> Encoder | None:
+    """For images; embeddings need none."""
+    return Encoder(Bundle.load(place / "bundle"), device="cpu", threads=1) if queries.is_dir() else None
 
 
 def _judge(gallery: Gallery) -> Judge:

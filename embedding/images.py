@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -218,23 +219,27 @@ class Preprocessing(BaseModel):
         if image.size == size:
             return image
         if self.fit == "pad":
-            fill = self.background if self.channels == 1 else (self.background,) * 3
-            return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=fill)
+            return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=self._fill)
         if self.fit == "crop":
             return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
         return image.resize(size, Image.Resampling.BILINEAR)
 
+    @property
+    def _fill(self) -> int | tuple[int, int, int]:
+        """The background, as Pillow takes it."""
+        return self.background if self.channels == 1 else (self.background,) * 3
+
     def _normalised(self, image: Image.Image, exponent: float) -> Image.Image:
         """A square around what stands out from the background; the whole image where nothing does."""
-        stands_out = [255 * (abs(level - self.background) >= _STANDS_OUT) for level in range(256)]
-        left, upper, right, lower = image.point(stands_out * len(image.getbands())).getbbox() or (0, 0, *image.size)
+        standing_out = image.point(_standing_out(self.background) * self.channels)
+        left, upper, right, lower = standing_out.getbbox() or (0, 0, *image.size)
         longest = max(image.size)
         factor = min((_NORMAL_SHARE * longest / max(right - left, lower - upper)) ** exponent, _MOST_ENLARGED)
         side = longest / factor
         source_left, source_upper = 0.5 * (left + right - side), 0.5 * (upper + lower - side)
         columns = _inside(source_left, image.width, side, self.image_size)
         rows = _inside(source_upper, image.height, side, self.image_size)
-        square = Image.new(image.mode, (self.image_size, self.image_size), (self.background,) * len(image.getbands()))
+        square = Image.new(image.mode, (self.image_size, self.image_size), self._fill)
         if len(columns) and len(rows):
             pixel = side / self.image_size
             box = (
@@ -246,6 +251,12 @@ class Preprocessing(BaseModel):
             seen = image.resize((len(columns), len(rows)), Image.Resampling.BILINEAR, box=box)
             square.paste(seen, (columns.start, rows.start))
         return square
+
+
+@lru_cache
+def _standing_out(background: int) -> list[int]:
+    """For each grey level 255 where it stands out from the background, else 0."""
+    return [255 * (abs(level - background) >= _STANDS_OUT) for level in range(256)]
 
 
 def _inside(start: float, size: int, side: float, pixels: int) -> range:

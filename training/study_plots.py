@@ -102,9 +102,9 @@ def _densities(axes: Axes, sample: Sample | None) -> None:
         return
     edges = np.linspace(0, 2, BINS + 1)
     for pairs, colour in ((sample.matching, MATCH), (sample.non_matching, NON_MATCH)):
-        density = np.asarray(pairs) / max(sum(pairs), 1)
-        axes.stairs(density / max(density.max(), 1e-9), edges, color=colour, fill=True, alpha=0.3)
-        axes.stairs(density / max(density.max(), 1e-9), edges, color=colour, linewidth=1.2)
+        share_of_peak = np.asarray(pairs) / max(*pairs, 1)
+        axes.stairs(share_of_peak, edges, color=colour, fill=True, alpha=0.3)
+        axes.stairs(share_of_peak, edges, color=colour, linewidth=1.2)
 
 
 def _scatter(axes: Axes, sample: Sample | None) -> None:
