@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
@@ -61,7 +62,7 @@ def _nearest_of_one(
     if len(rows_C) > k and squared_C.item(k - 1) + 2 * structure.slack < min(squared_C.item(k), _FAR):
         near_K = rows_C[:k]  # certainly, and alone: the next one lies farther, whatever the errors of both
         return near_K, distances(query_1D[0], take(near_K))
-    if not _is_whole(squared_C, k, count, structure.slack):
+    if not _are_whole(squared_1C, k, count, structure.slack)[0]:
         rows_C = structure.candidates(query_1D, count, effort, living)[0]
     if rows_C[-1] < 0:
         rows_C = rows_C[rows_C >= 0]
@@ -89,22 +90,25 @@ def _nearest_of_many(
         dist_qC[rows_qC < 0] = np.inf
         kth_q = np.partition(dist_qC, k - 1, axis=1)[:, k - 1 : k] if keep > k else np.full((len(some_qD), 1), np.inf)
         kept_qC = (dist_qC <= kth_q) & (rows_qC >= 0)
-        for at, (rows_C, squared_C, dist_C, kept_C) in enumerate(
-            zip(rows_qC, squared_qC, dist_qC, kept_qC, strict=True)
+        ends = kept_qC.sum(axis=1).cumsum().tolist()
+        rows_R, dist_R = rows_qC[kept_qC], dist_qC[kept_qC]
+        for at, (first, end, is_whole) in enumerate(
+            zip([0, *ends], ends, _are_whole(squared_qC, k, count, structure.slack).tolist(), strict=False)
         ):
-            if _is_whole(squared_C, k, count, structure.slack):
-                yield rows_C[kept_C], dist_C[kept_C]
+            if is_whole:
+                yield rows_R[first:end], dist_R[first:end]
             else:
                 yield _nearest_of_one(structure, take, some_qD[at : at + 1], k - known, effort, living, known)
 
 
-def _is_whole(squared_C: Vectors, k: int, count: int, slack: float) -> bool:
+def _are_whole(squared_qC: Vectors, k: int, count: int, slack: float) -> NDArray[np.bool_]:
     """Whether the k nearest of `count` candidates, and what ties with them, are certainly among those kept."""
-    if len(squared_C) == count:
-        return True
+    if squared_qC.shape[1] == count:
+        return np.ones(len(squared_qC), np.bool_)
     # A row that was not kept lies no nearer than the last one kept, but for the errors of both.
-    kth, last = squared_C.item(k - 1), squared_C.item(-1)
-    return last > _NONE or kth + 2 * slack < min(last, _FAR)
+    kth_q, last_q = squared_qC[:, k - 1].astype(np.float64), squared_qC[:, -1]
+    whole_q: NDArray[np.bool_] = (last_q > _NONE) | (kth_q + 2 * slack < np.minimum(last_q, _FAR))
+    return whole_q
 
 
 def within(

@@ -242,5 +242,8 @@ def _unless_formed(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], 
     return write
 
 
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
 def _code_of(number: Any) -> grpc.StatusCode:
-    return next((code for code in grpc.StatusCode if code.value[0] == number), grpc.StatusCode.UNKNOWN)
+    return _CODES.get(number, grpc.StatusCode.UNKNOWN)
