@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.servers.load import Ask, K, Vectors
-from lookalike import CallFailed, Client, Neighbors
+from lookalike import CallFailed, Client, Effort, Neighbors
 
 
 class Ours:
@@ -14,6 +14,7 @@ class Ours:
     efforts = (0,)  # the gallery is tuned by itself
 
     def __init__(self, address: str, gallery: str, way: str) -> None:
+        """`way` is "call", "exact" (calls that measure every item) or "stream"."""
         self._client = Client(address, timeout=60)
         self._gallery = gallery
         self._way = way
@@ -26,15 +27,16 @@ class Ours:
 
     def connect(self) -> Ask:
         client, gallery = self._client, self._gallery
+        effort = Effort(exact=True) if self._way == "exact" else None
 
         def ask(queries_QD: Vectors) -> list[list[int]]:
             found: list[Neighbors | CallFailed]
             if self._way == "stream":
                 found = list(client.search_stream(gallery, queries_QD, k=K, together=32))
             elif len(queries_QD) == 1:
-                found = [client.search(gallery, queries_QD[0], k=K)]
+                found = [client.search(gallery, queries_QD[0], k=K, effort=effort)]
             else:
-                found = client.search_batch(gallery, queries_QD, k=K)
+                found = client.search_batch(gallery, queries_QD, k=K, effort=effort)
             return [_rows(neighbors) for neighbors in found]
 
         return ask
