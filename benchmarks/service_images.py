@@ -20,7 +20,7 @@ def run(report: Report, *, quick: bool, peers: Sequence[str] = (), folder: Path 
     with tempfile.TemporaryDirectory(dir=folder) as place:
         bundles = Path(place) / "models"
         bundles.mkdir()
-        first, *_ = [make_bundle(bundles / recipe, recipe) for recipe in service_verify.CASES]
+        first, *_ = [make_bundle(bundles / recipe, recipe) for recipe in service_verify.cases(quick=quick)]
         with serving(first, models=bundles, galleries=Path(place) / "galleries") as server:
 
             def serve(recipe: str) -> Served:

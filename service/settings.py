@@ -129,7 +129,7 @@ class Settings(BaseModel):
     """Longest that images wait for others that are being decoded, to be embedded together."""
     embedding_cache_bytes: Annotated[int, Field(ge=0)] = 32 * MiB
     """Embeddings of images seen lately, kept by the hash of the image's bytes, a model; 0 embeds every image anew."""
-    max_queue_seconds: Annotated[float, Field(gt=0, le=3600)] = 0.5
+    max_queue_seconds: Annotated[float, Field(gt=0, le=3600)] = 0.4
     """Calls that would wait longer for the encoder or the galleries are refused when they come."""
     max_waiting_images: Annotated[int, Field(ge=1)] = 256
     """Images on their way to their embedding, of all calls and for each model; who comes then is refused."""
