@@ -28,7 +28,7 @@ Hit = tuple[Rows, Vectors]
 
 _PRODUCT_FROM = 4  # queries, below which a product of one query with all rows is faster
 _PAIRS_AT_ONCE = 2**21  # candidates of all queries of one product
-_STEP = 8 * 10**8  # multiplications between two looks at the deadline: below 25 ms in one thread
+_STEP = 5 * 10**8  # multiplications between two looks at the deadline: below 25 ms in one thread
 _ROWS_AT_ONCE = 2**17
 _SPARE = 4  # candidates of all products but the first, beyond k: each fills a heap of its own, at a tenth of the time
 
