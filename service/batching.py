@@ -240,9 +240,9 @@ class Batcher:
             loop.call_soon(self._turn, loop.time() + patience)
 
     def _turn(self, until: float) -> None:
-        is_quiet = self._quiet.after_turn()
         loop = asyncio.get_running_loop()
-        if not is_quiet and not self._is_embedding and self.waiting < self.batch_size and loop.time() < until:
+        may_wait = not self._is_embedding and self.waiting < self.batch_size and loop.time() < until
+        if may_wait and not self._quiet.after_turn():
             loop.call_soon(self._turn, until)
             return
         self._goes_on = False

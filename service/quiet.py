@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-QUIET_TURNS = 6
+import os
+from collections.abc import Callable
+
+QUIET_TURNS = 8
 """Turns of the event loop, a few microseconds each, without anything new, after which nobody is waited for any more.
 gRPC takes five for a call, by way of another thread, and hands over one call after the other."""
+
+_let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)
+"""gRPC's thread, which may have to wait for the same core."""
 
 
 class Quiet:
@@ -20,6 +26,9 @@ class Quiet:
         self._turns = 0
 
     def after_turn(self) -> bool:
-        """Count a turn; whether nothing more is to be expected."""
+        """Count a turn; whether nothing more is to be expected. Where it is, what brings it gets to run."""
         self._turns += 1
-        return self._turns > QUIET_TURNS
+        if self._turns > QUIET_TURNS:
+            return True
+        _let_others_run()
+        return False

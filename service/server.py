@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding.errors import Busy, InvalidInput
-from embedding.runtime import settle, tune_malloc
+from embedding.runtime import settle, share_cores, tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
@@ -104,6 +104,7 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
     """
     if settings.workers == 1:
         tune_malloc()
+        share_cores()
     logs.configure(level=settings.log_level, form=settings.log_format)
     told = origins or Origins(settings=settings, of={})
     _log.info("settings", **told.shown(), origins=dict(told.of))
@@ -132,6 +133,7 @@ def run_part(
 ) -> None:
     """`run` for one of several processes; `restart` has another killed and started anew, by number."""
     tune_malloc()
+    share_cores()
     logs.configure(level=settings.log_level, form=settings.log_format)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings.model_copy(update={"port": part.port}), on_ready, part, restart))

@@ -8,7 +8,6 @@ collected here.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextvars import Context
@@ -29,7 +28,8 @@ MOST = 32
 COMPANY = 64
 """Answers to single searches, after which others are no longer expected: then nobody is waited for."""
 
-_let_others_run: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # gRPC's thread, on the same core
+LOOK_EVERY = 16
+"""Of these, the next of so many waits all the same: a call that is on its way is seen by nobody who does not wait."""
 
 Form = Callable[[Sequence[Found]], Sequence[bytes | ResponseTooLarge]]
 """Answers as bytes, one each."""
@@ -58,6 +58,7 @@ class Together:
         self._waiting: list[_Asked] = []
         self._quiet = Quiet()
         self._company = 0
+        self._alone = 0
 
     async def ask(self, question: Search, form: Form) -> bytes:
         """The answer as `form` makes it; calls must give the same form to be answered together.
@@ -106,11 +107,13 @@ class Together:
 
     def _others_may_come(self) -> bool:
         count = len(self._waiting)
-        is_quiet = self._quiet.after_turn()
-        if self._company and count < MOST and not is_quiet:
-            _let_others_run()
+        if (self._company or not self._alone) and count < MOST and not self._quiet.after_turn():
             return True
-        self._company = COMPANY if count > 1 else max(0, self._company - 1)
+        if count > 1:
+            self._company = COMPANY
+        else:
+            self._company = max(0, self._company - 1)
+            self._alone = (self._alone + 1) % LOOK_EVERY
         self._quiet.came()  # those beyond this answer count as if they came now
         return False
 

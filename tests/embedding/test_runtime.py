@@ -1,7 +1,8 @@
-"""The allocator's setting, measured by page faults in a process of its own."""
+"""Settings of a process, looked at in processes of their own: the allocator's by page faults."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -40,6 +41,19 @@ print(before - resident_pages())
 """
 
 
+SHARE = """
+import os, threading
+from embedding.runtime import share_cores
+
+assert share_cores()
+seen = [os.sched_getscheduler(0)]
+thread = threading.Thread(target=lambda: seen.append(os.sched_getscheduler(0)))
+thread.start()
+thread.join()
+assert seen == [os.SCHED_BATCH] * 2, seen
+"""
+
+
 def faults(how: str) -> int:
     run = subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], capture_output=True, text=True, check=True)
     return int(run.stdout)
@@ -57,8 +71,25 @@ def test_freed_memory_can_be_given_back_though_something_above_it_is_kept() -> N
     assert int(run.stdout) > 0.9 * 2000 * 8  # pages of 4 kB; each row takes eight
 
 
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux alone has it")
+def test_threads_that_start_later_do_not_interrupt_others_either() -> None:
+    subprocess.run([sys.executable, "-c", SHARE], check=True)
+
+
 def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedding.runtime import tune_malloc
+    from embedding.runtime import share_cores, tune_malloc
 
     monkeypatch.setattr(sys, "platform", "darwin")
     assert tune_malloc() is False
+    monkeypatch.delattr(os, "SCHED_BATCH", raising=False)
+    assert share_cores() is False
+
+
+def test_a_system_that_forbids_it_is_no_reason_not_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedding.runtime import share_cores
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden, raising=False)
+    assert share_cores() is False

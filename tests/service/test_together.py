@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import grpc
 import numpy as np
 import pytest
 
+from index import Found
 from lookalike.v1 import common_pb2, search_pb2
-from service.together import Together
+from service.questions import Scope, Search, SearchBatch
+from service.sources import GivenEmbedding
+from service.together import LOOK_EVERY, Together
 from tests.service.harness import Stubs, info, refused, rich, unit
 
 POINTS = (None, common_pb2.OperatingPoint(threshold=0.5), common_pb2.OperatingPoint(target_far=0.5))
+
+
+FOUND = cast("Found", object())  # whatever it is
 
 
 def query(seed: int) -> common_pb2.ImageInput:
@@ -56,6 +65,35 @@ def test_searches_in_flight_at_once_are_answered_as_each_alone(stubs: Stubs, fil
         together = list(threads.map(stubs.search.Search, asked))
     assert together == alone
     assert max(groups) > 1
+
+
+def test_calls_that_the_event_loop_hands_over_one_by_one_find_together(groups: list[int]) -> None:
+    """As gRPC hands them over where nothing interrupts the loop: the next one some turns after the first."""
+
+    class Fake:
+        def ask(self, batch: SearchBatch) -> list[Found]:
+            return [FOUND for _ in batch.queries]
+
+        def answered(self, answer: list[Found]) -> list[Found]:
+            return answer
+
+    async def pairs() -> None:
+        together = Together(Fake(), Fake())  # type: ignore[arg-type]
+        question = Search(scope=Scope(gallery="g"), query=GivenEmbedding(values=b""))
+
+        def form(found: Sequence[Found]) -> list[bytes]:
+            return [b"answer"] * len(found)
+
+        for _ in range(100):
+            first = asyncio.create_task(together.ask(question, form))
+            for _ in range(4):
+                await asyncio.sleep(0)
+            second = asyncio.create_task(together.ask(question, form))
+            assert await asyncio.gather(first, second) == [b"answer"] * 2
+
+    asyncio.run(pairs())
+    assert groups.index(2) < 2 * LOOK_EVERY
+    assert set(groups[groups.index(2) :]) == {2}
 
 
 def test_a_bad_query_fails_alone(stubs: Stubs, filled: str) -> None:
