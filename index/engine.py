@@ -96,6 +96,9 @@ Precision: TypeAlias = Literal["float32", "float16"]
 
 Structure: TypeAlias = Literal["auto", "exact", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq"]
 
+Fallback: TypeAlias = Literal["", "few-rows", "odd-width", "sealed-before"]
+"""Why a sealed part has another structure than the one asked for by name; "" where it has that, or "auto" chose."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexSettings:
@@ -158,6 +161,7 @@ class SegmentStats:
     """Rows whose item has since been deleted or overwritten."""
     structure: Structure
     """Never "auto"."""
+    fallback: Fallback = ""
     disk_bytes: int
     memory_bytes: int
     """What its structure takes in memory; vectors are mapped and not counted."""

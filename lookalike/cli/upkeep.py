@@ -159,10 +159,9 @@ def reindex(
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
     asked = done.gallery.index.structure if done.gallery and done.gallery.index else "auto"
     if segments and asked not in {"auto", segments[0].structure}:
-        print(
-            f"{asked} was asked for and is not used: with {segments[0].rows:,} rows, exact search is as fast, or no "
-            "other reaches the recall asked for; it is tried again as the gallery grows"
-        )
+        few = f"with {segments[0].rows:,} rows exact search is as fast; it is built as the gallery grows"
+        odd = "it needs embeddings of an even width of 16 or more"
+        print(f"{asked} was asked for and is not used: " + (few if segments[0].structure == "exact" else odd))
 
 
 def verify(

@@ -181,6 +181,22 @@ def test_a_gallery_is_indexed_anew(stubs: Stubs, filled: str) -> None:
     assert names(stubs, filled, encoded(7)) == before
 
 
+def test_a_structure_asked_for_and_not_built_is_told_of_with_its_reason(stubs: Stubs, filled: str) -> None:
+    """In what the operation made, and in the gallery afterwards."""
+    request = upkeep_pb2.ReindexGalleryRequest(
+        name=f"galleries/{filled}", index=gallery_pb2.IndexSettings(structure="hnsw")
+    )
+    made = gallery_of(finished(stubs, stubs.upkeep.ReindexGallery(request).operation))
+    get = gallery_pb2.GetGalleryRequest(name=made.name)
+    for gallery in (made, stubs.galleries.GetGallery(get).gallery):
+        (segment,) = gallery.stats.segments
+        assert (gallery.index.structure, segment.structure) == ("hnsw", "exact")
+        assert segment.fallback == gallery_pb2.STRUCTURE_FALLBACK_FEW_ROWS
+    request.index.structure = "exact"
+    (segment,) = gallery_of(finished(stubs, stubs.upkeep.ReindexGallery(request).operation)).stats.segments
+    assert segment.fallback == gallery_pb2.STRUCTURE_FALLBACK_UNSPECIFIED
+
+
 def test_a_gallery_is_copied_and_brought_back(stubs: Stubs, filled: str) -> None:
     name, copy_name = f"galleries/{filled}", f"galleries/{filled}/snapshots/before"
     create = upkeep_pb2.CreateSnapshotRequest(parent=name, snapshot_id="before")
