@@ -2,8 +2,8 @@
 
     {"format": 2, "aliases": {alias: gallery, …}, "sha256": sum of the aliases as compact JSON, by name}
 
-Before that format it held the aliases alone, `{alias: gallery, …}`, which is still read; no change of one byte makes
-one form into the other.
+Before that format it held the aliases alone, `{alias: gallery, …}`, which is still read; no change of one byte
+makes one form into the other.
 """
 
 from __future__ import annotations
