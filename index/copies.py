@@ -26,6 +26,8 @@ from index.segments import segment_path, sync_folder
 from index.sums import FileSum, copy_file
 
 CONTENTS = "copy.json"
+PARTIAL = ".partial-"
+"""What stands in the name of a folder in which a copy is made."""
 
 _PAGES_AT_ONCE = 2048
 _OTHER = "restore another snapshot, or put this one back from a backup"
@@ -48,7 +50,7 @@ def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
     """
     if folder.exists():
         raise AlreadyExists(f"there is something at {folder} already; name a new folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}{os.getpid()}")
     step = live.steps(on_progress)
     try:
         shutil.rmtree(partial, ignore_errors=True)
