@@ -90,8 +90,12 @@ class SideStore:
             self._close()  # one that was brought back is to be read anew
             raise
         except sqlite3.OperationalError as error:
-            # Nothing that we ask, but the file has lost its tables under us.
             self._close()
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_ERROR:  # of the machine, not of what is stored
+                raise StorageFailed(
+                    f"{self.path} could not be used: {error} ({error.sqlite_errorname}); nothing was changed, try again"
+                ) from error
+            # Nothing that we ask, but the file has lost its tables under us.
             raise damaged(self.path, str(error), self._advice) from error
 
     def _opened(self, *, whole: bool) -> sqlite3.Connection:
