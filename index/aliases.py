@@ -15,7 +15,7 @@ from pathlib import Path
 
 from embedding.errors import DamagedData, LookalikeError, NotFound, StorageFailed
 from index import alias_file
-from index.engine import GalleryCatalog
+from index.engine_catalog import GalleryCatalog
 from index.items import check_gallery_id
 
 FILE = ".aliases.json"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
 from index.copies import CONTENTS, PARTIAL, altered, missing, read_contents
-from index.engine import GalleryCatalog, GalleryEngine, OnProgress
+from index.engine import GalleryEngine, OnProgress
+from index.engine_catalog import GalleryCatalog
 from index.items import GALLERY_ID, check_gallery_id
 
 FOLDER = ".snapshots"
