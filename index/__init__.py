@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from index.catalog import Catalog
 from index.deadline import Deadline
-from index.engine import Exact, Filter, Found, GalleryCatalog, GalleryEngine, IndexSettings, Progress, Raw, Recall
+from index.engine import Exact, Filter, Found, GalleryEngine, IndexSettings, Progress, Raw, Recall
+from index.engine_catalog import GalleryCatalog
 from index.gallery import Gallery
 from index.items import (
     JSON,

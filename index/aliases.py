@@ -7,18 +7,16 @@ root/.aliases.damaged-….json    what was found damaged, set aside
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from embedding.errors import DamagedData, InvalidInput, LookalikeError, NotFound, StorageFailed
-from index.engine import GalleryCatalog
+from embedding.errors import DamagedData, LookalikeError, NotFound, StorageFailed
+from index import alias_file
+from index.engine_catalog import GalleryCatalog
 from index.items import check_gallery_id
-from index.segments import sync_folder
 
 FILE = ".aliases.json"
 COPY = ".aliases.copy.json"
@@ -75,7 +73,7 @@ class Aliases:
         copy = self._path.with_name(COPY)
         with self._changing:
             try:
-                found, why = _read(self._path), f"{self._path} is missing"
+                found, why = alias_file.read(self._path), f"{self._path} is missing"
             except StorageFailed as error:
                 if not copy.is_file():
                     raise  # the disk has its own reasons, and its own remedies
@@ -93,9 +91,24 @@ class Aliases:
                     return
                 _log.warning("%s; the aliases of %s count", why, copy)
                 self._renew(found)
-            elif found and not self._read_only and _or_none(copy) != found:
-                self._copy(found)  # a version before this one wrote, or a crash came between the two
+            elif found is not None and not self._read_only:
+                self._bring_up(found)
             self._read_targets, self._damage = found or {}, None
+
+    def _bring_up(self, targets: Mapping[str, str]) -> None:
+        """Write what a version before this one wrote without a sum, or not at all, or a crash has left behind."""
+        wanted = alias_file.text_of(targets)
+        try:
+            if self._path.read_bytes() != wanted:
+                alias_file.write(self._path, targets)
+        except OSError as error:  # it has just been read, and counts as it is
+            _log.warning("%s cannot be written anew: %s", self._path, error.strerror or error)
+        try:
+            is_same = self._path.with_name(COPY).read_bytes() == wanted
+        except OSError:
+            is_same = False
+        if not is_same:
+            self._copy(targets)
 
     def _renew(self, targets: Mapping[str, str]) -> None:
         """Set a damaged file aside and write another."""
@@ -104,13 +117,13 @@ class Aliases:
         try:
             if self._path.exists():
                 self._path.rename(self._path.with_name(f"{ASIDE}{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}.json"))
-            _replace(self._path, targets)
+            alias_file.write(self._path, targets)
         except OSError as error:
             _log.warning("%s cannot be written anew: %s", self._path, error.strerror or error)
 
     def _copy(self, targets: Mapping[str, str]) -> None:
         try:
-            _replace(self._path.with_name(COPY), targets)
+            alias_file.write(self._path.with_name(COPY), targets)
         except OSError as error:  # the aliases themselves are written
             _log.warning("the copy of %s cannot be written: %s", self._path, error.strerror or error)
 
@@ -164,7 +177,7 @@ class Aliases:
         if self._read_only:
             raise StorageFailed(f"{self._path.parent} is open read-only; open it for writing")
         try:
-            _replace(self._path, targets)
+            alias_file.write(self._path, targets)
         except OSError as error:
             raise StorageFailed(f"the disk refused {self._path}: {error.strerror or error}") from error
         self._read_targets = targets
@@ -188,7 +201,7 @@ def examined(root: Path) -> str:
     """
     path, copy = root / FILE, root / COPY
     try:
-        if _read(path) is not None or not copy.exists():
+        if alias_file.read(path) is not None or not copy.exists():
             return ""
         why = f"{path} is missing"
     except (DamagedData, StorageFailed) as error:
@@ -198,46 +211,11 @@ def examined(root: Path) -> str:
     return why
 
 
-def _replace(path: Path, targets: Mapping[str, str]) -> None:
-    """Write as a whole or not at all. Raises OSError."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(targets, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
-
-
-def _read(path: Path) -> dict[str, str] | None:
-    """None when there is no file. Raises StorageFailed, and DamagedData for what is no list of aliases."""
-    try:
-        targets = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise StorageFailed(f"the disk refused {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise _damaged(path) from error
-    if not isinstance(targets, dict) or not all(isinstance(target, str) for target in targets.values()):
-        raise _damaged(path)
-    try:
-        for name in (*targets, *targets.values()):
-            check_gallery_id(name, field="alias")
-    except InvalidInput as error:
-        raise _damaged(path) from error
-    return targets
-
-
 def _or_none(path: Path) -> dict[str, str] | None:
     try:
-        return _read(path)
+        return alias_file.read(path)
     except LookalikeError:
         return None
-
-
-def _damaged(path: Path) -> DamagedData:
-    return DamagedData(f"{path} is no list of aliases")
 
 
 def _lost(path: Path) -> DamagedData:

@@ -19,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedding.errors import AlreadyExists, DamagedData, StorageFailed
 from index.connections import connect, translated
-from index.engine import OnProgress, Progress
+from index.engine import OnProgress
 from index.live import SEGMENTS, STORE, Live
+from index.progress import Steps, counted
 from index.segments import segment_path, sync_folder
-from index.sums import FileSum
+from index.sums import FileSum, copy_file
 
 CONTENTS = "copy.json"
+PARTIAL = ".partial-"
+"""What stands in the name of a folder in which a copy is made."""
 
 _PAGES_AT_ONCE = 2048
 _OTHER = "restore another snapshot, or put this one back from a backup"
@@ -47,21 +50,26 @@ def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
     """
     if folder.exists():
         raise AlreadyExists(f"there is something at {folder} already; name a new folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    tell = on_progress or _nobody
+    partial = folder.with_name(f".{folder.name}{PARTIAL}{os.getpid()}")
+    step = live.steps(on_progress)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with live.still():  # so that the segments that the copied store names are still there
-            _copy_store(live.store.path, partial / STORE, tell)
+        with live.still(step):  # so that the segments that the copied store names are still there
+            _copy_store(live.store.path, partial / STORE, step)
             generation, digests = _named(partial / STORE)
-            for at, digest in enumerate(digests):
-                tell(Progress(stage="copying segments", done=at, total=len(digests)))
-                source = segment_path(live.segments_folder, digest)
-                shutil.copytree(source, segment_path(partial / SEGMENTS, digest), copy_function=shutil.copyfile)
+            sources = [segment_path(live.segments_folder, digest) for digest in digests]
+            copied = counted(step, "copying segments", sum(map(_bytes_below, sources)))
+            for digest, source in zip(digests, sources, strict=True):
+                target = segment_path(partial / SEGMENTS, digest)
+                target.mkdir(parents=True)
+                for path in source.iterdir():
+                    copy_file(path, target / path.name, copied)
+        summed = counted(step, "summing", _bytes_below(partial))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         contents = Contents(
-            generation=generation, files={str(path.relative_to(partial)): FileSum.of(_synced(path)) for path in files}
+            generation=generation,
+            files={str(path.relative_to(partial)): FileSum.of(_synced(path), summed) for path in files},
         )
         (partial / CONTENTS).write_text(contents.model_dump_json(indent=1))
         _synced(partial / CONTENTS)
@@ -114,19 +122,20 @@ def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> Non
 
     Raises DamagedData when the snapshot is not whole, OSError when the disk refuses.
     """
-    tell = on_progress or _nobody
+    step = Steps(target.name, lambda: False, on_progress)
     try:
         contents = read_contents(folder)
     except DamagedData as error:
         raise DamagedData(f"{folder} is no whole snapshot: {error}; {_OTHER}") from error
-    for at, (name, wanted) in enumerate(contents.files.items()):
-        tell(Progress(stage="restoring", done=at, total=len(contents.files)))
+    # Each file is read twice: what has been copied is checked, not what was there before.
+    read = counted(step, "restoring", 2 * sum(wanted.bytes for wanted in contents.files.values()))
+    for name, wanted in contents.files.items():
         source, copied = folder / name, target / name
         if not source.resolve().is_relative_to(folder.resolve()) or not source.is_file():
             raise DamagedData(f"{source} of the snapshot is missing; {_OTHER}")
         copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, copied)
-        if FileSum.of(copied) != wanted:  # what has been copied is checked, not what was there before
+        copy_file(source, copied, read)
+        if FileSum.of(copied, read) != wanted:
             raise DamagedData(f"{source} does not agree with its checksum; {_OTHER}")
     if STORE not in contents.files:
         raise DamagedData(f"the snapshot {folder} holds no {STORE}; {_OTHER}")
@@ -144,9 +153,13 @@ def read_copy(folder: Path, target: Path, on_progress: OnProgress | None) -> Non
         connection.commit()
 
 
-def _copy_store(source: Path, target: Path, tell: OnProgress) -> None:
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _copy_store(source: Path, target: Path, step: Steps) -> None:
     def progress(_: int, remaining: int, total: int) -> None:
-        tell(Progress(stage="copying the store", done=total - remaining, total=total))
+        step("copying the store", total - remaining, total)
 
     with translated(source), closing(connect(source, read_only=True)) as reader:
         reader.execute("BEGIN")  # one moment, however long it takes
@@ -166,7 +179,3 @@ def _synced(path: Path) -> Path:
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return path
-
-
-def _nobody(_: Progress) -> None:
-    return None

@@ -1,7 +1,7 @@
 """What every gallery engine can do: the one interface that the embedded engine and others implement.
 
-`Gallery` and `Catalog` are the embedded implementation. Callers (service, command line, batch jobs) name these
-protocols alone. One contract suite, tests/index/contract.py, runs over every implementation.
+`Gallery` is the embedded implementation; a set of galleries is `index.engine_catalog`. Callers (service, command line,
+batch jobs) name these protocols alone. One contract suite, tests/index/contract.py, runs over every implementation.
 
 Promised by every engine:
 - A write that has returned is durable, and every search begun afterwards shows it.
@@ -16,14 +16,12 @@ Shapes: Q queries, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 from embedding.decision import Judge, Vectors
-from embedding.errors import LookalikeError
 from index.deadline import Deadline
 from index.items import MAX_MATCHES, Item, ModelRef, Neighbors
 from index.receipts import Receipt, Token
@@ -96,6 +94,9 @@ Precision: TypeAlias = Literal["float32", "float16"]
 
 Structure: TypeAlias = Literal["auto", "exact", "hnsw", "ivf-flat", "ivf-sq8", "ivf-pq"]
 
+Fallback: TypeAlias = Literal["", "few-rows", "odd-width", "sealed-before"]
+"""Why a sealed part has another structure than the one asked for by name; "" where it has that, or "auto" chose."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexSettings:
@@ -158,6 +159,7 @@ class SegmentStats:
     """Rows whose item has since been deleted or overwritten."""
     structure: Structure
     """Never "auto"."""
+    fallback: Fallback = ""
     disk_bytes: int
     memory_bytes: int
     """What its structure takes in memory; vectors are mapped and not counted."""
@@ -391,53 +393,3 @@ class Receipting(GalleryEngine, Protocol):
 
     def configure(self, settings: IndexSettings, *, token: Token | None = None) -> None:
         """As `GalleryEngine.configure`; an empty answer is kept under `token`."""
-
-
-class GalleryCatalog(Protocol):
-    """A set of galleries of one engine, by name."""
-
-    def create(
-        self,
-        gallery_id: str,
-        model: ModelRef,
-        *,
-        settings: IndexSettings | None = None,
-        publishing: AbstractContextManager[None] | None = None,
-    ) -> GalleryEngine:
-        """Make an empty gallery. Raises AlreadyExists.
-
-        It gets its name within `publishing`, entered when all else is done; what that raises leaves no gallery.
-        """
-
-    def get(self, gallery_id: str, *, model: ModelRef | None = None) -> GalleryEngine:
-        """The gallery of this name. Raises NotFound, ModelMismatch, or DamagedData where it cannot be opened."""
-
-    def opened(self, gallery_id: str) -> GalleryEngine | None:
-        """The gallery of this name where that needs neither the disk nor another machine, else None."""
-
-    def list(self) -> Sequence[GalleryEngine]:
-        """The galleries that can be opened, by name."""
-
-    def survey(self) -> tuple[Sequence[GalleryEngine], Mapping[str, LookalikeError]]:
-        """The galleries that can be opened, by name, and why each of the others cannot."""
-
-    def verify(self, gallery_id: str, *, repair: bool = False, on_progress: OnProgress | None = None) -> Verification:
-        """`GalleryEngine.verify`, also of a gallery that cannot be opened. Raises NotFound."""
-
-    def delete(self, gallery_id: str) -> None:
-        """Delete a gallery, damaged or not. Raises NotFound."""
-
-    def restore(
-        self,
-        gallery_id: str,
-        folder: Path,
-        *,
-        on_progress: OnProgress | None = None,
-        publishing: AbstractContextManager[None] | None = None,
-    ) -> GalleryEngine:
-        """A new gallery from a snapshot, named within `publishing` as by `create`.
-
-        Raises AlreadyExists, and DamagedData when the snapshot is not whole.
-        """
-
-    def close(self) -> None: ...

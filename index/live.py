@@ -25,10 +25,11 @@ from index.deadline import Deadline
 from index.engine import IndexSettings, OnProgress, Precision
 from index.group_commit import WriteQueue
 from index.planner import CROSSOVER, plan_segment
+from index.progress import LOOK_SECONDS, Steps
 from index.reading import SealedRange
 from index.receipts import Token
 from index.rows import LiveRows
-from index.sealing import Telling, living_rows, moved_most, told
+from index.sealing import living_rows, moved_most, told
 from index.segments import Blocks, Planned, Segment, open_segment, remove_segments, segment_path, write_segment
 from index.snapshot import Part, Snapshot
 from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
@@ -141,10 +142,19 @@ class Live:
             yield self.snapshot
 
     @contextmanager
-    def still(self) -> Iterator[None]:
-        """No segment is written or removed within."""
-        with self._sealing:
+    def still(self, step: Steps) -> Iterator[None]:
+        """No segment is written or removed within; while it waits for that, `step` may break off."""
+        while not self._sealing.acquire(timeout=LOOK_SECONDS):
+            step("waiting", 0, 0)
+        try:
+            step("beginning", 0, 0)
             yield
+        finally:
+            self._sealing.release()
+
+    def steps(self, on_progress: OnProgress | None) -> Steps:
+        """Tells how far work on this gallery is, and ends it when the gallery closes."""
+        return Steps(self.id, lambda: self.closed, on_progress)
 
     # Sealing
 
@@ -154,8 +164,8 @@ class Live:
         With `anew` even where there is nothing to merge. Writers wait for the last step alone.
         """
         self._check_writable()
-        with self._sealing:
-            step = Telling(self.id, lambda: self.closed, on_progress)
+        step = self.steps(on_progress)
+        with self.still(step):
             with self.write_lock():
                 since, sealed = self.snapshot, list(self._sealed)
                 last_key = self.store.header.next_key - 1
@@ -207,8 +217,8 @@ class Live:
         First without a structure, which takes no longer than reading the store, so that what is damaged answers no
         longer than that.
         """
-        with self._sealing:
-            step = Telling(self.id, lambda: self.closed, on_progress)
+        step = self.steps(on_progress)
+        with self.still(step):
             with self.write_lock():
                 generation, size = self.snapshot.generation, self.snapshot.size
                 last_key = self.store.header.next_key - 1
@@ -381,7 +391,7 @@ class Live:
         first = next(blocks, None)  # from here on what it reads is of this generation
         return chain([first], blocks) if first is not None else []
 
-    def _write_segment(self, rows: Blocks, generation: int, step: Telling, *, moved: float) -> Segment:
+    def _write_segment(self, rows: Blocks, generation: int, step: Steps, *, moved: float) -> Segment:
         settings = self.settings
         return self._write(
             rows,

@@ -23,7 +23,6 @@ from index.engine import (
     Items,
     OnProgress,
     Problem,
-    Progress,
     SegmentStats,
     Stats,
     Verification,
@@ -44,6 +43,7 @@ from index.milvus_filters import expression
 from index.milvus_rows import WHOLE, Record
 from index.milvus_search import Answer, Asking
 from index.milvus_store import MilvusStore, no_item
+from index.progress import Steps
 from index.schema import as_datetime
 from index.telling import Telling
 
@@ -264,16 +264,23 @@ class MilvusGallery:
         wrong: list[str] = []
         seen = 0
         names: set[str] = set()
+        twice: list[str] = []
+        all_unit = True
+        step = Steps(self.id, lambda: self.closed, on_progress)
         with self._store.view() as record:
             for rows in self._store.scan(record, "", WHOLE):
-                if on_progress:
-                    on_progress(Progress(stage="comparing", done=seen, total=record.size))
+                step("comparing", seen, record.size)
                 seen += len(rows)
-                twice = [row["name"] for row in rows if row["name"] in names]
-                wrong += [f"item {name!r} is there twice" for name in twice]
-                names.update(row["name"] for row in rows)
-                if rows and not _are_unit(np.array([row["vector"] for row in rows], np.float32)):
-                    wrong.append("there are vectors that are not of unit length")
+                for row in rows:
+                    if row["name"] in names:
+                        twice.append(row["name"])
+                    names.add(row["name"])
+                if rows:
+                    all_unit = all_unit and _are_unit(np.array([row["vector"] for row in rows], np.float32))
+            if twice:
+                wrong.append(f"{len(twice)} items are there twice, {twice[0]!r} among them")
+            if not all_unit:
+                wrong.append("there are vectors that are not of unit length")
             if seen != record.size:
                 wrong.append(f"the record says {record.size} items and {seen} are there")
         repaired = repair and seen != record.size and len(wrong) == 1

@@ -19,7 +19,7 @@ import numpy as np
 
 from embedding.decision import Vectors
 from index import approximate, exact
-from index.engine import Effort, Exact, IndexSettings, Raw, Recall
+from index.engine import Effort, Exact, Fallback, IndexSettings, Raw, Recall
 from index.engine import Structure as Kind
 from index.exact import Hit, Rows, Span
 from index.halves import HalfRows, Stored
@@ -38,6 +38,9 @@ refined, and a search takes two thirds of the time."""
 HNSW_MOST = 250_000
 """Rows beyond which a graph takes minutes to build; asked for by name it is built all the same."""
 
+FEWEST = 800
+"""Rows below which no structure is built, not even one asked for by name: too few to train on and to measure with."""
+
 KS = (10, 100)
 """Numbers of neighbours that recall is measured for; more are searched exactly."""
 
@@ -45,7 +48,6 @@ _QUERIES = {10: 1000, 100: 200}  # more of them bring what is certain of a recal
 _FIRST = 200
 _LOW = 0.97
 _HELD_OUT = max(_QUERIES.values())
-_FEWEST = 800  # rows, of which half are queries
 _MATCHED = 100  # queries whose matches are looked for
 _TIMED = 25
 _RESCORES = {10: (1, 2, 4, 6, 8, 16, 32), 100: (1, 2, 4)}
@@ -137,9 +139,9 @@ def _kinds(settings: IndexSettings, rows: int, width: int) -> list[Kind]:
     """Structures to try, the most promising first."""
     if settings.structure == "exact":
         return []
-    pairs = width % 2 == 0 and width >= 16
+    pairs = _has_pairs(width)
     if settings.structure != "auto":
-        if rows < _FEWEST:
+        if rows < FEWEST:
             return []
         return ["ivf-sq8" if settings.structure == "ivf-pq" and not pairs else settings.structure]
     if rows < CROSSOVER:
@@ -152,6 +154,22 @@ def _kinds(settings: IndexSettings, rows: int, width: int) -> list[Kind]:
     return [
         kind for kind in wanted if settings.memory_bytes is None or _bytes(kind, rows, width) <= settings.memory_bytes
     ]
+
+
+def fallback(asked: Kind, has: Kind, *, rows: int, width: int) -> Fallback:
+    """Why a segment of so many rows has this structure while another is asked for now."""
+    if asked in {"auto", has}:
+        return ""
+    if asked != "exact" and has == "exact" and rows < FEWEST:
+        return "few-rows"
+    if (asked, has) == ("ivf-pq", "ivf-sq8") and not _has_pairs(width):
+        return "odd-width"
+    return "sealed-before"
+
+
+def _has_pairs(width: int) -> bool:
+    """Whether codes of pairs of values can be made."""
+    return width % 2 == 0 and width >= 16
 
 
 def _bytes(kind: Kind, rows: int, width: int) -> int:

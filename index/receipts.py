@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from embedding.errors import RequestIdReused
+from embedding.errors import DamagedData, RequestIdReused
 from index.items import Item
 from index.schema import now_us
 
@@ -105,4 +105,11 @@ def packed(answer: bytes) -> bytes:
 
 
 def unpacked(kept: bytes) -> bytes:
-    return kept[1:] if kept[:1] == _PLAIN else zlib.decompress(kept[1:])
+    """The answer. Raises DamagedData."""
+    try:
+        return kept[1:] if kept[:1] == _PLAIN else zlib.decompress(kept[1:])
+    except zlib.error as error:
+        raise DamagedData(
+            "the answer kept for this request is damaged; what it wrote is there: look, and write on under another "
+            "request_id"
+        ) from error

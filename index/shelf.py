@@ -15,11 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
-from index.copies import CONTENTS, altered, missing, read_contents
-from index.engine import GalleryCatalog, GalleryEngine, OnProgress
+from index.copies import CONTENTS, PARTIAL, altered, missing, read_contents
+from index.engine import GalleryEngine, OnProgress
+from index.engine_catalog import GalleryCatalog
 from index.items import GALLERY_ID, check_gallery_id
 
 FOLDER = ".snapshots"
+_DELETED = ".deleted-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,14 @@ class Shelf:
 
     def __init__(self, root: Path) -> None:
         self._root = root / FOLDER
+
+    def clear_away(self) -> None:
+        """Remove what a crash has left of a copy or a deletion; for the process alone that holds the folder."""
+        with suppress(OSError):  # it takes room, and nobody sees it
+            for folder in self._root.iterdir() if self._root.is_dir() else ():
+                for path in folder.iterdir() if folder.is_dir() else ():
+                    if path.name.startswith(_DELETED) or (path.name.startswith(".") and PARTIAL in path.name):
+                        shutil.rmtree(path, ignore_errors=True)
 
     def create(self, gallery: GalleryEngine, snapshot_id: str, *, on_progress: OnProgress | None = None) -> Copy:
         """Copy a gallery at one generation. Raises AlreadyExists."""
@@ -116,7 +126,7 @@ class Shelf:
         folder = self._path(gallery_id, snapshot_id)
         if not folder.is_dir():
             raise NotFound(f"no snapshot {snapshot_id!r} of gallery {gallery_id!r} here", field="name")
-        gone = folder.with_name(f".deleted-{uuid.uuid4().hex}")
+        gone = folder.with_name(f"{_DELETED}{uuid.uuid4().hex}")
         try:
             folder.rename(gone)
             shutil.rmtree(gone)

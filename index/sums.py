@@ -11,10 +11,16 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
+
+OnBytes: TypeAlias = Callable[[int], None]
+"""Told how many bytes more have been read; what it raises ends the reading."""
+
+_PIECE = 2**20
 
 
 class FileSum(BaseModel):
@@ -26,17 +32,35 @@ class FileSum(BaseModel):
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> Self:
-        """Raises OSError."""
-        with path.open("rb") as file:
-            return cls(sha256=hashlib.file_digest(file, "sha256").hexdigest(), bytes=file.tell())
+    def of(cls, path: Path, on_bytes: OnBytes | None = None) -> Self:
+        """Raises OSError, and what `on_bytes` raises."""
+        digest, count = hashlib.sha256(), 0
+        piece = memoryview(bytearray(_PIECE))
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(piece):
+                digest.update(piece[:read])
+                count += read
+                if on_bytes:
+                    on_bytes(read)
+        return cls(sha256=digest.hexdigest(), bytes=count)
+
+
+def copy_file(source: Path, target: Path, on_bytes: OnBytes | None = None) -> None:
+    """Copy a file's bytes. Raises OSError, and what `on_bytes` raises."""
+    piece = memoryview(bytearray(_PIECE))
+    with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
+        while read := reader.readinto(piece):
+            writer.write(piece[:read])
+            if on_bytes:
+                on_bytes(read)
 
 
 class Sums:
     """Sums of the files below one folder, kept in a file of it; None of them is needed, all can be made again."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, on_bytes: OnBytes | None = None) -> None:
         self._path = path
+        self._on_bytes = on_bytes
         self._known: dict[str, list[int | str]] = {}
         self._changed = False
         self._lock = threading.Lock()
@@ -48,9 +72,9 @@ class Sums:
                 pass  # missing, or not ours: everything is summed anew
 
     @classmethod
-    def none(cls) -> Self:
-        """Sums that are never remembered."""
-        return cls(None)
+    def none(cls, on_bytes: OnBytes | None = None) -> Self:
+        """Sums that are never remembered, and made in the sight of `on_bytes`."""
+        return cls(None, on_bytes)
 
     def of(self, path: Path) -> FileSum:
         """The sum of a file. Raises OSError."""
@@ -61,7 +85,7 @@ class Sums:
             known = self._known.get(name)
         if known is not None and known[:4] == stamp:
             return FileSum(bytes=stat.st_size, sha256=str(known[4]))
-        found = FileSum.of(path)
+        found = FileSum.of(path, self._on_bytes)
         if self._path is not None:
             with self._lock:
                 self._known[name] = [*stamp, found.sha256]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +13,33 @@ from embedding.errors import DamagedData
 from index.connections import connect, translated
 from index.engine import OnProgress, Problem, Verification
 from index.live import SEGMENTS, STORE, Live
-from index.sealing import Telling
-from index.segments import open_segment, segment_path
+from index.progress import LOOK_SECONDS, Steps, counted
+from index.segments import MANIFEST, open_segment, segment_path
+from index.sums import Sums
 
-_ROWS_AT_ONCE = 4096
+_CHECK = "PRAGMA integrity_check(1)"
 
 
 def verify(live: Live, *, repair: bool, on_progress: OnProgress | None) -> Verification:
     """Check the store with SQLite's own check, every segment against its sums, and its vectors against the store.
 
     With `repair`, what can be made again from the store is. Raises nothing for what it finds: it is in the answer.
+    What `on_progress` raises, and closing, end it within a fraction of a second.
     """
     files = 1
-    step = Telling(live.id, lambda: live.closed, on_progress)
-    with live.still():
-        is_whole = _is_whole(live)
+    step = live.steps(on_progress)
+    with live.still(step):
+        is_whole = _is_whole(live, step)
         store_problems = [] if is_whole else [_damaged_store(live)]
         segments_wrong: list[tuple[str, str]] = []
         snapshot = live.snapshot
         sealed = [part.segment for part in snapshot.parts if part.segment is not None]
         named = live.store.segments()
-        for at, one in enumerate(named):
-            step("summing", at, len(named))
+        paths = [segment_path(live.segments_folder, one.digest) for one in named]
+        sums = Sums.none(counted(step, "summing", sum(map(_bytes_in, paths))))
+        for one in named:
             try:
-                segment = open_segment(live.segments_folder, one.digest, decisive=live.store.embeddings)
+                segment = open_segment(live.segments_folder, one.digest, decisive=live.store.embeddings, sums=sums)
                 files += len(segment.manifest.files) + 1
             except DamagedData as error:
                 segments_wrong.append((_below(live, segment_path(live.segments_folder, one.digest)), str(error)))
@@ -60,10 +64,32 @@ def _below(live: Live, path: Path) -> str:
     return str(path.relative_to(live.folder))
 
 
-def _is_whole(live: Live) -> bool:
+def _bytes_in(folder: Path) -> int:
+    """Of the files that its manifest sums; what cannot be seen counts nothing, and is told of when it is opened."""
+    found = 0
+    with suppress(OSError):
+        for path in folder.iterdir():
+            found += path.stat().st_size if path.name != MANIFEST else 0
+    return found
+
+
+def _is_whole(live: Live, step: Steps) -> bool:
+    """SQLite's own check, in a thread beside: while it walks through pages it calls nobody back, but can be stopped."""
     try:
-        with translated(live.store.path), closing(connect(live.store.path, read_only=True)) as connection:
-            (answer,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        with (
+            translated(live.store.path),
+            closing(connect(live.store.path, read_only=True)) as connection,
+            ThreadPoolExecutor(1, thread_name_prefix="verify") as beside,
+        ):
+            checking = beside.submit(lambda: connection.execute(_CHECK).fetchone())
+            try:
+                while not wait([checking], LOOK_SECONDS).done:
+                    step("checking the store", 0, 0)
+            except BaseException:
+                while not wait([checking], LOOK_SECONDS).done:
+                    connection.interrupt()  # again and again: one that comes before it has begun is lost
+                raise
+            (answer,) = checking.result()
             return bool(answer == "ok")
     except (DamagedData, sqlite3.DatabaseError):
         return False
@@ -77,7 +103,7 @@ def _damaged_store(live: Live) -> Problem:
     )
 
 
-def _differing(live: Live, step: Telling) -> tuple[list[str], list[str]]:
+def _differing(live: Live, step: Steps) -> tuple[list[str], list[str]]:
     """What the rows in use and the store say differently of one generation, and what is wrong in the store itself."""
     with live.pause() as snapshot:
         items = live.store.vectors(0)

@@ -139,11 +139,14 @@ class Engine:
         except BaseException:
             opened.close()
             raise
+        shelf = Shelf(root)
+        if not read_only and not follow:
+            shelf.clear_away()
         return cls(
             encoder=encoder,
             catalog=opened,
             aliases=aliases,
-            shelf=Shelf(root),
+            shelf=shelf,
             thumbnails=thumbnails,
             max_pixels=max_pixels,
         )

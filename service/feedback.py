@@ -62,7 +62,7 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
             _check_distinct(read)
 
             def record() -> pb.RecordFeedbackResponse:
-                known = gathered([*here, *self._store.calibrations({each.model for each in read})])
+                known = gathered(self._store.calibrations({each.model for each in read}, here))
                 checked = _checked(request.feedback, read, known)
                 answer = self._store.record(checked, _recorded, token_of(request), calibrations=here)
                 return pb.RecordFeedbackResponse.FromString(answer)

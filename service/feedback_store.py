@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TypeAlias
 
 from embedding.calibration import Calibration
-from embedding.errors import NotFound
+from embedding.errors import DamagedData, NotFound
 from embedding.feedback import Feedback
 from index.receipts import Book, Token, find
 from index.schema import as_datetime, now_us
-from service.side_store import RECEIPTS_IF_NEEDED, SideStore, reading
+from service.calibration_texts import CalibrationTexts
+from service.side_store import RECEIPTS_IF_NEEDED, SideStore, damaged, reading
 
 FILE = ".feedback.sqlite"
 
@@ -56,6 +57,9 @@ _COLUMNS = (
     "candidates, updated_us"
 )
 
+Named: TypeAlias = tuple[str, str, Calibration]
+"""A calibration with the name and the fingerprint of its model."""
+
 Kept = tuple[int, Feedback]
 """With the number that its name holds."""
 
@@ -68,15 +72,31 @@ class FeedbackStore:
 
     def __init__(self, galleries: Path) -> None:
         self._store = SideStore(galleries / FILE, TABLES, advice=ADVICE)
+        self._texts = CalibrationTexts()
 
-    def calibrations(self, models: Collection[str]) -> list[tuple[str, str, Calibration]]:
-        """Those of these models that `record` was given at any time: model, fingerprint, calibration."""
+    def calibrations(self, models: Collection[str], here: Sequence[Named] = ()) -> list[Named]:
+        """Those that are `here`, and those of these models that `record` was given at any time, none of them twice."""
+        texts = self._texts.of([calibration for _, _, calibration in here])
+        known = {(named[0], text.digest): named for named, text in zip(here, texts, strict=True)}
         with self._store.transaction() as connection:
             rows = connection.execute(
-                "SELECT model, fingerprint, text FROM calibrations WHERE model IN (SELECT value FROM json_each(?))",
+                "SELECT model, digest, fingerprint FROM calibrations WHERE model IN (SELECT value FROM json_each(?))",
                 (json.dumps(sorted(models)),),
             ).fetchall()
-        return [(model, fingerprint, Calibration.model_validate_json(text)) for model, fingerprint, text in rows]
+            for model, digest, fingerprint in rows:
+                if (model, digest) in known:
+                    continue
+                calibration = self._texts.read(digest)
+                if calibration is None:
+                    (text,) = connection.execute(
+                        "SELECT text FROM calibrations WHERE model = ? AND digest = ?", (model, digest)
+                    ).fetchone()
+                    try:
+                        calibration = self._texts.parsed(text, digest)
+                    except DamagedData as error:
+                        raise self._store.damaged(str(error)) from error
+                known[model, digest] = model, fingerprint, calibration
+        return list(known.values())
 
     def record(
         self,
@@ -84,22 +104,24 @@ class FeedbackStore:
         form: Callable[[Sequence[Kept]], bytes],
         token: Token | None = None,
         *,
-        calibrations: Iterable[tuple[str, str, Calibration]] = (),
+        calibrations: Sequence[Named] = (),
     ) -> bytes:
         """Store all of it, durably, or with a token what was answered before; what `form` makes of it is the answer.
 
         `time` is set to now. `calibrations`, as they are given back, are remembered: feedback on their decisions may
         come when their bundles are gone. Raises RequestIdReused.
         """
+        texts = self._texts.of([calibration for _, _, calibration in calibrations])
         with self._store.transaction() as connection:
             if token is not None and (answer := find(connection, token)) is not None:
                 return answer
-            for model, fingerprint, calibration in calibrations:
-                text = calibration.model_dump_json(exclude={"held_out"})
-                connection.execute(
-                    "INSERT OR IGNORE INTO calibrations VALUES (?, ?, ?, ?)",
-                    (model, fingerprint, hashlib.sha256(text.encode()).hexdigest(), text),
-                )
+            there = set(connection.execute("SELECT model, digest FROM calibrations"))
+            for (model, fingerprint, _), text in zip(calibrations, texts, strict=True):
+                if (model, text.digest) not in there:
+                    there.add((model, text.digest))
+                    connection.execute(
+                        "INSERT INTO calibrations VALUES (?, ?, ?, ?)", (model, fingerprint, text.digest, text.text)
+                    )
             now = now_us()
             kept: list[Kept] = []
             for each in feedback:
@@ -135,7 +157,7 @@ class FeedbackStore:
     def page(self, after: int, size: int, model: str = "") -> list[Kept]:
         """Up to `size` by rising number, those after `after`; of one model, when it is named."""
         with self._store.transaction() as connection:
-            return [(row[0], _feedback(row[1:])) for row in _select(connection, after, size, model)]
+            return [(row[0], _feedback(row, self._store.path)) for row in _select(connection, after, size, model)]
 
     def delete(self, number: int) -> None:
         """Raises NotFound."""
@@ -157,7 +179,7 @@ def read_feedback(galleries: Path) -> Iterator[Feedback]:
         raise NotFound(f"no feedback was recorded in {galleries}; record some with RecordFeedback")
     with reading(path, TABLES, advice=ADVICE) as connection:
         for row in _select(connection, 0, -1, ""):
-            yield _feedback(row[1:])
+            yield _feedback(row, path)
 
 
 def _select(connection: sqlite3.Connection, after: int, size: int, model: str) -> sqlite3.Cursor:
@@ -167,8 +189,15 @@ def _select(connection: sqlite3.Connection, after: int, size: int, model: str) -
     )
 
 
-def _feedback(row: tuple[str, str, str, int, float, float, str, int, str, float | None, int, int]) -> Feedback:
+def _feedback(
+    row: tuple[int, str, str, str, int, float, float, str, int, str, float | None, int, int], path: Path
+) -> Feedback:
+    """Raises DamagedData for what `record` cannot have written."""
     names = _COLUMNS.split(", ")
-    values: dict[str, object] = dict(zip(names, row, strict=True))
-    time: datetime = as_datetime(int(str(values.pop("updated_us"))))
-    return Feedback.model_validate({**values, "is_match": bool(values["is_match"]), "time": time})
+    number, *rest = row
+    values: dict[str, object] = dict(zip(names, rest, strict=True))
+    try:
+        time: datetime = as_datetime(int(str(values.pop("updated_us"))))
+        return Feedback.model_validate({**values, "is_match": bool(values["is_match"]), "time": time})
+    except (ValueError, OverflowError) as error:
+        raise damaged(path, f"feedback {number} in it is none", ADVICE) from error

@@ -45,6 +45,8 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             settings = parse.index_settings(request.index, "index") if request.HasField("index") else None
             engine = self._serving.current.engine
             token = token_of(request)
+            if (before := self._operations.begun(token)) is not None:
+                return pb.ReindexGalleryResponse(operation=_told(before))
             gallery_id = await self._existing(name, "name")
             if request.validate_only:
                 return pb.ReindexGalleryResponse()
@@ -221,7 +223,8 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
     ) -> operations_pb2.Operation:
         async with translated_errors(context):
             operation = self._named(request.name)
-            asked = request.timeout.ToTimedelta().total_seconds() if request.HasField("timeout") else MAX_WAIT_SECONDS
+            timeout = request.timeout  # of any length: the longest is no interval of Python's
+            asked = timeout.seconds + timeout.nanos / 1e9 if request.HasField("timeout") else MAX_WAIT_SECONDS
             ends = asyncio.get_running_loop().time() + min(max(asked, 0.0), MAX_WAIT_SECONDS)
             while not operation.done and asyncio.get_running_loop().time() < ends:
                 await asyncio.sleep(_LOOK_SECONDS)  # a thread that waits would be one less for searches

@@ -88,6 +88,7 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self._file = Watched(path)
+        self._refused = ""  # why, as it was said last
         self._take(read(path))
 
     def of_key(self, key: str) -> Principal:
@@ -119,8 +120,13 @@ class Keys:
         try:
             self._take(read(self._file.path))
         except LookalikeError as error:
-            _log.error("keys not read; those in force stay", reason=str(error))
+            if isinstance(error.__cause__, OSError):
+                self._file.forget()  # a revocation may stand in it
+            if str(error) != self._refused:  # said once
+                _log.error("keys not read; those in force stay", reason=str(error))
+                self._refused = str(error)
             return
+        self._refused = ""
         _log.info("keys read", file=str(self._file.path), keys=len(self._by_id))
 
     def _take(self, file: KeyFile) -> None:

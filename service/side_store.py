@@ -39,6 +39,10 @@ class SideStore:
         self._using = threading.Lock()
         self._connection: sqlite3.Connection | None = None
 
+    def damaged(self, what: str) -> DamagedData:
+        """The error for a store that holds what it cannot have been given."""
+        return damaged(self.path, what, self._advice)
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """What is done within is durable as a whole, or, when anything is raised, undone.
@@ -86,9 +90,13 @@ class SideStore:
             self._close()  # one that was brought back is to be read anew
             raise
         except sqlite3.OperationalError as error:
-            # Nothing that we ask, but the file has lost its tables under us.
             self._close()
-            raise _damaged(self.path, str(error), self._advice) from error
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_ERROR:  # of the machine, not of what is stored
+                raise StorageFailed(
+                    f"{self.path} could not be used: {error} ({error.sqlite_errorname}); nothing was changed, try again"
+                ) from error
+            # Nothing that we ask, but the file has lost its tables under us.
+            raise damaged(self.path, str(error), self._advice) from error
 
     def _opened(self, *, whole: bool) -> sqlite3.Connection:
         """The connection; where it is only made now, and `whole`, every page is looked at."""
@@ -156,11 +164,11 @@ def _check(
     if new:
         wanted = {name: columns for name, columns in wanted.items() if name in found} or (wanted if found else {})
     if missing := {name for name, columns in wanted.items() if not columns <= found.get(name, set())}:
-        raise _damaged(path, f"it lacks columns of {', '.join(sorted(missing))}", advice)
+        raise damaged(path, f"it lacks columns of {', '.join(sorted(missing))}", advice)
     if whole:
         (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if said != "ok":
-            raise _damaged(path, str(said), advice)
+            raise damaged(path, str(said), advice)
 
 
 def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
@@ -170,5 +178,6 @@ def _columns(connection: sqlite3.Connection) -> dict[str, set[str]]:
     }
 
 
-def _damaged(path: Path, what: str, advice: str) -> DamagedData:
+def damaged(path: Path, what: str, advice: str) -> DamagedData:
+    """The error for a store that is not what was written."""
     return DamagedData(f"{path} is damaged ({' '.join(what.split())}); {advice}")

@@ -5,10 +5,12 @@ It holds until the server is started with other bundles than when it was made: w
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,11 +27,23 @@ class Standing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: Literal[1, 2] = 2
+    """1 in files without a sum, of versions before this one."""
     given: tuple[Choice, ...]
     """The bundles that the settings named when it was written, the active one first."""
     active: Choice
     others: tuple[Choice, ...] = ()
+
+    @property
+    def sum(self) -> str:
+        """SHA-256 of all of it: a changed digit would let another calibration answer."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class _Summed(Standing):
+    """As it is written."""
+
+    sha256: str
 
 
 def read(galleries: Path, given: Sequence[Choice]) -> Standing:
@@ -52,10 +66,10 @@ def kept(galleries: Path) -> Standing | None:
     """What the file holds, whatever the settings say; None when nothing was activated. Raises DamagedData."""
     path = galleries / FILE
     try:
-        return Standing.model_validate_json(path.read_text(encoding="utf-8"))
+        return _parsed(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise DamagedData(
             f"{path} cannot be read ({type(error).__name__}); the bundles of the settings answer"
         ) from error
@@ -68,7 +82,7 @@ def write(galleries: Path, standing: Standing) -> None:
     try:
         galleries.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
-            file.write(standing.model_dump_json(indent=1))
+            file.write(_Summed(**dict(standing), sha256=standing.sum).model_dump_json(indent=1))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -79,3 +93,18 @@ def write(galleries: Path, standing: Standing) -> None:
             os.close(descriptor)
     except OSError as error:
         raise StorageFailed(f"the disk refused {path}: {error.strerror or error}; nothing was activated") from error
+
+
+def _parsed(data: bytes) -> Standing:
+    """Raises ValueError for what is not what was written."""
+    try:
+        found = _Summed.model_validate_json(data)
+    except ValidationError:
+        old = Standing.model_validate_json(data)
+        if old.format != 1:
+            raise
+        return old
+    kept = Standing(**{name: getattr(found, name) for name in Standing.model_fields})
+    if found.sha256 != kept.sum:
+        raise ValueError("it does not agree with its checksum")
+    return kept

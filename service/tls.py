@@ -21,7 +21,7 @@ from service.settings import Settings
 
 _log = structlog.get_logger(__name__)
 
-_Stamp = tuple[tuple[int, int, int], ...]
+_Stamp = tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Certificates:
         self._files = files
         self._stamp, self._read = _read(files)
         self._refused: _Stamp | None = None
+        self._said = ""  # why they were not renewed
         self._reading = threading.Lock()  # handshakes run at the same time
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -69,10 +70,13 @@ class Certificates:
                 try:
                     self._stamp, self._read = _read(self._files)
                 except InvalidInput as error:
-                    self._refused = stamp  # say it once
-                    _log.error("certificates not renewed; those in use stay", reason=str(error))
+                    if not isinstance(error.__cause__, OSError) or isinstance(error.__cause__, ssl.SSLError):
+                        self._refused = stamp  # until a file changes; what the disk refused may be read the next time
+                    if str(error) != self._said:  # said once
+                        _log.error("certificates not renewed; those in use stay", reason=str(error))
+                        self._said = str(error)
                     return None
-                self._refused = None
+                self._refused, self._said = None, ""
             _log.info("certificates renewed", certificate=str(self._files.certificate))
             return self._read
         except OSError as error:  # a file is away, as in the middle of its replacement
@@ -116,7 +120,8 @@ def is_loopback(host: str) -> bool:
 
 def _stamp(files: Files) -> _Stamp:
     states = [path.stat() for path in files.named.values()]
-    return tuple((state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
+    # With the time of the last change of mode or owner: files that were refused for these may count now.
+    return tuple((state.st_ctime_ns, state.st_mtime_ns, state.st_size, state.st_ino) for state in states)
 
 
 def _read(files: Files) -> tuple[_Stamp, grpc.ServerCertificateConfiguration]:

@@ -65,6 +65,7 @@ class Tokens:
                 "tokens need jwt_issuer and jwt_audience: others' tokens must not count", field="jwt_issuer"
             )
         self._jwks = Watched(jwks)
+        self._refused = ""  # why, as it was said last
         self._issuer, self._audience = issuer, audience
         self._algorithms, self._leeway = list(algorithms), leeway
         self._scopes_claim, self._prefix = scopes_claim, scope_prefix
@@ -105,11 +106,11 @@ class Tokens:
                 leeway=self._leeway,
                 options={"require": ["exp", "sub", "iss", "aud"]},
             )
+            return self._principal(claims)
         except jwt.ExpiredSignatureError as error:
             raise CredentialsInvalid("the token has expired; get a new one") from error
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise CredentialsInvalid(f"the token does not count here: {' '.join(str(error).split())[:200]}") from error
-        return self._principal(claims)
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
         wanted = _words(claims.get(self._scopes_claim, ()))
@@ -127,8 +128,13 @@ class Tokens:
         try:
             self._keys = _read(self._jwks.path)
         except LookalikeError as error:
-            _log.error("keys of tokens not read; those in use stay", reason=str(error))
+            if isinstance(error.__cause__, OSError):
+                self._jwks.forget()
+            if str(error) != self._refused:  # said once
+                _log.error("keys of tokens not read; those in use stay", reason=str(error))
+                self._refused = str(error)
             return
+        self._refused = ""
         self._known.clear()  # who was known by a key that is gone is known no longer
         _log.info("keys of tokens read", file=str(self._jwks.path), keys=len(self._keys))
 

@@ -16,6 +16,7 @@ class Watched:
         self.path = path
         self._looked = time.monotonic()
         self._stamp = self._state()
+        self._unread = False
 
     def has_changed(self, *, at_once: bool = False) -> bool:
         """Whether it is not what it was when last looked at; `at_once` looks whatever the time."""
@@ -24,11 +25,17 @@ class Watched:
             return False
         self._looked = now
         before, self._stamp = self._stamp, self._state()
-        return self._stamp != before
+        unread, self._unread = self._unread, False
+        return unread or self._stamp != before
 
-    def _state(self) -> tuple[int, int, int] | None:
+    def forget(self) -> None:
+        """It could not be read though it is there: tell of a change at the next look, until it can."""
+        self._unread = True
+
+    def _state(self) -> tuple[int, int, int, int] | None:
         try:
             state = self.path.stat()
         except OSError:
             return None
-        return state.st_mtime_ns, state.st_size, state.st_ino
+        # With the time of the last change of mode or owner: a file that was refused for these may count now.
+        return state.st_ctime_ns, state.st_mtime_ns, state.st_size, state.st_ino

@@ -16,7 +16,7 @@ from embedding import calibration as measured
 from embedding.decision import Decision, Vectors, Verdict
 from embedding.errors import NotFound
 from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor, Unparsed
-from index.engine import Stats, Verification
+from index.engine import Fallback, Stats, Verification
 from index.shelf import Copy
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
@@ -145,6 +145,14 @@ def index_settings(settings: IndexSettings) -> gallery_pb2.IndexSettings:
     )
 
 
+_FALLBACKS: dict[Fallback, gallery_pb2.StructureFallback.ValueType] = {
+    "": gallery_pb2.STRUCTURE_FALLBACK_UNSPECIFIED,
+    "few-rows": gallery_pb2.STRUCTURE_FALLBACK_FEW_ROWS,
+    "odd-width": gallery_pb2.STRUCTURE_FALLBACK_ODD_WIDTH,
+    "sealed-before": gallery_pb2.STRUCTURE_FALLBACK_SEALED_BEFORE,
+}
+
+
 def stats(known: Stats) -> gallery_pb2.GalleryStats:
     return gallery_pb2.GalleryStats(
         fresh_items=known.fresh,
@@ -156,6 +164,7 @@ def stats(known: Stats) -> gallery_pb2.GalleryStats:
                 rows=segment.rows,
                 dead_rows=segment.dead,
                 structure=segment.structure,
+                fallback=_FALLBACKS[segment.fallback],
                 curve=[
                     gallery_pb2.CurvePoint(
                         k=point.k,

@@ -169,4 +169,8 @@ def _commands(out: Path, a: Path, b: Path) -> list[str]:
     quoted = [[word if word == "&" else shlex.quote(str(word)) for word in command] for command in commands]
     environment = Path(os.path.relpath(sys.prefix))
     activate = [] if shutil.which("lookalike") else [f". {shlex.quote(str(environment / 'bin' / 'activate'))}"]
-    return [*activate, *(" ".join(["lookalike", *words]) for words in quoted)]
+    written = [" ".join(["lookalike", *words]) for words in quoted]
+    serving = next(at for at, words in enumerate(quoted) if words[-1] == "&")
+    # A server takes seconds to start, and a command that comes before ends with an error.
+    written.insert(serving + 1, f"until lookalike health {' '.join(target)} > /dev/null; do sleep 1; done")
+    return [*activate, *written]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, TypeAlias
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from embedding.errors import InvalidInput
 from lookalike.cli import options, show
@@ -15,6 +16,9 @@ from lookalike.cli.backend import Backend, open_backend
 from lookalike.types import Operation
 
 _LOOK_SECONDS = 0.2
+
+Draw: TypeAlias = Callable[[str, int, int], None]
+"""Shows the stage of long work, how far that is, and how far it has to go; 0 when that is not known."""
 
 DAMAGED = 1
 """Exit code of `verify` when damage stays."""
@@ -155,10 +159,9 @@ def reindex(
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
     asked = done.gallery.index.structure if done.gallery and done.gallery.index else "auto"
     if segments and asked not in {"auto", segments[0].structure}:
-        print(
-            f"{asked} was asked for and is not used: with {segments[0].rows:,} rows, exact search is as fast, or no "
-            "other reaches the recall asked for; it is tried again as the gallery grows"
-        )
+        few = f"with {segments[0].rows:,} rows exact search is as fast; it is built as the gallery grows"
+        odd = "it needs embeddings of an even width of 16 or more"
+        print(f"{asked} was asked for and is not used: " + (few if segments[0].structure == "exact" else odd))
 
 
 def verify(
@@ -183,7 +186,8 @@ def verify(
     else:
         from lookalike.cli.local import verified
 
-        found = verified(data, gallery, repair=repair, on_progress=lambda _: None)
+        with _bar("verify") as draw:
+            found = verified(data, gallery, repair=repair, on_progress=lambda now: draw(now.stage, now.done, now.total))
     if json:
         print(show.as_json(found))
     else:
@@ -326,14 +330,11 @@ def delete_alias(
 
 def _finished(backend: Backend, operation: Operation) -> Operation:
     """The operation once it is done, shown as it goes. Raises what it failed with; an interrupt cancels it."""
-    console = show.console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            shown = bar.add_task(operation.verb, total=1)
+        with _bar(operation.verb) as draw:
             while not operation.done:
                 operation = backend.wait_operation(operation.id, seconds=_LOOK_SECONDS)
-                _draw(bar, shown, operation)
+                draw(operation.stage, operation.progress, operation.total)
     except KeyboardInterrupt:
         backend.cancel_operation(operation.id)
         raise
@@ -342,6 +343,15 @@ def _finished(backend: Backend, operation: Operation) -> Operation:
     return operation
 
 
-def _draw(bar: Progress, task: TaskID, operation: Operation) -> None:
-    total = max(operation.total, operation.progress, 1)
-    bar.update(task, description=f"{operation.verb}: {operation.stage}", completed=operation.progress, total=total)
+@contextmanager
+def _bar(verb: str) -> Iterator[Draw]:
+    """A bar on the terminal, drawn by what is yielded; nothing where stderr is no terminal."""
+    console = show.console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task(verb, total=1)
+
+        def draw(stage: str, done: int, total: int) -> None:
+            bar.update(shown, description=f"{verb}: {stage}", completed=done, total=max(total, done, 1))
+
+        yield draw

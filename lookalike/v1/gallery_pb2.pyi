@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from lookalike.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
@@ -22,6 +23,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _StructureFallback:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StructureFallbackEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StructureFallback.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STRUCTURE_FALLBACK_UNSPECIFIED: _StructureFallback.ValueType  # 0
+    """It has the one asked for, or none is asked for by name."""
+    STRUCTURE_FALLBACK_FEW_ROWS: _StructureFallback.ValueType  # 1
+    """It has fewer than 800 rows, too few to build a structure over; it is searched exactly, which takes as little. As the
+    gallery grows, parts are merged, and the structure is built.
+    """
+    STRUCTURE_FALLBACK_ODD_WIDTH: _StructureFallback.ValueType  # 2
+    """`ivf-pq` needs embeddings of an even width of 16 or more; it has `ivf-sq8`."""
+    STRUCTURE_FALLBACK_SEALED_BEFORE: _StructureFallback.ValueType  # 3
+    """It was sealed before that structure was asked for; ReindexGallery builds it."""
+
+class StructureFallback(_StructureFallback, metaclass=_StructureFallbackEnumTypeWrapper):
+    """Why a sealed part of a gallery has another structure than the one asked for by name."""
+
+STRUCTURE_FALLBACK_UNSPECIFIED: StructureFallback.ValueType  # 0
+"""It has the one asked for, or none is asked for by name."""
+STRUCTURE_FALLBACK_FEW_ROWS: StructureFallback.ValueType  # 1
+"""It has fewer than 800 rows, too few to build a structure over; it is searched exactly, which takes as little. As the
+gallery grows, parts are merged, and the structure is built.
+"""
+STRUCTURE_FALLBACK_ODD_WIDTH: StructureFallback.ValueType  # 2
+"""`ivf-pq` needs embeddings of an even width of 16 or more; it has `ivf-sq8`."""
+STRUCTURE_FALLBACK_SEALED_BEFORE: StructureFallback.ValueType  # 3
+"""It was sealed before that structure was asked for; ReindexGallery builds it."""
+Global___StructureFallback: _TypeAlias = StructureFallback  # noqa: Y015
 
 @_typing.final
 class Gallery(_message.Message):
@@ -181,12 +214,17 @@ class Segment(_message.Message):
     DEAD_ROWS_FIELD_NUMBER: _builtins.int
     STRUCTURE_FIELD_NUMBER: _builtins.int
     CURVE_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     """Rows in it."""
     dead_rows: _builtins.int
     """Those whose item has since been deleted or overwritten."""
     structure: _builtins.str
     """`exact`, `hnsw`, `ivf-flat`, `ivf-sq8` or `ivf-pq`."""
+    fallback: Global___StructureFallback.ValueType
+    """Why it has another structure than the one that the gallery's IndexSettings name; unset where it has that one, or
+    where `auto` chooses.
+    """
     @_builtins.property
     def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___CurvePoint]:
         """What was measured of it on its own items."""
@@ -198,10 +236,11 @@ class Segment(_message.Message):
         dead_rows: _builtins.int = ...,
         structure: _builtins.str = ...,
         curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+        fallback: Global___StructureFallback.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "dead_rows", b"dead_rows", "rows", b"rows", "structure", b"structure"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["curve", b"curve", "dead_rows", b"dead_rows", "fallback", b"fallback", "rows", b"rows", "structure", b"structure"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

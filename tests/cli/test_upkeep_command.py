@@ -135,7 +135,9 @@ def test_a_gallery_moves_to_another_model(run: Run, bundle: Bundle, pictures: Pa
     assert run("search", pictures / "loose.png", "--gallery", "old", "-k", "1", "--json", *old).code == 0
 
 
-def test_damage_is_found_and_mended(run: Run, bundle: Bundle, pictures: Path, tmp_path: Path) -> None:
+def test_damage_is_found_and_mended(
+    run: Run, bundle: Bundle, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "galleries"
     here = ["--bundle", str(bundle.path), "--data", str(data)]
     run("gallery", "create", "g", *here)
@@ -150,6 +152,11 @@ def test_damage_is_found_and_mended(run: Run, bundle: Bundle, pictures: Path, tm
     assert whole.out.startswith("gallery g: 7 items, ")
     assert "nothing is wrong" in whole.out
     run("gallery", "verify", "nowhere", *alone).failed_with("no gallery 'nowhere'")
+    with monkeypatch.context() as patched:  # a terminal, which is shown how far it is
+        patched.setenv("FORCE_COLOR", "1")
+        patched.setattr("index.progress.LOOK_SECONDS", 0.0)
+        assert "verify: comparing" in run("gallery", "verify", "g", *alone).err
+    assert run("gallery", "verify", "g", *alone).err == ""
 
     (path,) = data.glob("g/segments/*/vectors.f32")
     flip_in_place(path, 20)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -79,6 +80,53 @@ def test_every_cut_of_the_file_is_noticed(tmp_path: Path) -> None:
         (tmp_path / FILE).write_bytes(whole)
         assert lost.resolve("also") == "g-2", "without being opened anew"
         assert (tmp_path / COPY).read_bytes() == whole
+
+
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    """One turns a gallery's name into another's, say."""
+    known = {"also": "g-2", "now": "g-1"}
+    for alias, gallery in known.items():
+        Aliases(tmp_path).put(alias, gallery)
+    whole = (tmp_path / FILE).read_bytes()
+    refused = 0
+    for at in range(len(whole)):
+        for flipped in (1, 32, 128):
+            damaged = whole[:at] + bytes([whole[at] ^ flipped]) + whole[at + 1 :]
+            (tmp_path / FILE).write_bytes(damaged)
+            assert Aliases(tmp_path, read_only=True).all() == known, damaged  # from the copy
+            (tmp_path / COPY).write_bytes(damaged)
+            try:
+                assert Aliases(tmp_path, read_only=True).all() == known, damaged  # white space is not summed
+            except DamagedData:
+                refused += 1
+                with pytest.raises(DamagedData, match="the aliases are damaged"):
+                    examined(tmp_path)
+            (tmp_path / COPY).write_bytes(whole)
+    assert refused > 2.8 * len(whole)
+
+
+def test_a_flipped_name_is_told_of_by_its_checksum(tmp_path: Path) -> None:
+    Aliases(tmp_path).put("now", "g-1")
+    whole = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(whole.replace(b"g-1", b"g-0"))
+    assert "does not agree with its checksum" in examined(tmp_path)
+    assert Aliases(tmp_path).get("now") == "g-1"
+    assert (tmp_path / FILE).read_bytes() == whole
+    (tmp_path / FILE).write_bytes(whole.replace(b'"format": 2', b'"format": 3'))
+    assert "of format 3" in examined(tmp_path)
+
+
+def test_a_file_of_the_form_without_a_sum_is_read_and_brought_forward(tmp_path: Path) -> None:
+    for old in ('{"now": "g-1", "aliases": "format", "sha256": "g-2"}', "{}"):
+        Aliases(tmp_path).put("gone", "g-1")
+        (tmp_path / FILE).write_text(old)
+        known = Aliases(tmp_path, read_only=True).all()
+        assert known == json.loads(old)
+        assert (tmp_path / FILE).read_text() == old, "who only reads changes nothing"
+        assert Aliases(tmp_path).all() == known
+        assert json.loads((tmp_path / FILE).read_text())["aliases"] == known
+        assert (tmp_path / COPY).read_bytes() == (tmp_path / FILE).read_bytes()
+    assert not list(tmp_path.glob(f"{ASIDE}*"))
 
 
 @pytest.mark.parametrize("text", DAMAGES)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from embedding.decision import Vectors
-from embedding.errors import LookalikeError, NotFound, RequestIdReused, StorageFailed
+from embedding.errors import DamagedData, LookalikeError, NotFound, RequestIdReused, StorageFailed
 from index import Catalog, Gallery, Item, ModelRef, receipts
-from index.receipts import Receipt, Token
+from index.receipts import Receipt, Token, packed, unpacked
 
 
 def token(name: str, digest: bytes = b"digest") -> Token:
@@ -110,3 +110,14 @@ def test_receipts_outlive_the_process_and_not_a_restored_copy(tmp_path: Path, mo
         assert (gallery.answered(token("made")), gallery.answered(token("a"))) == (b"", bytes(5000))
         restored = catalog.restore("again", tmp_path / "copy")
         assert restored.answered(token("a")) is None
+
+
+def test_a_damaged_answer_is_told_as_such() -> None:
+    whole = bytes(range(256)) * 20
+    kept = packed(whole)
+    assert (unpacked(kept), unpacked(packed(b"short"))) == (whole, b"short")
+    for at in range(1, len(kept)):
+        with pytest.raises(DamagedData, match="another request_id"):
+            unpacked(kept[:at])
+    with pytest.raises(DamagedData):
+        unpacked(kept[:-1] + bytes([kept[-1] ^ 1]))

@@ -29,6 +29,18 @@ def test_snapshots_outlive_their_gallery(catalog: Catalog, filled: Gallery) -> N
     assert shelf.list("shapes") == ()
 
 
+def test_what_a_killed_process_has_left_is_cleared_away(catalog: Catalog, filled: Gallery) -> None:
+    shelf = Shelf(catalog.root)
+    copy = shelf.create(filled, "one")
+    for left in (".two.partial-4711", ".deleted-0123"):
+        (catalog.root / FOLDER / "shapes" / left / "segments").mkdir(parents=True)
+    (catalog.root / FOLDER / "shapes" / ".theirs").mkdir()
+    shelf.clear_away()
+    assert sorted(path.name for path in (catalog.root / FOLDER / "shapes").iterdir()) == [".theirs", "one"]
+    assert shelf.list("shapes") == (copy,)
+    Shelf(catalog.root / "nowhere").clear_away()
+
+
 def test_a_folder_of_snapshots_is_no_gallery(catalog: Catalog, filled: Gallery, model: ModelRef) -> None:
     Shelf(catalog.root).create(filled, "one")
     assert [gallery.id for gallery in catalog.list()] == ["shapes"]

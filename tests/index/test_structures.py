@@ -16,7 +16,7 @@ from embedding.errors import Cancelled, DamagedData
 from index import Catalog, Deadline, Exact, Found, Gallery, IndexSettings, Item, ModelRef, Raw, Recall, approximate
 from index.engine import Structure
 from index.exact import take_products_from_few
-from index.planner import cheapest, lists_for, resolve
+from index.planner import FEWEST, cheapest, lists_for, resolve
 from index.structures import Plan, Point, build_ivf, load_structure
 from tests.index.contract import MetadataIs
 
@@ -202,6 +202,37 @@ def test_data_without_clusters_is_searched_exactly(
         gallery.seal()
         assert gallery.stats().segments[0].structure == "exact"
         assert not list((tmp_path / "g" / "segments").glob("*/index.faiss"))
+
+
+@pytest.mark.parametrize("width", [12, 16])
+def test_why_a_segment_has_another_structure_than_the_one_asked_for(tmp_path: Path, width: int) -> None:
+    """Whatever is asked for, in whatever order, the reason is the one that reindexing and growing bear out."""
+    model = ModelRef(name="wide", fingerprint="f" * 64, embedding_dim=width)
+    rows_ND = np.random.default_rng(5).normal(size=(FEWEST, width)).astype(np.float32)
+    rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    items = [Item(name=f"{i:05}", embedding=vector) for i, vector in enumerate(rows_ND)]
+
+    def of(gallery: Gallery) -> tuple[str, str]:
+        (segment,) = gallery.stats().segments
+        return segment.structure, segment.fallback
+
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", model, settings=IndexSettings(structure="ivf-pq"))
+        gallery.upsert(items[:-1])
+        gallery.seal()
+        assert of(gallery) == ("exact", "few-rows")
+        gallery.configure(IndexSettings())
+        assert of(gallery) == ("exact", "")
+        gallery.upsert(items[-1:])
+        gallery.compact()
+        gallery.configure(IndexSettings(structure="ivf-pq"))
+        assert of(gallery) == ("exact", "sealed-before")
+        gallery.reindex()
+        assert of(gallery) == (("ivf-pq", "") if width == 16 else ("ivf-sq8", "odd-width"))
+        gallery.configure(IndexSettings(structure="exact"))
+        assert of(gallery)[1] == "sealed-before"
+        gallery.reindex()
+        assert of(gallery) == ("exact", "")
 
 
 class Counting(Deadline):

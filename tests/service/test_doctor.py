@@ -188,6 +188,9 @@ def test_snapshots_that_are_damaged(whole: Settings) -> None:
 def test_aliases_that_are_damaged(whole: Settings) -> None:
     Aliases(whole.galleries).put("team", "kept")
     assert wrong(looked_at(whole)) == {}
+    sound = (whole.galleries / aliases.FILE).read_bytes()
+    (whole.galleries / aliases.FILE).write_bytes(sound.replace(b"kept", b"kepu"))
+    assert "checksum" in wrong(looked_at(whole))["aliases"].what
     (whole.galleries / aliases.FILE).write_text("{")
     found = wrong(looked_at(whole))
     assert {check: finding.state for check, finding in found.items()} == {"aliases": "warn"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import grpc
 import pytest
 
 from embedding.bundle import Bundle
+from embedding.calibration import Calibration
+from embedding.errors import DamagedData
 from embedding.feedback import read_lines, write_lines
 from lookalike.v1 import common_pb2, match_pb2, search_pb2
 from lookalike.v1 import feedback_pb2 as pb
@@ -79,6 +83,71 @@ def test_feedback_is_kept_with_its_decision_and_read_back(
         assert exported[0].distance == decision.distance
         assert write_lines(tmp_path / "feedback.jsonl", exported) == 6
         assert list(read_lines(tmp_path / "feedback.jsonl")) == exported
+
+
+def test_calibrations_are_neither_written_nor_read_again_with_each_record(
+    loop: Loop, settings: Settings, tmp_path: Path, decision: common_pb2.Decision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration takes a third of a millisecond each way, and a folder of models may hold many."""
+    done: list[str] = []
+    for name in ("model_dump_json", "model_validate_json", "__eq__"):
+        real = getattr(Calibration, name)
+
+        def counted(*args: Any, _real: Any = real, _name: str = name, **named: Any) -> Any:
+            done.append(_name)
+            return _real(*args, **named)
+
+        of_a_class = name == "model_validate_json"
+        monkeypatch.setattr(Calibration, name, staticmethod(counted) if of_a_class else counted)
+    own = settings.model_copy(update={"galleries": tmp_path / "galleries", "models": tmp_path})
+    make_bundle(tmp_path / "other", seed=1)
+    with served(loop, own) as server, connected(server.address) as stubs:
+        record(stubs, case("a", decision))
+        assert "model_dump_json" in done
+        done.clear()
+        for i in range(3):
+            record(stubs, case(f"b{i}", decision))
+        assert done == []
+        path = own.galleries / ".feedback.sqlite"
+        with closing(sqlite3.connect(path)) as connection:
+            (kept,) = connection.execute("SELECT count(*) FROM calibrations").fetchone()
+            connection.execute("DELETE FROM calibrations")
+            connection.commit()
+            record(stubs, case("c", decision))
+            assert connection.execute("SELECT count(*) FROM calibrations").fetchone() == (kept,) == (2,)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE feedback SET distance = 9",
+        "UPDATE feedback SET updated_us = 9223372036854775807",
+        "UPDATE feedback SET verdict = 'perhaps'",
+        "UPDATE calibrations SET text = replace(text, '0.25', '0.26')",
+        "UPDATE calibrations SET text = ''",
+    ],
+)
+def test_values_that_were_never_recorded_are_damage(
+    loop: Loop, settings: Settings, tmp_path: Path, decision: common_pb2.Decision, damage: str
+) -> None:
+    own = settings.model_copy(update={"galleries": tmp_path / "galleries"})
+    gone = make_bundle(tmp_path / "gone", seed=1)
+    with served(loop, own.model_copy(update={"bundle": gone.path})) as server, connected(server.address) as stubs:
+        asked = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
+        of_gone = case("a", stubs.match.Verify(asked).decision)
+        record(stubs, of_gone)
+    with closing(sqlite3.connect(own.galleries / ".feedback.sqlite")) as connection:
+        connection.execute(damage)
+        connection.commit()
+    with served(loop, own) as server, connected(server.address) as stubs:
+        if "calibrations" in damage:
+            error = refused(stubs.feedback.RecordFeedback, pb.RecordFeedbackRequest(feedback=[of_gone]))
+        else:
+            error = refused(stubs.feedback.ListFeedback, pb.ListFeedbackRequest())
+            with pytest.raises(DamagedData, match="restored from a copy"):
+                list(read_feedback(own.galleries))
+        assert (error.code(), info(rich(error)).reason) == (grpc.StatusCode.DATA_LOSS, "DAMAGED_DATA")
+        assert "restored from a copy" in (error.details() or "")
 
 
 def test_the_same_request_is_recorded_once(stubs: Stubs, decision: common_pb2.Decision) -> None:

@@ -207,6 +207,39 @@ def test_a_damaged_file_under_a_running_server_locks_nobody_out(ring: KeyRing, t
         keys.of_key(key)
 
 
+def test_a_file_whose_rights_are_mended_counts_without_being_written_again(ring: KeyRing, tmp_path: Path) -> None:
+    """What stands in it may be a revocation."""
+    path = tmp_path / "keys.json"
+    key = made(ring)
+    keys = Keys(path)
+    ring.revoke("shop")
+    path.chmod(0o666)
+    with capture_logs() as logs:
+        assert [keys.of_key(key).name for _ in range(3)] == ["shop"] * 3
+    assert [line["log_level"] for line in logs] == ["error"]
+    path.chmod(0o600)
+    with pytest.raises(CredentialsInvalid):
+        keys.of_key(key)
+
+
+def test_a_file_that_could_not_be_read_once_is_read_again(
+    ring: KeyRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = made(ring)
+    keys = Keys(tmp_path / "keys.json")
+    ring.revoke("shop")
+
+    def refuse(_: Path) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched, capture_logs() as logs:
+        patched.setattr(Path, "read_bytes", refuse)
+        assert [keys.of_key(key).name for _ in range(3)] == ["shop"] * 3
+    assert [line["log_level"] for line in logs] == ["error"], "said once"
+    with pytest.raises(CredentialsInvalid):
+        keys.of_key(key)
+
+
 def test_limits_hold_in_the_long_run_and_batches_are_paid_for_afterwards() -> None:
     now = [0.0]
     limits, caller = RateLimits(lambda: now[0]), Principal(name="a", per_second=2, burst=4)

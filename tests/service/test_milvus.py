@@ -9,6 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from embedding.errors import Busy, InvalidInput
+from index.milvus_gallery import MilvusGallery
 from lookalike.v1 import alias_pb2, gallery_pb2, search_pb2, upkeep_pb2
 from service.server import Server
 from service.settings import Settings
@@ -56,6 +57,21 @@ def asked_and_kept(stubs: Stubs) -> None:
     assert not finished(stubs, begun).HasField("error")
 
 
+def checked(stubs: Stubs, *, repair: bool = False) -> upkeep_pb2.Verification:
+    begun = stubs.upkeep.VerifyGallery(upkeep_pb2.VerifyGalleryRequest(name="galleries/best", repair=repair)).operation
+    done = finished(stubs, begun)
+    found = upkeep_pb2.Verification()
+    assert done.response.Unpack(found), done.error
+    return found
+
+
+def lose_one(server: Server) -> None:
+    """As Milvus would, with nothing said."""
+    gallery = server._serving.current.engine.catalog.get("mugs")
+    assert isinstance(gallery, MilvusGallery)
+    gallery._store.link.delete(gallery._store.record.collection, 'name == "i0"')
+
+
 def test_galleries_on_milvus_are_asked_kept_and_there_again(loop: Loop, on_milvus: Settings) -> None:
     with served(loop, on_milvus) as server, connected(server.address) as stubs:
         asked_and_kept(stubs)
@@ -68,6 +84,15 @@ def test_galleries_on_milvus_are_asked_kept_and_there_again(loop: Loop, on_milvu
             upkeep_pb2.CreateSnapshotRequest(parent="galleries/mugs", snapshot_id="one")
         ).operation
         error = finished(stubs, begun).error
+        assert checked(stubs) == upkeep_pb2.Verification(gallery="galleries/mugs", item_count=4, sound=True)
+        lose_one(server)
+        assert [(problem.what, problem.repaired) for problem in checked(stubs).problems] == [
+            ("the record says 4 items and 3 are there", False)
+        ]
+        mended = checked(stubs, repair=True)
+        assert (mended.sound, mended.item_count, mended.problems[0].repaired) == (True, 3, True)
+        assert mended.problems[0].path.startswith("lookalike_")
+        assert checked(stubs).sound
         assert (error.code, info(error).reason) == (grpc.StatusCode.UNIMPLEMENTED.value[0], "NOT_SUPPORTED")
         unsuited = gallery_pb2.CreateGalleryRequest(
             gallery_id="graphs", gallery=gallery_pb2.Gallery(index=gallery_pb2.IndexSettings(structure="hnsw"))

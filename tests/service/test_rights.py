@@ -21,13 +21,13 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, Servic
 from google.protobuf.message import Message
 
 import lookalike.v1
-from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service.key_ring import KeyRing
 from service.principal import SCOPES
 from service.rights import IMAGE, RULES, leaves
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, stored
+from tests.service.harness import Loop, connected, encoded, info, rich, served, stored
 
 Request = Callable[[str], Message]
 """Makes a request that names this gallery."""
@@ -369,129 +369,3 @@ def test_health_is_open_and_the_key_may_come_as_x_api_key(guarded: Guarded) -> N
         assert check.status == health_pb2.HealthCheckResponse.SERVING
     request = CASES["ModelService/ListModels"].request("")
     assert guarded.caller.call("ModelService/ListModels", request, ("x-api-key", guarded.keys["read"])) is None
-
-
-def keyed(guarded: Guarded, stubs: Stubs, key: str) -> Caller:
-    return Caller(grpc.intercept_channel(stubs.channel, _WithKey(guarded.keys[key])))
-
-
-class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
-    """Sends a key with every call of a channel."""
-
-    def __init__(self, key: str) -> None:
-        self._metadata = (("authorization", f"Bearer {key}"),)
-
-    def _with(self, call: Any, details: Any, request: Any) -> Any:
-        return call(details._replace(metadata=(*(details.metadata or ()), *self._metadata)), request)
-
-    intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _with
-
-
-@pytest.fixture
-def as_all(guarded: Guarded) -> Iterator[Stubs]:
-    with grpc.insecure_channel(guarded.server.address) as channel:
-        yield Stubs(grpc.intercept_channel(channel, _WithKey(guarded.keys["all"])))
-
-
-@pytest.fixture
-def as_mine(guarded: Guarded) -> Iterator[Stubs]:
-    with grpc.insecure_channel(guarded.server.address) as channel:
-        yield Stubs(grpc.intercept_channel(channel, _WithKey(guarded.keys["mine"])))
-
-
-def test_lists_tell_of_allowed_galleries_aliases_and_operations_alone(as_all: Stubs, as_mine: Stubs) -> None:
-    for gallery in ("mine-l", "theirs-l"):
-        as_all.galleries.CreateGallery(G.CreateGalleryRequest(gallery_id=gallery))
-        as_all.upkeep.ReindexGallery(U.ReindexGalleryRequest(name=name(gallery)))
-    for alias, target in (("mine-a", "mine-l"), ("mine-b", "theirs-l"), ("their-a", "mine-l")):
-        alias_ = A.Alias(name=f"aliases/{alias}", gallery=name(target))
-        as_all.aliases.UpdateAlias(A.UpdateAliasRequest(alias=alias_, allow_missing=True))
-    every = {gallery.name for gallery in as_all.galleries.ListGalleries(G.ListGalleriesRequest()).galleries}
-    mine = {gallery.name for gallery in as_mine.galleries.ListGalleries(G.ListGalleriesRequest()).galleries}
-    assert {name("mine-l"), name("theirs-l")} <= every
-    assert mine == {each for each in every if each.startswith(name("mine"))}
-    assert [each.name for each in as_mine.aliases.ListAliases(A.ListAliasesRequest()).aliases] == ["aliases/mine-a"]
-    targets = [
-        [operation.name for operation in stubs.operations.ListOperations(O.ListOperationsRequest()).operations]
-        for stubs in (as_all, as_mine)
-    ]
-    assert set(targets[1]) < set(targets[0])
-    (theirs,) = [
-        operation
-        for operation in set(targets[0]) - set(targets[1])
-        if b"theirs-l" in as_all.operations.GetOperation(O.GetOperationRequest(name=operation)).metadata.value
-    ]
-    for method, request in (
-        (as_mine.operations.GetOperation, O.GetOperationRequest),
-        (as_mine.operations.CancelOperation, O.CancelOperationRequest),
-        (as_mine.operations.DeleteOperation, O.DeleteOperationRequest),
-    ):
-        assert info(rich(refused(method, request(name=theirs)))).reason == "GALLERY_FORBIDDEN"
-
-
-def test_an_alias_needs_rights_on_its_name_and_on_what_it_stands_for(as_all: Stubs, as_mine: Stubs) -> None:
-    as_all.fill("mine-t", {"a": encoded(1)})
-    as_all.fill("theirs-t", {"a": encoded(1)})
-
-    def put(alias: str, target: str) -> None:
-        alias_ = A.Alias(name=f"aliases/{alias}", gallery=name(target))
-        as_all.aliases.UpdateAlias(A.UpdateAliasRequest(alias=alias_, allow_missing=True))
-
-    def search(gallery: str) -> Any:
-        return as_mine.search.Search(S.SearchRequest(gallery=name(gallery), query=encoded(1), k=1))
-
-    put("mine-now", "mine-t")
-    put("their-now", "mine-t")
-    assert len(search("mine-now").neighbors) == 1
-    with pytest.raises(grpc.RpcError) as caught:
-        search("their-now")
-    assert info(rich(caught.value)).metadata["gallery"] == "their-now"
-    queries = iter_of(S.StreamSearchRequest(query=encoded(1)))
-    config = S.StreamSearchRequest(config=S.StreamSearchConfig(gallery=name("mine-now"), k=1))
-    answers = as_mine.search.StreamSearch(queries.after(config))
-    queries.send()
-    assert next(answers).WhichOneof("result") == "neighbors"
-    put("mine-now", "theirs-t")
-    with pytest.raises(grpc.RpcError) as caught:
-        search("mine-now")
-    assert info(rich(caught.value)).reason == "GALLERY_FORBIDDEN"
-    queries.send()
-    with pytest.raises(grpc.RpcError) as caught:
-        next(answers)
-    assert info(rich(caught.value)).reason == "GALLERY_FORBIDDEN", "the stream began before the alias moved"
-    alias_ = A.Alias(name="aliases/mine-now", gallery=name("mine-t"))
-    error = refused(as_mine.aliases.UpdateAlias, A.UpdateAliasRequest(alias=alias_))
-    assert info(rich(error)).reason == "GALLERY_FORBIDDEN", "it would take it away from those who use it now"
-
-
-class iter_of:  # noqa: N801
-    """A stream of one message over and over, each sent when told."""
-
-    def __init__(self, message: Message) -> None:
-        from queue import SimpleQueue
-
-        self._message = message
-        self._queue: SimpleQueue[Message] = SimpleQueue()
-
-    def after(self, first: Message) -> Iterator[Message]:
-        return itertools.chain([first], iter(self._queue.get, None))
-
-    def send(self) -> None:
-        self._queue.put(self._message)
-
-
-def test_a_stream_ends_at_the_element_that_names_another_gallery(as_all: Stubs, as_mine: Stubs) -> None:
-    as_all.fill("mine-s", {"a": encoded(1)})
-    requests: list[Message] = [
-        S.StreamSearchRequest(config=S.StreamSearchConfig(gallery=name("mine-s"), k=1)),
-        S.StreamSearchRequest(id="1", query=common_pb2.ImageInput(item="galleries/mine-s/items/a")),
-        S.StreamSearchRequest(id="2", query=common_pb2.ImageInput(item="galleries/theirs/items/a")),
-    ]
-    error = refused(as_mine.search.StreamSearch, iter(requests))  # type: ignore[arg-type]
-    assert info(rich(error)).reason == "GALLERY_FORBIDDEN"
-    imported: list[Message] = [
-        G.ImportItemsRequest(config=G.ImportItemsConfig(parent=name("mine-s"))),
-        G.ImportItemsRequest(item=update("theirs")),
-    ]
-    error = refused(as_mine.galleries.ImportItems, iter(imported))  # type: ignore[arg-type]
-    assert info(rich(error)).reason == "GALLERY_FORBIDDEN"

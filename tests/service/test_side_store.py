@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import uuid
 from contextlib import closing
@@ -12,7 +13,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from embedding.errors import DamagedData
+from embedding.errors import DamagedData, StorageFailed
 from index.receipts import Token
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, model_pb2
 from service import feedback_store, once
@@ -83,6 +84,32 @@ def test_a_ledger_damaged_while_closed_is_set_aside(tmp_path: Path, damage: str)
     assert line["file"] == str(aside)
     assert aside.read_bytes() == damaged, "kept for whoever wants to know"
     ledger.close()
+
+
+def test_a_full_disk_and_a_statement_broken_off_are_no_damage(tmp_path: Path) -> None:
+    """The write fails, nothing is set aside, and the store goes on when there is room again."""
+    ledger = Ledger(tmp_path)
+    before = Token(str(uuid.uuid4()), b"digest")
+    ledger.begin(before)
+    ledger.end(before, b"answer")
+    connection = ledger._store._connection
+    assert connection is not None
+    with capture_logs() as logs:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        last, large = Token(str(uuid.uuid4()), b"digest"), random.Random(1).randbytes(60_000)
+        ledger.begin(last)
+        with pytest.raises(StorageFailed, match="nothing was changed"):
+            ledger.end(last, large)
+        connection.execute("PRAGMA max_page_count = 100000")
+        assert ledger.begin(last) == (None, True), "it had begun, and was not answered"
+        ledger.end(last, large)
+        connection.set_progress_handler(lambda: 1, 1)
+        with pytest.raises(StorageFailed, match="nothing was changed"):
+            ledger.begin(Token(str(uuid.uuid4()), b"digest"))
+        assert ledger.begin(before) == (b"answer", False)
+    assert logs == []
+    assert not list(tmp_path.glob("*damaged*"))
 
 
 @pytest.mark.parametrize("damage", ["garbage", "emptied", "tables dropped"])

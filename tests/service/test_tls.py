@@ -123,6 +123,25 @@ def test_half_a_renewal_changes_nothing_until_it_is_whole(
         assert shown(server, authority) == "second"
 
 
+def test_a_renewal_that_the_disk_refused_is_tried_again(
+    loop: Loop, secured: Settings, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key was written before the server was let read it, or too many files were open."""
+    second = authority.issue("second")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with served(loop, secured) as server:
+        with monkeypatch.context() as patched, capture_logs() as logs:
+            replace(tmp_path / "server.key", second.key)
+            replace(tmp_path / "server.crt", second.certificate)
+            patched.setattr(Path, "read_bytes", refuse)
+            assert [shown(server, authority) for _ in range(3)] == ["first"] * 3
+        assert [line["log_level"] for line in logs] == ["error"]
+        assert shown(server, authority) == "second"
+
+
 def test_files_that_cannot_be_used_are_named_at_start(authority: Authority, tmp_path: Path) -> None:
     good, other = authority.issue("good"), authority.issue("other")
     certificate, key = good.write(tmp_path, "good")

@@ -122,6 +122,22 @@ def test_tokens_that_do_not_count(provider: Provider, tokens: Tokens) -> None:
         assert "\n" not in str(caught.value), what
 
 
+@pytest.mark.parametrize("claim", ["exp", "nbf", "iat"])
+def test_times_that_are_no_times_do_not_count(provider: Provider, tokens: Tokens, claim: str) -> None:
+    for value in (float("inf"), float("nan"), 10**400, "later", [], {}):
+        with pytest.raises(CredentialsInvalid):
+            tokens.of_token(provider.token(**{claim: value}))
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'])
+def test_a_header_or_claims_of_endless_depth_are_refused(provider: Provider, tokens: Tokens, opening: bytes) -> None:
+    deep = base64.urlsafe_b64encode(opening * (6000 // len(opening))).rstrip(b"=").decode()
+    header, claims, signature = provider.token().split(".")
+    for token in (f"{deep}.{claims}.{signature}", f"{header}.{deep}.{signature}"):
+        with pytest.raises(CredentialsInvalid):
+            tokens.of_token(token[:8192])
+
+
 def test_clocks_may_differ_by_the_leeway(provider: Provider, jwks: Path) -> None:
     late = provider.token(exp=time.time() - 20)
     assert Tokens(jwks, issuer="https://id.example", audience="lookalike").of_token(late).name == "jwt:anna"

@@ -1,0 +1,124 @@
+"""Aliases over the wire."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, search_pb2
+from tests.service.harness import (
+    Stubs,
+    encoded,
+    fields,
+    info,
+    refused,
+    rich,
+    stored,
+)
+
+
+@pytest.fixture
+def filled(stubs: Stubs, gallery: str) -> str:
+    stubs.fill(gallery, {f"item-{i}": encoded(i) for i in range(5)})
+    return gallery
+
+
+def put(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
+    request = alias_pb2.UpdateAliasRequest(
+        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=f"galleries/{gallery}"), allow_missing=allow_missing
+    )
+    return stubs.aliases.UpdateAlias(request).alias
+
+
+def names(stubs: Stubs, gallery: str, query: common_pb2.ImageInput) -> list[str]:
+    request = search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=query)
+    return [neighbor.item for neighbor in stubs.search.Search(request).neighbors]
+
+
+def test_an_alias_stands_for_its_gallery_everywhere(stubs: Stubs, filled: str) -> None:
+    alias = f"{filled}-now"
+    put(stubs, alias, filled)
+    assert names(stubs, alias, encoded(1)) == names(stubs, filled, encoded(1))
+    assert names(stubs, alias, encoded(1))[0] == f"galleries/{filled}/items/item-1"
+    itself = names(stubs, alias, stored(filled, "item-1"))
+    assert len(itself) == 4
+    assert itself == names(stubs, filled, stored(alias, "item-1"))
+    described = stubs.galleries.GetGallery(gallery_pb2.GetGalleryRequest(name=f"galleries/{alias}")).gallery
+    assert (described.name, described.item_count) == (f"galleries/{filled}", 5)
+
+    update = gallery_pb2.UpdateItemRequest(
+        item=gallery_pb2.Item(name=f"galleries/{alias}/items/new"), image=encoded(9), allow_missing=True
+    )
+    assert stubs.galleries.UpdateItem(update).item.name == f"galleries/{filled}/items/new"
+    exclude = [f"galleries/{filled}/items/new", f"galleries/{alias}/items/item-0"]
+    request = search_pb2.SearchRequest(gallery=f"galleries/{alias}", query=encoded(9), exclude=exclude)
+    assert len(stubs.search.Search(request).neighbors) == 4
+    batch = gallery_pb2.BatchDeleteItemsRequest(
+        parent=f"galleries/{alias}", names=[f"galleries/{filled}/items/new", f"galleries/{alias}/items/item-0"]
+    )
+    assert stubs.galleries.BatchDeleteItems(batch).deleted_count == 2
+    with pytest.raises(grpc.RpcError):
+        put(stubs, filled, filled)
+
+
+def test_an_alias_moves_in_one_step_and_is_deleted_without_its_gallery(stubs: Stubs, filled: str) -> None:
+    alias, other = f"{filled}-now", f"{filled}-other"
+    stubs.fill(other, {"only": encoded(1)})
+    put(stubs, alias, filled)
+    put(stubs, alias, other, allow_missing=False)
+    assert names(stubs, alias, encoded(1)) == [f"galleries/{other}/items/only"]
+    got = stubs.aliases.GetAlias(alias_pb2.GetAliasRequest(name=f"aliases/{alias}")).alias
+    assert got.gallery == f"galleries/{other}"
+    stubs.aliases.DeleteAlias(alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"))
+    error = refused(stubs.aliases.GetAlias, alias_pb2.GetAliasRequest(name=f"aliases/{alias}"))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert names(stubs, other, encoded(1))
+
+
+def test_aliases_are_listed_page_by_page(stubs: Stubs, filled: str) -> None:
+    for i in (2, 0, 1):
+        put(stubs, f"{filled}-{i}", filled)
+    found: list[str] = []
+    token = ""
+    while True:
+        page = stubs.aliases.ListAliases(alias_pb2.ListAliasesRequest(page_size=2, page_token=token))
+        found += [alias.name for alias in page.aliases]
+        token = page.next_page_token
+        if not token:
+            break
+    assert [name for name in found if name.startswith(f"aliases/{filled}-")] == [
+        f"aliases/{filled}-{i}" for i in range(3)
+    ]
+    assert found == sorted(found)
+
+
+def test_ways_to_name_wrongly(stubs: Stubs, filled: str) -> None:
+    alias = f"{filled}-now"
+    request = alias_pb2.UpdateAliasRequest(
+        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery="galleries/nowhere"), allow_missing=True
+    )
+    assert refused(stubs.aliases.UpdateAlias, request).code() is grpc.StatusCode.NOT_FOUND
+    request.alias.gallery = f"galleries/{filled}"
+    request.allow_missing = False
+    assert refused(stubs.aliases.UpdateAlias, request).code() is grpc.StatusCode.NOT_FOUND
+    request.alias.name = f"aliases/{filled}"
+    request.allow_missing = True
+    assert refused(stubs.aliases.UpdateAlias, request).code() is grpc.StatusCode.ALREADY_EXISTS
+    request.alias.name = "aliases/Upper"
+    assert fields(rich(refused(stubs.aliases.UpdateAlias, request))) == ["alias.name"]
+    nobody = alias_pb2.DeleteAliasRequest(name="aliases/nobody")
+    assert refused(stubs.aliases.DeleteAlias, nobody).code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_gallery_with_an_alias_is_not_deleted_nor_is_its_alias_taken(stubs: Stubs, filled: str) -> None:
+    alias = f"{filled}-now"
+    put(stubs, alias, filled)
+    for name in (filled, alias):
+        request = gallery_pb2.DeleteGalleryRequest(name=f"galleries/{name}", force=True)
+        error = refused(stubs.galleries.DeleteGallery, request)
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert info(rich(error)).reason == "GALLERY_ALIASED"
+    create = gallery_pb2.CreateGalleryRequest(gallery_id=alias)
+    assert refused(stubs.galleries.CreateGallery, create).code() is grpc.StatusCode.ALREADY_EXISTS
+    stubs.aliases.DeleteAlias(alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"))
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=f"galleries/{filled}", force=True))

@@ -1,0 +1,188 @@
+"""Galleries moved to another model over the wire, by a server of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from google.longrunning import operations_pb2
+from google.rpc import error_details_pb2
+
+from embedding.bundle import Bundle
+from embedding.encoder import Encoder
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from service.settings import Settings
+from tests.service.harness import (
+    Loop,
+    Stubs,
+    connected,
+    encoded,
+    fields,
+    finished,
+    info,
+    make_bundle,
+    png,
+    refused,
+    rich,
+    served,
+    unit,
+)
+
+
+def vector(*values: float) -> common_pb2.ImageInput:
+    return common_pb2.ImageInput(embedding=unit(*values))
+
+
+def put(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
+    request = alias_pb2.UpdateAliasRequest(
+        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=f"galleries/{gallery}"), allow_missing=allow_missing
+    )
+    return stubs.aliases.UpdateAlias(request).alias
+
+
+def gallery_of(operation: operations_pb2.Operation) -> gallery_pb2.Gallery:
+    made = gallery_pb2.Gallery()
+    assert operation.response.Unpack(made), operation
+    return made
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("newer") / "toy", seed=1)
+
+
+@pytest.fixture
+def two(loop: Loop, settings: Settings, newer: Bundle, tmp_path: Path) -> Iterator[Stubs]:
+    """A server with the model of `settings` and a newer one, which stores thumbnails."""
+    own = settings.model_copy(
+        update={"galleries": tmp_path / "galleries", "other_bundles": (newer.path,), "thumbnails": 32}
+    )
+    with served(loop, own) as server, connected(server.address) as stubs:
+        yield stubs
+
+
+def migration(alias: str = "", model: str = "") -> upkeep_pb2.MigrateGalleryRequest:
+    return upkeep_pb2.MigrateGalleryRequest(
+        name="galleries/old",
+        gallery_id="new",
+        alias=f"aliases/{alias}" if alias else "",
+        model=f"models/{model}" if model else "",
+    )
+
+
+def embedding(stubs: Stubs, gallery: str, item: str) -> bytes:
+    request = gallery_pb2.GetItemRequest(name=f"galleries/{gallery}/items/{item}")
+    return stubs.galleries.GetItem(request).item.embedding
+
+
+def test_each_gallery_is_answered_by_the_model_of_its_items(two: Stubs, newer: Bundle) -> None:
+    models = two.models.ListModels(model_pb2.ListModelsRequest()).models
+    assert [model.active for model in models].count(True) == 1
+    assert newer.name in {model.name.removeprefix("models/") for model in models}
+    two.fill("old", {"a": encoded(1), "b": encoded(2)})
+    put(two, "now", "old")
+    finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation)
+
+    (a_D, b_D) = Encoder(newer, device="cpu").encode([png(1), png(2)])
+    assert np.array_equal(np.frombuffer(embedding(two, "new", "a"), "<f4"), a_D)
+    assert np.array_equal(np.frombuffer(embedding(two, "new", "b"), "<f4"), b_D)
+    moved = two.search.Search(search_pb2.SearchRequest(gallery="galleries/now", query=encoded(1))).neighbors
+    assert [neighbor.item for neighbor in moved] == ["galleries/new/items/a", "galleries/new/items/b"]
+    assert {neighbor.decision.model for neighbor in moved} == {f"models/{newer.name}"}
+    assert moved[0].decision.distance == 0
+    assert moved[1].decision.distance == pytest.approx(float(np.linalg.norm(a_D - b_D)), abs=1e-6)
+    old = two.search.Search(search_pb2.SearchRequest(gallery="galleries/old", query=encoded(1))).neighbors
+    assert {neighbor.decision.model for neighbor in old}.isdisjoint({f"models/{newer.name}"})
+
+    config = search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery="galleries/now"))
+    (answer,) = two.search.StreamSearch(iter([config, search_pb2.StreamSearchRequest(query=encoded(1))]))
+    assert list(answer.neighbors.neighbors) == list(moved)
+    update = gallery_pb2.UpdateItemRequest(
+        item=gallery_pb2.Item(name="galleries/now/items/c"), image=encoded(3), allow_missing=True
+    )
+    two.galleries.UpdateItem(update)
+    (c_D,) = Encoder(newer, device="cpu").encode([png(3)])
+    assert np.array_equal(np.frombuffer(embedding(two, "new", "c"), "<f4"), c_D)
+    assert two.match.Embed(match_pb2.EmbedRequest(image=encoded(3))).model != f"models/{newer.name}"
+
+
+def test_a_migration_says_whose_images_it_needs_and_takes_those_imported(two: Stubs, newer: Bundle) -> None:
+    two.fill("old", {"kept": encoded(1), "bare-1": vector(1), "bare-2": vector(0, 1)})
+    put(two, "now", "old")
+    failed = finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation)
+    assert failed.error.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+    reason = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(reason) for detail in failed.error.details)
+    assert reason.reason == "IMAGES_NEEDED"
+    assert "2 items" in failed.error.message
+    assert "'bare-1', 'bare-2'" in failed.error.message
+    listing = two.galleries.ListGalleries(gallery_pb2.ListGalleriesRequest()).galleries
+    assert [gallery.name for gallery in listing] == ["galleries/old"]
+    alias = two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/now")).alias
+    assert alias.gallery == "galleries/old"
+
+    # A gallery of the newer model, made by migrating an empty one, takes the images that are needed.
+    two.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="empty"))
+    seed = upkeep_pb2.MigrateGalleryRequest(name="galleries/empty", gallery_id="new", model=f"models/{newer.name}")
+    finished(two, two.upkeep.MigrateGallery(seed).operation)
+    imports = [
+        gallery_pb2.ImportItemsRequest(config=gallery_pb2.ImportItemsConfig(parent="galleries/new")),
+        *(
+            gallery_pb2.ImportItemsRequest(
+                item=gallery_pb2.UpdateItemRequest(
+                    item=gallery_pb2.Item(name=f"galleries/new/items/bare-{i}", identity="sent"), image=encoded(i)
+                )
+            )
+            for i in (1, 2)
+        ),
+    ]
+    list(two.galleries.ImportItems(iter(imports)))
+    done = finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation)
+    assert gallery_of(done).item_count == 3
+    (first_D,) = Encoder(newer, device="cpu").encode([png(1)])
+    for name in ("kept", "bare-1"):
+        assert np.array_equal(np.frombuffer(embedding(two, "now", name), "<f4"), first_D)
+
+
+def test_a_migration_to_the_same_model_or_a_third_is_refused(two: Stubs, newer: Bundle) -> None:
+    two.fill("old", {"a": encoded(1)})
+    error = refused(two.upkeep.MigrateGallery, migration())
+    assert fields(rich(error)) == ["model"]
+    two.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="new"))
+    error = refused(two.upkeep.MigrateGallery, migration(model=newer.name))
+    assert info(rich(error)).reason == "MODEL_MISMATCH"
+
+
+def test_what_a_migration_is_refused_for_is_found_by_validating_it(two: Stubs, newer: Bundle) -> None:
+    two.fill("old", {"a": encoded(1)})
+    two.fill("other", {"a": encoded(1)})
+    put(two, "taken", "other")
+    wrong = [migration(alias, newer.name) for alias in ("other", "old", "new")] + [migration("now", newer.name)]
+    wrong[-1].gallery_id = "taken"
+    told = []
+    for request in wrong:
+        seen = set()
+        for request.validate_only in (True, False):
+            error = refused(two.upkeep.MigrateGallery, request)
+            field = info(rich(error)).metadata["field"]
+            seen.add((error.code(), field, error.details()))
+        (what,) = seen  # the same by validating as by doing
+        told.append(what[:2])
+    assert told == [
+        (grpc.StatusCode.ALREADY_EXISTS, "alias"),
+        (grpc.StatusCode.ALREADY_EXISTS, "alias"),
+        (grpc.StatusCode.INVALID_ARGUMENT, "alias"),
+        (grpc.StatusCode.ALREADY_EXISTS, "gallery_id"),
+    ]
+    listing = two.galleries.ListGalleries(gallery_pb2.ListGalleriesRequest()).galleries
+    assert [gallery.name for gallery in listing] == ["galleries/old", "galleries/other"]
+    moved = migration("taken", newer.name)
+    moved.validate_only = True
+    two.upkeep.MigrateGallery(moved)
+    assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/other"
+    moved.validate_only = False
+    finished(two, two.upkeep.MigrateGallery(moved).operation)
+    assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/new"

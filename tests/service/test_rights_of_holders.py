@@ -1,0 +1,163 @@
+"""What the holder of a key sees of what others have: lists, aliases, operations and streams. See `test_rights.py`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+from google.longrunning import operations_pb2
+from google.protobuf.message import Message
+
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, search_pb2, upkeep_pb2
+from service.key_ring import KeyRing
+from service.principal import SCOPES
+from service.settings import Settings
+from tests.service.harness import Loop, Stubs, encoded, info, refused, rich, served
+
+G, S, U, A, O = (  # noqa: E741
+    gallery_pb2,
+    search_pb2,
+    upkeep_pb2,
+    alias_pb2,
+    operations_pb2,
+)
+
+
+def name(gallery: str) -> str:
+    return f"galleries/{gallery}"
+
+
+class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """Sends a key with every call of a channel."""
+
+    def __init__(self, key: str) -> None:
+        self._metadata = (("authorization", f"Bearer {key}"),)
+
+    def _with(self, call: Any, details: Any, request: Any) -> Any:
+        return call(details._replace(metadata=(*(details.metadata or ()), *self._metadata)), request)
+
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_stream = _with
+
+
+class Repeated:
+    """A stream of one message over and over, each sent when told."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+        self._queue: SimpleQueue[Message] = SimpleQueue()
+
+    def after(self, first: Message) -> Iterator[Message]:
+        return itertools.chain([first], iter(self._queue.get, None))
+
+    def send(self) -> None:
+        self._queue.put(self._message)
+
+
+@pytest.fixture(scope="module")
+def holders(loop: Loop, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stubs]]:
+    """Stubs by who calls: of every gallery, or of its own alone."""
+    folder = tmp_path_factory.mktemp("holders")
+    ring = KeyRing(folder / "keys.json")
+    keys = {
+        "all": ring.create("all", scopes=SCOPES, galleries=["*"])[1],
+        "mine": ring.create("mine", scopes=SCOPES, galleries=["mine", "mine-*"])[1],
+    }
+    own = settings.model_copy(update={"galleries": folder / "galleries", "keys": folder / "keys.json"})
+    with served(loop, own) as server, grpc.insecure_channel(server.address) as channel:
+        yield {who: Stubs(grpc.intercept_channel(channel, _WithKey(key))) for who, key in keys.items()}
+
+
+@pytest.fixture
+def as_all(holders: dict[str, Stubs]) -> Stubs:
+    return holders["all"]
+
+
+@pytest.fixture
+def as_mine(holders: dict[str, Stubs]) -> Stubs:
+    return holders["mine"]
+
+
+def test_lists_tell_of_allowed_galleries_aliases_and_operations_alone(as_all: Stubs, as_mine: Stubs) -> None:
+    for gallery in ("mine-l", "theirs-l"):
+        as_all.galleries.CreateGallery(G.CreateGalleryRequest(gallery_id=gallery))
+        as_all.upkeep.ReindexGallery(U.ReindexGalleryRequest(name=name(gallery)))
+    for alias, target in (("mine-a", "mine-l"), ("mine-b", "theirs-l"), ("their-a", "mine-l")):
+        alias_ = A.Alias(name=f"aliases/{alias}", gallery=name(target))
+        as_all.aliases.UpdateAlias(A.UpdateAliasRequest(alias=alias_, allow_missing=True))
+    every = {gallery.name for gallery in as_all.galleries.ListGalleries(G.ListGalleriesRequest()).galleries}
+    mine = {gallery.name for gallery in as_mine.galleries.ListGalleries(G.ListGalleriesRequest()).galleries}
+    assert {name("mine-l"), name("theirs-l")} <= every
+    assert mine == {each for each in every if each.startswith(name("mine"))}
+    assert [each.name for each in as_mine.aliases.ListAliases(A.ListAliasesRequest()).aliases] == ["aliases/mine-a"]
+    targets = [
+        [operation.name for operation in stubs.operations.ListOperations(O.ListOperationsRequest()).operations]
+        for stubs in (as_all, as_mine)
+    ]
+    assert set(targets[1]) < set(targets[0])
+    (theirs,) = [
+        operation
+        for operation in set(targets[0]) - set(targets[1])
+        if b"theirs-l" in as_all.operations.GetOperation(O.GetOperationRequest(name=operation)).metadata.value
+    ]
+    for method, request in (
+        (as_mine.operations.GetOperation, O.GetOperationRequest),
+        (as_mine.operations.CancelOperation, O.CancelOperationRequest),
+        (as_mine.operations.DeleteOperation, O.DeleteOperationRequest),
+    ):
+        assert info(rich(refused(method, request(name=theirs)))).reason == "GALLERY_FORBIDDEN"
+
+
+def test_an_alias_needs_rights_on_its_name_and_on_what_it_stands_for(as_all: Stubs, as_mine: Stubs) -> None:
+    as_all.fill("mine-t", {"a": encoded(1)})
+    as_all.fill("theirs-t", {"a": encoded(1)})
+
+    def put(alias: str, target: str) -> None:
+        alias_ = A.Alias(name=f"aliases/{alias}", gallery=name(target))
+        as_all.aliases.UpdateAlias(A.UpdateAliasRequest(alias=alias_, allow_missing=True))
+
+    def search(gallery: str) -> Any:
+        return as_mine.search.Search(S.SearchRequest(gallery=name(gallery), query=encoded(1), k=1))
+
+    put("mine-now", "mine-t")
+    put("their-now", "mine-t")
+    assert len(search("mine-now").neighbors) == 1
+    with pytest.raises(grpc.RpcError) as caught:
+        search("their-now")
+    assert info(rich(caught.value)).metadata["gallery"] == "their-now"
+    queries = Repeated(S.StreamSearchRequest(query=encoded(1)))
+    config = S.StreamSearchRequest(config=S.StreamSearchConfig(gallery=name("mine-now"), k=1))
+    answers = as_mine.search.StreamSearch(queries.after(config))
+    queries.send()
+    assert next(answers).WhichOneof("result") == "neighbors"
+    put("mine-now", "theirs-t")
+    with pytest.raises(grpc.RpcError) as caught:
+        search("mine-now")
+    assert info(rich(caught.value)).reason == "GALLERY_FORBIDDEN"
+    queries.send()
+    with pytest.raises(grpc.RpcError) as caught:
+        next(answers)
+    assert info(rich(caught.value)).reason == "GALLERY_FORBIDDEN", "the stream began before the alias moved"
+    alias_ = A.Alias(name="aliases/mine-now", gallery=name("mine-t"))
+    error = refused(as_mine.aliases.UpdateAlias, A.UpdateAliasRequest(alias=alias_))
+    assert info(rich(error)).reason == "GALLERY_FORBIDDEN", "it would take it away from those who use it now"
+
+
+def test_a_stream_ends_at_the_element_that_names_another_gallery(as_all: Stubs, as_mine: Stubs) -> None:
+    as_all.fill("mine-s", {"a": encoded(1)})
+    requests: list[Message] = [
+        S.StreamSearchRequest(config=S.StreamSearchConfig(gallery=name("mine-s"), k=1)),
+        S.StreamSearchRequest(id="1", query=common_pb2.ImageInput(item="galleries/mine-s/items/a")),
+        S.StreamSearchRequest(id="2", query=common_pb2.ImageInput(item="galleries/theirs/items/a")),
+    ]
+    error = refused(as_mine.search.StreamSearch, iter(requests))  # type: ignore[arg-type]
+    assert info(rich(error)).reason == "GALLERY_FORBIDDEN"
+    imported: list[Message] = [
+        G.ImportItemsRequest(config=G.ImportItemsConfig(parent=name("mine-s"))),
+        G.ImportItemsRequest(item=G.UpdateItemRequest(item=G.Item(name="galleries/theirs/items/x"), image=encoded(1))),
+    ]
+    error = refused(as_mine.galleries.ImportItems, iter(imported))  # type: ignore[arg-type]
+    assert info(rich(error)).reason == "GALLERY_FORBIDDEN"
