@@ -24,7 +24,7 @@ from index.batch import Outcome, Query, batch_size
 from index.batch_shards import Answer, Evidence, Failure, evidence_of
 from index.engine import Effort, Exact, Filter, Found, GalleryEngine
 from index.items import MAX_K, MAX_MATCHES, check_count
-from index.telling import NAMES
+from index.telling import MANY_NAMES
 from index.threads import CORES
 
 MAX_IMAGE_BYTES = 32 * 2**20
@@ -152,7 +152,7 @@ class GalleryAnswering:
             allowed=wanted.allowed,
             exclude=exclude,
             threads=self._threads,
-            telling=NAMES,
+            telling=MANY_NAMES,
         )
 
     def _matches(self, query_D: Vectors, exclude: Sequence[str]) -> Found:
@@ -164,7 +164,7 @@ class GalleryAnswering:
             effort=wanted.effort,
             allowed=wanted.allowed,
             exclude=exclude,
-            telling=NAMES,
+            telling=MANY_NAMES,
         )
 
     def _answer(self, found: Found) -> Answer:
