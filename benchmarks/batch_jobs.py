@@ -29,7 +29,8 @@ from embedding.encoder import Encoder
 from index import Catalog, Gallery
 from index.batch import run
 from index.batch_folder import Conditions
-from index.batch_queries import Array, ImageFolder
+from index.batch_images import ImageFolder
+from index.batch_queries import Array
 from index.batch_search import EMBEDDINGS, IMAGES, GalleryAnswering, Wanted, image_bytes
 from index.telling import MANY_NAMES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedding.bundle import Bundle
+from lookalike import Client
 from lookalike.cli import batch_job, batch_remote
 from lookalike.errors import ResourceExhausted, Unavailable
 from tests.cli.conftest import Run
@@ -231,3 +233,33 @@ def test_misuse_is_told(run: Run, where: list[str], filled: str, pictures: Path,
     pq.write_table(pa.table({"v": ["x"]}), tmp_path / "t.parquet")
     run(*ask, tmp_path / "t.parquet", "--embeddings", "w", "--shards", "b").failed_with("no column 'w'")
     assert not (tmp_path / "b").exists()
+
+
+class TestItemsOfAServer:
+    def test_each_page_is_asked_for_once_however_many_shards_there_are(
+        self, bundle: Bundle, target: str, name: str, run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lookalike._calls.items.PAGE_SIZE", 2)
+        run("gallery", "create", name, "--target", target)
+        run("gallery", "add", name, pictures, "--target", target)
+        with Client(target) as client:
+            pages, unary = 0, client.unary
+
+            def counted(call: Any) -> Any:
+                nonlocal pages
+                pages += call.method.endswith("ListItems")
+                return unary(call)
+
+            monkeypatch.setattr(client, "unary", counted)
+            items = batch_remote.RemoteItems(client, client.get_gallery(name))
+            whole = [query.id for query in items.since(0, "")]
+            assert (len(whole), pages) == (7, 4)
+            for row in range(0, 8, 2):
+                assert [query.id for query in items.since(row, "")] == whole[row:]
+            pages = 0
+            shards = [[query.id for query in islice(items.since(row, ""), 2)] for row in range(0, 7, 2)]
+            assert [item for shard in shards for item in shard] == whole
+            assert pages == 4
+            pages = 0
+            assert [query.id for query in items.since(3, "")] == whole[3:]
+            assert pages == 3

@@ -33,7 +33,8 @@ from index import Catalog, Exact, Gallery, Item, Progress
 from index import batch as jobs
 from index.batch import Done, Queries, run
 from index.batch_folder import MANIFEST, Conditions, JobFolder
-from index.batch_queries import Array, EmbeddingTable, GalleryItems, ImageFolder, PathTable, queries_of
+from index.batch_images import ImageFolder
+from index.batch_queries import Array, EmbeddingTable, GalleryItems, PathTable, queries_of
 from index.batch_search import GalleryAnswering, Wanted
 from index.batch_shards import SCHEMA
 from index.filters import parse_filter
