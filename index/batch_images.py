@@ -85,7 +85,7 @@ class ImageFolder:
 
 
 def _walk(root: str, prefix: str, listed: Callable[[str], list[str]], start: Sequence[str] = ()) -> Iterator[str]:
-    """Relative names of the image files below a folder, in the order of their paths' parts; `start` are those of the first."""
+    """Relative names of the image files below a folder, by their paths' parts; `start` are those of the first."""
     names = listed(f"{root}/{prefix}")
     if start:
         # A file or folder of that name itself counts, and "a/" stands where "a" would.

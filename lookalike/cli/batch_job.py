@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from embedding.errors import InvalidDataset, LookalikeError
 from index.batch import Answering, Done, Queries
 from index.batch import run as run_job
-from index.batch_folder import Conditions
+from index.batch_folder import Conditions, read_manifest
 from index.batch_queries import queries_of
 from index.engine import Progress
 from index.filters import parse_filter
@@ -30,7 +30,8 @@ from lookalike.types import Effort, Gallery, OperatingPoint
 
 _SAY_SECONDS = 30.0
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0)
-"""Seconds before a job goes on after a server could not answer; then it ends, and is run again by whoever wants it."""
+"""Seconds before a job goes on after a server could not answer, from the first again once a shard was written; then it
+ends, and is run again by whoever wants it."""
 _ROOM = frozenset({"OVERLOADED", "RATE_LIMITED"})
 
 
@@ -86,6 +87,7 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
                     restart=anew,
                     on_progress=tell,
                 ),
+                lambda: _answered(folder),
                 restart=restart,
                 say=lambda text: show.console(stderr=True).print(text, markup=False),
             )
@@ -95,19 +97,34 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
     print(summary(done, folder))
 
 
-def _patiently(attempt: Callable[[bool], Done], *, restart: bool, say: Callable[[str], None]) -> Done:
-    """Go on with the job after a server had no room or was away, as long as waiting may help."""
-    for pause in (*_PAUSES, None):
+def _patiently(
+    attempt: Callable[[bool], Done], answered: Callable[[], int], *, restart: bool, say: Callable[[str], None]
+) -> Done:
+    """Go on with the job after a server had no room or was away, as long as waiting may help.
+
+    `answered` counts the queries of whole shards: where there are more of them, patience begins anew.
+    """
+    pauses, before = iter(_PAUSES), 0 if restart else answered()
+    while True:
         try:
             return attempt(restart)
         except (Unavailable, ResourceExhausted) as error:
-            if pause is None or (isinstance(error, ResourceExhausted) and error.reason not in _ROOM):
+            if isinstance(error, ResourceExhausted) and error.reason not in _ROOM:
+                raise
+            if (now := answered()) > before:
+                pauses, before = iter(_PAUSES), now
+            pause = next(pauses, None)
+            if pause is None:
                 raise
             wait = max(pause, error.retry_after or 0.0)
             say(f"the server cannot answer now ({error}); going on from the last whole shard in {wait:,.0f} s")
             restart = False
             time.sleep(wait * random.uniform(1, 1.25))  # not all who wait come back at once
-    raise AssertionError("unreachable")
+
+
+def _answered(folder: Path) -> int:
+    manifest = read_manifest(folder)
+    return manifest.totals.queries if manifest else 0
 
 
 def summary(done: Done, folder: Path) -> str:

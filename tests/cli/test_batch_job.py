@@ -17,7 +17,7 @@ from embedding.bundle import Bundle
 from lookalike import Client
 from lookalike.cli import batch_job, batch_remote
 from lookalike.errors import ResourceExhausted, Unavailable
-from tests.cli.conftest import Run
+from tests.cli.conftest import Ran, Run
 from tests.service.harness import png
 
 
@@ -263,3 +263,43 @@ class TestItemsOfAServer:
             pages = 0
             assert [query.id for query in items.since(3, "")] == whole[3:]
             assert pages == 3
+
+
+class TestPatience:
+    def ran(
+        self, run: Run, target: str, name: str, pictures: Path, out: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
+    ) -> tuple[Ran, list[float]]:
+        """A job of seven shards whose n-th attempt to answer one fails where `failing(n)`; and how long it waited."""
+        run("gallery", "create", name, "--target", target)
+        run("gallery", "add", name, pictures, "--target", target)
+        answers, calls, waits = batch_remote.ServerAnswering.answers, 0, list[float]()
+
+        def now_and_then(self: Any, queries: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if failing(calls):
+                raise ResourceExhausted("full", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
+            return answers(self, queries)
+
+        monkeypatch.setattr(batch_remote.ServerAnswering, "answers", now_and_then)
+        monkeypatch.setattr(batch_job.time, "sleep", waits.append)
+        job = ("batch-search", pictures, "--gallery", name, "--shard-queries", 1, "--target", target, "--shards", out)
+        return run(*job), waits
+
+    def test_it_begins_anew_with_each_shard(
+        self, run: Run, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran, waits = self.ran(
+            run, target, name, pictures, tmp_path / "job", monkeypatch, lambda call: call % 4
+        )  # three failures before each of seven shards
+        assert ran.code == 0, ran.err
+        assert len(waits) == 21
+        assert all(1 <= waits[at] < 2 and 5 <= waits[at + 2] < 7 for at in range(0, 21, 3))
+
+    def test_without_a_shard_it_ends_after_eight_waits(
+        self, run: Run, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran, waits = self.ran(run, target, name, pictures, tmp_path / "job", monkeypatch, lambda call: call > 3)
+        assert ran.code != 0
+        assert len(waits) == 8
+        assert len(list((tmp_path / "job").glob("part-*"))) == 3
