@@ -28,7 +28,6 @@ from embedding.decision import Judge
 from embedding.encoder import Encoder
 from index import Catalog, Gallery
 from index.batch import run
-from index.batch_folder import Conditions
 from index.batch_images import ImageFolder
 from index.batch_queries import Array
 from index.batch_search import EMBEDDINGS, IMAGES, GalleryAnswering, Wanted, image_bytes
@@ -57,17 +56,7 @@ def job(place: Path, queries: Path) -> Taken:
         answering = GalleryAnswering(
             gallery, Wanted(judge=_judge(gallery), k=K), encoder=encoder, images=queries.is_dir(), threads=1
         )
-        conditions = Conditions(
-            queries=asked.kind,
-            queries_digest=asked.digest,
-            gallery=gallery.id,
-            gallery_created=gallery.created.isoformat(),
-            generation=gallery.generation,
-            model=gallery.model.name,
-            fingerprint=gallery.model.fingerprint,
-            calibration=1,
-            parameters={"k": K},
-        )
+        conditions = answering.conditions(asked, {"k": K})
         cpu, wall = time.process_time(), time.perf_counter()
         run(Path(out) / "job", asked, answering, conditions)
         return Taken(time.process_time() - cpu, time.perf_counter() - wall, _peak_mb())

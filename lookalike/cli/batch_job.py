@@ -26,7 +26,7 @@ from lookalike.cli import show
 from lookalike.cli.backend import Backend
 from lookalike.cli.batch_remote import RemoteItems, ServerAnswering
 from lookalike.errors import ResourceExhausted, Unavailable
-from lookalike.types import Effort, Gallery, OperatingPoint
+from lookalike.types import Effort, OperatingPoint
 
 _SAY_SECONDS = 30.0
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0)
@@ -160,8 +160,18 @@ def _on_server(client: Client, job: Job, queries: Queries | None) -> tuple[Queri
         filter=job.filter,
         effort=job.effort,
     )
-    stamp = (model.id, model.fingerprint, model.calibration.version)
-    return found, answering, _conditions(job, found, gallery, stamp, source.id if source else "")
+    conditions = Conditions(
+        queries=found.kind,
+        queries_digest=found.digest,
+        gallery=gallery.id,
+        gallery_created=gallery.create_time.isoformat() if gallery.create_time else "",
+        generation=gallery.generation,
+        model=model.id,
+        fingerprint=model.fingerprint,
+        calibration=model.calibration.version,
+        parameters=job.parameters(leave_out=source is not None and source.id == gallery.id),
+    )
+    return found, answering, conditions
 
 
 def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries, Answering, Conditions]:
@@ -190,32 +200,7 @@ def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries,
         images=source is None and not found.kind.endswith(("array", "embeddings")),
         leave_out=leave_out,
     )
-    described = Gallery(
-        id=searched.id,
-        model=searched.model.name,
-        item_count=searched.size,
-        generation=searched.generation,
-        create_time=searched.created,
-        damage="",
-    )
-    stamp = (engine.bundle.name, engine.bundle.fingerprint, engine.bundle.calibration.version)
-    return found, answering, _conditions(job, found, described, stamp, source.id if source else "")
-
-
-def _conditions(job: Job, queries: Queries, gallery: Gallery, stamp: tuple[str, str, int], source: str) -> Conditions:
-    """`stamp` is the model's name, its fingerprint and the version of its calibration."""
-    model, fingerprint, calibration = stamp
-    return Conditions(
-        queries=queries.kind,
-        queries_digest=queries.digest,
-        gallery=gallery.id,
-        gallery_created=gallery.create_time.isoformat() if gallery.create_time else "",
-        generation=gallery.generation,
-        model=model,
-        fingerprint=fingerprint,
-        calibration=calibration,
-        parameters=job.parameters(leave_out=source == gallery.id),
-    )
+    return found, answering, answering.conditions(found, job.parameters(leave_out=leave_out))
 
 
 @contextmanager

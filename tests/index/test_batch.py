@@ -38,7 +38,7 @@ from index.batch_queries import Array, EmbeddingTable, GalleryItems, PathTable, 
 from index.batch_search import GalleryAnswering, Wanted
 from index.batch_shards import SCHEMA
 from index.filters import parse_filter
-from tests.index.batch_killed import SHARD_QUERIES, conditions, job
+from tests.index.batch_killed import SHARD_QUERIES, job
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def ran(
     **wanted: Any,
 ) -> Done:
     answering = GalleryAnswering(gallery, Wanted(judge=judge, **wanted), images=False, leave_out=leave_out, threads=1)
-    stated = conditions(gallery, queries)
+    stated = answering.conditions(queries, {"k": 5})
     return run(
         folder,
         queries,
@@ -314,7 +314,8 @@ class TestFolders:
         assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
     def test_one_process_at_a_time(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
-        with JobFolder.open(tmp_path / "job", conditions(filled, Array(array))), pytest.raises(Busy, match="another"):
+        stated = GalleryAnswering(filled, Wanted(judge=judge)).conditions(Array(array), {"k": 5})
+        with JobFolder.open(tmp_path / "job", stated), pytest.raises(Busy, match="another"):
             ran(tmp_path / "job", filled, Array(array), judge)
 
     def test_a_damaged_manifest_is_told(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
@@ -414,7 +415,7 @@ class TestQueries:
         for source, count in ((root, 3), (tmp_path / "list.parquet", 6)):
             queries = queries_of(source)
             answering = GalleryAnswering(filled, Wanted(judge=judge), encoder=encoder, decode_threads=1)
-            done = run(tmp_path / f"job-{count}", queries, answering, conditions(filled, queries))
+            done = run(tmp_path / f"job-{count}", queries, answering, answering.conditions(queries, {}))
             assert (done.totals.queries, done.totals.errors) == (count, count)
 
     def test_a_folder_is_walked_in_order_and_known_by_what_is_in_it(self, tmp_path: Path) -> None:
