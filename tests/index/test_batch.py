@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,41 @@ def test_it_is_what_brute_force_finds(
         whole = truth([(str(i), query, "") for i, query in enumerate(pool[::-1])], pool, judge, 99, within)
         assert cut == {r[0] for r in whole if r[1] == 4}
         assert done.totals.truncated == len(cut) > 0
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_footer_of_a_shard_says_what_its_rows_rest_on(
+    tmp_path: Path, filled: Gallery, array: Path, judge: Judge, within: bool
+) -> None:
+    ran(tmp_path / "job", filled, Array(array), judge, k=4, within=within, changed={"parameters": {"k": 4, "ü": [1]}})
+    for number in range(5):
+        path = tmp_path / "job" / f"part-{number:05}.parquet"
+        said = json.loads(pq.read_metadata(path).metadata[b"lookalike"])
+        assert said == {
+            "lookalike": version("lookalike"),
+            "model": judge.model,
+            "fingerprint": filled.model.fingerprint,
+            "calibration": 1,
+            "gallery": "shapes",
+            "gallery_created": filled.created.isoformat(),
+            "gallery_generation": filled.generation,
+            "asked": {"k": 4, "ü": [1]},
+            "first_query_row": SHARD_QUERIES * number,
+            "queries": min(SHARD_QUERIES, 48 - SHARD_QUERIES * number),
+            "threshold": judge.threshold,
+            "far": judge.rates.far,
+            "far_upper95": judge.rates.far_upper95,
+            "frr": judge.rates.frr,
+        }
+
+
+def test_a_shard_without_a_neighbour_claims_no_threshold(
+    tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+) -> None:
+    ran(tmp_path / "job", filled, Array(array), judge, allowed=parse_filter('name = "none"'))
+    said = json.loads(pq.read_metadata(tmp_path / "job" / "part-00000.parquet").metadata[b"lookalike"])
+    assert (said["model"], said["queries"], "threshold" in said) == (judge.model, SHARD_QUERIES, False)
+    assert rows(tmp_path / "job") == []
 
 
 @pytest.mark.parametrize("within", [False, True])
