@@ -104,7 +104,7 @@ def _patiently(
 
     `answered` counts the queries of whole shards: where there are more of them, patience begins anew.
     """
-    pauses, before = iter(_PAUSES), 0 if restart else answered()
+    pauses, before = iter(_PAUSES), 0
     while True:
         try:
             return attempt(restart)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -228,6 +232,8 @@ def test_misuse_is_told(run: Run, where: list[str], filled: str, pictures: Path,
     run("batch-search", pictures, "--shards", "b", *where).failed_with("--gallery")
     run(*ask, pictures, "--shards", "b", "--filter", "name <").failed_with("filter")
     run(*ask, pictures / "notes.txt", "--shards", "b").failed_with("neither")
+    (tmp_path / "file").touch()
+    run(*ask, pictures, "--shards", tmp_path / "file").failed_with("is a file", "give a folder")
     (tmp_path / "empty").mkdir()
     run(*ask, tmp_path / "empty", "--shards", "b").failed_with("nothing to search for")
     pq.write_table(pa.table({"v": ["x"]}), tmp_path / "t.parquet")
@@ -303,3 +309,32 @@ class TestPatience:
         assert ran.code != 0
         assert len(waits) == 8
         assert len(list((tmp_path / "job").glob("part-*"))) == 3
+
+
+def test_stopped_by_the_keyboard_it_says_how_to_go_on_and_another_process_who_runs_it(
+    run: Run, bundle: Bundle, pictures: Path, name: str, tmp_path: Path
+) -> None:
+    here = ("--bundle", bundle.path, "--data", tmp_path / "galleries")
+    run("gallery", "create", name, *here)
+    run("gallery", "add", name, pictures, *here)
+    queries = np.tile(np.eye(bundle.embedding_dim, dtype=np.float32), (20_000, 1))
+    np.save(tmp_path / "queries.npy", queries)
+    out = tmp_path / "job"
+    job = ("batch-search", tmp_path / "queries.npy", "--gallery", name, "--shards", out, "--shard-queries", 500, *here)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "lookalike", *map(str, job)], stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    with started:
+        while not (out / "part-00001.parquet").exists():
+            assert started.poll() is None, started.stderr and started.stderr.read()
+            time.sleep(0.05)
+        run(*job).failed_with(f"process {started.pid} runs the job in {out}")
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert f"run the same command again to go on in {out}" in said
+    assert "Traceback" not in said
+    assert not list(out.glob(".partial-*"))
+    stated = json.loads((out / "_job.json").read_text())
+    assert not stated["done"]
+    assert 0 <= len(list(out.glob("part-*"))) - len(stated["shards"]) <= 1  # one may be whole and not yet counted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -341,6 +342,16 @@ class TestFolders:
         ran(tmp_path / "job", filled, Array(array), judge, restart=True)
         assert (tmp_path / "job" / "part-mine.parquet").read_text() == "precious"
 
+    def test_a_place_that_cannot_be_written_to_is_told(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+    ) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(AlreadyExists, match="is a file"):
+            ran(tmp_path / "file", filled, Array(array), judge)
+        for place in (tmp_path / "file" / "job", Path("/proc/job")):
+            with pytest.raises((StorageFailed, AlreadyExists), match=place.name):
+                ran(place, filled, Array(array), judge)
+
     def test_what_is_no_job_is_left_alone(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -351,7 +362,7 @@ class TestFolders:
 
     def test_one_process_at_a_time(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
         stated = GalleryAnswering(filled, Wanted(judge=judge)).conditions(Array(array), {"k": 5})
-        with JobFolder.open(tmp_path / "job", stated), pytest.raises(Busy, match="another"):
+        with JobFolder.open(tmp_path / "job", stated), pytest.raises(Busy, match=rf"process {os.getpid()} runs"):
             ran(tmp_path / "job", filled, Array(array), judge)
 
     def test_a_damaged_manifest_is_told(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
@@ -374,6 +385,22 @@ class TestFolders:
         assert not list((tmp_path / "job").glob(".partial-*"))
         done = ran(tmp_path / "job", filled, Array(array), judge)
         assert done.totals.queries == 48
+
+    def test_a_disk_without_room_keeps_whole_shards_and_what_goes_on_has_the_same_bytes(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+    ) -> None:
+        ran(tmp_path / "whole", filled, Array(array), judge)
+        size = (tmp_path / "whole" / "part-00000.parquet").stat().st_size
+        most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, hard))  # of a file; a full disk is refused as this is
+        try:
+            with pytest.raises(StorageFailed, match="the shards written so far are kept"):
+                ran(tmp_path / "job", filled, Array(array), judge)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        assert set(shards(tmp_path / "job")) == {MANIFEST}
+        ran(tmp_path / "job", filled, Array(array), judge)
+        assert shards(tmp_path / "job") == shards(tmp_path / "whole")
 
     def test_nothing_to_search_for(self, tmp_path: Path, filled: Gallery, judge: Judge) -> None:
         np.save(tmp_path / "none.npy", np.empty((0, 6), np.float32))
