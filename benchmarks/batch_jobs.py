@@ -28,10 +28,10 @@ from embedding.decision import Judge
 from embedding.encoder import Encoder
 from index import Catalog, Gallery
 from index.batch import run
-from index.batch_folder import Conditions
-from index.batch_queries import Array, ImageFolder
+from index.batch_images import ImageFolder
+from index.batch_queries import Array
 from index.batch_search import EMBEDDINGS, IMAGES, GalleryAnswering, Wanted, image_bytes
-from index.telling import NAMES
+from index.telling import MANY_NAMES
 
 K = 10
 GROWTH = 1.15
@@ -56,17 +56,7 @@ def job(place: Path, queries: Path) -> Taken:
         answering = GalleryAnswering(
             gallery, Wanted(judge=_judge(gallery), k=K), encoder=encoder, images=queries.is_dir(), threads=1
         )
-        conditions = Conditions(
-            queries=asked.kind,
-            queries_digest=asked.digest,
-            gallery=gallery.id,
-            gallery_created=gallery.created.isoformat(),
-            generation=gallery.generation,
-            model=gallery.model.name,
-            fingerprint=gallery.model.fingerprint,
-            calibration=1,
-            parameters={"k": K},
-        )
+        conditions = answering.conditions(asked, {"k": K})
         cpu, wall = time.process_time(), time.perf_counter()
         run(Path(out) / "job", asked, answering, conditions)
         return Taken(time.process_time() - cpu, time.perf_counter() - wall, _peak_mb())
@@ -83,12 +73,12 @@ def alone(place: Path, queries: Path) -> Taken:
             paths = sorted(queries.iterdir())
             for at in range(0, len(paths), IMAGES):
                 emb_BD = encoder.encode([image_bytes(path) for path in paths[at : at + IMAGES]])
-                gallery.search_batch(emb_BD, k=K, judge=judge, threads=1, telling=NAMES)
+                gallery.search_batch(emb_BD, k=K, judge=judge, threads=1, telling=MANY_NAMES)
         else:
             rows_ND = np.load(queries, mmap_mode="r")
             for at in range(0, len(rows_ND), EMBEDDINGS):
                 some_QD = np.asarray(rows_ND[at : at + EMBEDDINGS])
-                gallery.search_batch(some_QD, k=K, judge=judge, threads=1, telling=NAMES)
+                gallery.search_batch(some_QD, k=K, judge=judge, threads=1, telling=MANY_NAMES)
         return Taken(time.process_time() - cpu, time.perf_counter() - wall, _peak_mb())
 
 

@@ -40,7 +40,11 @@ def decided(
     """The `most` nearest of each answer, without the names excluded for it; `truncated` where, of `all_of_them`, there
     were more. Raises ResponseTooLarge."""
     spare = int(all_of_them)
-    parts = [_nearest(answer, most + len(names) + spare, read) for answer, names in zip(answers, excluded, strict=True)]
+    naming = NAMES if telling.metadata else telling
+    parts = [
+        _nearest(answer, most + len(names) + spare, read, naming)
+        for answer, names in zip(answers, excluded, strict=True)
+    ]
     if not parts:
         return []
     counts_Q = [len(keys_R) for keys_R, _ in parts]
@@ -73,7 +77,7 @@ def decided(
     ]
 
 
-def _nearest(answer: Answer, most: int, read: Read) -> tuple[Keys, Vectors]:
+def _nearest(answer: Answer, most: int, read: Read, naming: Telling) -> tuple[Keys, Vectors]:
     """The `most` nearest of these, those that tie for the last places by name."""
     keys_R, dist_R = answer
     if len(keys_R) <= most:
@@ -81,7 +85,7 @@ def _nearest(answer: Answer, most: int, read: Read) -> tuple[Keys, Vectors]:
     farthest = np.partition(dist_R, most - 1)[most - 1]
     nearer_R, tied_R = np.flatnonzero(dist_R < farthest), np.flatnonzero(dist_R == farthest)
     if len(nearer_R) + len(tied_R) > most:
-        names = _names(keys_R[tied_R].tolist(), read)
+        names = _names(keys_R[tied_R].tolist(), read, naming)
         tied_R = tied_R[sorted(range(len(names)), key=names.__getitem__)]
     kept_R = np.concatenate([nearer_R, tied_R[: most - len(nearer_R)]])
     return keys_R[kept_R], dist_R[kept_R]
@@ -94,10 +98,10 @@ def _order(dist_P: Vectors, counts_Q: Sequence[int]) -> NDArray[np.intp]:
     return np.lexsort((dist_P, np.repeat(np.arange(len(counts_Q)), counts_Q)))
 
 
-def _names(keys: list[int], read: Read) -> list[str]:
+def _names(keys: list[int], read: Read, naming: Telling) -> list[str]:
     """Of items of which few may be kept: their entries are not held together."""
     return [
-        entry.name for start in range(0, len(keys), _AT_ONCE) for entry in read(keys[start : start + _AT_ONCE], NAMES)
+        entry.name for start in range(0, len(keys), _AT_ONCE) for entry in read(keys[start : start + _AT_ONCE], naming)
     ]
 
 

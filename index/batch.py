@@ -156,13 +156,7 @@ def _written(
 ) -> Shard:
     """The shard of the queries from `first` on; with `exactly` it has `most` of them."""
     conditions = job.manifest.conditions
-    writer = ShardWriter(
-        job.path / f"part-{number:05}.parquet",
-        first=first,
-        model=conditions.model,
-        calibration=conditions.calibration,
-        generation=conditions.generation,
-    )
+    writer = ShardWriter(job.path / f"part-{number:05}.parquet", first=first, conditions=conditions)
     try:
         with closing(answering.answers(_first(queries.since(first, after), most))) as batches:
             for batch in batches:

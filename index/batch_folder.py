@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -23,7 +24,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedding.errors import AlreadyExists, Busy, DamagedData, JobChanged, StorageFailed
-from index.catalog import HeldFolder
+from index.catalog import HeldFolder, holder
 from index.segments import sync_folder
 from index.sums import FileSum
 
@@ -140,7 +141,7 @@ class JobFolder:
         try:
             held = HeldFolder(path)
         except Busy as error:
-            raise Busy(f"another process runs the job in {path}; wait until it has ended, or stop it") from error
+            raise Busy(f"process {holder(path)} runs the job in {path}; wait until it has ended, or stop it") from error
         try:
             fresh = Manifest(
                 format=1, digest=conditions.digest, conditions=conditions, done=False, totals=Totals(), shards=()
@@ -213,6 +214,9 @@ class JobFolder:
             sync_folder(self.path)
         except OSError as error:
             raise refused(self.path, error) from error
+        finally:
+            with suppress(OSError):  # a disk that refused may refuse again; the next run removes it
+                partial.unlink(missing_ok=True)
         self.manifest = manifest
 
     def _clear(self, keep: Sequence[str]) -> None:

@@ -6,21 +6,19 @@ Each is read as it is needed, so that memory does not grow with their number. D 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedding.decision import Vectors
 from embedding.errors import InvalidDataset
-from embedding.images import IMAGE_SUFFIXES
 from index.batch import Queries, Query
+from index.batch_images import ImageFolder
 from index.engine import Filter, GalleryEngine
 from index.items import page_token_after
 
@@ -55,46 +53,6 @@ def queries_of(source: Path, embeddings: str = "") -> Queries:
     raise InvalidDataset(
         f"{source} is neither a folder, nor a .csv or .parquet table, nor a .npy array; give one of these"
     )
-
-
-class ImageFolder:
-    """The images below a folder, by path; hidden ones are left out. Their ids are paths relative to the folder."""
-
-    kind = "folder"
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    @property
-    def digest(self) -> str:
-        return self._known[0]
-
-    def now(self) -> str:
-        return self._look()[0]
-
-    @property
-    def total(self) -> int:
-        return self._known[1]
-
-    def since(self, row: int, after: str) -> Iterator[Query]:
-        for entry in islice(_walk(self._root, ""), row, None):
-            yield Query(_printable(entry[0]), Path(entry[1].path))
-
-    @cached_property
-    def _known(self) -> tuple[str, int]:
-        return self._look()
-
-    def _look(self) -> tuple[str, int]:
-        digest, total = hashlib.sha256(), 0
-        for name, entry in _walk(self._root, ""):
-            try:
-                stat = entry.stat()
-                stamp = (stat.st_size, stat.st_mtime_ns)
-            except OSError:
-                stamp = (-1, 0)  # told when it is read
-            digest.update(f"{name}\0{stamp[0]}\0{stamp[1]}\n".encode("utf-8", "surrogateescape"))
-            total += 1
-        return digest.hexdigest(), total
 
 
 class PathTable:
@@ -227,32 +185,6 @@ class GalleryItems:
 def gallery_digest(gallery: str, created: str, generation: int, allowed: str = "") -> str:
     """Tells the items of a gallery from others; the same here and on a server, so that one goes on for the other."""
     return json.dumps([gallery, created, generation, allowed])
-
-
-def _walk(root: Path | str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Image files below a folder with their relative names, in the order of their paths' parts."""
-    try:
-        with os.scandir(root) as found:
-            entries = sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
-    except OSError as error:
-        raise InvalidDataset(f"cannot look into {root}: {error.strerror}; let this user read it") from error
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path, f"{prefix}{entry.name}/")
-        elif PurePath(entry.name).suffix.lower() in IMAGE_SUFFIXES and not _leads_to_folder(entry):
-            yield f"{prefix}{entry.name}", entry
-
-
-def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: told when it is read
-        return False
-
-
-def _printable(name: str) -> str:
-    """The name as text, also where the file system has bytes that are none."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _stamp(path: Path) -> str:

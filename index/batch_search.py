@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,12 @@ from embedding.decision import Judge, Vectors, checked_embedding
 from embedding.encoder import Encoder
 from embedding.errors import InvalidImage, InvalidInput, LookalikeError
 from embedding.images import Pixels
-from index.batch import Outcome, Query, batch_size
+from index.batch import Outcome, Queries, Query, batch_size
+from index.batch_folder import Conditions
 from index.batch_shards import Answer, Evidence, Failure, evidence_of
 from index.engine import Effort, Exact, Filter, Found, GalleryEngine
 from index.items import MAX_K, MAX_MATCHES, check_count
-from index.telling import NAMES
+from index.telling import MANY_NAMES
 from index.threads import CORES
 
 MAX_IMAGE_BYTES = 32 * 2**20
@@ -73,6 +75,21 @@ class GalleryAnswering:
         self._leave_out, self._decode_threads, self._threads = leave_out, decode_threads, threads
         self._size = batch_size(IMAGES if images else EMBEDDINGS, wanted.k)
         self._evidence: Evidence | None = None
+
+    def conditions(self, queries: Queries, parameters: Mapping[str, Any]) -> Conditions:
+        """All that the answers to these queries depend on; `parameters` say what is asked for each of them."""
+        gallery = self._gallery
+        return Conditions(
+            queries=queries.kind,
+            queries_digest=queries.digest,
+            gallery=gallery.id,
+            gallery_created=gallery.created.isoformat(),
+            generation=gallery.generation,
+            model=gallery.model.name,
+            fingerprint=gallery.model.fingerprint,
+            calibration=self._wanted.judge.calibration.version,
+            parameters=dict(parameters),
+        )
 
     def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
         """The outcomes, a batch at a time."""
@@ -152,7 +169,7 @@ class GalleryAnswering:
             allowed=wanted.allowed,
             exclude=exclude,
             threads=self._threads,
-            telling=NAMES,
+            telling=MANY_NAMES,
         )
 
     def _matches(self, query_D: Vectors, exclude: Sequence[str]) -> Found:
@@ -164,7 +181,7 @@ class GalleryAnswering:
             effort=wanted.effort,
             allowed=wanted.allowed,
             exclude=exclude,
-            telling=NAMES,
+            telling=MANY_NAMES,
         )
 
     def _answer(self, found: Found) -> Answer:

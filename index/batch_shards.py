@@ -2,17 +2,20 @@
 changed.
 
 One row a query and neighbour, in the order of queries and by rising (distance, name). A query that was not answered has
-one row, with `error` and without an item; one that found nothing has none. Equal rows give equal bytes.
+one row, with `error` and without an item; one that found nothing has none. The footer says once, under the key
+`FOOTER`, what all rows rest on. Equal rows under equal conditions give equal bytes.
 
 Shapes: R rows.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from io import BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedding.decision import VERDICTS, Decisions, Vectors, Verdict
-from index.batch_folder import PARTIAL, Shard, refused
+from index.batch_folder import PARTIAL, Conditions, Shard, refused
 from index.segments import sync_folder
 from index.sums import FileSum
 
 GROUP_ROWS = 65_536
 """Rows that are held in memory until they are written as a row group."""
+
+FOOTER = b"lookalike"
+"""The key of the footer's JSON object among the metadata of a shard's file."""
 
 SCHEMA = pa.schema(
     [
@@ -118,9 +124,10 @@ class ShardWriter:
     Raises StorageFailed when the disk refuses; then, and when `close` is called without `publish`, nothing is left.
     """
 
-    def __init__(self, path: Path, *, first: int, model: str, calibration: int, generation: int) -> None:
+    def __init__(self, path: Path, *, first: int, conditions: Conditions) -> None:
         self._path, self._partial = path, path.with_name(f"{PARTIAL}{path.name}")
-        self._first, self._model, self._calibration, self._generation = first, model, calibration, generation
+        self._first, self._conditions = first, conditions
+        self._evidence: Evidence | None = None
         self.queries = self.rows = 0
         self._errors = self._matched = self._matches = self._truncated = 0
         self._last_id = ""
@@ -136,6 +143,8 @@ class ShardWriter:
             self._errors += 1
         else:
             count, matches = len(outcome.items), outcome.matches
+            if count:  # of an answer without items a server does not say it
+                self._evidence = self._evidence or outcome.evidence
             self._matches += matches
             self._matched += matches > 0
             self._truncated += outcome.truncated
@@ -153,7 +162,9 @@ class ShardWriter:
         self._flush()
 
         def complete() -> None:
-            self._opened().close()
+            writer = self._opened()
+            writer.add_key_value_metadata({FOOTER: self._footer()})
+            writer.close()
             if self._file is not None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -190,9 +201,29 @@ class ShardWriter:
                 self._file.close()
         self._partial.unlink(missing_ok=True)
 
+    def _footer(self) -> bytes:
+        stated = self._conditions
+        said = {
+            "lookalike": version("lookalike"),
+            "model": stated.model,
+            "fingerprint": stated.fingerprint,
+            "calibration": stated.calibration,
+            "gallery": stated.gallery,
+            "gallery_created": stated.gallery_created,
+            "gallery_generation": stated.generation,
+            "asked": stated.parameters,
+            "first_query_row": self._first,
+            "queries": self.queries,
+        }
+        if self._evidence:
+            known = asdict(self._evidence)
+            said |= {name: known[name] for name in ("threshold", "far", "far_upper95", "frr")}
+        return json.dumps(said, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+
     def _flush(self) -> None:
         if self._waiting:
-            table = table_of(self._waiting, self._model, self._calibration, self._generation)
+            stated = self._conditions
+            table = table_of(self._waiting, stated.model, stated.calibration, stated.generation)
             self._on_disk(lambda: self._opened().write_table(table, row_group_size=len(table)))
             self._waiting, self._waiting_rows = [], 0
 

@@ -282,16 +282,23 @@ class HeldFolder:
             self._descriptor = None
 
 
+def holder(root: Path) -> str:
+    """The number of the process that holds a folder, or held it last; "unknown" where it cannot be told."""
+    try:
+        return (root / LOCK).read_bytes()[:32].decode("ascii", "replace").strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
 def _locked(root: Path) -> int:
     """A descriptor that holds the folder's write lock until it is closed; the system frees it with the process."""
     descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
         os.close(descriptor)
         raise Busy(
-            f"process {holder} writes to the galleries in {root}; stop it, send the work to it, or open read-only"
+            f"process {holder(root)} writes to the galleries in {root}; stop it, send the work to it, or open read-only"
         ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -21,6 +21,7 @@ from index.deadline import Deadline
 from index.engine import Filter
 from index.exact import Keys
 from index.items import Entry, Item, ModelRef
+from index.names import Names
 from index.receipts import Token, find
 from index.remembered import Remembered
 from index.schema import as_datetime, check_tables
@@ -77,6 +78,7 @@ class Reading:
         self._is_pinned = pinned
         self._entries = Remembered[Entry]()
         self._bare = Remembered[Entry]()
+        self._names = Names()
         try:
             with translated(path):
                 check_tables(self._own, path, read_only=read_only)
@@ -100,6 +102,7 @@ class Reading:
         self._readers.shrink()
         self._entries = Remembered[Entry]()
         self._bare = Remembered[Entry]()
+        self._names = Names()
 
     @property
     def path(self) -> Path:
@@ -180,6 +183,8 @@ class Reading:
         """
         self._readers.check_open()
         if not telling.metadata:
+            if telling.many:
+                return self._names.all(keys, self._read_named, self._read_range)
             return self._bare.all(keys, self._read_bare)
         return self._entries.all(keys, lambda missing: self._read_entries(missing, telling))
 
@@ -205,6 +210,15 @@ class Reading:
             }
         self._check_all_there(keys, found)
         return found
+
+    def _read_named(self, keys: Sequence[int]) -> dict[int, Entry]:
+        return {key: entry for key, (entry, _) in self._read_bare(keys).items()}
+
+    def _read_range(self, first: int, last: int) -> list[tuple[int, str, str | None]]:
+        with self._readers.lend() as connection:
+            return connection.execute(
+                "SELECT key, name, identity FROM items WHERE key BETWEEN ? AND ? ORDER BY key", (first, last)
+            ).fetchall()
 
     def _check_all_there(self, keys: Sequence[int], found: Mapping[int, object]) -> None:
         if len(found) != len(keys):

@@ -12,14 +12,20 @@ from index.items import JSON
 class Telling:
     """What one answer tells of its items. Make one for each question; threads may share it."""
 
-    __slots__ = ("_field", "_left", "_most", "metadata")
+    __slots__ = ("_field", "_left", "_most", "many", "metadata")
 
-    def __init__(self, *, metadata: bool = True, most_bytes: int | None = None, field: str = "k") -> None:
+    def __init__(
+        self, *, metadata: bool = True, most_bytes: int | None = None, field: str = "k", many: bool = False
+    ) -> None:
         """Without `metadata` none is read. `most_bytes` of it may be read from the disk, as JSON; None for any.
 
-        `field` of the request is what asks for less.
+        `field` of the request is what asks for less. Of `many` questions, which take names and identities alone, most
+        items are told in the end: `index.names` remembers them.
         """
+        if many and metadata:
+            raise ValueError("many answers tell no metadata; give metadata=False with many=True")
         self.metadata = metadata
+        self.many = many
         self._field = field
         self._left = self._most = most_bytes
 
@@ -38,6 +44,8 @@ class Telling:
 
 NAMES = Telling(metadata=False)
 """Identities and names alone."""
+MANY_NAMES = Telling(metadata=False, many=True)
+"""Those of a batch job."""
 
 
 class Unparsed(Mapping[str, JSON]):

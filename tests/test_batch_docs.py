@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from index.batch_shards import SCHEMA
+from index.batch_folder import Conditions
+from index.batch_shards import FOOTER, SCHEMA, Answer, Evidence, ShardWriter
 from lookalike.__main__ import main
 from tests.service.harness import make_bundle, png
 from tests.test_operations import missing_line
@@ -44,6 +48,37 @@ def test_its_columns_are_those_of_the_shards() -> None:
         name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
     ]
     assert named == SCHEMA.names
+
+
+def test_its_footer_is_that_of_the_shards(tmp_path: Path) -> None:
+    evidence = Evidence(threshold=1.0, far=0.0, far_upper95=0.1, frr=0.0, model="m", calibration=1)
+    stated = Conditions(
+        queries="array",
+        queries_digest="",
+        gallery="g",
+        gallery_created="",
+        generation=1,
+        model="m",
+        fingerprint="f",
+        calibration=1,
+        parameters={},
+    )
+    nearest, decided, probable = np.zeros(1, np.float32), np.ones(1, np.int8), np.ones(1)
+    answer = Answer(
+        items=["a"],
+        identities=[None],
+        distance_R=nearest,
+        verdict_R=decided,
+        probability_R=probable,
+        evidence=evidence,
+        generation=1,
+    )
+    writer = ShardWriter(tmp_path / "part-00000.parquet", first=0, conditions=stated)
+    writer.add("q", answer)
+    writer.publish()
+    table = PAGE.partition("| name |")[2].partition("\n\n")[0]
+    named = {name for row in table.splitlines() if "|" in row for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(json.loads(pq.read_metadata(tmp_path / "part-00000.parquet").metadata[FOOTER]))
 
 
 def test_its_links_lead_somewhere() -> None:

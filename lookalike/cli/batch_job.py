@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 from embedding.errors import InvalidDataset, LookalikeError
 from index.batch import Answering, Done, Queries
 from index.batch import run as run_job
-from index.batch_folder import Conditions
+from index.batch_folder import Conditions, read_manifest
 from index.batch_queries import queries_of
 from index.engine import Progress
 from index.filters import parse_filter
@@ -26,11 +26,12 @@ from lookalike.cli import show
 from lookalike.cli.backend import Backend
 from lookalike.cli.batch_remote import RemoteItems, ServerAnswering
 from lookalike.errors import ResourceExhausted, Unavailable
-from lookalike.types import Effort, Gallery, OperatingPoint
+from lookalike.types import Effort, OperatingPoint
 
 _SAY_SECONDS = 30.0
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0)
-"""Seconds before a job goes on after a server could not answer; then it ends, and is run again by whoever wants it."""
+"""Seconds before a job goes on after a server could not answer, from the first again once a shard was written; then it
+ends, and is run again by whoever wants it."""
 _ROOM = frozenset({"OVERLOADED", "RATE_LIMITED"})
 
 
@@ -86,6 +87,7 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
                     restart=anew,
                     on_progress=tell,
                 ),
+                lambda: _answered(folder),
                 restart=restart,
                 say=lambda text: show.console(stderr=True).print(text, markup=False),
             )
@@ -95,19 +97,34 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
     print(summary(done, folder))
 
 
-def _patiently(attempt: Callable[[bool], Done], *, restart: bool, say: Callable[[str], None]) -> Done:
-    """Go on with the job after a server had no room or was away, as long as waiting may help."""
-    for pause in (*_PAUSES, None):
+def _patiently(
+    attempt: Callable[[bool], Done], answered: Callable[[], int], *, restart: bool, say: Callable[[str], None]
+) -> Done:
+    """Go on with the job after a server had no room or was away, as long as waiting may help.
+
+    `answered` counts the queries of whole shards: where there are more of them, patience begins anew.
+    """
+    pauses, before = iter(_PAUSES), 0
+    while True:
         try:
             return attempt(restart)
         except (Unavailable, ResourceExhausted) as error:
-            if pause is None or (isinstance(error, ResourceExhausted) and error.reason not in _ROOM):
+            if isinstance(error, ResourceExhausted) and error.reason not in _ROOM:
+                raise
+            if (now := answered()) > before:
+                pauses, before = iter(_PAUSES), now
+            pause = next(pauses, None)
+            if pause is None:
                 raise
             wait = max(pause, error.retry_after or 0.0)
             say(f"the server cannot answer now ({error}); going on from the last whole shard in {wait:,.0f} s")
             restart = False
             time.sleep(wait * random.uniform(1, 1.25))  # not all who wait come back at once
-    raise AssertionError("unreachable")
+
+
+def _answered(folder: Path) -> int:
+    manifest = read_manifest(folder)
+    return manifest.totals.queries if manifest else 0
 
 
 def summary(done: Done, folder: Path) -> str:
@@ -143,8 +160,18 @@ def _on_server(client: Client, job: Job, queries: Queries | None) -> tuple[Queri
         filter=job.filter,
         effort=job.effort,
     )
-    stamp = (model.id, model.fingerprint, model.calibration.version)
-    return found, answering, _conditions(job, found, gallery, stamp, source.id if source else "")
+    conditions = Conditions(
+        queries=found.kind,
+        queries_digest=found.digest,
+        gallery=gallery.id,
+        gallery_created=gallery.create_time.isoformat() if gallery.create_time else "",
+        generation=gallery.generation,
+        model=model.id,
+        fingerprint=model.fingerprint,
+        calibration=model.calibration.version,
+        parameters=job.parameters(leave_out=source is not None and source.id == gallery.id),
+    )
+    return found, answering, conditions
 
 
 def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries, Answering, Conditions]:
@@ -173,32 +200,7 @@ def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries,
         images=source is None and not found.kind.endswith(("array", "embeddings")),
         leave_out=leave_out,
     )
-    described = Gallery(
-        id=searched.id,
-        model=searched.model.name,
-        item_count=searched.size,
-        generation=searched.generation,
-        create_time=searched.created,
-        damage="",
-    )
-    stamp = (engine.bundle.name, engine.bundle.fingerprint, engine.bundle.calibration.version)
-    return found, answering, _conditions(job, found, described, stamp, source.id if source else "")
-
-
-def _conditions(job: Job, queries: Queries, gallery: Gallery, stamp: tuple[str, str, int], source: str) -> Conditions:
-    """`stamp` is the model's name, its fingerprint and the version of its calibration."""
-    model, fingerprint, calibration = stamp
-    return Conditions(
-        queries=queries.kind,
-        queries_digest=queries.digest,
-        gallery=gallery.id,
-        gallery_created=gallery.create_time.isoformat() if gallery.create_time else "",
-        generation=gallery.generation,
-        model=model,
-        fingerprint=fingerprint,
-        calibration=calibration,
-        parameters=job.parameters(leave_out=source == gallery.id),
-    )
+    return found, answering, answering.conditions(found, job.parameters(leave_out=leave_out))
 
 
 @contextmanager

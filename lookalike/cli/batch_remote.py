@@ -4,11 +4,13 @@ all matches are asked for."""
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from index.batch_queries import gallery_digest
 from index.batch_search import EMBEDDINGS, IMAGES, failure, image_bytes
 from index.batch_shards import Answer, Evidence, Failure
 from lookalike import Client
+from lookalike._calls.items import list_items
 from lookalike.errors import CallFailed, InvalidRequest
 from lookalike.types import Effort, Gallery, ImageLike, ItemName, Neighbors, OperatingPoint
 
@@ -40,6 +43,7 @@ class RemoteItems:
 
     def __init__(self, client: Client, gallery: Gallery) -> None:
         self._client, self._gallery = client, gallery
+        self._pages = [(0, "")]  # the row that each page seen begins with, and its token
         self.total = gallery.item_count
         self.digest = self._digest(gallery)
 
@@ -52,8 +56,17 @@ class RemoteItems:
         return gallery_digest(gallery.id, created, gallery.generation)
 
     def since(self, row: int, after: str) -> Iterator[Query]:
-        for item in islice(self._client.list_items(self._gallery.id, metadata=False), row, None):
-            yield Query(item.name.id, None, item.name.id)
+        known = self._pages
+        at, token = known[bisect_right(known, row, key=itemgetter(0)) - 1]
+        while True:
+            page = self._client.unary(list_items(token, self._gallery.id, metadata=False))
+            for item in page.elements[max(0, row - at) :]:
+                yield Query(item.name.id, None, item.name.id)
+            at, token = at + len(page.elements), page.next_token
+            if not token:
+                return
+            if at > known[-1][0]:
+                known.append((at, token))
 
 
 class ServerAnswering:

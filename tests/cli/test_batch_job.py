@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedding.bundle import Bundle
+from lookalike import Client
 from lookalike.cli import batch_job, batch_remote
 from lookalike.errors import ResourceExhausted, Unavailable
-from tests.cli.conftest import Run
+from tests.cli.conftest import Ran, Run
 from tests.service.harness import png
 
 
@@ -226,8 +232,109 @@ def test_misuse_is_told(run: Run, where: list[str], filled: str, pictures: Path,
     run("batch-search", pictures, "--shards", "b", *where).failed_with("--gallery")
     run(*ask, pictures, "--shards", "b", "--filter", "name <").failed_with("filter")
     run(*ask, pictures / "notes.txt", "--shards", "b").failed_with("neither")
+    (tmp_path / "file").touch()
+    run(*ask, pictures, "--shards", tmp_path / "file").failed_with("is a file", "give a folder")
     (tmp_path / "empty").mkdir()
     run(*ask, tmp_path / "empty", "--shards", "b").failed_with("nothing to search for")
     pq.write_table(pa.table({"v": ["x"]}), tmp_path / "t.parquet")
     run(*ask, tmp_path / "t.parquet", "--embeddings", "w", "--shards", "b").failed_with("no column 'w'")
     assert not (tmp_path / "b").exists()
+
+
+class TestItemsOfAServer:
+    def test_each_page_is_asked_for_once_however_many_shards_there_are(
+        self, bundle: Bundle, target: str, name: str, run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("lookalike._calls.items.PAGE_SIZE", 2)
+        run("gallery", "create", name, "--target", target)
+        run("gallery", "add", name, pictures, "--target", target)
+        with Client(target) as client:
+            pages, unary = 0, client.unary
+
+            def counted(call: Any) -> Any:
+                nonlocal pages
+                pages += call.method.endswith("ListItems")
+                return unary(call)
+
+            monkeypatch.setattr(client, "unary", counted)
+            items = batch_remote.RemoteItems(client, client.get_gallery(name))
+            whole = [query.id for query in items.since(0, "")]
+            assert (len(whole), pages) == (7, 4)
+            for row in range(0, 8, 2):
+                assert [query.id for query in items.since(row, "")] == whole[row:]
+            pages = 0
+            shards = [[query.id for query in islice(items.since(row, ""), 2)] for row in range(0, 7, 2)]
+            assert [item for shard in shards for item in shard] == whole
+            assert pages == 4
+            pages = 0
+            assert [query.id for query in items.since(3, "")] == whole[3:]
+            assert pages == 3
+
+
+class TestPatience:
+    def ran(
+        self, run: Run, target: str, name: str, pictures: Path, out: Path, monkeypatch: pytest.MonkeyPatch, failing: Any
+    ) -> tuple[Ran, list[float]]:
+        """A job of seven shards whose n-th attempt to answer one fails where `failing(n)`; and how long it waited."""
+        run("gallery", "create", name, "--target", target)
+        run("gallery", "add", name, pictures, "--target", target)
+        answers, calls, waits = batch_remote.ServerAnswering.answers, 0, list[float]()
+
+        def now_and_then(self: Any, queries: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if failing(calls):
+                raise ResourceExhausted("full", code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="OVERLOADED")
+            return answers(self, queries)
+
+        monkeypatch.setattr(batch_remote.ServerAnswering, "answers", now_and_then)
+        monkeypatch.setattr(batch_job.time, "sleep", waits.append)
+        job = ("batch-search", pictures, "--gallery", name, "--shard-queries", 1, "--target", target, "--shards", out)
+        return run(*job), waits
+
+    def test_it_begins_anew_with_each_shard(
+        self, run: Run, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran, waits = self.ran(
+            run, target, name, pictures, tmp_path / "job", monkeypatch, lambda call: call % 4
+        )  # three failures before each of seven shards
+        assert ran.code == 0, ran.err
+        assert len(waits) == 21
+        assert all(1 <= waits[at] < 2 and 5 <= waits[at + 2] < 7 for at in range(0, 21, 3))
+
+    def test_without_a_shard_it_ends_after_eight_waits(
+        self, run: Run, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ran, waits = self.ran(run, target, name, pictures, tmp_path / "job", monkeypatch, lambda call: call > 3)
+        assert ran.code != 0
+        assert len(waits) == 8
+        assert len(list((tmp_path / "job").glob("part-*"))) == 3
+
+
+def test_stopped_by_the_keyboard_it_says_how_to_go_on_and_another_process_who_runs_it(
+    run: Run, bundle: Bundle, pictures: Path, name: str, tmp_path: Path
+) -> None:
+    here = ("--bundle", bundle.path, "--data", tmp_path / "galleries")
+    run("gallery", "create", name, *here)
+    run("gallery", "add", name, pictures, *here)
+    queries = np.tile(np.eye(bundle.embedding_dim, dtype=np.float32), (20_000, 1))
+    np.save(tmp_path / "queries.npy", queries)
+    out = tmp_path / "job"
+    job = ("batch-search", tmp_path / "queries.npy", "--gallery", name, "--shards", out, "--shard-queries", 500, *here)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "lookalike", *map(str, job)], stderr=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    with started:
+        while not (out / "part-00001.parquet").exists():
+            assert started.poll() is None, started.stderr and started.stderr.read()
+            time.sleep(0.05)
+        run(*job).failed_with(f"process {started.pid} runs the job in {out}")
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert f"run the same command again to go on in {out}" in said
+    assert "Traceback" not in said
+    assert not list(out.glob(".partial-*"))
+    stated = json.loads((out / "_job.json").read_text())
+    assert not stated["done"]
+    assert 0 <= len(list(out.glob("part-*"))) - len(stated["shards"]) <= 1  # one may be whole and not yet counted

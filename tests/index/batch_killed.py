@@ -17,7 +17,6 @@ import numpy as np
 from embedding.decision import Judge, OperatingPoint
 from index import Catalog
 from index.batch import run
-from index.batch_folder import Conditions
 from index.batch_queries import Array
 from index.batch_search import GalleryAnswering, Wanted
 from index.batch_shards import ShardWriter
@@ -27,26 +26,12 @@ K = 5
 SHARD_QUERIES = 11
 
 
-def conditions(gallery: Any, queries: Any) -> Conditions:
-    return Conditions(
-        queries=queries.kind,
-        queries_digest=queries.digest,
-        gallery=gallery.id,
-        gallery_created=gallery.created.isoformat(),
-        generation=gallery.generation,
-        model=gallery.model.name,
-        fingerprint=gallery.model.fingerprint,
-        calibration=1,
-        parameters={"k": K},
-    )
-
-
 def job(galleries: Path, array: Path, folder: Path) -> None:
     with Catalog(galleries, read_only=True) as catalog:
         gallery, queries = catalog.get("shapes"), Array(array)
         judge = Judge(calibration(), OperatingPoint(threshold=0.5), model=gallery.model.name)
         answering = GalleryAnswering(gallery, Wanted(judge=judge, k=K), images=False, threads=1)
-        run(folder, queries, answering, conditions(gallery, queries), shard_queries=SHARD_QUERIES)
+        run(folder, queries, answering, answering.conditions(queries, {"k": K}), shard_queries=SHARD_QUERIES)
 
 
 def _killed_at(event: int) -> None:

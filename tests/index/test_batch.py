@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,11 +35,12 @@ from index import Catalog, Exact, Gallery, Item, Progress
 from index import batch as jobs
 from index.batch import Done, Queries, run
 from index.batch_folder import MANIFEST, Conditions, JobFolder
-from index.batch_queries import Array, EmbeddingTable, GalleryItems, ImageFolder, PathTable, queries_of
+from index.batch_images import ImageFolder
+from index.batch_queries import Array, EmbeddingTable, GalleryItems, PathTable, queries_of
 from index.batch_search import GalleryAnswering, Wanted
 from index.batch_shards import SCHEMA
 from index.filters import parse_filter
-from tests.index.batch_killed import SHARD_QUERIES, conditions, job
+from tests.index.batch_killed import SHARD_QUERIES, job
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +66,7 @@ def ran(
     **wanted: Any,
 ) -> Done:
     answering = GalleryAnswering(gallery, Wanted(judge=judge, **wanted), images=False, leave_out=leave_out, threads=1)
-    stated = conditions(gallery, queries)
+    stated = answering.conditions(queries, {"k": 5})
     return run(
         folder,
         queries,
@@ -123,6 +126,41 @@ def test_it_is_what_brute_force_finds(
         whole = truth([(str(i), query, "") for i, query in enumerate(pool[::-1])], pool, judge, 99, within)
         assert cut == {r[0] for r in whole if r[1] == 4}
         assert done.totals.truncated == len(cut) > 0
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_footer_of_a_shard_says_what_its_rows_rest_on(
+    tmp_path: Path, filled: Gallery, array: Path, judge: Judge, within: bool
+) -> None:
+    ran(tmp_path / "job", filled, Array(array), judge, k=4, within=within, changed={"parameters": {"k": 4, "ü": [1]}})
+    for number in range(5):
+        path = tmp_path / "job" / f"part-{number:05}.parquet"
+        said = json.loads(pq.read_metadata(path).metadata[b"lookalike"])
+        assert said == {
+            "lookalike": version("lookalike"),
+            "model": judge.model,
+            "fingerprint": filled.model.fingerprint,
+            "calibration": 1,
+            "gallery": "shapes",
+            "gallery_created": filled.created.isoformat(),
+            "gallery_generation": filled.generation,
+            "asked": {"k": 4, "ü": [1]},
+            "first_query_row": SHARD_QUERIES * number,
+            "queries": min(SHARD_QUERIES, 48 - SHARD_QUERIES * number),
+            "threshold": judge.threshold,
+            "far": judge.rates.far,
+            "far_upper95": judge.rates.far_upper95,
+            "frr": judge.rates.frr,
+        }
+
+
+def test_a_shard_without_a_neighbour_claims_no_threshold(
+    tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+) -> None:
+    ran(tmp_path / "job", filled, Array(array), judge, allowed=parse_filter('name = "none"'))
+    said = json.loads(pq.read_metadata(tmp_path / "job" / "part-00000.parquet").metadata[b"lookalike"])
+    assert (said["model"], said["queries"], "threshold" in said) == (judge.model, SHARD_QUERIES, False)
+    assert rows(tmp_path / "job") == []
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -304,6 +342,16 @@ class TestFolders:
         ran(tmp_path / "job", filled, Array(array), judge, restart=True)
         assert (tmp_path / "job" / "part-mine.parquet").read_text() == "precious"
 
+    def test_a_place_that_cannot_be_written_to_is_told(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+    ) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(AlreadyExists, match="is a file"):
+            ran(tmp_path / "file", filled, Array(array), judge)
+        for place in (tmp_path / "file" / "job", Path("/proc/job")):
+            with pytest.raises((StorageFailed, AlreadyExists), match=place.name):
+                ran(place, filled, Array(array), judge)
+
     def test_what_is_no_job_is_left_alone(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -313,7 +361,8 @@ class TestFolders:
         assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
     def test_one_process_at_a_time(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
-        with JobFolder.open(tmp_path / "job", conditions(filled, Array(array))), pytest.raises(Busy, match="another"):
+        stated = GalleryAnswering(filled, Wanted(judge=judge)).conditions(Array(array), {"k": 5})
+        with JobFolder.open(tmp_path / "job", stated), pytest.raises(Busy, match=rf"process {os.getpid()} runs"):
             ran(tmp_path / "job", filled, Array(array), judge)
 
     def test_a_damaged_manifest_is_told(self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge) -> None:
@@ -336,6 +385,22 @@ class TestFolders:
         assert not list((tmp_path / "job").glob(".partial-*"))
         done = ran(tmp_path / "job", filled, Array(array), judge)
         assert done.totals.queries == 48
+
+    def test_a_disk_without_room_keeps_whole_shards_and_what_goes_on_has_the_same_bytes(
+        self, tmp_path: Path, filled: Gallery, array: Path, judge: Judge
+    ) -> None:
+        ran(tmp_path / "whole", filled, Array(array), judge)
+        size = (tmp_path / "whole" / "part-00000.parquet").stat().st_size
+        most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, hard))  # of a file; a full disk is refused as this is
+        try:
+            with pytest.raises(StorageFailed, match="the shards written so far are kept"):
+                ran(tmp_path / "job", filled, Array(array), judge)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        assert set(shards(tmp_path / "job")) == {MANIFEST}
+        ran(tmp_path / "job", filled, Array(array), judge)
+        assert shards(tmp_path / "job") == shards(tmp_path / "whole")
 
     def test_nothing_to_search_for(self, tmp_path: Path, filled: Gallery, judge: Judge) -> None:
         np.save(tmp_path / "none.npy", np.empty((0, 6), np.float32))
@@ -413,7 +478,7 @@ class TestQueries:
         for source, count in ((root, 3), (tmp_path / "list.parquet", 6)):
             queries = queries_of(source)
             answering = GalleryAnswering(filled, Wanted(judge=judge), encoder=encoder, decode_threads=1)
-            done = run(tmp_path / f"job-{count}", queries, answering, conditions(filled, queries))
+            done = run(tmp_path / f"job-{count}", queries, answering, answering.conditions(queries, {}))
             assert (done.totals.queries, done.totals.errors) == (count, count)
 
     def test_a_folder_is_walked_in_order_and_known_by_what_is_in_it(self, tmp_path: Path) -> None:
