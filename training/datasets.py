@@ -73,6 +73,11 @@ class ImageSet:
         """The bytes of one image file (PNG where the source holds arrays)."""
         return self.store.images.read(int(self.rows_N[index]))
 
+    @property
+    def pixel_digests(self) -> NDArray[np.uint64]:
+        """[N], alike for images of the same pixels as the network takes them."""
+        return self.store.pixel_digests_N[self.rows_N]
+
     def described(self, index: int) -> str:
         """An image by its name and identity, for messages."""
         return f"{self.names[index]} (identity {self.identities[self.labels_N[index]]!r})"

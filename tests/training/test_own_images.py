@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
-from embedding.bundle import Bundle
+from embedding.bundle import Bundle, write_bundle
 from embedding.encoder import Encoder
 from embedding.errors import InvalidDataset
+from embedding.seen import Seen
 from tests.service.harness import make_bundle
 from tests.training.test_pipeline import draw_shapes
 from training.calibration import calibrate
+from training.datasets import load_path
 from training.own_images import OwnImages, calibrate_on_images
 
 
@@ -75,3 +79,43 @@ def test_an_unreadable_image_is_left_out_up_to_the_limit(bundle: Bundle, tmp_pat
         learned(bundle, tmp_path, max_bad_images=1).images,
         learned(bundle, tmp_path, max_bad_images=1).skipped,
     ) == (17, 1)
+
+
+def knowing(bundle: Bundle, images: Path, at: Path, *, identities: tuple[str, ...]) -> Bundle:
+    """The same model, trained on the images of a folder and on identities of these names."""
+    found = load_path(images, preprocessing=bundle.preprocessing)
+    return write_bundle(
+        at,
+        name="toy",
+        network=bundle.network(),
+        preprocessing=bundle.preprocessing,
+        calibration=bundle.calibration,
+        lineage=bundle.lineage,
+        seen=Seen.of(found.pixel_digests, identities),
+    )
+
+
+@pytest.mark.parametrize("closed_set", [False, True])
+def test_images_that_the_model_was_trained_on_are_refused(
+    bundle: Bundle, shapes: Path, tmp_path: Path, closed_set: bool
+) -> None:
+    draw_shapes(tmp_path / "other", identities=8, images=4, seed=6)
+    trained = knowing(bundle, tmp_path / "other", tmp_path / "trained", identities=("somebody",))
+    assert learned(trained, shapes, closed_set=closed_set).notes() == []
+    shutil.copytree(shapes, tmp_path / "mixed")
+    Image.open(tmp_path / "other/colour-03/1.png").save(tmp_path / "mixed/colour-00/again.bmp")
+    with pytest.raises(InvalidDataset, match=r"trained on 1 of these images: colour-00/again\.bmp .*leave them out"):
+        learned(trained, tmp_path / "mixed", closed_set=closed_set)
+
+
+def test_names_of_identities_trained_on_are_told_and_a_bundle_that_cannot_tell_says_so(
+    bundle: Bundle, shapes: Path, tmp_path: Path
+) -> None:
+    draw_shapes(tmp_path / "other", identities=2, images=2, seed=6)
+    trained = knowing(bundle, tmp_path / "other", tmp_path / "trained", identities=("colour-01", "colour-09"))
+    found = learned(trained, shapes)
+    assert found.overlap is not None
+    assert found.overlap.identities == ("colour-01",)
+    assert "1 identities have names that the model was trained on: colour-01;" in found.notes()[0]
+    assert learned(trained, shapes, closed_set=True).notes() == []
+    assert learned(bundle, shapes).notes()[0].startswith("not checked: the bundle is of an earlier version")

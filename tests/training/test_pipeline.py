@@ -302,6 +302,9 @@ def test_evaluate_measures_with_the_served_distances(trained: Bundle, data: Path
     assert promise.realised_frr == pytest.approx((dist[is_match] > np.float32(promise.threshold)).mean())
     assert dict(report.rows())["images"] == "72"
     assert report.json()["identities"] == 12
+    sides = trained.lineage.data["sides"]
+    assert report.json()["images trained on"] == sides["train"]["images"]  # type: ignore[index, call-overload]
+    assert report.json()["identities of a name trained on"] == sides["train"]["identities"]  # type: ignore[index, call-overload]
     assert report.json()["metrics"] == report.metrics()
 
 
