@@ -64,7 +64,7 @@ def notes(overlap: Overlap | None, *, closed_set: bool) -> list[str]:
         )
     if overlap.identities and not closed_set:
         found.append(
-            f"{len(overlap.identities)} identities have names that the model was trained on: "
+            f"the model was trained on identities of {len(overlap.identities)} of these names: "
             f"{_listed(overlap.identities)}; if they are the same ones, figures flatter and do not hold for others"
         )
     return found

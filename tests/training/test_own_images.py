@@ -116,6 +116,6 @@ def test_names_of_identities_trained_on_are_told_and_a_bundle_that_cannot_tell_s
     found = learned(trained, shapes)
     assert found.overlap is not None
     assert found.overlap.identities == ("colour-01",)
-    assert "1 identities have names that the model was trained on: colour-01;" in found.notes()[0]
+    assert "trained on identities of 1 of these names: colour-01;" in found.notes()[0]
     assert learned(trained, shapes, closed_set=True).notes() == []
     assert learned(bundle, shapes).notes()[0].startswith("not checked: the bundle is of an earlier version")
