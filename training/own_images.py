@@ -104,11 +104,8 @@ def _groups(bundle: Bundle, found: ImageSet) -> NDArray[np.int64] | None:
 
 
 def _read(images: Path, bundle: Bundle, max_bad_images: int | float, console: Console) -> ImageSet:
-    if images.is_file() and images.suffix.lower() not in {".zip", ".csv", ".parquet"}:
-        raise InvalidDataset(
-            f"{images} is no set of labelled images; give a folder with a folder of images for each identity, a zip of "
-            "one, or a manifest ending in .csv or .parquet (a file of feedback goes to --feedback)"
-        )
+    if images.suffix.lower() in {".jsonl", ".sqlite"} and images.is_file():
+        raise InvalidDataset(f"{images} is no set of labelled images; a file of feedback goes to --feedback")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("read images", total=None)
         return load_path(

@@ -210,6 +210,7 @@ def evaluate(
     say_skipped(console, found.skipped)
     searches = _searches_of(bundle, found, console)
     if gallery is not None:
+        _refuse_copies_between(found)
         searches.append(find(_IN_GALLERY, found.names, found.labels_N))
     emb_ND = embed(Encoder(bundle, device=device), found, console)
     measured = measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
@@ -243,6 +244,19 @@ def _searches_of(bundle: Bundle, images: ImageSet, console: Console) -> list[Sea
         except InvalidDataset as error:
             console.print(f"not measured: {error}", markup=False, highlight=False, soft_wrap=True)
     return searches
+
+
+def _refuse_copies_between(found: ImageSet) -> None:
+    """Images to search with that lie in the gallery too, byte for byte: these would find themselves."""
+    digests = [found.store.digests[row] for row in found.rows_N]
+    queries, items = (np.flatnonzero(found.parts_N == part).tolist() for part in (0, 1))
+    in_gallery = {digests[at] for at in items}
+    if both := [at for at in queries if digests[at] in in_gallery]:
+        raise InvalidDataset(
+            f"{len(both)} of {len(queries)} images lie in the gallery too, byte for byte, and would find "
+            f"themselves, the first being {found.names[both[0]]}; leave them out of one of both, or give no --gallery, "
+            "and each image is searched among all others"
+        )
 
 
 def _known_identities(encoder: PixelEncoder, images: ImageSet, sides: Split, console: Console) -> HeldOut:

@@ -60,9 +60,9 @@ def test_a_manifest_serves_as_well_as_a_folder(bundle: Bundle, shapes: Path) -> 
 def test_what_is_no_set_of_labelled_images_is_refused(bundle: Bundle, shapes: Path, tmp_path: Path) -> None:
     feedback = tmp_path / "feedback.jsonl"
     feedback.write_text("{}\n")
-    with pytest.raises(InvalidDataset, match=r"no set of labelled images; give a folder .* goes to --feedback"):
+    with pytest.raises(InvalidDataset, match=r"no set of labelled images; a file of feedback goes to --feedback"):
         learned(bundle, feedback)
-    with pytest.raises(InvalidDataset, match="no such file or folder"):
+    with pytest.raises(InvalidDataset, match=r"no such file or folder: .*none; give a folder with a folder of images"):
         learned(bundle, tmp_path / "none")
     draw_shapes(tmp_path / "few", identities=4, images=2)
     draw_shapes(tmp_path / "few" / "single", identities=3, images=1)
