@@ -4,6 +4,7 @@
     calibration.json     learned margin, error rates, match probability
     weights.safetensors
     reference.json       distances and norms of the calibration's images; not in bundles of earlier versions
+    seen.json            digests of what it was trained on, likewise
     SHA256SUMS           checksums of these, and of further weights, verified on every load
     README.md, card/     the model card
 
@@ -35,11 +36,13 @@ from embedding.errors import DamagedData, NotFound, StorageFailed
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, EmbeddingNetwork, build
 from embedding.reference import Reference
+from embedding.seen import Seen
 
 WEIGHTS = "weights.safetensors"
 MANIFEST = destination.MANIFEST
 CALIBRATION = "calibration.json"
 REFERENCE = "reference.json"
+SEEN = "seen.json"
 SUMS = "SHA256SUMS"
 _CARD = "README.md"
 _SUMMED = (MANIFEST, CALIBRATION, WEIGHTS)
@@ -108,6 +111,8 @@ class Described:
     calibration: Calibration
     reference: Reference | None = None
     """What live distances and norms are compared with; None in bundles of earlier versions."""
+    seen: Seen | None = None
+    """What it was trained on; None in bundles of earlier versions."""
 
     @property
     def name(self) -> str:
@@ -182,6 +187,7 @@ def write_bundle(
     calibration: Calibration,
     lineage: Lineage,
     reference: Reference | None = None,
+    seen: Seen | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Bundle:
@@ -208,6 +214,8 @@ def write_bundle(
     }
     if reference is not None:
         files[REFERENCE] = reference.model_dump_json(indent=2).encode()
+    if seen is not None:
+        files[SEEN] = seen.model_dump_json(indent=2).encode()
     written = {**(extra_files or {}), **files}
     summed = [*_SUMMED, *sorted(name for name in written if name not in _SUMMED and _is_summed(name))]
     sums = "".join(f"{hashlib.sha256(written[name]).hexdigest()}  {name}\n" for name in summed)
@@ -274,13 +282,14 @@ def fingerprint(architecture: Architecture, preprocessing: Preprocessing, weight
 
 def _is_summed(name: str) -> bool:
     """Whether a file beside the three that every bundle has is verified too."""
-    return name.endswith(_WEIGHTS_SUFFIX) or name == REFERENCE
+    return name.endswith(_WEIGHTS_SUFFIX) or name in {REFERENCE, SEEN}
 
 
 class _Parsed(TypedDict):
     manifest: Manifest
     calibration: Calibration
     reference: Reference | None
+    seen: Seen | None
 
 
 def _parsed(path: Path, files: Mapping[str, bytes]) -> _Parsed:
@@ -289,6 +298,7 @@ def _parsed(path: Path, files: Mapping[str, bytes]) -> _Parsed:
             "manifest": Manifest.model_validate_json(files[MANIFEST]),
             "calibration": Calibration.model_validate_json(files[CALIBRATION]),
             "reference": Reference.model_validate_json(files[REFERENCE]) if REFERENCE in files else None,
+            "seen": Seen.model_validate_json(files[SEEN]) if SEEN in files else None,
         }
     except ValidationError as error:
         raise DamagedData(f"{path} was written by another version of lookalike: {_first(error)}") from error

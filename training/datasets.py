@@ -73,6 +73,11 @@ class ImageSet:
         """The bytes of one image file (PNG where the source holds arrays)."""
         return self.store.images.read(int(self.rows_N[index]))
 
+    @property
+    def pixel_digests(self) -> NDArray[np.uint64]:
+        """[N], alike for images of the same pixels as the network takes them."""
+        return self.store.pixel_digests_N[self.rows_N]
+
     def described(self, index: int) -> str:
         """An image by its name and identity, for messages."""
         return f"{self.names[index]} (identity {self.identities[self.labels_N[index]]!r})"
@@ -172,13 +177,28 @@ def load_path(
 ) -> ImageSet:
     """Labelled images at a path: a folder of class folders, a zip of one, or a CSV or Parquet manifest.
 
-    With a second path, both are read, and names begin with `images/` and `gallery/`.
+    With a second path, both are read, and names begin with `images/` and `gallery/`. Raises InvalidDataset for what is
+    no set of labelled images, and what `load` raises.
     """
+    for each in (path, gallery):
+        if each is not None:
+            _refuse_other(each)
     if gallery is None:
         data = [_part_at(path, max_bad_images)]
     else:
         data = [_part_at(path, max_bad_images, name="images"), _part_at(gallery, max_bad_images, name="gallery")]
     return load(data, data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+
+
+def _refuse_other(path: Path) -> None:
+    accepted = (
+        "give a folder with a folder of images for each identity, a zip of one, or a manifest ending in .csv or "
+        ".parquet"
+    )
+    if not path.exists():
+        raise InvalidDataset(f"no such file or folder: {path}; {accepted}")
+    if path.is_file() and path.suffix.lower() not in {".zip", ".csv", ".parquet"}:
+        raise InvalidDataset(f"{path} is no set of labelled images; {accepted}")
 
 
 def _part_at(path: Path, max_bad_images: int | float, *, name: str = "") -> DataConfig:

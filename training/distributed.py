@@ -10,6 +10,7 @@ Shapes: B images of the global batch, r of one process, D embedding width.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,15 +94,17 @@ class Ranks:
     def copy_from_first(self, module: nn.Module) -> None:
         """Give every process the first one's parameters and buffers."""
         if self.size > 1:
-            for tensor in module.state_dict().values():
-                dist.broadcast(tensor, src=0)
+            with _others_there():
+                for tensor in module.state_dict().values():
+                    dist.broadcast(tensor, src=0)
 
     def from_first(self, value: Value) -> Value:
         """The first process's value, which may be any plain data."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _others_there():
+            dist.broadcast_object_list(box, src=0)
         received: Value = box[0]
         return received
 
@@ -148,11 +151,26 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     own = ranks.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
+    with _others_there():
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    """Raises ConnectionError, in words, where another process is gone. On CUDA NCCL may end this process itself."""
+    try:
+        yield
+    except RuntimeError as error:  # all that Gloo raises; NCCL's and the rendezvous' errors derive from it
+        what = re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0]).partition(". This is")[0]
+        raise ConnectionError(
+            "the processes of this training lost each other: another one has ended, or cannot be reached; see what it "
+            "said last, then start all of them again, with --resume where the recipe writes checkpoints "
+            f"(training.checkpoint_every) ({what})"
+        ) from error
 
 
 class SumOverRanks(torch.autograd.Function):
@@ -161,13 +179,15 @@ class SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        with _others_there():
+            dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        with _others_there():
+            dist.all_reduce(total)
         return total
 
 
@@ -178,7 +198,8 @@ class _Gather(torch.autograd.Function):
         padded_D = emb_rD.new_zeros(ranks.largest_share(total), emb_rD.shape[1])
         padded_D[: len(emb_rD)] = emb_rD
         received = [torch.empty_like(padded_D) for _ in range(ranks.size)]
-        dist.all_gather(received, padded_D)  # of equal shapes, which is all that Gloo can do
+        with _others_there():
+            dist.all_gather(received, padded_D)  # of equal shapes, which is all that Gloo can do
         sizes = [Ranks(rank=rank, size=ranks.size).share(total) for rank in range(ranks.size)]
         return torch.cat([rows[: size.stop - size.start] for rows, size in zip(received, sizes, strict=True)])
 
@@ -189,6 +210,7 @@ class _Gather(torch.autograd.Function):
 
 def _add(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
+    with _others_there():
+        dist.all_reduce(flat)
     for gradient, total in zip(gradients, torch.split(flat, [each.numel() for each in gradients]), strict=True):
         gradient.copy_(total.view(gradient.shape))

@@ -238,6 +238,12 @@ class VerificationCurve:
             return None
         return float(self.tar[np.searchsorted(self.far, far, side="right") - 1])
 
+    def tar_at_far_error(self, far: float) -> float:
+        """How much `tar_at_far` can fall short of the exact one because distances closer than `resolution` are merged:
+        what the next threshold, whose FAR is beyond, accepts more. It never exceeds the exact one."""
+        above = min(int(np.searchsorted(self.far, far, side="right")), len(self.tar) - 1)
+        return float(self.tar[above] - self.tar[above - 1]) if self.resolution else 0.0
+
 
 def verification_curve(data: HeldOut, gallery: HeldOut | None = None) -> VerificationCurve:
     """Count all pairs of `data`, or all of `data` with `gallery`, in constant memory."""

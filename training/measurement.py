@@ -17,6 +17,7 @@ from training.datasets import ImageSet, SkippedImage
 from training.evaluation import Evaluation, VerificationCurve, evaluation_of, verification_curve
 from training.identification import FalseIdentification, identification_table
 from training.one_shot import OneShot, omniglot_drawers, one_shot
+from training.overlap import Overlap
 from training.pairs import HeldOut, held_out
 from training.probes import halves, knn_accuracy, linear_probe_accuracy, normalised_mutual_information
 from training.reliability import Reliability, reliability
@@ -46,6 +47,8 @@ class Measurement:
     one_shot: Mapping[str, OneShot]
     """By protocol: 20-way, within super-classes (alphabets); empty where none is large enough."""
     skipped: tuple[SkippedImage, ...] = ()
+    overlap: Overlap | None = None
+    """With what the model was trained on; None where that is not known, or known to be none by the split."""
 
     def metrics(self) -> dict[str, float | None]:
         """Every figure by the name a report shows; None where the pairs are too few to support it."""
@@ -99,6 +102,7 @@ class Measurement:
             "protocol": self.calibration.protocol,
             "promises": [{**promise.model_dump(mode="json"), "held": promise.held} for promise in self.promises],
             "identification": [row.model_dump(mode="json") for row in self.identification],
+            **({} if self.overlap is None else self.overlap.json()),
             "skipped": {image.name: image.reason for image in self.skipped},
         }
 

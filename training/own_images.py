@@ -23,6 +23,7 @@ from embedding.reference import Reference
 from training.calibration import calibrate
 from training.datasets import ImageSet, load_path
 from training.embedded import embed, say_skipped
+from training.overlap import Overlap, notes, overlap_of, refuse_trained_on
 from training.reference import reference_of
 
 LEAST_IDENTITIES = 5
@@ -39,6 +40,12 @@ class OwnImages:
     images: int
     skipped: int
     """Images left out because they could not be read."""
+    overlap: Overlap | None
+    """With what the model was trained on; None where its bundle does not say."""
+
+    def notes(self) -> list[str]:
+        """What whoever relies on the calibration must know of its images."""
+        return notes(self.overlap, closed_set=self.calibration.protocol == "closed-set")
 
 
 def calibrate_on_images(
@@ -55,11 +62,13 @@ def calibrate_on_images(
 
     The identities must be ones that the model was not trained on, or rates flatter; with `closed_set` they are those it
     was trained on, in other images, and the calibration says so. Raises InvalidDataset for what is no set of labelled
-    images or has too few identities.
+    images, has too few identities, or holds an image that the model was trained on.
     """
     console = console or Console(stderr=True)
     found = _read(images, bundle, max_bad_images, console)
     say_skipped(console, found.skipped)
+    overlap = overlap_of(bundle, found)
+    refuse_trained_on(overlap)
     paired = int((np.bincount(found.labels_N) > 1).sum())
     if paired < LEAST_IDENTITIES:
         raise InvalidDataset(
@@ -82,6 +91,7 @@ def calibrate_on_images(
         reference=reference_of(emb_ND, found.labels_N, np.concatenate(norms), seed=seed),
         images=len(found),
         skipped=len(found.skipped),
+        overlap=overlap,
     )
 
 
@@ -94,11 +104,8 @@ def _groups(bundle: Bundle, found: ImageSet) -> NDArray[np.int64] | None:
 
 
 def _read(images: Path, bundle: Bundle, max_bad_images: int | float, console: Console) -> ImageSet:
-    if images.is_file() and images.suffix.lower() not in {".zip", ".csv", ".parquet"}:
-        raise InvalidDataset(
-            f"{images} is no set of labelled images; give a folder with a folder of images for each identity, a zip of "
-            "one, or a manifest ending in .csv or .parquet (a file of feedback goes to --feedback)"
-        )
+    if images.suffix.lower() in {".jsonl", ".sqlite"} and images.is_file():
+        raise InvalidDataset(f"{images} is no set of labelled images; a file of feedback goes to --feedback")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("read images", total=None)
         return load_path(

@@ -26,6 +26,7 @@ from embedding.encoder import Encoder, PixelEncoder
 from embedding.errors import InvalidDataset, InvalidRecipe
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
+from embedding.seen import Seen
 from training.calibration import calibrate
 from training.config import Recipe
 from training.datasets import ImageSet, load, load_path
@@ -36,6 +37,7 @@ from training.initial import initial_recall
 from training.measurement import Measurement, measure
 from training.one_shot import run_errors
 from training.one_shot_folders import RunFolders
+from training.overlap import notes, overlap_of
 from training.pairs import HeldOut, held_out
 from training.pixels import PixelStore
 from training.progress import TrainingDisplay
@@ -181,6 +183,7 @@ def train(
         calibration=calibration,
         lineage=lineage,
         reference=reference_of(calibration_emb_ND, calibration_set.labels_N, np.concatenate(norms), seed=recipe.seed),
+        seen=Seen.of(train_set.pixel_digests, train_set.identities),
         extra_files={**card, **files},
         overwrite=overwrite,
     )
@@ -207,9 +210,14 @@ def evaluate(
     say_skipped(console, found.skipped)
     searches = _searches_of(bundle, found, console)
     if gallery is not None:
+        _refuse_copies_between(found)
         searches.append(find(_IN_GALLERY, found.names, found.labels_N))
     emb_ND = embed(Encoder(bundle, device=device), found, console)
-    return measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
+    measured = measure(emb_ND, found.labels_N, bundle.calibration, images=found, searches=searches)
+    overlap = overlap_of(bundle, found)
+    for note in notes(overlap, closed_set=bundle.calibration.protocol == "closed-set"):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    return replace(measured, overlap=overlap)
 
 
 def one_shot_errors(bundle: Bundle, folders: RunFolders, *, device: str = "auto") -> NDArray[np.float64]:
@@ -236,6 +244,19 @@ def _searches_of(bundle: Bundle, images: ImageSet, console: Console) -> list[Sea
         except InvalidDataset as error:
             console.print(f"not measured: {error}", markup=False, highlight=False, soft_wrap=True)
     return searches
+
+
+def _refuse_copies_between(found: ImageSet) -> None:
+    """Images to search with that lie in the gallery too, byte for byte: these would find themselves."""
+    digests = [found.store.digests[row] for row in found.rows_N]
+    queries, items = (np.flatnonzero(found.parts_N == part).tolist() for part in (0, 1))
+    in_gallery = {digests[at] for at in items}
+    if both := [at for at in queries if digests[at] in in_gallery]:
+        raise InvalidDataset(
+            f"{len(both)} of {len(queries)} images lie in the gallery too, byte for byte, and would find "
+            f"themselves, the first being {found.names[both[0]]}; leave them out of one of both, or give no --gallery, "
+            "and each image is searched among all others"
+        )
 
 
 def _known_identities(encoder: PixelEncoder, images: ImageSet, sides: Split, console: Console) -> HeldOut:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from embedding.errors import ImageTooLarge, InvalidImage
 from embedding.images import Pixels, Preprocessing
+from embedding.seen import digest
 from training.images import Images
 
 _CHUNK = 256  # images between two progress calls, and handed to the pool at once
@@ -30,6 +31,8 @@ class PixelStore:
         self._kept_NCHW: Pixels | None = None
         self.digests: list[bytes] = []
         """Of each image, once `check` has read them; empty of those that cannot be read. Alike for the same bytes."""
+        self.pixel_digests_N: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        """Of each image's prepared pixels, likewise: alike for the same picture, whatever file it lies in."""
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
 
     def check(self, on_progress: Callable[[int, int], None] | None = None) -> dict[int, str]:
@@ -39,6 +42,7 @@ class PixelStore:
         kept_NCHW = np.zeros(shape, dtype=np.uint8) if self._fits else None
         bad: dict[int, str] = {}
         digests = [b""] * total
+        pixel_digests_N = np.zeros(total, np.uint64)
 
         def read(row: int) -> None:
             try:
@@ -48,6 +52,7 @@ class PixelStore:
                 bad[row] = str(error)
             else:
                 digests[row] = known.digest
+                pixel_digests_N[row] = digest(pixels_CHW.tobytes())
                 if kept_NCHW is not None:
                     kept_NCHW[row] = pixels_CHW
 
@@ -58,6 +63,7 @@ class PixelStore:
                 on_progress(stop, total)
         self._kept_NCHW = kept_NCHW
         self.digests = digests
+        self.pixel_digests_N = pixel_digests_N
         return dict(sorted(bad.items()))
 
     def pixels(self, rows: Iterable[int] | NDArray[np.int64], preprocessing: Preprocessing) -> Pixels:

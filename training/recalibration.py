@@ -68,15 +68,28 @@ def reviewed(
     """What can be learned from: feedback on pairs that this model compared for their own sake.
 
     `accepted_rate` and `rejected_rate` are the shares of decisions at or within, and beyond, the threshold that were
-    reviewed; they stand in where a case does not say its own. Raises InvalidDataset when a rate is missing or too few
-    pairs are left.
+    reviewed; they stand in where a case does not say its own. Of a case that is given several times, as by files of
+    several exports, what was recorded last counts. Raises InvalidDataset when a rate is missing or none, when a case is
+    told both ways at once, or when too few pairs are left.
     """
+    for rate in (accepted_rate, rejected_rate):
+        if rate is not None and not 0 < rate <= 1:
+            raise InvalidDataset(
+                f"a review rate is the share of decisions that somebody looked at, in (0, 1]; got {rate:g}"
+            )
+    cases, others, repeated = _last_of_each_case(feedback, fingerprint)
+    skipped = {"of other models": others, "picked by a search": 0, "given again": repeated}
+    if not cases:
+        raise InvalidDataset(
+            f"all {others} cases are of other models than this one, whose fingerprint begins with {fingerprint[:12]}; "
+            "give the bundle that decided them, or record feedback on decisions of this one"
+            if others
+            else "there is no feedback in it; record some with `record_feedback`, then write it by `lookalike feedback "
+            "export`"
+        )
     kept: list[tuple[Feedback, float]] = []
-    skipped = {"of other models": 0, "picked by a search": 0}
-    for each in feedback:
-        if each.fingerprint != fingerprint:
-            skipped["of other models"] += 1
-        elif each.candidates:
+    for each in cases:
+        if each.candidates:
             skipped["picked by a search"] += 1
         else:
             rate = each.review_rate or (accepted_rate if each.distance <= each.threshold else rejected_rate)
@@ -85,8 +98,6 @@ def reviewed(
                     f"case {each.case_id!r} does not say which share of decisions like it was reviewed; record "
                     "feedback with its review_rate, or say it here: --accepted-rate and --rejected-rate"
                 )
-            if not 0 < rate <= 1:
-                raise InvalidDataset(f"a review rate lies in (0, 1]; got {rate:g}")
             kept.append((each, 1 / rate))
     is_match_F = np.array([each.is_match for each, _ in kept], np.bool_)
     is_accepted_F = np.array([each.distance <= each.threshold for each, _ in kept], np.bool_)
@@ -111,6 +122,27 @@ def reviewed(
         subject_F=subject_F.astype(np.int64),
         skipped=skipped,
     )
+
+
+def _last_of_each_case(feedback: Iterable[Feedback], fingerprint: str) -> tuple[list[Feedback], int, int]:
+    """Cases of the model, and how many were left out: of other models, and given again."""
+    last: dict[str, Feedback] = {}
+    others = repeated = 0
+    for each in feedback:
+        if each.fingerprint != fingerprint:
+            others += 1
+            continue
+        known = last.get(each.case_id)
+        if known is not None:
+            repeated += 1
+            if known.time == each.time and known.is_match != each.is_match:
+                raise InvalidDataset(
+                    f"case {each.case_id!r} is told to match and not to match, both recorded at "
+                    f"{each.time:%Y-%m-%d %H:%M:%S}; keep the true one"
+                )
+        if known is None or each.time >= known.time:
+            last[each.case_id] = each
+    return list(last.values()), others, repeated
 
 
 def recalibrate(base: Calibration, found: Reviewed) -> Calibration:

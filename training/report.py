@@ -177,7 +177,8 @@ def _resolution(curve: VerificationCurve) -> str:
         return ""
     return (
         f", counted to within {curve.resolution:.1e} of distance: the area under the ROC is right to "
-        f"{curve.area_error:.0e}, the equal error rate to {curve.equal_error_rate_error:.0e}"
+        f"{curve.area_error:.0e}, the equal error rate to {curve.equal_error_rate_error:.0e}, true-accept rates to "
+        f"{max(curve.tar_at_far_error(far) for far in (1e-2, 1e-3)):.0e}"
     )
 
 

@@ -113,16 +113,22 @@ def _from_images(
             "identities": calibration.identities,
             "protocol": calibration.protocol,
             "skipped": found.skipped,
+            **({} if found.overlap is None else found.overlap.json()),
             "in place of calibration": base.calibration.version,
             "learned margin before": before,
         },
-        note=(
-            f"> **Calibration {calibration.version}** was learned from {found.images} other images of "
-            f"{calibration.identities} identities ({calibration.protocol}): the learned margin went from {before:.4f} "
-            f"to {calibration.learned_margin:.4f}. What follows describes the first calibration."
+        note=" ".join(
+            [
+                f"> **Calibration {calibration.version}** was learned from {found.images} other images of "
+                f"{calibration.identities} identities ({calibration.protocol}): the learned margin went from "
+                f"{before:.4f} to {calibration.learned_margin:.4f}. What follows describes the first calibration.",
+                *(f"{note[0].upper()}{note[1:]}." for note in found.notes()),
+            ]
         ),
     )
     print(f"wrote {made.name}, calibration {calibration.version}, to {made.path}")
+    for note in found.notes():
+        print(note)
     print(
         f"learned margin {calibration.learned_margin:.4f}, was {before:.4f}; from {found.images} images of "
         f"{calibration.identities} identities ({calibration.protocol})"

@@ -131,6 +131,7 @@ def _print(described: Model, learned: Mapping[str, float]) -> None:
             f"{calibration.identities} identities, {calibration.protocol}: {calibration.matching_pairs:,} matching "
             f"and {calibration.impostor_pairs:,} impostor pairs",
         ),
+        *([("and on feedback", f"{calibration.feedback_pairs:,} pairs")] if calibration.feedback_pairs else []),
         ("smallest FAR", f"{calibration.smallest_supported_far:.2g}"),
     ):
         facts.add_row(name, value)

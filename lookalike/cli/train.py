@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,17 @@ def train(
     from training.pipeline import train as run
 
     loaded = load_recipe(find_recipe(recipe))
-    bundle = run(loaded, out=out, data_root=data, device=device, resume=resume, overwrite=overwrite)
+    try:
+        bundle = run(loaded, out=out, data_root=data, device=device, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        is_kept = any(out.with_name(f"{out.name}.checkpoint").glob("*.safetensors"))
+        how = (
+            "the same command with --resume continues from the last checkpoint"
+            if is_kept
+            else "there is no checkpoint to continue from"
+        )
+        print(f"lookalike: stopped; {how}", file=sys.stderr)
+        raise
     if bundle is None:  # another process of this training writes and talks
         return
     calibration = bundle.calibration

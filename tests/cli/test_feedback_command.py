@@ -74,6 +74,7 @@ def test_a_margin_learned_anew_is_activated_without_touching_galleries(
         client.activate_model(calibrated.name)
         assert client.verify(png(1), png(2)).threshold == second.calibration.learned_margin
         assert client.get_model().calibration.feedback_pairs == 299
+        assert "and on feedback  299 pairs" in run("model", "show", "--target", target).out
         client.search("g", png(1))
 
         same = run("calibrate", calibrated.path, "--feedback", tmp_path / "galleries", "--out", tmp_path / "x", *rates)
@@ -125,5 +126,7 @@ def test_bad_input(run: Run, calibrated: Bundle, bundle: Bundle, tmp_path: Path)
     file.write_text("path,identity")
     run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("line 1: Invalid JSON")
     file.write_text("")
-    run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with("0 pairs that match", "20")
+    run("calibrate", calibrated.path, "--feedback", file, *arguments).failed_with(
+        "no feedback in it", "record_feedback"
+    )
     assert not (tmp_path / "out").exists()

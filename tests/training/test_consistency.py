@@ -48,6 +48,28 @@ def test_score_is_the_integral_of_the_variance_over_the_range_of_thresholds() ->
     assert threshold_inconsistency(data, curve) == pytest.approx(expected, rel=0.01)
 
 
+def test_score_is_the_papers_pair_by_pair() -> None:
+    """Section 3 of the paper in plain loops: utility, its variance over identities, the mean over the range."""
+    data = population([0.3, 0.7, 1.1] * 3, images=6, seed=2)
+    dist = np.linalg.norm(data.embeddings[:, None].astype(float) - data.embeddings, axis=2)
+    label = data.identities
+    impostors = sorted(dist[a, b] for a in range(len(label)) for b in range(a) if label[a] != label[b])
+    # The largest distances at which no more than 1 % and 10 % of non-matching pairs are accepted, on pairs of any kind.
+    every = sorted(dist[a, b] for a in range(len(label)) for b in range(a))
+    low, high = (max(d for d in every if sum(i <= d for i in impostors) <= far * len(impostors)) for far in (0.01, 0.1))
+    variances = []
+    for threshold in np.linspace(low, high, 301):
+        utilities = []
+        for identity in range(9):
+            mine, others = np.flatnonzero(label == identity), np.flatnonzero(label != identity)
+            own = [dist[a, b] for a in mine for b in mine if a != b]
+            other = [dist[a, b] for a in mine for b in others]
+            tar, refused = np.mean(np.array(own) <= threshold), np.mean(np.array(other) > threshold)
+            utilities.append(2 * tar * refused / (tar + refused) if tar + refused else 0.0)
+        variances.append(np.mean([(u - np.mean(utilities)) ** 2 for u in utilities]))
+    assert threshold_inconsistency(data, verification_curve(data)) == pytest.approx(np.mean(variances), rel=0.02)
+
+
 def test_identities_alike_are_consistent_and_unlike_ones_are_not() -> None:
     alike, unlike = population([0.7] * 16), population([0.2, 0.5, 0.9, 1.4] * 4)
     scores = [threshold_inconsistency(data, verification_curve(data)) for data in (alike, unlike)]

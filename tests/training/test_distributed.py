@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from embedding.errors import InvalidInput
 from tests.training.ranks import CASES, EXACT, MICRO, exact_gradients
 from tests.training.tiny import draw_images, first_gradients, load_images
 from training.datasets import ImageSet
-from training.distributed import ALONE, Ranks, joined
+from training.distributed import ALONE, Ranks, SumOverRanks, joined
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -133,3 +134,25 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     for local_rank in (0, 1):  # the first process says it, and it alone is heard
         with pytest.raises(InvalidInput, match="2 processes on this machine and 1 CUDA devices; lower"):
             Ranks(rank=local_rank, size=2, local_rank=local_rank, local_size=2).device("auto")
+
+
+def test_a_process_that_is_lost_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:30097: Connection reset by peer. This is typical."
+        )
+
+    for name in ("all_reduce", "all_gather", "broadcast", "broadcast_object_list", "init_process_group"):
+        monkeypatch.setattr(dist, name, gone)
+    two, layer = Ranks(rank=0, size=2), torch.nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    summed = torch.ones(2, requires_grad=True)
+    for together in (
+        lambda: two.add_gradients(layer.parameters()),
+        lambda: two.copy_from_first(layer),
+        lambda: two.from_first(1),
+        lambda: two.gather(torch.ones(2, 2), 4),
+        lambda: SumOverRanks.apply(summed),
+    ):
+        with pytest.raises(ConnectionError, match=r"lost each other.*--resume.*\(Read error .* reset by peer\)$"):
+            together()

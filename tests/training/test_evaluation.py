@@ -43,7 +43,7 @@ def all_pairs(emb: Array, labels: Labels) -> tuple[Array, NDArray[np.bool_]]:
 
 
 def naive_retrieval(queries: Array, query_labels: Labels, gallery: Array, gallery_labels: Labels, itself: bool) -> dict:
-    """Textbook definitions, one query at a time; only for data without ties."""
+    """Textbook definitions, one query at a time; among equal distances non-matching items come first."""
     values: dict[str, list[float]] = {
         "recall@1": [],
         "recall@5": [],
@@ -54,7 +54,10 @@ def naive_retrieval(queries: Array, query_labels: Labels, gallery: Array, galler
     }
     for row, query in enumerate(queries):
         candidates = [k for k in range(len(gallery)) if not (itself and k == row)]
-        candidates.sort(key=lambda k: float(np.linalg.norm(query.astype(float) - gallery[k])))
+        nearness = {
+            k: (float(np.square(query.astype(float) - gallery[k]).sum()), gallery_labels[k]) for k in candidates
+        }
+        candidates.sort(key=lambda k: (nearness[k][0], nearness[k][1] == query_labels[row]))
         hits = [bool(gallery_labels[k] == query_labels[row]) for k in candidates]
         total = sum(hits)
         if total == 0:
@@ -73,6 +76,17 @@ def test_retrieval_equals_the_textbook() -> None:
     expected = naive_retrieval(emb, labels, emb, labels, itself=True)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert 0.2 < expected["MAP@R"] < expected["R-precision"] < expected["recall@5"] < 1, "the data must tell them apart"
+
+
+def test_ties_count_against_the_model_as_in_the_textbook() -> None:
+    rng = np.random.default_rng(5)
+    emb = np.repeat(np.eye(4), 2, axis=0)[rng.integers(0, 8, 60)].astype(np.float32)  # 60 items on 4 points
+    labels = rng.integers(0, 6, 60)
+    metrics = evaluate(emb, labels).metrics()
+    hits = naive_retrieval(emb, labels, emb, labels, itself=True)
+    for name in ("recall@1", "recall@5", "recall@10", "R-precision", "MAP@R"):
+        assert metrics[name] == pytest.approx(hits[name]), name
+    assert 0 < hits["MAP@R"] < hits["R-precision"] < hits["recall@10"], "ties must not hide everything"
 
 
 def test_query_set_against_gallery_equals_the_textbook() -> None:
@@ -150,6 +164,14 @@ def test_stated_errors_of_coarse_counts_hold_and_are_not_idle(monkeypatch: pytes
         coarse = verification_curve(held_out(emb, labels))
         assert 0 < abs(coarse.area - exact.area) <= coarse.area_error < 0.2
         assert 0 < abs(coarse.equal_error_rate - exact.equal_error_rate) <= coarse.equal_error_rate_error < 0.3
+        for far in (0.02, 0.1, 0.5, 1.0):
+            measured, true = coarse.tar_at_far(far), exact.tar_at_far(far)
+            assert measured is not None
+            assert true is not None
+            assert measured <= true <= measured + coarse.tar_at_far_error(far) + 1e-12
+            assert exact.tar_at_far_error(far) == 0
+    coarsest = VerificationCurve(np.array([-1, 0.5, 1.0]), np.array([0, 3, 4]), np.array([0, 2, 100]), 0.5)
+    assert coarsest.tar_at_far_error(0.05) == 1 / 4  # an impostor may have been nearer than the last match, or not
 
 
 def test_streamed_counts_are_those_of_each_threshold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,23 @@ def test_a_gallery_of_one_errs_as_a_comparison_does() -> None:
             assert row.measured == pytest.approx(row.predicted)
 
 
+def test_prediction_is_that_of_simulated_searches_of_strangers() -> None:
+    """Open set: galleries of fresh strangers, none of whom the calibration has seen, searched for another one."""
+    calibrated = population(120, 3, seed=4, variety=0.0)
+    calibration = calibrate(calibrated.embeddings, calibrated.identities, protocol="identity-disjoint")
+    rows = {(row.point, row.gallery): row for row in identification_table(calibration, calibrated)}
+    searches = 1_000
+    for point, gallery in [("learned-margin", 1), ("learned-margin", 10), ("far-1e-4", 1_000)]:
+        row, rng = rows[point, gallery], np.random.default_rng(gallery)
+        accepted = 0
+        for _ in range(searches):
+            people = rng.normal(size=(gallery + 1, 8)) + 0.5 * rng.normal(size=(gallery + 1, 8))
+            people /= np.linalg.norm(people, axis=1, keepdims=True)
+            accepted += bool((np.linalg.norm(people[1:] - people[0], axis=1) <= row.threshold).any())
+        noise = 3 * np.sqrt(row.predicted * (1 - row.predicted) / searches)
+        assert 0.7 * row.predicted - noise < accepted / searches < row.predicted_upper95 + noise
+
+
 def test_prediction_is_cautious_where_queries_differ() -> None:
     items = np.full(1000, 100_000)
     alike, uneven = np.full(1000, 100), np.repeat([0, 200], 500)

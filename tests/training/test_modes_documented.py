@@ -7,10 +7,13 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
+from training.calibration import calibrate
 from training.config import Recipe
 from training.losses_config import LossConfig
+from training.measurement import measure
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 BASE, *CHANGES = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL))
@@ -46,3 +49,17 @@ def test_every_loss_stands_in_the_table_with_its_keys_and_choices(loss: Any) -> 
         choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
         for word in [*choices, *([key] if key != "name" else [])]:
             assert re.search(rf"`(\[loss\.)?{word}\]?`", row), word
+
+
+def test_every_figure_that_is_measured_is_told() -> None:
+    rng = np.random.default_rng(0)
+    labels_N = np.repeat(np.arange(12), 4)
+    emb_ND = rng.normal(size=(12, 8))[labels_N] + 0.4 * rng.normal(size=(48, 8))
+    emb_ND /= np.linalg.norm(emb_ND, axis=1, keepdims=True)
+    measured = measure(emb_ND, labels_N, calibrate(emb_ND, labels_N, protocol="identity-disjoint"))
+    told = TEXT.partition("## What is measured")[2].partition("\n## ")[0]
+    one_shot = [f"20-way one-shot accuracy, {protocol}" for protocol in ("images by lot", "a drawer a side")]
+    for name in (*measured.metrics(), *one_shot):
+        assert name in told
+    for name, _ in measured.rows()[2 + len(measured.metrics()) :]:
+        assert any(name.startswith(known) for known in ("FAR at target", "false identification")), name

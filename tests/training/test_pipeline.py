@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,14 +133,32 @@ def test_the_recipes_search_is_measured_on_the_test_side_and_repeated_by_evaluat
 
 
 def test_evaluate_searches_a_gallery_of_further_images(trained: Bundle, data: Path, tmp_path: Path) -> None:
+    queries, gallery = tmp_path / "queries", tmp_path / "gallery"
+    shutil.copytree(data / "shapes", queries)
     for identity in range(12):
         picture = Path(f"colour-{identity:02}", "0.png")
-        (tmp_path / picture).parent.mkdir()
-        (tmp_path / picture).write_bytes((data / "shapes" / picture).read_bytes())
-    report = evaluate(trained, data / "shapes", gallery=tmp_path, device="cpu", console=Console(quiet=True))
+        (gallery / picture).parent.mkdir(parents=True)
+        (queries / picture).rename(gallery / picture)
+    report = evaluate(trained, queries, gallery=gallery, device="cpu", console=Console(quiet=True))
     search = report.searches["images in gallery"]
-    assert (search.retrieval.queries, search.retrieval.gallery) == (72, 12)
-    assert search.verification.matching_pairs == 72
+    assert (search.retrieval.queries, search.retrieval.gallery) == (60, 12)
+    assert search.verification.matching_pairs == 60
+
+
+def test_what_evaluate_cannot_measure_is_named(trained: Bundle, data: Path, tmp_path: Path) -> None:
+    def refused(images: Path, gallery: Path | None = None) -> str:
+        with pytest.raises(InvalidDataset) as caught:
+            evaluate(trained, images, gallery=gallery, device="cpu", console=Console(quiet=True))
+        return str(caught.value)
+
+    shapes, note = data / "shapes", tmp_path / "note.txt"
+    note.write_text("no images")
+    accepted = "give a folder with a folder of images for each identity, a zip of one, or a manifest"
+    for gone in (refused(tmp_path / "gone"), refused(shapes, tmp_path / "gone")):
+        assert gone.startswith(f"no such file or folder: {tmp_path / 'gone'}; {accepted}")
+        assert "--data" not in gone  # which `evaluate` does not take
+    assert f"{note} is no set of labelled images; {accepted}" in refused(note)
+    assert "72 of 72 images lie in the gallery too, byte for byte" in refused(shapes, shapes)
 
 
 def test_a_closed_set_is_probed_from_its_training_side_and_says_so(tmp_path: Path) -> None:
@@ -302,6 +321,9 @@ def test_evaluate_measures_with_the_served_distances(trained: Bundle, data: Path
     assert promise.realised_frr == pytest.approx((dist[is_match] > np.float32(promise.threshold)).mean())
     assert dict(report.rows())["images"] == "72"
     assert report.json()["identities"] == 12
+    sides = trained.lineage.data["sides"]
+    assert report.json()["images trained on"] == sides["train"]["images"]  # type: ignore[index, call-overload]
+    assert report.json()["identities of a name trained on"] == sides["train"]["identities"]  # type: ignore[index, call-overload]
     assert report.json()["metrics"] == report.metrics()
 
 

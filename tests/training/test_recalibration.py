@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -205,14 +205,38 @@ def test_what_cannot_be_learned_from_is_named(base: Calibration) -> None:
         recalibrate(base.model_copy(update={"held_out": None}), reviewed(cases, PRINT))
     with pytest.raises(InvalidDataset, match="0 pairs that were rejected"):
         reviewed([case for case in cases if case.verdict == "match"], PRINT)
-    with pytest.raises(InvalidDataset, match=r"of other models"):
+    with pytest.raises(InvalidDataset, match=rf"all {len(cases)} cases are of other models than this one, .* bbbb"):
         reviewed(cases, "b" * 64)
+    with pytest.raises(InvalidDataset, match=r"there is no feedback in it; record some"):
+        reviewed([], PRINT)
+    of_another = cases[0].model_copy(update={"fingerprint": "b" * 64})
+    with pytest.raises(InvalidDataset, match=r"0 pairs that match.*left out: 1 of other models"):
+        reviewed([of_another, *(case for case in cases if not case.is_match)], PRINT)
     with pytest.raises(InvalidDataset, match="picked by a search"):
         reviewed([case.model_copy(update={"candidates": 1000}) for case in cases], PRINT)
     unknown = [case.model_copy(update={"review_rate": None}) for case in cases]
     with pytest.raises(InvalidDataset, match="--accepted-rate and --rejected-rate"):
         reviewed(unknown, PRINT)
-    with pytest.raises(InvalidDataset, match=r"lies in \(0, 1\]"):
+    with pytest.raises(InvalidDataset, match=r"in \(0, 1\]; got 20"):
         reviewed(unknown, PRINT, accepted_rate=1, rejected_rate=20)
+    with pytest.raises(InvalidDataset, match=r"in \(0, 1\]; got 2"):
+        reviewed(cases, PRINT, accepted_rate=2)  # though every case says its own
     same = reviewed(unknown, PRINT, accepted_rate=1, rejected_rate=0.2)
     assert np.array_equal(same.weight_F, reviewed(cases, PRINT).weight_F)
+
+
+def test_a_case_given_twice_counts_once_as_it_was_recorded_last(base: Calibration) -> None:
+    rng = np.random.default_rng(9)
+    cases = reviews(LIVE.pairs(400, rng), base.learned_margin, rng)
+    expected = reviewed(cases, PRINT)
+    doubled = reviewed([*cases, *cases], PRINT)  # two exports, one after the other
+    assert recalibrate(base, doubled) == recalibrate(base, expected)
+    assert doubled.skipped["given again"] == len(cases)
+    before = [
+        case.model_copy(update={"is_match": not case.is_match, "time": WHEN - timedelta(hours=1)}) for case in cases
+    ]
+    for both in ([*before, *cases], [*cases, *before]):
+        assert recalibrate(base, reviewed(both, PRINT)) == recalibrate(base, expected)
+    contrary = cases[5].model_copy(update={"is_match": not cases[5].is_match})
+    with pytest.raises(InvalidDataset, match=rf"case '{cases[5].case_id}' is told to match and not to match"):
+        reviewed([*cases, contrary], PRINT)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.calibration import calibration_curve
 
-from embedding.calibration import Calibration, MatchProbability
+from embedding.calibration import Calibration, IsotonicProbability, MatchProbability
 from training import evaluation, report
 from training.calibration import calibrate
-from training.evaluation import evaluate, verification_curve
+from training.evaluation import VerificationCurve, evaluate, verification_curve
 from training.measurement import measure
 from training.pairs import HeldOut, distance_block, held_out
 from training.reliability import reliability
@@ -177,4 +177,21 @@ def test_reliability_equals_scikit_learns_with_classes_weighing_the_same() -> No
     np.testing.assert_allclose(measured.observed, observed, atol=1e-9)
     np.testing.assert_allclose(measured.predicted, mean_predicted, atol=1e-9)
     assert measured.weight.sum() == pytest.approx(1)
-    assert 0 < measured.expected_calibration_error < 0.5
+    # Naively, pair by pair: the gap of each tenth of probability, weighed by the pairs in it.
+    expected, matches = 0.0, np.repeat(is_match, copies)
+    for tenth in range(10):
+        inside = (predicted >= tenth / 10) & (predicted < (tenth + 1) / 10)
+        if inside.any():
+            expected += inside.mean() * abs(predicted[inside].mean() - matches[inside].mean())
+    assert measured.expected_calibration_error == pytest.approx(expected, abs=1e-9)
+    assert 0.01 < expected < 0.5
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    # Two matches given 0.9 and 0.6, two others given 0.6 and 0.2: tenths of 1, 2 and 1 pairs, off by 0.1, 0.1 and 0.2.
+    probability = IsotonicProbability(
+        midpoint=1.2, points=((0.0, 0.95), (0.5, 0.9), (1.0, 0.6), (1.2, 0.5), (1.5, 0.2), (2.0, 0.1))
+    )
+    curve = VerificationCurve(np.array([-1, 0.5, 1.0, 1.5]), np.array([0, 1, 2, 2]), np.array([0, 0, 1, 2]), 0.0)
+    error = reliability(curve, probability).expected_calibration_error
+    assert error == pytest.approx((0.1 + 2 * 0.1 + 0.2) / 4)
