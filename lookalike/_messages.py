@@ -67,6 +67,12 @@ _VERDICTS = {
     common_pb2.VERDICT_UNCERTAIN: Verdict.UNCERTAIN,
 }
 
+_FALLBACKS = {
+    gallery_pb2.STRUCTURE_FALLBACK_FEW_ROWS: "few-rows",
+    gallery_pb2.STRUCTURE_FALLBACK_ODD_WIDTH: "odd-width",
+    gallery_pb2.STRUCTURE_FALLBACK_SEALED_BEFORE: "sealed-before",
+}
+
 _VERDICT_NUMBERS = {verdict: number for number, verdict in _VERDICTS.items()}
 
 
@@ -393,6 +399,7 @@ def _stats(message: gallery_pb2.GalleryStats) -> GalleryStats:
                     )
                     for point in segment.curve
                 ),
+                fallback=_FALLBACKS.get(segment.fallback, ""),
             )
             for segment in message.segments
         ),

@@ -17,6 +17,13 @@ from lookalike.types import Operation
 
 _LOOK_SECONDS = 0.2
 
+_WHY = {
+    "few-rows": "with {rows:,} rows exact search is as fast; it is built as the gallery grows",
+    "odd-width": "it needs embeddings of an even width of 16 or more",
+    "sealed-before": "it was sealed before that structure was asked for; `lookalike gallery reindex` builds it",
+}
+"""Why a part has another structure than the one asked for."""
+
 Draw: TypeAlias = Callable[[str, int, int], None]
 """Shows the stage of long work, how far that is, and how far it has to go; 0 when that is not known."""
 
@@ -96,6 +103,9 @@ def describe(
                 )
         if stats.segments:
             out.print(table)
+        for number, segment in enumerate(stats.segments, start=1):
+            if segment.fallback:
+                out.print(f"segment {number}: {_WHY[segment.fallback].format(rows=segment.rows)}")
 
 
 def configure(
@@ -158,10 +168,8 @@ def reindex(
     segments = done.gallery.stats.segments if done.gallery and done.gallery.stats else ()
     print(f"indexed gallery {done.target}: " + (segments[0].structure if segments else "nothing in it"))
     asked = done.gallery.index.structure if done.gallery and done.gallery.index else "auto"
-    if segments and asked not in {"auto", segments[0].structure}:
-        few = f"with {segments[0].rows:,} rows exact search is as fast; it is built as the gallery grows"
-        odd = "it needs embeddings of an even width of 16 or more"
-        print(f"{asked} was asked for and is not used: " + (few if segments[0].structure == "exact" else odd))
+    if segments and segments[0].fallback:
+        print(f"{asked} was asked for and is not used: {_WHY[segments[0].fallback].format(rows=segments[0].rows)}")
 
 
 def verify(

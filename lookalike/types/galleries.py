@@ -76,6 +76,8 @@ class Segment:
     dead_rows: int
     structure: str
     curve: tuple[CurvePoint, ...] = field(default=(), repr=False)
+    fallback: str = ""
+    """Why it has another structure than the one asked for by name: "few-rows", "odd-width" or "sealed-before"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,6 +70,9 @@ def test_a_gallery_is_configured_indexed_and_shown(run: Run, where: list[str], f
     few = run("gallery", "reindex", filled, "--structure", "ivf-pq", *where)
     assert few.code == 0, few.err
     assert few.out.startswith(f"indexed gallery {filled}: exact\nivf-pq was asked for and is not used: with 7 rows")
+    (segment,) = json.loads(run("gallery", "show", filled, "--json", *where).out)["stats"]["segments"]
+    assert (segment["structure"], segment["fallback"]) == ("exact", "few-rows")
+    assert "segment 1: with 7 rows exact search is as fast" in run("gallery", "show", filled, *where).out
     assert run("gallery", "reindex", filled, "--structure", "exact", *where).out.count("\n") == 1
     told = json.loads(run("gallery", "show", filled, "--json", *where).out)
     assert told["index"] == {"min_recall": 0.9, "structure": "exact", "memory_bytes": None, "vectors": "float32"}
