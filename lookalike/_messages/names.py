@@ -1,0 +1,51 @@
+"""Names of resources, and values that messages write otherwise than Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import cast
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from lookalike.types import JSON, ItemName
+
+
+def gallery_name(gallery: str) -> str:
+    return f"galleries/{gallery}"
+
+
+def snapshot_name(gallery: str, snapshot: str) -> str:
+    return f"{gallery_name(gallery)}/snapshots/{snapshot}"
+
+
+def model_name(model: str) -> str:
+    return f"models/{model}"
+
+
+def item_name(name: str) -> ItemName:
+    """Raises ValueError unless `name` reads `galleries/{gallery}/items/{item}`."""
+    match name.split("/"):
+        case ["galleries", gallery, "items", item] if gallery and item:
+            return ItemName(gallery, item)
+    raise ValueError(f"an item is named galleries/GALLERY/items/ITEM; got {name!r}")
+
+
+def last_part(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def struct(metadata: Mapping[str, JSON]) -> Struct:
+    struct = Struct()
+    struct.update(dict(metadata))
+    return struct
+
+
+def dictionary(struct: Struct) -> dict[str, JSON]:
+    return cast("dict[str, JSON]", MessageToDict(struct)) if struct.fields else {}
+
+
+def moment(timestamp: Timestamp) -> datetime:
+    return timestamp.ToDatetime(tzinfo=UTC)
