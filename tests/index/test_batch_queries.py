@@ -12,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedding.decision import Judge, Vectors
+from embedding.decision import Judge, Vectors, checked_embedding
 from embedding.errors import (
     InvalidDataset,
     InvalidImage,
+    InvalidVector,
 )
 from index import Gallery
 from index.batch import run
 from index.batch_images import ImageFolder
 from index.batch_queries import Array, EmbeddingTable, PathTable, queries_of
-from index.batch_search import GalleryAnswering, Wanted
+from index.batch_search import GalleryAnswering, Wanted, checked_apart, failure
 from tests.index.batch_made import ran, rows
 
 
@@ -44,6 +45,25 @@ class TestQueries:
         ]
         nulls = ("item", "rank", "distance", "verdict", "is_match", "threshold", "match_probability", "truncated")
         assert {row[name] for row in failed for name in nulls} == {None}
+
+    @pytest.mark.parametrize("spoiled", [(), (0,), (3, 20), tuple(range(48))])
+    def test_a_block_is_checked_as_each_alone(self, pool: Vectors, spoiled: tuple[int, ...]) -> None:
+        given = {7 * at: vector for at, vector in enumerate(pool)}
+        for at in spoiled:
+            given[7 * at] = (pool[at] * 2, pool[at] * np.nan, pool[at, :5], np.zeros(0, np.float32))[at % 4]
+        good, bad = checked_apart(given, 6)
+        expected = {}
+        for at, vector in given.items():
+            try:
+                assert checked_embedding(vector, 6).tobytes() == good[at].tobytes()
+            except InvalidVector as error:
+                expected[at] = failure(error)
+        assert (bad, set(good)) == (expected, set(given) - set(expected))
+        assert set(expected) == {7 * at for at in spoiled}
+
+    def test_a_block_is_checked_at_once(self, pool: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr("index.batch_search.checked_embedding")
+        assert len(checked_apart(dict(enumerate(pool)), 6)[0]) == len(pool)
 
     def test_a_table_of_embeddings_is_read_from_any_row(self, tmp_path: Path, pool: Vectors) -> None:
         path = tmp_path / "items.parquet"
