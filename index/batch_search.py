@@ -27,6 +27,7 @@ from index.batch_folder import Conditions
 from index.batch_shards import Answer, Evidence, Failure, evidence_of
 from index.engine import Effort, Exact, Filter, Found, GalleryEngine
 from index.items import MAX_K, MAX_MATCHES, check_count
+from index.names import NamedEntries
 from index.telling import MANY_NAMES
 from index.threads import CORES
 
@@ -192,9 +193,13 @@ class GalleryAnswering:
         rows = slice(near.first, near.first + len(near))
         if self._evidence is None:
             self._evidence = evidence_of(near.decisions)
+        if isinstance(near.items, NamedEntries):
+            items, identities = near.items.names, near.items.identities
+        else:
+            items, identities = [item.name for item in near.items], [item.identity for item in near.items]
         return Answer(
-            items=[item.name for item in near.items],
-            identities=[item.identity for item in near.items],
+            items=items,
+            identities=identities,
             distance_R=near.decisions.distance_N[rows],
             verdict_R=near.decisions.verdict_N[rows],
             probability_R=near.decisions.probability_N[rows],
