@@ -6,7 +6,7 @@ Shapes: Q queries, R rows of one answer, P rows of all answers, one after the ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,11 @@ from index.deadline import Deadline
 from index.engine import Answers, Found
 from index.exact import Keys
 from index.items import Entry, Neighbors
+from index.names import NamedEntries
 from index.snapshot import Answer, Search
 from index.telling import NAMES, Telling
 
-Read = Callable[[Sequence[int], Telling], list[Entry]]
+Read = Callable[[Sequence[int], Telling], Sequence[Entry]]
 """What is said of the items of these keys."""
 
 _AT_ONCE = 500  # entries read between two looks at the deadline: about 5 ms
@@ -57,7 +58,7 @@ def decided(
     if (dist_P[1:] == dist_P[:-1]).any() or max(counts_Q) > most or any(excluded):
         ranked_Q = [_ranked(rows, dist_P, entries, names) for rows, names in zip(rows_Q, excluded, strict=True)]
         kept_P = [row for rows in ranked_Q for row in rows[:most]]
-        entries, dist_P = [entries[row] for row in kept_P], dist_P[kept_P]
+        entries, dist_P = _picked(entries, kept_P), dist_P[kept_P]
         counts_Q = [min(most, len(rows)) for rows in ranked_Q]
         starts_Q = np.cumsum([0, *counts_Q]).tolist()
         truncated_Q = [all_of_them and len(rows) > most for rows in ranked_Q]
@@ -105,25 +106,36 @@ def _names(keys: list[int], read: Read, naming: Telling) -> list[str]:
     ]
 
 
-def _entries(keys: list[int], read: Read, telling: Telling, deadline: Deadline | None) -> list[Entry]:
+def _entries(keys: list[int], read: Read, telling: Telling, deadline: Deadline | None) -> Sequence[Entry]:
     if len(keys) <= _AT_ONCE:
         return read(keys, telling)
-    entries: list[Entry] = []
+    parts = []
     for start in range(0, len(keys), _AT_ONCE):
         if deadline and start:
             deadline.check()
-        entries += read(keys[start : start + _AT_ONCE], telling)
-    return entries
+        parts.append(read(keys[start : start + _AT_ONCE], telling))
+    named = [part for part in parts if isinstance(part, NamedEntries)]
+    return NamedEntries.joined(named) if len(named) == len(parts) else list(chain.from_iterable(parts))
+
+
+def _picked(entries: Sequence[Entry], rows: Sequence[int]) -> Sequence[Entry]:
+    return entries.picked(rows) if isinstance(entries, NamedEntries) else [entries[row] for row in rows]
+
+
+def _name_at(entries: Sequence[Entry]) -> Callable[[int], str]:
+    """The name in each place."""
+    return entries.names.__getitem__ if isinstance(entries, NamedEntries) else lambda row: entries[row].name
 
 
 def _ranked(rows: range, dist_P: Vectors, entries: Sequence[Entry], excluded: frozenset[str]) -> Sequence[int]:
     """Rows of one answer by (distance, name), without the excluded; they come by distance."""
-    kept = [row for row in rows if entries[row].name not in excluded] if excluded else list(rows)
+    name_at = _name_at(entries)
+    kept = [row for row in rows if name_at(row) not in excluded] if excluded else list(rows)
     dist_R = dist_P[kept]
     tied = np.flatnonzero(dist_R[1:] == dist_R[:-1])
     if len(tied):
         apart = np.flatnonzero(np.diff(tied) > 1)
         firsts, lasts = tied[np.append(0, apart + 1)], tied[np.append(apart, len(tied) - 1)] + 1
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            kept[first : last + 1] = sorted(kept[first : last + 1], key=lambda row: entries[row].name)
+            kept[first : last + 1] = sorted(kept[first : last + 1], key=name_at)
     return kept

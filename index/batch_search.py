@@ -10,6 +10,7 @@ import stat
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from embedding.decision import Judge, Vectors, checked_embedding
+from embedding.decision import Judge, Vectors, checked_embedding, checked_embeddings
 from embedding.encoder import Encoder
 from embedding.errors import InvalidImage, InvalidInput, LookalikeError
 from embedding.images import Pixels
@@ -26,6 +27,7 @@ from index.batch_folder import Conditions
 from index.batch_shards import Answer, Evidence, Failure, evidence_of
 from index.engine import Effort, Exact, Filter, Found, GalleryEngine
 from index.items import MAX_K, MAX_MATCHES, check_count
+from index.names import NamedEntries
 from index.telling import MANY_NAMES
 from index.threads import CORES
 
@@ -118,16 +120,18 @@ class GalleryAnswering:
 
     def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> list[Outcome]:
         outcomes: dict[int, Answer | Failure] = {}
-        embeddings: dict[int, Vectors] = {}
+        given: dict[int, Vectors] = {}
         pixels: dict[int, Pixels] = {}
         for at, (_, begun) in enumerate(batch):
             try:
                 if isinstance(begun, Future):
                     pixels[at] = begun.result()
                 else:
-                    embeddings[at] = checked_embedding(begun, self._gallery.model.embedding_dim)
+                    given[at] = begun
             except (LookalikeError, OSError) as error:
                 outcomes[at] = failure(error)
+        embeddings, refused = checked_apart(given, self._gallery.model.embedding_dim)
+        outcomes.update(refused)
         if pixels and self._encoder is not None:
             emb_BD, _ = self._encoder.encode_with_norms(np.stack(list(pixels.values())))
             embeddings.update(zip(pixels, emb_BD, strict=True))
@@ -189,9 +193,13 @@ class GalleryAnswering:
         rows = slice(near.first, near.first + len(near))
         if self._evidence is None:
             self._evidence = evidence_of(near.decisions)
+        if isinstance(near.items, NamedEntries):
+            items, identities = near.items.names, near.items.identities
+        else:
+            items, identities = [item.name for item in near.items], [item.identity for item in near.items]
         return Answer(
-            items=[item.name for item in near.items],
-            identities=[item.identity for item in near.items],
+            items=items,
+            identities=identities,
             distance_R=near.decisions.distance_N[rows],
             verdict_R=near.decisions.verdict_N[rows],
             probability_R=near.decisions.probability_N[rows],
@@ -212,6 +220,23 @@ def image_bytes(path: Path) -> bytes:
     if found.st_size > MAX_IMAGE_BYTES:
         raise InvalidImage(f"the file has {found.st_size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
     return path.read_bytes()
+
+
+def checked_apart(given: Mapping[int, Vectors], width: int) -> tuple[dict[int, Vectors], dict[int, Failure]]:
+    """Embeddings [D] by their places, as `checked_embedding` gives them, and why others are none."""
+    if not given:
+        return {}, {}
+    with suppress(LookalikeError, ValueError):  # some are none, or are of several shapes: which ones is told below
+        block_ND = checked_embeddings(np.stack(list(given.values())), width)
+        return dict(zip(given, block_ND, strict=True)), {}
+    good: dict[int, Vectors] = {}
+    bad: dict[int, Failure] = {}
+    for at, vector_D in given.items():
+        try:
+            good[at] = checked_embedding(vector_D, width)
+        except LookalikeError as error:
+            bad[at] = failure(error)
+    return good, bad
 
 
 def failure(error: LookalikeError | OSError) -> Failure:

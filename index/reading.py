@@ -176,7 +176,7 @@ class Reading:
             count: int = row.fetchone()[0]
         return count
 
-    def entries(self, keys: Sequence[int], telling: Telling) -> list[Entry]:
+    def entries(self, keys: Sequence[int], telling: Telling) -> Sequence[Entry]:
         """What is said of the item versions of these keys, the dead ones included while a snapshot shows them.
 
         Raises ResponseTooLarge.

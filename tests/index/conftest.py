@@ -70,3 +70,10 @@ def filled(gallery: Gallery, pool: Vectors) -> Gallery:
     gallery.seal()
     gallery.upsert(items[len(items) // 2 :])
     return gallery
+
+
+@pytest.fixture
+def array(tmp_path: Path, pool: Vectors) -> Path:
+    path = tmp_path / "queries.npy"
+    np.save(path, pool[::-1])
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from index import Gallery, Item
 from index.batch import Query
 from index.batch_search import GalleryAnswering, Wanted
 from index.items import Entry
-from index.names import Names
+from index.names import NamedEntries, Names
 from index.telling import MANY_NAMES, NAMES, Telling
 
 LETTERS = "aß語🦊"
@@ -165,3 +166,27 @@ def test_a_job_remembers_names_for_its_whole_life(gallery: Gallery, pool: Vector
     asked = [Query(str(at), vector) for at, vector in enumerate(pool)]
     assert sum(len(batch) for batch in answering.answers(asked)) == len(pool)
     assert gallery._live.store._names.bytes > 0
+
+
+def test_what_a_job_holds_has_no_object_an_item(filled: Gallery, pool: Vectors, judge: Judge) -> None:
+    held = filled.search_batch(pool, k=9, judge=judge, telling=MANY_NAMES)
+    assert not [each for found in held for each in gc.get_referents(found.neighbors.items) if isinstance(each, Entry)]
+    same = filled.search_batch(pool, k=9, judge=judge, telling=NAMES)
+    assert [[near.item.name for near in found.neighbors] for found in held] == [
+        [near.item.name for near in found.neighbors] for found in same
+    ]
+
+
+def test_entries_in_columns_are_a_sequence() -> None:
+    entries = NamedEntries(["a", "b", "c"], [None, "x", "y"])
+    assert [(each.name, each.identity) for each in entries] == [("a", None), ("b", "x"), ("c", "y")]
+    cut, picked = entries[1:], entries.picked([2, 0])
+    assert (len(entries), entries[-1].name, list(cut.names), list(picked.identities)) == (
+        3,
+        "c",
+        ["b", "c"],
+        ["y", None],
+    )
+    assert NamedEntries.joined([cut, picked]).names == ["b", "c", "c", "a"]
+    with pytest.raises(IndexError):
+        entries[3]
