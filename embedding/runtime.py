@@ -7,6 +7,8 @@ import gc
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 Runtime = Literal["auto", "torch", "onnx"]
@@ -74,3 +76,13 @@ def settle() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """`settle` for the time of one long piece of work, as a batch job; for who runs nothing else meanwhile."""
+    settle()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -92,10 +92,6 @@ class Answer:
     generation: int
     truncated: bool = False
 
-    @property
-    def matches(self) -> int:
-        return int(np.count_nonzero(self.verdict_R == _MATCH))
-
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -133,28 +129,23 @@ class ShardWriter:
         self._last_id = ""
         self._file: BufferedWriter | None = None
         self._writer: pq.ParquetWriter | None = None
-        self._waiting: list[tuple[str, int, Answer | Failure]] = []
-        self._waiting_rows = 0
+        self._waiting = _Waiting()
 
     def add(self, query: str, outcome: Answer | Failure) -> None:
         """The outcome of the next query."""
-        count = 1
         if isinstance(outcome, Failure):
             self._errors += 1
+            self._waiting.fail(query, self._first + self.queries, outcome)
+            self.rows += 1
         else:
-            count, matches = len(outcome.items), outcome.matches
-            if count:  # of an answer without items a server does not say it
-                self._evidence = self._evidence or outcome.evidence
-            self._matches += matches
-            self._matched += matches > 0
             self._truncated += outcome.truncated
-        if count:
-            self._waiting.append((query, self._first + self.queries, outcome))
-            self._waiting_rows += count
-            self.rows += count
+            if outcome.items:  # of an answer without them a server does not say the evidence
+                self._evidence = self._evidence or outcome.evidence
+                self._waiting.add(query, self._first + self.queries, outcome)
+                self.rows += len(outcome.items)
         self.queries += 1
         self._last_id = query
-        if self._waiting_rows >= GROUP_ROWS:
+        if len(self._waiting) >= GROUP_ROWS:
             self._flush()
 
     def publish(self) -> Shard:
@@ -221,11 +212,13 @@ class ShardWriter:
         return json.dumps(said, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
 
     def _flush(self) -> None:
-        if self._waiting:
+        if len(self._waiting):
             stated = self._conditions
-            table = table_of(self._waiting, stated.model, stated.calibration, stated.generation)
+            table, matches_Q = self._waiting.table(stated.model, stated.calibration, stated.generation)
             self._on_disk(lambda: self._opened().write_table(table, row_group_size=len(table)))
-            self._waiting, self._waiting_rows = [], 0
+            self._matches += int(matches_Q.sum())
+            self._matched += int(np.count_nonzero(matches_Q))
+            self._waiting = _Waiting()
 
     def _opened(self) -> Any:
         if self._writer is None:
@@ -240,54 +233,101 @@ class ShardWriter:
             raise refused(self._path, error) from error
 
 
-def table_of(
-    outcomes: Sequence[tuple[str, int, Answer | Failure]], model: str, calibration: int, generation: int
-) -> pa.Table:
-    """The rows of queries, given with their ids and places; of those that found nothing there are none."""
-    ids, rows, every = zip(*outcomes, strict=True)
-    counts_Q = np.array([1 if isinstance(each, Failure) else len(each.items) for each in every])
-    at_R = np.repeat(np.arange(len(every)), counts_Q)
-    failed_R = np.array([isinstance(each, Failure) for each in every])[at_R]
-    starts_Q = np.concatenate([[0], np.cumsum(counts_Q)[:-1]])
+class _Waiting:
+    """The rows of a row group to be. Columns, not an object a query: those Python's collector would walk over, again
+    and again, until they are written."""
 
-    def column(kind: Any, of: Callable[[Answer], Any], dtype: Any) -> pa.Array:
-        """Of arrays, one a query."""
-        parts = [np.zeros(1, dtype) if isinstance(each, Failure) else of(each) for each in every]
-        return pa.array(np.concatenate(parts).astype(dtype, copy=False), kind, mask=failed_R)
+    def __init__(self) -> None:
+        self._ids: list[str] = []
+        self._places: list[int] = []
+        self._counts: list[int] = []
+        self._evidence: list[Evidence | None] = []
+        self._truncated: list[bool | None] = []
+        self._failed: list[bool] = []
+        self._messages: list[str | None] = []
+        self._reasons: list[str | None] = []
+        self._items: list[str | None] = []
+        self._identities: list[str | None] = []
+        self._distances: list[Vectors] = []
+        self._verdicts: list[NDArray[np.int8]] = []
+        self._probabilities: list[NDArray[np.float64]] = []
 
-    def spread(kind: Any, values: Sequence[Any]) -> pa.Array:
-        """Of one value a query, None for one that failed."""
-        return pa.array(values, kind).take(pa.array(at_R))
+    def __len__(self) -> int:
+        return len(self._items)
 
-    def listed(of: Callable[[Answer], Sequence[str | None]]) -> pa.Array:
-        return pa.array([name for each in every for name in ((None,) if isinstance(each, Failure) else of(each))])
+    def add(self, query: str, place: int, answer: Answer) -> None:
+        """An answer that has items."""
+        self._begin(query, place, len(answer.items), answer.evidence, answer.truncated, None)
+        self._items += answer.items
+        self._identities += answer.identities
+        self._distances.append(answer.distance_R)
+        self._verdicts.append(answer.verdict_R)
+        self._probabilities.append(answer.probability_R)
 
-    def shared(field: str) -> pa.Array:
-        kind = SCHEMA.field(field).type
-        return spread(kind, [None if isinstance(each, Failure) else getattr(each.evidence, field) for each in every])
+    def fail(self, query: str, place: int, failure: Failure) -> None:
+        self._begin(query, place, 1, None, None, failure)
+        self._items.append(None)
+        self._identities.append(None)
+        self._distances.append(np.zeros(1, np.float32))
+        self._verdicts.append(np.zeros(1, np.int8))
+        self._probabilities.append(np.zeros(1))
 
-    verdicts = column(pa.int8(), lambda each: each.verdict_R, np.int8)
-    ranks_R = (np.arange(len(at_R)) - starts_Q[at_R] + 1).astype(np.int32)
-    failures = [each if isinstance(each, Failure) else None for each in every]
-    columns = {
-        "query_row": spread(pa.int64(), rows),
-        "query": spread(pa.string(), ids),
-        "rank": pa.array(ranks_R, pa.int32(), mask=failed_R),
-        "item": listed(lambda each: each.items).cast(pa.string()),
-        "identity": listed(lambda each: each.identities).cast(pa.string()),
-        "verdict": _NAMES.take(verdicts),
-        "is_match": pc.equal(verdicts, pa.scalar(_MATCH, pa.int8())),
-        "distance": column(pa.float32(), lambda each: each.distance_R, np.float32),
-        "threshold": shared("threshold"),
-        "match_probability": column(pa.float64(), lambda each: each.probability_R, np.float64),
-        "far": shared("far"),
-        "far_upper95": shared("far_upper95"),
-        "frr": shared("frr"),
-        "model": pa.repeat(pa.scalar(model), len(at_R)),
-        "calibration": pa.repeat(pa.scalar(calibration, pa.int32()), len(at_R)),
-        "gallery_generation": pa.repeat(pa.scalar(generation, pa.int64()), len(at_R)),
-        "truncated": spread(pa.bool_(), [None if isinstance(each, Failure) else each.truncated for each in every]),
-        "error": spread(pa.string(), [each and each.message for each in failures]),
-        "error_reason": spread(pa.string(), [each and each.reason for each in failures]),
-    }
-    return pa.table(columns, schema=SCHEMA)
+    def _begin(
+        self,
+        query: str,
+        place: int,
+        count: int,
+        evidence: Evidence | None,
+        truncated: bool | None,
+        failure: Failure | None,
+    ) -> None:
+        self._ids.append(query)
+        self._places.append(place)
+        self._counts.append(count)
+        self._evidence.append(evidence)
+        self._truncated.append(truncated)
+        self._failed.append(failure is not None)
+        self._messages.append(failure.message if failure else None)
+        self._reasons.append(failure.reason if failure else None)
+
+    def table(self, model: str, calibration: int, generation: int) -> tuple[pa.Table, NDArray[np.intp]]:
+        """The rows, and the matches of each query that has some."""
+        counts_Q = np.array(self._counts)
+        at_R = np.repeat(np.arange(len(counts_Q)), counts_Q)
+        failed_R = np.array(self._failed)[at_R]
+        starts_Q = np.concatenate([[0], np.cumsum(counts_Q)[:-1]])
+        verdict_R = np.concatenate(self._verdicts)
+        matches_Q = np.bincount(at_R[(verdict_R == _MATCH) & ~failed_R], minlength=len(counts_Q))
+        spread_R = pa.array(at_R)
+
+        def spread(kind: Any, values: Sequence[Any]) -> pa.Array:
+            """Of one value a query, None for one that failed."""
+            return pa.array(values, kind).take(spread_R)
+
+        def shared(name: str) -> pa.Array:
+            return spread(SCHEMA.field(name).type, [each and getattr(each, name) for each in self._evidence])
+
+        verdicts = pa.array(verdict_R, pa.int8(), mask=failed_R)
+        ranks_R = (np.arange(len(at_R)) - starts_Q[at_R] + 1).astype(np.int32)
+        columns = {
+            "query_row": spread(pa.int64(), self._places),
+            "query": spread(pa.string(), self._ids),
+            "rank": pa.array(ranks_R, pa.int32(), mask=failed_R),
+            "item": pa.array(self._items, pa.string()),
+            "identity": pa.array(self._identities, pa.string()),
+            "verdict": _NAMES.take(verdicts),
+            "is_match": pc.equal(verdicts, pa.scalar(_MATCH, pa.int8())),
+            "distance": pa.array(np.concatenate(self._distances), pa.float32(), mask=failed_R),
+            "threshold": shared("threshold"),
+            "match_probability": pa.array(np.concatenate(self._probabilities), pa.float64(), mask=failed_R),
+            "far": shared("far"),
+            "far_upper95": shared("far_upper95"),
+            "frr": shared("frr"),
+            "model": pa.repeat(pa.scalar(model), len(at_R)),
+            "calibration": pa.repeat(pa.scalar(calibration, pa.int32()), len(at_R)),
+            "gallery_generation": pa.repeat(pa.scalar(generation, pa.int64()), len(at_R)),
+            "truncated": spread(pa.bool_(), self._truncated),
+            "error": spread(pa.string(), self._messages),
+            "error_reason": spread(pa.string(), self._reasons),
+        }
+        return pa.table(columns, schema=SCHEMA), matches_Q

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from embedding.errors import InvalidDataset, LookalikeError
+from embedding.runtime import settled
 from index.batch import Answering, Done, Queries
 from index.batch import run as run_job
 from index.batch_folder import Conditions, read_manifest
@@ -75,7 +76,7 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
     )
     if not queries.total:
         raise InvalidDataset(f"there is nothing to search for in {job.source or job.from_gallery}; nothing was written")
-    with _told(show.console(stderr=True)) as tell:
+    with settled(), _told(show.console(stderr=True)) as tell:
         try:
             done = _patiently(
                 lambda anew: run_job(

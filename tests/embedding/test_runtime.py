@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from embedding.runtime import settled
 
 COUNT_FAULTS = """
 import resource, sys
@@ -93,3 +96,17 @@ def test_a_system_that_forbids_it_is_no_reason_not_to_serve(monkeypatch: pytest.
 
     monkeypatch.setattr(os, "sched_setscheduler", forbidden, raising=False)
     assert share_cores() is False
+
+
+def test_objects_are_left_out_of_the_collector_for_the_time_of_a_job() -> None:
+    counts = []
+
+    def work() -> None:
+        with settled():
+            counts.append(gc.get_freeze_count())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert counts[0] > 0
+    assert gc.get_freeze_count() == 0
