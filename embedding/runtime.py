@@ -46,8 +46,7 @@ def share_cores() -> bool:
     """Let threads of this process finish what they do when another of them wakes up; true where this is possible: on
     Linux, by the thread that will start the others.
 
-    For servers: gRPC's threads otherwise interrupt the event loop six times a call, where both share a core. The price:
-    where other processes keep all cores busy, a thread that wakes up waits for its turn, a few milliseconds.
+    For servers: gRPC's threads otherwise interrupt the event loop six times a call, where both share a core.
     """
     try:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -104,7 +104,7 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
     """
     if settings.workers == 1:
         tune_malloc()
-        share_cores()
+        _schedule(settings)
     logs.configure(level=settings.log_level, form=settings.log_format)
     told = origins or Origins(settings=settings, of={})
     _log.info("settings", **told.shown(), origins=dict(told.of))
@@ -113,6 +113,11 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
         return
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings, on_ready))
+
+
+def _schedule(settings: Settings) -> None:
+    if settings.batch_scheduling:
+        share_cores()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -133,7 +138,7 @@ def run_part(
 ) -> None:
     """`run` for one of several processes; `restart` has another killed and started anew, by number."""
     tune_malloc()
-    share_cores()
+    _schedule(settings)
     logs.configure(level=settings.log_level, form=settings.log_format)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings.model_copy(update={"port": part.port}), on_ready, part, restart))

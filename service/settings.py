@@ -65,6 +65,8 @@ class Settings(BaseModel):
     """Images decoded at the same time; small ones are decoded by the thread that embeds them."""
     encode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
     """Threads of one forward pass on the CPU."""
+    batch_scheduling: bool = True
+    """Threads of the server do not interrupt one another (Linux's SCHED_BATCH): up to 1.9 times the calls."""
     gallery_threads: Annotated[int, Field(ge=1, le=256)] = 2 * _CORES
     """Searches, reads and writes of galleries made at the same time; each uses one thread."""
     thumbnails: Annotated[int, Field(ge=0, le=1024)] = 0
