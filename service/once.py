@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
+import structlog
 from google.protobuf.message import Message
 
 from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused
@@ -42,6 +43,8 @@ CREATE TABLE IF NOT EXISTS begun (     -- requests that have begun and not been 
 _LOST = "requests of the last hour that are made again under their request_id are done again"
 
 R = TypeVar("R", bound=Message)
+
+_log = structlog.get_logger(__name__)
 
 
 def token_of(request: Any) -> Token | None:
@@ -176,7 +179,10 @@ class Once:
         try:
             answer = (await work(again)).SerializeToString()
         except Exception:
-            await asyncio.to_thread(self._ledger.end, token, None)
+            try:
+                await asyncio.to_thread(self._ledger.end, token, None)
+            except LookalikeError as error:  # the caller is to learn why the work failed, not why it was not noted
+                _log.error("a failed request could not be noted", request_id=token.id, reason=str(error))
             raise
         await asyncio.to_thread(self._ledger.end, token, answer)
         return answer
