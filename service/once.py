@@ -182,7 +182,7 @@ class Once:
             try:
                 await asyncio.to_thread(self._ledger.end, token, None)
             except LookalikeError as error:  # the caller is to learn why the work failed, not why it was not noted
-                _log.error("a failed request could not be noted", request_id=token.id, reason=str(error))
+                _log.error("a failed request could not be noted", reason=str(error))
             raise
         await asyncio.to_thread(self._ledger.end, token, answer)
         return answer
