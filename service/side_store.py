@@ -15,6 +15,7 @@ import structlog
 from embedding.errors import DamagedData, StorageFailed
 from index.connections import connect, translated
 from index.schema import RECEIPTS
+from index.segments import sync_folder
 
 RECEIPTS_IF_NEEDED = RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")
 """The table of receipts, for stores that answer requests."""
@@ -101,11 +102,8 @@ class SideStore:
     def _opened(self, *, whole: bool) -> sqlite3.Connection:
         """The connection; where it is only made now, and `whole`, every page is looked at."""
         if self._connection is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.path.touch()
-            except OSError as error:
-                raise StorageFailed(f"the disk refused {self.path}: {error.strerror or error}") from error
+            if not self.path.exists():
+                self._make()
             connection = connect(self.path, read_only=False, advice=self._advice)
             try:
                 # Looked at before anything is made in it: what is another's is left as it is.
@@ -117,6 +115,23 @@ class SideStore:
                 raise
             self._connection = connection
         return self._connection
+
+    def _make(self) -> None:
+        """It gets its name when it is whole: a store without tables is what is left of one that held something."""
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.unlink(missing_ok=True)  # of an earlier attempt
+            for end in ("-wal", "-shm"):  # and the log of a store that is gone
+                fresh.with_name(fresh.name + end).unlink(missing_ok=True)
+                self.path.with_name(self.path.name + end).unlink(missing_ok=True)
+            fresh.touch()
+            with closing(connect(fresh, read_only=False, advice=self._advice)) as connection:
+                connection.executescript(self._tables)
+            fresh.rename(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise StorageFailed(f"the disk refused {self.path}: {error.strerror or error}") from error
 
     def _close(self) -> None:
         if self._connection is not None:
@@ -155,14 +170,14 @@ def _check(
 ) -> None:
     """Raises DamagedData unless the store has the tables that it is to have, and with `whole` sound pages.
 
-    A `new` one may lack all of them, or those that later versions have added.
+    A `new` one, which is opened for writing, may lack those that later versions have added.
     """
     with closing(sqlite3.connect(":memory:")) as plain:
         plain.executescript(tables)
         wanted = _columns(plain)
     found = _columns(connection)
     if new:
-        wanted = {name: columns for name, columns in wanted.items() if name in found} or (wanted if found else {})
+        wanted = {name: columns for name, columns in wanted.items() if name in found} or wanted
     if missing := {name for name, columns in wanted.items() if not columns <= found.get(name, set())}:
         raise damaged(path, f"it lacks columns of {', '.join(sorted(missing))}", advice)
     if whole:

@@ -22,7 +22,7 @@ from service.once import Ledger
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, info, refused, rich, served
 
-DAMAGES = ("garbage", "cut", "another's tables", "pages")
+DAMAGES = ("garbage", "cut", "emptied", "another's tables", "pages")
 
 
 def spoil(path: Path, damage: str) -> None:
@@ -31,6 +31,8 @@ def spoil(path: Path, damage: str) -> None:
         path.with_name(path.name + end).unlink(missing_ok=True)
     if damage == "garbage":
         path.write_bytes(b"no store " * 1000)
+    elif damage == "emptied":
+        path.write_bytes(b"")
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] or b"x")
     elif damage == "pages":
