@@ -32,6 +32,7 @@ from safetensors.torch import save as save_tensors
 
 from embedding import destination
 from embedding.calibration import Calibration
+from embedding.durable import sync_folder
 from embedding.errors import DamagedData, NotFound, StorageFailed
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, EmbeddingNetwork, build
@@ -339,7 +340,7 @@ def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         partial.chmod(0o755)
         for name, content in files.items():
             _write_durably(partial / name, content)
-        _sync_directory(partial)
+        sync_folder(partial)
         if path.exists():
             replaced = partial.with_name(f"{partial.name}.replaced")
             path.rename(replaced)
@@ -347,7 +348,7 @@ def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(replaced)
         else:
             partial.rename(path)
-        _sync_directory(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StorageFailed(
             f"cannot write the bundle to {path}: {error.strerror or error}; nothing was left there"
@@ -363,14 +364,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first(error: ValidationError) -> str:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
+from embedding.durable import replace_file
 from embedding.errors import DamagedData, InvalidInput, StorageFailed
 from index.items import check_gallery_id
-from index.segments import sync_folder
 
 _FORMAT = 2
 
@@ -45,13 +44,7 @@ def text_of(targets: Mapping[str, str]) -> bytes:
 
 def write(path: Path, targets: Mapping[str, str]) -> None:
     """Write as a whole or not at all. Raises OSError."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(text_of(targets))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    replace_file(path, text_of(targets))
 
 
 def read(path: Path) -> dict[str, str] | None:

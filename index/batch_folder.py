@@ -23,9 +23,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embedding.durable import sync_folder
 from embedding.errors import AlreadyExists, Busy, DamagedData, JobChanged, StorageFailed
 from index.catalog import HeldFolder, holder
-from index.segments import sync_folder
 from index.sums import FileSum
 
 MANIFEST = "_job.json"

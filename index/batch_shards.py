@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from embedding.decision import VERDICTS, Decisions, Vectors, Verdict
+from embedding.durable import sync_folder
 from index.batch_folder import PARTIAL, Conditions, Shard, refused
-from index.segments import sync_folder
 from index.sums import FileSum
 
 GROUP_ROWS = 65_536

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
 
+from embedding.durable import sync_folder
 from embedding.errors import (
     AlreadyExists,
     Busy,
@@ -36,7 +37,6 @@ from index.gallery import Gallery
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
 from index.live import SEAL_AFTER, STORE
 from index.receipts import Token
-from index.segments import sync_folder
 
 Galleries: TypeAlias = list[Gallery]
 

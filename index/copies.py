@@ -17,12 +17,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embedding.durable import sync_folder
 from embedding.errors import AlreadyExists, DamagedData, StorageFailed
 from index.connections import connect, translated
 from index.engine import OnProgress
 from index.live import SEGMENTS, STORE, Live
 from index.progress import Steps, counted
-from index.segments import segment_path, sync_folder
+from index.segments import segment_path
 from index.sums import FileSum, copy_file
 
 CONTENTS = "copy.json"

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedding.decision import Vectors
+from embedding.durable import sync_folder
 from embedding.errors import DamagedData
 from index.engine import Precision
 from index.exact import Keys, squared_lengths
@@ -204,15 +205,6 @@ def remove_segments(folder: Path, *, except_for: Iterable[str]) -> None:
 
 def segment_path(folder: Path, digest: str) -> Path:
     return folder / digest[:16]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_rows(folder: Path, rows: Blocks, precision: Precision) -> tuple[dict[str, FileSum], tuple[int, int], float]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from embedding.durable import sync_folder
 from embedding.errors import AlreadyExists, InvalidInput, NotFound, StorageFailed
-from index.segments import sync_folder
 from service.keys import KeyFile, Record, digest, make_key, read
 from service.principal import Scope
 

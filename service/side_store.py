@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import structlog
 
+from embedding.durable import sync_folder
 from embedding.errors import DamagedData, StorageFailed
 from index.connections import connect, translated
 from index.schema import RECEIPTS
-from index.segments import sync_folder
 
 RECEIPTS_IF_NEEDED = RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS")
 """The table of receipts, for stores that answer requests."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from embedding.durable import replace_file
 from embedding.errors import DamagedData, StorageFailed
 from service.stock import Choice
 
@@ -78,19 +78,9 @@ def kept(galleries: Path) -> Standing | None:
 def write(galleries: Path, standing: Standing) -> None:
     """Remember, durably. Raises StorageFailed."""
     path = galleries / FILE
-    partial = path.with_suffix(".partial")
     try:
         galleries.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(_Summed(**dict(standing), sha256=standing.sum).model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        descriptor = os.open(galleries, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        replace_file(path, _Summed(**dict(standing), sha256=standing.sum).model_dump_json(indent=1).encode())
     except OSError as error:
         raise StorageFailed(f"the disk refused {path}: {error.strerror or error}; nothing was activated") from error
 
