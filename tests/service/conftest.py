@@ -10,7 +10,7 @@ import structlog
 from embedding.bundle import Bundle
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import MAX_MESSAGE_BYTES, Loop, Stubs, connected, make_bundle, served
+from tests.service.harness import MAX_MESSAGE_BYTES, Loop, Stubs, connected, encoded, make_bundle, served
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +63,10 @@ def stubs(server: Server) -> Iterator[Stubs]:
 def gallery(stubs: Stubs, request: pytest.FixtureRequest) -> str:
     """The id of a gallery that this test alone uses and that does not exist yet."""
     return f"g-{abs(hash(request.node.nodeid)):x}"
+
+
+@pytest.fixture
+def filled(stubs: Stubs, gallery: str) -> str:
+    """That gallery, with five images in it."""
+    stubs.fill(gallery, {f"item-{i}": encoded(i) for i in range(5)})
+    return gallery

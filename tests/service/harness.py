@@ -29,6 +29,7 @@ from embedding.calibration import Calibration, ErrorRates, HeldOutPairs, MatchPr
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, build
 from lookalike.v1 import (
+    alias_pb2,
     alias_pb2_grpc,
     common_pb2,
     feedback_pb2_grpc,
@@ -36,9 +37,11 @@ from lookalike.v1 import (
     gallery_pb2_grpc,
     match_pb2_grpc,
     model_pb2_grpc,
+    search_pb2,
     search_pb2_grpc,
     upkeep_pb2_grpc,
 )
+from lookalike.v1.operations_pb2 import OperationMetadata
 from service.server import Server
 from service.settings import Settings
 
@@ -196,6 +199,27 @@ def served(loop: Loop, settings: Settings) -> Iterator[Server]:
         yield server
     finally:
         loop.run(server.stop())
+
+
+def put_alias(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
+    """Let the alias stand for the gallery."""
+    request = alias_pb2.UpdateAliasRequest(
+        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=f"galleries/{gallery}"), allow_missing=allow_missing
+    )
+    return stubs.aliases.UpdateAlias(request).alias
+
+
+def names_found(stubs: Stubs, gallery: str, query: common_pb2.ImageInput) -> list[str]:
+    """Of the items nearest to an image."""
+    request = search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=query)
+    return [neighbor.item for neighbor in stubs.search.Search(request).neighbors]
+
+
+def metadata_of(operation: operations_pb2.Operation) -> OperationMetadata:
+    """What an operation says of itself."""
+    told = OperationMetadata()
+    assert operation.metadata.Unpack(told)
+    return told
 
 
 def finished(stubs: Stubs, operation: operations_pb2.Operation) -> operations_pb2.Operation:

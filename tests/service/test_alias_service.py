@@ -5,44 +5,28 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, search_pb2
+from lookalike.v1 import alias_pb2, gallery_pb2, search_pb2
 from tests.service.harness import (
     Stubs,
     encoded,
     fields,
     info,
+    names_found,
+    put_alias,
     refused,
     rich,
     stored,
 )
 
 
-@pytest.fixture
-def filled(stubs: Stubs, gallery: str) -> str:
-    stubs.fill(gallery, {f"item-{i}": encoded(i) for i in range(5)})
-    return gallery
-
-
-def put(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
-    request = alias_pb2.UpdateAliasRequest(
-        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=f"galleries/{gallery}"), allow_missing=allow_missing
-    )
-    return stubs.aliases.UpdateAlias(request).alias
-
-
-def names(stubs: Stubs, gallery: str, query: common_pb2.ImageInput) -> list[str]:
-    request = search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=query)
-    return [neighbor.item for neighbor in stubs.search.Search(request).neighbors]
-
-
 def test_an_alias_stands_for_its_gallery_everywhere(stubs: Stubs, filled: str) -> None:
     alias = f"{filled}-now"
-    put(stubs, alias, filled)
-    assert names(stubs, alias, encoded(1)) == names(stubs, filled, encoded(1))
-    assert names(stubs, alias, encoded(1))[0] == f"galleries/{filled}/items/item-1"
-    itself = names(stubs, alias, stored(filled, "item-1"))
+    put_alias(stubs, alias, filled)
+    assert names_found(stubs, alias, encoded(1)) == names_found(stubs, filled, encoded(1))
+    assert names_found(stubs, alias, encoded(1))[0] == f"galleries/{filled}/items/item-1"
+    itself = names_found(stubs, alias, stored(filled, "item-1"))
     assert len(itself) == 4
-    assert itself == names(stubs, filled, stored(alias, "item-1"))
+    assert itself == names_found(stubs, filled, stored(alias, "item-1"))
     described = stubs.galleries.GetGallery(gallery_pb2.GetGalleryRequest(name=f"galleries/{alias}")).gallery
     assert (described.name, described.item_count) == (f"galleries/{filled}", 5)
 
@@ -58,26 +42,26 @@ def test_an_alias_stands_for_its_gallery_everywhere(stubs: Stubs, filled: str) -
     )
     assert stubs.galleries.BatchDeleteItems(batch).deleted_count == 2
     with pytest.raises(grpc.RpcError):
-        put(stubs, filled, filled)
+        put_alias(stubs, filled, filled)
 
 
 def test_an_alias_moves_in_one_step_and_is_deleted_without_its_gallery(stubs: Stubs, filled: str) -> None:
     alias, other = f"{filled}-now", f"{filled}-other"
     stubs.fill(other, {"only": encoded(1)})
-    put(stubs, alias, filled)
-    put(stubs, alias, other, allow_missing=False)
-    assert names(stubs, alias, encoded(1)) == [f"galleries/{other}/items/only"]
+    put_alias(stubs, alias, filled)
+    put_alias(stubs, alias, other, allow_missing=False)
+    assert names_found(stubs, alias, encoded(1)) == [f"galleries/{other}/items/only"]
     got = stubs.aliases.GetAlias(alias_pb2.GetAliasRequest(name=f"aliases/{alias}")).alias
     assert got.gallery == f"galleries/{other}"
     stubs.aliases.DeleteAlias(alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"))
     error = refused(stubs.aliases.GetAlias, alias_pb2.GetAliasRequest(name=f"aliases/{alias}"))
     assert error.code() is grpc.StatusCode.NOT_FOUND
-    assert names(stubs, other, encoded(1))
+    assert names_found(stubs, other, encoded(1))
 
 
 def test_aliases_are_listed_page_by_page(stubs: Stubs, filled: str) -> None:
     for i in (2, 0, 1):
-        put(stubs, f"{filled}-{i}", filled)
+        put_alias(stubs, f"{filled}-{i}", filled)
     found: list[str] = []
     token = ""
     while True:
@@ -112,7 +96,7 @@ def test_ways_to_name_wrongly(stubs: Stubs, filled: str) -> None:
 
 def test_a_gallery_with_an_alias_is_not_deleted_nor_is_its_alias_taken(stubs: Stubs, filled: str) -> None:
     alias = f"{filled}-now"
-    put(stubs, alias, filled)
+    put_alias(stubs, alias, filled)
     for name in (filled, alias):
         request = gallery_pb2.DeleteGalleryRequest(name=f"galleries/{name}", force=True)
         error = refused(stubs.galleries.DeleteGallery, request)

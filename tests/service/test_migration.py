@@ -25,6 +25,7 @@ from tests.service.harness import (
     info,
     make_bundle,
     png,
+    put_alias,
     refused,
     rich,
     served,
@@ -34,13 +35,6 @@ from tests.service.harness import (
 
 def vector(*values: float) -> common_pb2.ImageInput:
     return common_pb2.ImageInput(embedding=unit(*values))
-
-
-def put(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
-    request = alias_pb2.UpdateAliasRequest(
-        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=f"galleries/{gallery}"), allow_missing=allow_missing
-    )
-    return stubs.aliases.UpdateAlias(request).alias
 
 
 def gallery_of(operation: operations_pb2.Operation) -> gallery_pb2.Gallery:
@@ -83,7 +77,7 @@ def test_each_gallery_is_answered_by_the_model_of_its_items(two: Stubs, newer: B
     assert [model.active for model in models].count(True) == 1
     assert newer.name in {model.name.removeprefix("models/") for model in models}
     two.fill("old", {"a": encoded(1), "b": encoded(2)})
-    put(two, "now", "old")
+    put_alias(two, "now", "old")
     finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation)
 
     (a_D, b_D) = Encoder(newer, device="cpu").encode([png(1), png(2)])
@@ -111,7 +105,7 @@ def test_each_gallery_is_answered_by_the_model_of_its_items(two: Stubs, newer: B
 
 def test_a_migration_says_whose_images_it_needs_and_takes_those_imported(two: Stubs, newer: Bundle) -> None:
     two.fill("old", {"kept": encoded(1), "bare-1": vector(1), "bare-2": vector(0, 1)})
-    put(two, "now", "old")
+    put_alias(two, "now", "old")
     failed = finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation)
     assert failed.error.code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
     reason = error_details_pb2.ErrorInfo()
@@ -159,7 +153,7 @@ def test_a_migration_to_the_same_model_or_a_third_is_refused(two: Stubs, newer: 
 def test_what_a_migration_is_refused_for_is_found_by_validating_it(two: Stubs, newer: Bundle) -> None:
     two.fill("old", {"a": encoded(1)})
     two.fill("other", {"a": encoded(1)})
-    put(two, "taken", "other")
+    put_alias(two, "taken", "other")
     wrong = [migration(alias, newer.name) for alias in ("other", "old", "new")] + [migration("now", newer.name)]
     wrong[-1].gallery_id = "taken"
     told = []

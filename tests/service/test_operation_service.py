@@ -12,27 +12,15 @@ from google.protobuf.duration_pb2 import Duration
 from index import Gallery, Progress
 from index.engine import OnProgress
 from lookalike.v1 import gallery_pb2, upkeep_pb2
-from lookalike.v1.operations_pb2 import OperationMetadata
 from tests.service.harness import (
     Stubs,
     encoded,
     fields,
     finished,
+    metadata_of,
     refused,
     rich,
 )
-
-
-@pytest.fixture
-def filled(stubs: Stubs, gallery: str) -> str:
-    stubs.fill(gallery, {f"item-{i}": encoded(i) for i in range(5)})
-    return gallery
-
-
-def metadata(operation: operations_pb2.Operation) -> OperationMetadata:
-    told = OperationMetadata()
-    assert operation.metadata.Unpack(told)
-    return told
 
 
 def test_operations_are_listed_and_forgotten(stubs: Stubs, filled: str) -> None:
@@ -66,9 +54,9 @@ def test_an_operation_is_cancelled(stubs: Stubs, filled: str, monkeypatch: pytes
     monkeypatch.setattr(Gallery, "reindex", endless)
     begun = stubs.upkeep.ReindexGallery(upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{filled}")).operation
     running = operations_pb2.GetOperationRequest(name=begun.name)
-    while metadata(told := stubs.operations.GetOperation(running)).stage != "for ever":
+    while metadata_of(told := stubs.operations.GetOperation(running)).stage != "for ever":
         assert not told.done
-    assert (metadata(told).done, metadata(told).total) == (1, 2)
+    assert (metadata_of(told).done, metadata_of(told).total) == (1, 2)
     delete = operations_pb2.DeleteOperationRequest(name=begun.name)
     assert refused(stubs.operations.DeleteOperation, delete).code() is grpc.StatusCode.UNAVAILABLE
     stubs.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=begun.name))

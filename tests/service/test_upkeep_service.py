@@ -10,8 +10,7 @@ from google.longrunning import operations_pb2
 
 from index import Gallery, Progress
 from index.engine import OnProgress
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, search_pb2, upkeep_pb2
-from lookalike.v1.operations_pb2 import OperationMetadata
+from lookalike.v1 import gallery_pb2, match_pb2, upkeep_pb2
 from service.settings import Settings
 from tests.index.test_verify import flip_in_place
 from tests.service.harness import (
@@ -20,34 +19,13 @@ from tests.service.harness import (
     fields,
     finished,
     info,
+    metadata_of,
+    names_found,
+    put_alias,
     refused,
     rich,
     stored,
 )
-
-
-@pytest.fixture
-def filled(stubs: Stubs, gallery: str) -> str:
-    stubs.fill(gallery, {f"item-{i}": encoded(i) for i in range(5)})
-    return gallery
-
-
-def put(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
-    request = alias_pb2.UpdateAliasRequest(
-        alias=alias_pb2.Alias(name=f"aliases/{alias}", gallery=f"galleries/{gallery}"), allow_missing=allow_missing
-    )
-    return stubs.aliases.UpdateAlias(request).alias
-
-
-def names(stubs: Stubs, gallery: str, query: common_pb2.ImageInput) -> list[str]:
-    request = search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=query)
-    return [neighbor.item for neighbor in stubs.search.Search(request).neighbors]
-
-
-def metadata(operation: operations_pb2.Operation) -> OperationMetadata:
-    told = OperationMetadata()
-    assert operation.metadata.Unpack(told)
-    return told
 
 
 def gallery_of(operation: operations_pb2.Operation) -> gallery_pb2.Gallery:
@@ -57,17 +35,17 @@ def gallery_of(operation: operations_pb2.Operation) -> gallery_pb2.Gallery:
 
 
 def test_a_gallery_is_indexed_anew(stubs: Stubs, filled: str) -> None:
-    before = names(stubs, filled, encoded(7))
+    before = names_found(stubs, filled, encoded(7))
     settings = gallery_pb2.IndexSettings(min_recall=0.9, structure="exact", vectors="float32")
     request = upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{filled}", index=settings)
     begun = stubs.upkeep.ReindexGallery(request).operation
     done = finished(stubs, begun)
-    assert (metadata(done).verb, metadata(done).target) == ("reindex", f"galleries/{filled}")
-    assert metadata(done).end_time.ToDatetime() >= metadata(done).create_time.ToDatetime()
+    assert (metadata_of(done).verb, metadata_of(done).target) == ("reindex", f"galleries/{filled}")
+    assert metadata_of(done).end_time.ToDatetime() >= metadata_of(done).create_time.ToDatetime()
     made = gallery_of(done)
     assert (made.index, made.item_count) == (settings, 5)
     assert (made.stats.fresh_items, [segment.rows for segment in made.stats.segments]) == (0, [5])
-    assert names(stubs, filled, encoded(7)) == before
+    assert names_found(stubs, filled, encoded(7)) == before
 
 
 def test_a_structure_asked_for_and_not_built_is_told_of_with_its_reason(stubs: Stubs, filled: str) -> None:
@@ -97,11 +75,11 @@ def test_a_gallery_is_copied_and_brought_back(stubs: Stubs, filled: str) -> None
     listing = upkeep_pb2.ListSnapshotsRequest(parent=name)
     assert list(stubs.upkeep.ListSnapshots(listing).snapshots) == [copied]
 
-    before = names(stubs, filled, encoded(7))
+    before = names_found(stubs, filled, encoded(7))
     stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=name, force=True))
     restore = upkeep_pb2.RestoreGalleryRequest(snapshot=copy_name, gallery_id=filled)
     assert gallery_of(finished(stubs, stubs.upkeep.RestoreGallery(restore).operation)).item_count == 5
-    assert names(stubs, filled, encoded(7)) == before
+    assert names_found(stubs, filled, encoded(7)) == before
     assert refused(stubs.upkeep.RestoreGallery, restore).code() is grpc.StatusCode.ALREADY_EXISTS
 
     stubs.upkeep.DeleteSnapshot(upkeep_pb2.DeleteSnapshotRequest(name=copy_name))
@@ -159,19 +137,19 @@ def folder(settings: Settings, filled: str, stubs: Stubs) -> Path:
 def checked(stubs: Stubs, gallery: str, **options: bool) -> upkeep_pb2.Verification:
     request = upkeep_pb2.VerifyGalleryRequest(name=f"galleries/{gallery}", **options)  # type: ignore[arg-type]
     done = finished(stubs, stubs.upkeep.VerifyGallery(request).operation)
-    assert metadata(done).verb == "verify"
+    assert metadata_of(done).verb == "verify"
     found = upkeep_pb2.Verification()
     assert done.response.Unpack(found), done
     return found
 
 
 def test_damage_of_a_gallery_in_use_is_found_and_mended(stubs: Stubs, filled: str, folder: Path) -> None:
-    put(stubs, f"{filled}-now", filled)
+    put_alias(stubs, f"{filled}-now", filled)
     whole = checked(stubs, f"{filled}-now")
     assert (whole.gallery, whole.item_count, whole.sound) == (f"galleries/{filled}", 5, True)
     assert whole.file_count >= 5
     assert not whole.problems
-    before = names(stubs, filled, encoded(3))
+    before = names_found(stubs, filled, encoded(3))
     (path,) = folder.glob("segments/*/vectors.f32")
     flip_in_place(path, 20)
     for _ in range(2):
@@ -186,7 +164,7 @@ def test_damage_of_a_gallery_in_use_is_found_and_mended(stubs: Stubs, filled: st
     assert mended.sound
     assert all(problem.repaired for problem in mended.problems)
     assert not checked(stubs, filled).problems
-    assert names(stubs, filled, encoded(3)) == before
+    assert names_found(stubs, filled, encoded(3)) == before
     expected = sorted((distance_of(stubs, filled, i), f"galleries/{filled}/items/item-{i}") for i in range(5))
     assert before == [name for _, name in expected]
 
