@@ -19,7 +19,7 @@ from typing import Annotated
 import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from embedding.errors import CredentialsInvalid, DamagedData, InvalidInput, LookalikeError, StorageFailed
+from embedding.errors import CredentialsInvalid, DamagedData, InvalidInput, StorageFailed
 from service.principal import PATTERN, SCOPES, Principal, Scope
 from service.watched import Watched
 
@@ -88,7 +88,6 @@ class Keys:
 
     def __init__(self, path: Path) -> None:
         self._file = Watched(path)
-        self._refused = ""  # why, as it was said last
         self._take(read(path))
 
     def of_key(self, key: str) -> Principal:
@@ -117,17 +116,10 @@ class Keys:
     def _look(self, *, at_once: bool = False) -> None:
         if not self._file.has_changed(at_once=at_once):
             return
-        try:
-            self._take(read(self._file.path))
-        except LookalikeError as error:
-            if isinstance(error.__cause__, OSError):
-                self._file.forget()  # a revocation may stand in it
-            if str(error) != self._refused:  # said once
-                _log.error("keys not read; those in force stay", reason=str(error))
-                self._refused = str(error)
-            return
-        self._refused = ""
-        _log.info("keys read", file=str(self._file.path), keys=len(self._by_id))
+        file = self._file.read_again(read, failed="keys not read; those in force stay")
+        if file is not None:
+            self._take(file)
+            _log.info("keys read", file=str(self._file.path), keys=len(self._by_id))
 
     def _take(self, file: KeyFile) -> None:
         self._by_id: Mapping[str, Record] = {record.id: record for record in file.keys}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from embedding.errors import CredentialsInvalid, InvalidInput, LookalikeError
+from embedding.errors import CredentialsInvalid, InvalidInput
 from service.keys import scopes_of
 from service.principal import Principal
 from service.watched import Watched
@@ -65,7 +65,6 @@ class Tokens:
                 "tokens need jwt_issuer and jwt_audience: others' tokens must not count", field="jwt_issuer"
             )
         self._jwks = Watched(jwks)
-        self._refused = ""  # why, as it was said last
         self._issuer, self._audience = issuer, audience
         self._algorithms, self._leeway = list(algorithms), leeway
         self._scopes_claim, self._prefix = scopes_claim, scope_prefix
@@ -125,18 +124,11 @@ class Tokens:
     def _look(self) -> None:
         if not self._jwks.has_changed():
             return
-        try:
-            self._keys = _read(self._jwks.path)
-        except LookalikeError as error:
-            if isinstance(error.__cause__, OSError):
-                self._jwks.forget()
-            if str(error) != self._refused:  # said once
-                _log.error("keys of tokens not read; those in use stay", reason=str(error))
-                self._refused = str(error)
-            return
-        self._refused = ""
-        self._known.clear()  # who was known by a key that is gone is known no longer
-        _log.info("keys of tokens read", file=str(self._jwks.path), keys=len(self._keys))
+        keys = self._jwks.read_again(_read, failed="keys of tokens not read; those in use stay")
+        if keys is not None:
+            self._keys = keys
+            self._known.clear()  # who was known by a key that is gone is known no longer
+            _log.info("keys of tokens read", file=str(self._jwks.path), keys=len(self._keys))
 
 
 def _read(path: Path) -> dict[str, jwt.PyJWK]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from embedding.errors import LookalikeError
 
 LOOK_SECONDS = 1.0
 """How often a file is looked at: a revoked key is refused at the latest so long after."""
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
 
 
 class Watched:
@@ -16,7 +26,8 @@ class Watched:
         self.path = path
         self._looked = time.monotonic()
         self._stamp = self._state()
-        self._unread = False
+        self._unread = False  # though it is there
+        self._said = ""  # why it could not be used
 
     def has_changed(self, *, at_once: bool = False) -> bool:
         """Whether it is not what it was when last looked at; `at_once` looks whatever the time."""
@@ -28,9 +39,19 @@ class Watched:
         unread, self._unread = self._unread, False
         return unread or self._stamp != before
 
-    def forget(self) -> None:
-        """It could not be read though it is there: tell of a change at the next look, until it can."""
-        self._unread = True
+    def read_again(self, read: Callable[[Path], T], *, failed: str) -> T | None:
+        """What `read` makes of it now; None where it raises LookalikeError, which is logged as `failed`, once."""
+        try:
+            found = read(self.path)
+        except LookalikeError as error:
+            # What the disk refused may be read at the next look, and a revocation may stand in it.
+            self._unread = isinstance(error.__cause__, OSError)
+            if str(error) != self._said:
+                _log.error(failed, reason=str(error))
+                self._said = str(error)
+            return None
+        self._said = ""
+        return found
 
     def _state(self) -> tuple[int, int, int, int] | None:
         try:
