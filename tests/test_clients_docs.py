@@ -11,8 +11,8 @@ import pytest
 
 from lookalike import Client, Retry
 from lookalike._secure import from_environment
-from tests.processes import environment, serving
-from tests.service.harness import make_bundle, png
+from tests.processes import environment
+from tests.service.harness import make_bundle, png, serving_here
 from tests.transcripts import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.chdir(tmp_path)
     for variable in os.environ.keys() - environment().keys():
         monkeypatch.delenv(variable)
-    with serving(bundle, tmp_path / "galleries", log=tmp_path / "log") as (_, address):
+    with serving_here(bundle, tmp_path / "galleries") as address:
         exec(compile("\n".join(documented).replace(ADDRESS, address), "docs/clients.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert not any("not stored" in line for line in lines)

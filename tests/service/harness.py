@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 import pytest
+import structlog
 import torch
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.message import Message
@@ -199,6 +200,20 @@ def served(loop: Loop, settings: Settings) -> Iterator[Server]:
         yield server
     finally:
         loop.run(server.stop())
+
+
+@contextmanager
+def serving_here(bundle: Path, galleries: Path, **settings: Any) -> Iterator[str]:
+    """The address of a server in this process, which says nothing on stdout or stderr."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    loop = Loop()
+    try:
+        own = Settings(bundle=bundle, galleries=galleries, port=0, device="cpu", encode_threads=1, **settings)
+        with served(loop, own) as server:
+            yield server.address
+    finally:
+        loop.close()
+        structlog.reset_defaults()
 
 
 def put_alias(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
