@@ -205,6 +205,7 @@ def served(loop: Loop, settings: Settings) -> Iterator[Server]:
 @contextmanager
 def serving_here(bundle: Path, galleries: Path, **settings: Any) -> Iterator[str]:
     """The address of a server in this process, which says nothing on stdout or stderr."""
+    configured = structlog.get_config()
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     loop = Loop()
     try:
@@ -213,7 +214,7 @@ def serving_here(bundle: Path, galleries: Path, **settings: Any) -> Iterator[str
             yield server.address
     finally:
         loop.close()
-        structlog.reset_defaults()
+        structlog.configure(**configured)
 
 
 def put_alias(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -423,7 +424,7 @@ def test_a_server_with_tls(loop: Loop, whole: Settings, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
     """The command, in this process, with no variable that it reads."""
     for variable in os.environ.keys() - environment().keys():
         monkeypatch.delenv(variable)
@@ -435,7 +436,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         assert not err, err
         return code, out
 
-    return run
+    yield run
+    logging.disable(logging.NOTSET)  # it is the command's process, and here it is not
 
 
 def test_the_command(whole: Settings, tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
