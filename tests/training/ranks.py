@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # as every optimizer would, once in each fork
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
