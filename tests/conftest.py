@@ -37,9 +37,10 @@ LONG = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let tests write to memory where it has the room: each of some ten thousand syncs of a disk takes 5 to 12 ms."""
+    """Let the default suite write to memory where it has the room: each of some ten thousand syncs takes 5 to 12 ms."""
     gc.disable()  # while tests are imported
-    if "PYTEST_DEBUG_TEMPROOT" in os.environ or config.option.basetemp or not MEMORY.is_dir():
+    is_given = "PYTEST_DEBUG_TEMPROOT" in os.environ or config.option.basetemp
+    if is_given or config.option.markexpr != "not slow" or not MEMORY.is_dir():  # the longer tests fill disks
         return
     there = os.statvfs(MEMORY)
     runs_programs = not there.f_flag & os.ST_NOEXEC
