@@ -38,7 +38,7 @@ LONG = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the default suite write to memory where it has the room: each of some ten thousand syncs takes 5 to 12 ms."""
-    gc.disable()  # while tests are imported
+    gc.disable()  # until tests are imported
     is_given = "PYTEST_DEBUG_TEMPROOT" in os.environ or config.option.basetemp
     if is_given or config.option.markexpr != "not slow" or not MEMORY.is_dir():  # the longer tests fill disks
         return
@@ -58,6 +58,11 @@ def pytest_collection_finish() -> None:
     """Leave what importing all tests has made out of every later pass of the collector."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Of the process too that has others run the tests, and imports none."""
     gc.enable()
 
 
