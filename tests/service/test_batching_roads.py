@@ -139,11 +139,9 @@ def test_what_takes_next_to_no_time_is_embedded_without_a_thread(
 
 def test_calls_that_come_at_the_same_time_share_the_first_batch(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
-        first = asyncio.create_task(embed(batcher, png(0)))
-        await entered(encoder)
-        await asyncio.sleep(0.2)  # a batch is known to take long
         encoder.let_go.set()
-        await first
+        await embed(batcher, png(0))
+        batcher._workbench.batch_pace.record(60.0)  # a batch is known to take long
         tasks = []
         for seed in range(1, 5):
             tasks.append(asyncio.create_task(embed(batcher, png(seed))))
@@ -152,7 +150,7 @@ def test_calls_that_come_at_the_same_time_share_the_first_batch(encoder: HeldEnc
         await asyncio.gather(*tasks)
         assert encoder.batches == [1, 4]
 
-    run(encoder, story, delay_seconds=1.0)
+    run(encoder, story, delay_seconds=10.0)
 
 
 def test_the_two_roads_share_batches_when_both_are_full(encoder: HeldEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
