@@ -41,7 +41,7 @@ demo: $(INSTALLED) ## train, calibrate, index, serve and ask, on handwritten dig
 	$(BIN)/lookalike demo
 
 test: $(INSTALLED) ## the default suite, under 5 minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(INSTALLED) ## the longer tests
 	$(BIN)/python -m pytest -m slow

@@ -10,9 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
-import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -29,8 +26,9 @@ from index.progress import LOOK_SECONDS, Steps
 from index.reading import SealedRange
 from index.receipts import Token
 from index.rows import LiveRows
-from index.sealing import living_rows, moved_most, told
+from index.sealing import is_dying, living_rows, merge_from, moved_most, told
 from index.segments import Blocks, Planned, Segment, open_segment, remove_segments, segment_path, write_segment
+from index.shown import Shown
 from index.snapshot import Part, Snapshot
 from index.store import Delete, Outcome, Purge, Store, Upsert, Write, Written
 from index.structures import Plan
@@ -40,15 +38,9 @@ from index.threads import step_back
 SEAL_AFTER = 4096
 """Fresh rows that are worth a new segment."""
 
-FOLLOWED_SECONDS = 10.0
-"""How long what died is kept for readers in other processes: the most that one of their searches may take."""
-
 STORE = "store.sqlite"
 SEGMENTS = "segments"
 SUMS = "sums.json"
-
-_DEAD_SHARE = 0.25  # of a segment, from which it is written anew
-_LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merged with that
 
 _log = logging.getLogger(__name__)
 
@@ -76,10 +68,7 @@ class Live:
         self._sealer: threading.Thread | None = None
         self.snapshot: Snapshot
         """What readers see: one reference, replaced as a whole."""
-        self._shown: list[weakref.ref[Snapshot]] = []  # every snapshot that a reader may still use
-        self._followed = followed
-        self._lately: deque[tuple[float, Snapshot]] = deque()
-        """What followers in other processes may still use, with the time from when on they see a later one."""
+        self._shown = Shown(followed=followed)
         self.store = self._opened_store()
         try:
             self.settings = _settings(self.store)
@@ -169,7 +158,7 @@ class Live:
             with self.write_lock():
                 since, sealed = self.snapshot, list(self._sealed)
                 last_key = self.store.header.next_key - 1
-                start = 0 if everything else self._merge_from(since)
+                start = 0 if everything else merge_from(since, self._seal_after)
                 first_key = sealed[start - 1].last_key + 1 if start else 0
                 precise = self._read_again(since.parts[start:], first_key, last_key)
             nothing_new = not len(since.fresh.keys_N) and start == len(sealed)
@@ -309,12 +298,7 @@ class Live:
         self._show(rows.snapshot(generation))
 
     def _show(self, snapshot: Snapshot) -> None:
-        self._shown.append(weakref.ref(snapshot))
-        if self._followed and hasattr(self, "snapshot"):
-            now = time.monotonic()
-            self._lately.append((now, self.snapshot))  # a follower may have taken it until this moment
-            while self._lately[0][0] < now - FOLLOWED_SECONDS:
-                self._lately.popleft()
+        self._shown.add(snapshot, replaced=getattr(self, "snapshot", None))
         self.snapshot = snapshot
 
     def _committed(self, writes: Sequence[Write]) -> list[Outcome]:
@@ -322,7 +306,7 @@ class Live:
         self._check_open()
         born = sum(len(write.items) for write in writes if isinstance(write, Upsert))
         self._rows.reserve(born, deaths=sum(self._most_deaths(write) for write in writes))
-        outcomes = self.store.write(writes, oldest_read=self._oldest_read())
+        outcomes = self.store.write(writes, oldest_read=self._shown.oldest())
         for write, outcome in zip(writes, outcomes, strict=True):
             if isinstance(outcome, Written) and not outcome.repeated:
                 if isinstance(write, Upsert):
@@ -344,26 +328,15 @@ class Live:
     def _seal_behind(self) -> None:
         """Seal in the background where there is enough to seal; the caller holds the write lock, or is alone."""
         snapshot = self.snapshot
-        enough = len(snapshot.fresh.keys_N) >= self._seal_at() or any(map(self._is_dying, snapshot.parts[:-1]))
+        enough = len(snapshot.fresh.keys_N) >= self._seal_at() or any(
+            is_dying(part, self._seal_after) for part in snapshot.parts[:-1]
+        )
         if enough and (self._sealer is None or not self._sealer.is_alive()):
             self._sealer = threading.Thread(target=self._seal_quietly, name=f"seal-{self.id}")
             self._sealer.start()
 
     def _seal_at(self) -> int:
         return self._seal_after if not self.last_failure else self._failed_at + self._seal_after
-
-    def _is_dying(self, part: Part) -> bool:
-        return len(part.dead_R) > max(self._seal_after, _DEAD_SHARE * len(part.keys_N))
-
-    def _merge_from(self, snapshot: Snapshot) -> int:
-        """The first segment to be written anew with all that follow."""
-        parts = snapshot.parts[:-1]
-        start, following = len(parts), snapshot.fresh.size
-        while start and parts[start - 1].size < _LIKE_SIZE * following:
-            start -= 1
-            following += parts[start].size
-        dying = [at for at, part in enumerate(parts) if self._is_dying(part)]
-        return min([start, *dying])
 
     def _seal_quietly(self) -> None:
         step_back()
@@ -420,11 +393,6 @@ class Live:
 
     def _open(self, digest: str) -> Segment:
         return open_segment(self.segments_folder, digest, decisive=self.store.embeddings, sums=self._sums)
-
-    def _oldest_read(self) -> int:
-        """The oldest generation that a reader may still use; the caller holds the write lock."""
-        self._shown = [shown for shown in self._shown if shown() is not None]
-        return min(snapshot.generation for shown in self._shown if (snapshot := shown()) is not None)
 
     def _check_writable(self) -> None:
         if self.read_only:

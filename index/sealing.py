@@ -1,4 +1,4 @@
-"""What a new segment is written from."""
+"""What a new segment is written from: which segments are merged, and their rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,26 @@ from index.halves import Stored
 from index.progress import Steps
 from index.room import room
 from index.segments import ROWS_AT_ONCE, Blocks
-from index.snapshot import Part
+from index.snapshot import Part, Snapshot
+
+_DEAD_SHARE = 0.25  # of a segment, from which it is written anew
+_LIKE_SIZE = 3  # a segment smaller than this many times what follows it is merged with that
+
+
+def is_dying(part: Part, seal_after: int) -> bool:
+    """Whether so much of it is dead that it is worth writing anew, where so many fresh rows are worth a segment."""
+    return len(part.dead_R) > max(seal_after, _DEAD_SHARE * len(part.keys_N))
+
+
+def merge_from(snapshot: Snapshot, seal_after: int) -> int:
+    """The first segment to be written anew with all that follow."""
+    parts = snapshot.parts[:-1]
+    start, following = len(parts), snapshot.fresh.size
+    while start and parts[start - 1].size < _LIKE_SIZE * following:
+        start -= 1
+        following += parts[start].size
+    dying = [at for at, part in enumerate(parts) if is_dying(part, seal_after)]
+    return min([start, *dying])
 
 
 def moved_most(parts: Sequence[Part]) -> float:

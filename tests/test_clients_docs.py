@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lookalike import Client, Retry
 from lookalike._secure import from_environment
-from tests.processes import environment, serving
-from tests.service.harness import make_bundle, png
+from tests.processes import environment
+from tests.service.harness import make_bundle, png, serving_here
+from tests.transcripts import blocks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "clients.md").read_text()
 ADDRESS = "127.0.0.1:50051"
 
 
-def test_its_python_runs(tmp_path: Path) -> None:
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     for number, name in enumerate("abc"):
         (tmp_path / "images" / f"{name}.png").write_bytes(png(number))
-    blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    documented = blocks(DOCUMENT, "python")
+    assert len(documented) == 6
     bundle = make_bundle(tmp_path / "toy", seed=0).path
-    with serving(bundle, tmp_path / "galleries", log=tmp_path / "log") as (_, address):
-        ran = subprocess.run(
-            [sys.executable, "-c", "\n".join(blocks).replace(ADDRESS, address)],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
+    monkeypatch.chdir(tmp_path)
+    for variable in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(variable)
+    with serving_here(bundle, tmp_path / "galleries") as address:
+        exec(compile("\n".join(documented).replace(ADDRESS, address), "docs/clients.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
     assert not any("not stored" in line for line in lines)
     assert len(lines) == 4 + 1 + 1 + 4
     assert lines[4].startswith("toy-")

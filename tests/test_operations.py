@@ -22,7 +22,7 @@ from embedding.reference import Reference
 from service.settings import Settings
 from tests.processes import environment
 from tests.service.harness import make_bundle, png
-from tests.test_readme import shape
+from tests.transcripts import shape
 from training.reference import reference_of
 
 ROOT = Path(__file__).parents[1]

@@ -17,13 +17,10 @@ from lookalike.__main__ import main
 from service.rights import RULES
 from tests.processes import serving
 from tests.service.harness import make_bundle
+from tests.transcripts import blocks
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
 ADDRESS = "localhost:50051"
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl here")
@@ -34,7 +31,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     make_bundle(tmp_path / "runs" / "demo" / "bundle", seed=0)
     address = ADDRESS
     with ExitStack() as servers:
-        for command in "".join(blocks("sh")).splitlines():
+        for command in "".join(blocks(DOCUMENT, "sh")).splitlines():
             program, *words = [word.replace(ADDRESS, address) for word in shlex.split(command)]
             if program == "openssl":
                 subprocess.run([program, *words], check=True, capture_output=True)
@@ -55,7 +52,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
                     assert out.startswith("lk_")
                 elif "gallery list" in command:
                     assert "shop-2" in out
-        for program in blocks("python"):
+        for program in blocks(DOCUMENT, "python"):
             exec(compile(program.replace(ADDRESS, address), "docs/security.md", "exec"), {})
             assert capsys.readouterr().out.strip() == "['shop-2']"
     audited = [json.loads(line) for line in Path("audit.jsonl").read_text().splitlines()]

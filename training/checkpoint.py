@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from embedding.durable import replace_file
 from embedding.errors import DamagedData, NotFound, StorageFailed
 
 FILE = "checkpoint.safetensors"
@@ -27,16 +28,12 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping
     """
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {_HEADER: json.dumps(state)})
     path = folder / FILE
-    partial = path.with_name(f"{FILE}.partial-{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # of the first checkpoint; one that holds anything stays
         raise StorageFailed(
             f"cannot write the checkpoint {path} ({error.strerror}); free space, or set training.checkpoint_every to 0"
         ) from error

@@ -131,10 +131,12 @@ def load(
     preprocessing: Preprocessing,
     cache_bytes: int = CACHE_BYTES,
     on_progress: OnProgress | None = None,
+    limit_is: str = "",
 ) -> ImageSet:
     """List all parts and read every image once, so that a bad one is known before training and not in the midst of it.
 
-    Bad images are skipped and listed in `skipped`, up to the part's max_bad_images.
+    Bad images are skipped and listed in `skipped`, up to the part's max_bad_images; an error calls that `limit_is`, or
+    by its path in a recipe.
     Raises InvalidDataset when the data is absent, names an image twice, has an image without an identity, has too
     many bad images, fewer than two identities, or no identity of two images.
     """
@@ -145,7 +147,9 @@ def load(
     _refuse_unlabelled(names, identities)
     store = PixelStore(ChainedImages([part.images for part in parts]), names, preprocessing, cache_bytes=cache_bytes)
     bad = store.check(on_progress)
-    _refuse_too_many_bad(data, parts, bad)
+    places = [f"data.{i}" for i in range(len(data))] if len(data) > 1 else ["data"]
+    limits = [limit_is or f"{place}.max_bad_images" for place in places]
+    _refuse_too_many_bad(data, parts, bad, limits)
     good_N = np.setdiff1d(np.arange(len(names)), np.fromiter(bad, dtype=np.int64, count=len(bad)))
     present, labels_N = np.unique(np.asarray(identities, dtype=object)[good_N], return_inverse=True)
     sides = [side for part in parts for side in part.sides]
@@ -187,7 +191,14 @@ def load_path(
         data = [_part_at(path, max_bad_images)]
     else:
         data = [_part_at(path, max_bad_images, name="images"), _part_at(gallery, max_bad_images, name="gallery")]
-    return load(data, data_root=None, preprocessing=preprocessing, cache_bytes=cache_bytes, on_progress=on_progress)
+    return load(
+        data,
+        data_root=None,
+        preprocessing=preprocessing,
+        cache_bytes=cache_bytes,
+        on_progress=on_progress,
+        limit_is="--max-bad-images",
+    )
 
 
 def _refuse_other(path: Path) -> None:
@@ -244,17 +255,19 @@ def _refuse_unlabelled(names: list[str], identities: list[str]) -> None:
         )
 
 
-def _refuse_too_many_bad(data: Sequence[DataConfig], parts: Sequence[Listing], bad: Mapping[int, str]) -> None:
+def _refuse_too_many_bad(
+    data: Sequence[DataConfig], parts: Sequence[Listing], bad: Mapping[int, str], limits: Sequence[str]
+) -> None:
     start = 0
-    for config, part in zip(data, parts, strict=True):
+    for config, part, name in zip(data, parts, limits, strict=True):
         rows = [row for row in bad if start <= row < start + len(part)]
         limit = config.max_bad_images
         if len(rows) > (limit * len(part) if isinstance(limit, float) else limit):
             shown = "; ".join(f"{part.names[row - start]}: {bad[row]}" for row in rows[:3])
             raise InvalidDataset(
-                f"{len(rows)} of {len(part)} images cannot be used, and max_bad_images is {limit}: "
-                f"{shown}{_and_more(len(rows) - 3)}; remove them or raise max_bad_images",
-                field="data.max_bad_images",
+                f"{len(rows)} of {len(part)} images cannot be used, and {name} is {limit}: "
+                f"{shown}{_and_more(len(rows) - 3)}; remove them or raise {name}",
+                field=name.removeprefix("--").replace("-", "_"),
             )
         start += len(part)
 

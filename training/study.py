@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,7 @@ import torch
 from pydantic import Field, TypeAdapter
 from rich.console import Console
 
+from embedding.durable import replace_file
 from embedding.errors import AlreadyExists, LookalikeError, StorageFailed
 from embedding.runtime import tune_malloc
 from training.progress import TrainingDisplay
@@ -301,15 +302,8 @@ def _write(out: Path, run: StudyRun, result: ComparisonResult | ConvergenceResul
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that after a crash the old one or the new one is there. Raises StorageFailed."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise StorageFailed(f"cannot write {path} ({error.strerror}); free space, or give another --out") from error

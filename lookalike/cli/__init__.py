@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import typer
+from typer.main import get_command
 
 from lookalike.cli import (
     ask,
@@ -59,12 +62,18 @@ _Misuse: type[Exception] = typer.BadParameter.__bases__[0]
 def run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code; raises what the command raises."""
     try:
-        code = app(args=list(arguments), prog_name="lookalike", standalone_mode=False)
+        code = _command()(args=list(arguments), prog_name="lookalike", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
     except _Misuse as error:
         return _say_misuse(error)
     return code if isinstance(code, int) else 0
+
+
+@cache
+def _command() -> Callable[..., Any]:
+    """What `app` runs; making it from the signatures of all commands takes 50 ms, which tests pay but once."""
+    return get_command(app)
 
 
 def _say_misuse(error: Exception) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,8 @@ def train(
             if is_kept
             else "there is no checkpoint to continue from"
         )
-        print(f"lookalike: stopped; {how}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":  # it alone writes checkpoints
+            print(f"lookalike: stopped; {how}", file=sys.stderr)
         raise
     if bundle is None:  # another process of this training writes and talks
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 from embedding.bundle import MANIFEST, Bundle, learned_metrics
@@ -17,7 +18,7 @@ from lookalike import Client
 from lookalike.__main__ import main
 from tests.cli.conftest import Run
 from tests.processes import serving
-from tests.service.harness import MARGIN, make_bundle
+from tests.service.harness import MARGIN, connected, make_bundle
 
 
 def python(program: str) -> str:
@@ -196,8 +197,12 @@ class TestServe:
         with serving(bundle.path, tmp_path / "galleries", log=tmp_path / "log") as (server, address):
             with Client(address) as client:
                 assert client.is_serving()
-            server.terminate()
-            assert server.wait(30) == 0
+            with connected(address) as stubs:
+                watch = health_pb2_grpc.HealthStub(stubs.channel).Watch(health_pb2.HealthCheckRequest())
+                assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+                server.terminate()
+                assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                assert server.wait(30) == 0
         assert "Traceback" not in (tmp_path / "log").read_text()
 
     def test_bad_input(

@@ -13,8 +13,7 @@ from embedding.bundle import Bundle, describe
 from embedding.calibration import HeldOutPairs, Histogram
 from lookalike import Client, Decision, Feedback, Verdict
 from tests.cli.conftest import Run
-from tests.processes import serving
-from tests.service.harness import MARGIN, make_bundle, png
+from tests.service.harness import MARGIN, make_bundle, png, serving_here
 from tests.training.test_pipeline import draw_shapes
 
 HELD_OUT = HeldOutPairs(
@@ -45,9 +44,8 @@ def test_a_margin_learned_anew_is_activated_without_touching_galleries(
 ) -> None:
     models = tmp_path / "models"
     models.mkdir()
-    options = ["--models", str(models)]
     with (
-        serving(calibrated.path, tmp_path / "galleries", log=tmp_path / "log", options=options) as (_, target),
+        serving_here(calibrated.path, tmp_path / "galleries", models=models) as target,
         Client(target) as client,
     ):
         decision = client.verify(png(1), png(2))

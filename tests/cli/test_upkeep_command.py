@@ -10,8 +10,7 @@ import pytest
 from embedding.bundle import Bundle
 from tests.cli.conftest import Run
 from tests.index.test_verify import flip_in_place
-from tests.processes import serving
-from tests.service.harness import make_bundle
+from tests.service.harness import make_bundle, serving_here
 
 
 @pytest.fixture
@@ -168,7 +167,7 @@ def test_damage_is_found_and_mended(
         assert found.code == 1, found.err
         assert f"segments/{path.parent.name}" in found.out
     assert json.loads(found.out)["sound"] is False
-    with serving(bundle.path, data, log=tmp_path / "log") as (_, address):
+    with serving_here(bundle.path, data) as address:
         opened = run("gallery", "verify", "g", "--target", address)
         assert (opened.code, "(made again)" in opened.out) == (0, True), opened.err  # when the server opened it
         (path,) = data.glob("g/segments/*/vectors.f32")

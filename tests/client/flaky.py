@@ -63,7 +63,7 @@ class Slow(grpc.GenericRpcHandler):
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         reading = asyncio.create_task(self._read(requests))
-        answered = 0
+        answered, allowed = 0, None
         try:
             while not (self.ended and answered == self.read - 1):
                 allowed = asyncio.ensure_future(self._allowed.get())
@@ -76,6 +76,8 @@ class Slow(grpc.GenericRpcHandler):
                 yield self._answer
         finally:
             reading.cancel()
+            if allowed is not None:
+                allowed.cancel()
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         async for _ in requests:

@@ -226,19 +226,27 @@ def test_hedging_is_off_by_default_and_never_done_for_writes(loop: Loop, through
 
 @both
 def test_a_failure_that_is_final_ends_both_copies_and_another_waits(loop: Loop, through: Ask) -> None:
-    def failing(code: grpc.StatusCode) -> Flaky:
+    def failing(code: grpc.StatusCode, *, first_answers: bool) -> Flaky:
+        second_came = asyncio.Event()
+
         async def answer(before: int, request: bytes, context: Context) -> bytes:
             if before:
+                second_came.set()
                 await refuse(context, code)
-            await asyncio.sleep(0.3)
+            await second_came.wait()
+            if not first_answers:
+                await asyncio.sleep(60)  # it is given up before
             return b""
 
         return Flaky(answer)
 
-    with serving(loop, handler := failing(grpc.StatusCode.NOT_FOUND)) as address, pytest.raises(NotFound):
+    with (
+        serving(loop, handler := failing(grpc.StatusCode.NOT_FOUND, first_answers=False)) as address,
+        pytest.raises(NotFound),
+    ):
         through(address, embed, hedge_after=0.05)
     assert handler.seen["Embed"] == 2
-    with serving(loop, handler := failing(grpc.StatusCode.RESOURCE_EXHAUSTED)) as address:
+    with serving(loop, handler := failing(grpc.StatusCode.RESOURCE_EXHAUSTED, first_answers=True)) as address:
         assert through(address, embed, hedge_after=0.05).shape == (0,)
     assert handler.seen["Embed"] == 2
 

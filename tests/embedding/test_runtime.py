@@ -98,6 +98,7 @@ def test_a_system_that_forbids_it_is_no_reason_not_to_serve(monkeypatch: pytest.
     assert share_cores() is False
 
 
+@pytest.mark.usefixtures("collector")
 def test_objects_are_left_out_of_the_collector_for_the_time_of_a_job() -> None:
     counts = []
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import shutil
 import socket
 import sqlite3
-import subprocess
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from index.live import SEGMENTS, STORE
 from index.receipts import Token
 from index.schema import SCHEMA_VERSION
 from index.shelf import FOLDER, Shelf
+from lookalike.__main__ import main
 from lookalike.v1 import gallery_pb2, model_pb2, search_pb2
 from service import doctor, feedback_store, once, standing
 from service.certificate_dates import NotValid, expiry
@@ -40,7 +41,7 @@ from service.once import Ledger
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.authority import Authority
-from tests.processes import COMMAND, environment
+from tests.processes import environment
 from tests.service.harness import DIM, Loop, Stubs, connected, encoded, make_bundle, served
 from tests.service.test_drift import referenced
 from tests.service.test_side_store import spoil
@@ -422,16 +423,24 @@ def test_a_server_with_tls(loop: Loop, whole: Settings, tmp_path: Path) -> None:
         assert "restart it with these settings" in plain.do
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    variables = {**environment(), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    ran = subprocess.run(
-        [*COMMAND, "doctor", *arguments], env=variables, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert not ran.stderr, ran.stderr
-    return ran.returncode, ran.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
+    """The command, in this process, with no variable that it reads."""
+    for variable in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(variable)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capfd.readouterr()
+        code = main(["doctor", *arguments])
+        out, err = capfd.readouterr()
+        assert not err, err
+        return code, out
+
+    yield run
+    logging.disable(logging.NOTSET)  # it is the command's process, and here it is not
 
 
-def test_the_command(whole: Settings, tmp_path: Path) -> None:
+def test_the_command(whole: Settings, tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
     file = tmp_path / "server.toml"
     file.write_text(f'bundle = "{whole.bundle}"\ngalleries = "{whole.galleries}"\nport = {whole.port}\n')
     code, text = run("--settings", str(file))

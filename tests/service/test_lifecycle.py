@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -18,27 +13,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput, LookalikeError, NotFound
-from lookalike.v1 import gallery_pb2, match_pb2, search_pb2
+from lookalike.v1 import match_pb2
 from service import workbench
 from service.server import SERVICES, Server
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, stored
+from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 VERIFY = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
-
-SERVE = """
-import sys
-from pathlib import Path
-from service.server import run
-from service.settings import Settings
-settings = Settings(bundle=Path(sys.argv[1]), galleries=Path(sys.argv[2]), port=0, device="cpu", encode_threads=1)
-run(settings, on_ready=lambda address: print(address, flush=True))
-"""
 
 
 @pytest.fixture
@@ -206,41 +191,6 @@ def test_reflection_lists_the_services(stubs: Stubs) -> None:
     assert set(SERVICES) == {
         f"lookalike.v1.{name}Service" for name in ("Alias", "Feedback", "Gallery", "Match", "Model", "Search", "Upkeep")
     }
-
-
-@contextmanager
-def process(bundle: Bundle, galleries: Path) -> Iterator[tuple[subprocess.Popen[str], Stubs]]:
-    """A server in a process of its own."""
-    command = [sys.executable, "-c", SERVE, str(bundle.path), str(galleries)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        try:
-            assert running.stdout is not None
-            address = running.stdout.readline().strip()
-            assert address, running.stderr and running.stderr.read()
-            with connected(address) as stubs:
-                yield running, stubs
-        finally:
-            running.kill()
-            running.communicate()
-
-
-def test_a_killed_server_has_kept_all_it_acknowledged_and_a_stopped_one_drains(bundle: Bundle, tmp_path: Path) -> None:
-    search = search_pb2.SearchRequest(gallery="galleries/kept", query=encoded(99), k=100)
-    with process(bundle, tmp_path) as (running, stubs):
-        stubs.fill("kept", {f"item-{seed}": encoded(seed) for seed in range(30)})
-        before = stubs.search.Search(search)
-        item = stubs.galleries.GetItem(gallery_pb2.GetItemRequest(name=stored("kept", "item-7").item))
-        running.send_signal(signal.SIGKILL)
-        assert running.wait(timeout=20) == -signal.SIGKILL
-    with process(bundle, tmp_path) as (running, stubs):
-        assert stubs.search.Search(search) == before
-        assert len(before.neighbors) == 30
-        assert stubs.galleries.GetItem(gallery_pb2.GetItemRequest(name=item.item.name)) == item
-        watch = health_pb2_grpc.HealthStub(stubs.channel).Watch(health_pb2.HealthCheckRequest())
-        assert next(watch).status == SERVING
-        running.send_signal(signal.SIGTERM)
-        assert next(watch).status == NOT_SERVING
-        assert running.wait(timeout=20) == 0
 
 
 def test_an_ipv6_address_is_written_with_brackets(loop: Loop, own: Settings) -> None:

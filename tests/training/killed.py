@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # as every optimizer would, once in each fork
+
 from embedding.networks import EmbeddingNetwork
 from tests.training.tiny import load_images, recipe, trainer
 from training.config import Recipe

@@ -1,10 +1,12 @@
-"""What each process of a training by several does in the tests: started by torchrun, writes what it found.
+"""What each process of a training by several does in the tests: writes what it found.
 
-Arguments: a folder of images, the folder to write to, and "gradients" or "train".
+Arguments: a folder of images, the folder to write to, and "train", under torchrun, or "gradients", by two forks.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # as every optimizer would, once in each fork
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -110,5 +113,21 @@ def take_gradients(data: Path, out: Path) -> None:
         write(run.network.state_dict(), out / f"run.{ranks.rank}")
 
 
+def by_forks(data: Path, out: Path) -> None:
+    """`take_gradients` by two forks of this process, which share its imports; joined as torchrun joins processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    children = []
+    for rank in range(2):
+        child = os.fork()  # nothing has computed yet: there are no threads to lose
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            take_gradients(data, out)
+            sys.exit()
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+
+
 if __name__ == "__main__":
-    {"gradients": take_gradients, "train": train_by_the_command}[sys.argv[3]](Path(sys.argv[1]), Path(sys.argv[2]))
+    {"gradients": by_forks, "train": train_by_the_command}[sys.argv[3]](Path(sys.argv[1]), Path(sys.argv[2]))

@@ -43,6 +43,9 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(tmp_path: Path, mon
         write_checkpoint(tmp_path, {"w": torch.ones(3)}, {"step": 2})
     assert read_checkpoint(tmp_path)[1] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    with pytest.raises(StorageFailed, match="No space left on device"):
+        write_checkpoint(tmp_path / "first", {"w": torch.ones(3)}, {"step": 2})
+    assert not (tmp_path / "first").exists()
 
 
 def test_safetensors_of_another_kind_are_no_checkpoint(tmp_path: Path) -> None:

@@ -202,16 +202,24 @@ class TestBadImages:
     def test_beyond_the_limit_they_are_named(self, path: Path, limit: int | float) -> None:
         with pytest.raises(InvalidDataset) as caught:
             load_path(path, preprocessing=GREY_8, max_bad_images=limit)
-        assert str(caught.value).startswith(f"3 of 9 images cannot be used, and max_bad_images is {limit}: cat/3.png: ")
+        assert str(caught.value).startswith(
+            f"3 of 9 images cannot be used, and --max-bad-images is {limit}: cat/3.png: "
+        )
+        assert str(caught.value).endswith("; remove them or raise --max-bad-images")
         assert all(name in str(caught.value) for name in self.BAD)
-        assert caught.value.field == "data.max_bad_images"
+        assert caught.value.field == "max_bad_images"
 
     def test_each_part_has_its_own_limit(self, tmp_path: Path) -> None:
         write_folder(tmp_path / "good", files_without_archive_litter())
         write_folder(tmp_path / "bad", {"ape/1.png": png(1), "ape/2.png": b""})
         good, bad = (part(source="folder", path=name, max_bad_images=int(name == "good")) for name in ("good", "bad"))
-        with pytest.raises(InvalidDataset, match=r"1 of 2 images cannot be used, and max_bad_images is 0: ape/2\.png"):
+        with pytest.raises(
+            InvalidDataset, match=r"1 of 2 images .* data\.1\.max_bad_images is 0: ape/2\.png"
+        ) as caught:
             load([good, bad], data_root=tmp_path, preprocessing=GREY_8)
+        assert caught.value.field == "data.1.max_bad_images"
+        with pytest.raises(InvalidDataset, match=r"or raise data\.max_bad_images$"):
+            load([bad], data_root=tmp_path, preprocessing=GREY_8)
 
     def test_a_bad_image_counts_in_its_own_part_alone(self, tmp_path: Path) -> None:
         write_folder(tmp_path / "bad", {"ape/1.png": png(1), "ape/2.png": b""})

@@ -1,10 +1,11 @@
-"""Training by two processes, started by torchrun, against one process with the whole batch."""
+"""Training by two processes against one process with the whole batch."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
     return load_images(root)
 
 
-def by_two_processes(root: Path, what: str) -> str:
-    """Run `tests/training/ranks.py` under torchrun, on images in `root`; what its processes have printed."""
+def by_two_processes(root: Path, what: str, *, start: Sequence[str]) -> str:
+    """Run `tests/training/ranks.py`, started so, on images in `root`; what its processes have printed."""
     draw_images(root)
     (root / "tiny.toml").write_text(RECIPE)
     ran = subprocess.run(
-        [*TORCHRUN, "-m", "tests.training.ranks", root, root, what],
+        [*start, "-m", "tests.training.ranks", root, root, what],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -62,7 +63,7 @@ def by_two_processes(root: Path, what: str) -> str:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that two processes have written their gradients to."""
     root = tmp_path_factory.mktemp("ranks")
-    by_two_processes(root, "gradients")
+    by_two_processes(root, "gradients", start=[sys.executable])
     return root
 
 
@@ -105,7 +106,7 @@ def test_a_whole_run_leaves_both_with_the_same_weights(written: Path) -> None:
 
 @pytest.mark.slow
 def test_train_under_torchrun_writes_one_bundle_and_talks_once(tmp_path: Path) -> None:
-    said = by_two_processes(tmp_path, "train")
+    said = by_two_processes(tmp_path, "train", start=TORCHRUN)
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.calibration.protocol == "closed-set"
     assert said.count("step 6/6") == said.count("wrote tiny-") == said.count("learned margin") == 1
