@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,11 +14,12 @@ from google.rpc import error_details_pb2, status_pb2
 
 from embedding.encoder import Encoder
 from index.gallery import Gallery
+from lookalike import Client, ResourceExhausted, Retry
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
 from service import workbench
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, unit
+from tests.service.harness import Loop, Stubs, connected, encoded, info, png, refused, rich, served, unit
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,67 @@ def test_of_many_calls_some_are_refused_and_the_rest_answered(stubs: Stubs, held
     assert len(refused) < len(calls)
     held.let_go.set()
     assert all(call.result(timeout=20).decision.distance > 0 for call in calls if call.exception(timeout=20) is None)
+
+
+@pytest.fixture
+def held_loop(loop: Loop, settings: Settings, tmp_path: Path) -> Iterator[tuple[Server, Callable[[], threading.Event]]]:
+    """A server that lets three calls wait unseen, and what holds its event loop up until the event is set."""
+    with served(loop, settings.model_copy(update={"galleries": tmp_path / "g", "max_unseen_calls": 3})) as server:
+        let_go = threading.Event()
+
+        def hold() -> threading.Event:
+            entered = threading.Event()
+
+            async def held() -> None:
+                entered.set()
+                let_go.wait(timeout=20)
+
+            loop.start(held())
+            assert entered.wait(timeout=20)
+            return let_go
+
+        yield server, hold
+        let_go.set()
+
+
+def test_calls_that_nobody_can_look_at_are_refused_at_once_and_the_rest_answered(
+    held_loop: tuple[Server, Callable[[], threading.Event]],
+) -> None:
+    server, hold = held_loop
+    with connected(server.address) as stubs:
+        stubs.match.Verify(pair(2500))
+        let_go = hold()
+        calls = [stubs.match.Verify.future(pair(2500 + 2 * i), timeout=30) for i in range(12)]
+        refused = [call for call in calls if _ends(call)]
+        assert len(refused) >= 7  # of twelve, three wait, and gRPC has asked for one or two more
+        assert {call.code() for call in refused} == {grpc.StatusCode.CANCELLED}
+        let_go.set()
+        answered = [call.result(timeout=20) for call in calls if call not in refused]
+        assert len(answered) >= 3
+
+
+def test_a_client_says_that_the_server_was_too_full_and_tries_again(
+    held_loop: tuple[Server, Callable[[], threading.Event]],
+) -> None:
+    server, hold = held_loop
+    often = Retry(attempts=5, initial_backoff=0.5, multiplier=1)
+    with (
+        connected(server.address) as stubs,
+        Client(server.address, retry=None) as once,
+        Client(server.address, retry=often) as patient,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for client in (patient, once):
+            client.verify(png(1), png(2))
+        let_go = hold()
+        filling = [stubs.match.Verify.future(pair(2600 + 2 * i), timeout=30) for i in range(12)]
+        assert sum(map(_ends, filling)) >= 7
+        repeated = pool.submit(patient.verify, png(3), png(4))
+        with pytest.raises(ResourceExhausted, match="more calls than it can look at") as caught:
+            once.verify(png(3), png(4))
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+        let_go.set()
+        assert repeated.result(timeout=20).distance >= 0
 
 
 def _ends(call: Any) -> bool:
