@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from embedding.errors import InvalidRecipe, NotFound
+from embedding.torchvision_models import torchvision_models
 
 NetworkName = Literal[
     "small_cnn",
@@ -193,9 +194,7 @@ _NESTED_MOBILENET_V2_LAYERS = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "
 
 
 def _torchvision_weights(name: str) -> dict[str, Tensor]:
-    from torchvision.models import get_model_weights
-
-    state: dict[str, Tensor] = get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+    state: dict[str, Tensor] = torchvision_models().get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
     return state
 
 
@@ -275,10 +274,8 @@ def _residual_cnn(architecture: Architecture) -> tuple[nn.Module, int]:
 
 def _torchvision(name: str) -> Callable[[Architecture], tuple[nn.Module, int]]:
     def make(architecture: Architecture) -> tuple[nn.Module, int]:
-        from torchvision.models import get_model  # 1 s to import: only for who needs it
-
         options: dict[str, Any] = {"image_size": architecture.image_size} if name == "vit_b_16" else {}
-        model: Any = get_model(name, weights=None, **options)
+        model: Any = torchvision_models().get_model(name, weights=None, **options)
         if name.startswith("resnet"):
             features, model.fc = model.fc.in_features, nn.Identity()
         elif name == "vit_b_16":

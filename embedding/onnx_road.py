@@ -1,27 +1,24 @@
 """A network on ONNX Runtime: the fastest way through a convolutional network on the CPU (docs/performance.md).
 
-The graph is made in memory from the network's own weights whenever an encoder is loaded, so that a bundle stays plain
-weights, and is used only where it agrees with PyTorch. It needs the extra `onnx`.
+It is made in memory, of the network's own weights, whenever an encoder is loaded, so that a bundle stays plain weights;
+it is used only where it agrees with PyTorch. It needs the extra `onnx`.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from embedding.errors import InvalidInput
 from embedding.networks import EmbeddingNetwork
+from embedding.onnx_graph import graph_of
 
 AGREEMENT = 1e-5
 """Most that a value of an embedding may differ from PyTorch's."""
-
-_OPSET = 17  # known to every ONNX Runtime of the last three years
 
 
 class Disagrees(Exception):
@@ -54,9 +51,11 @@ class OnnxNetwork:
         # Threads that spin between batches take the processor from decoding and from the event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            self._session: Any = onnxruntime.InferenceSession(
-                _graph(network), options, providers=["CPUExecutionProvider"]
-            )
+            graph = graph_of(network)
+            self._values = graph.values(network)  # kept: the session reads them where they are
+            given = [onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy()) for value in self._values.values()]
+            options.add_external_initializers(list(self._values), given)
+            self._session: Any = onnxruntime.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of the exporter or of the runtime: any type, none of them the user's fault
             raise Disagrees(f"{network.architecture.network} does not run on ONNX Runtime: {error}") from error
         self._check(network)
@@ -73,36 +72,6 @@ class OnnxNetwork:
             difference = (emb_BD - network(images_BCHW)).abs().max().item()
         if not difference <= AGREEMENT:  # NaN too
             raise Disagrees(f"embeddings of ONNX Runtime differ from PyTorch's by {difference:.1e}")
-
-
-class _Whole(nn.Module):
-    """The network without what only PyTorch's matrix products need (see `EmbeddingNetwork`)."""
-
-    def __init__(self, network: EmbeddingNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        emb_BD: Tensor = self.network.projection(self.network.features(images_BCHW))
-        return emb_BD
-
-
-def _graph(network: EmbeddingNetwork) -> bytes:
-    buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
-        # The older exporter takes 0.1 s where the one that is to follow it takes 3 to 8 s and a package more.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.onnx.export(
-            _Whole(network).eval(),
-            (_noise(network, 2),),
-            buffer,  # type: ignore[arg-type]  # the older exporter writes to a file object as well
-            dynamo=False,
-            input_names=["images"],
-            output_names=["embeddings"],
-            dynamic_axes={"images": {0: "B"}, "embeddings": {0: "B"}},
-            opset_version=_OPSET,
-        )
-    return buffer.getvalue()
 
 
 def _noise(network: EmbeddingNetwork, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from google.longrunning import operations_pb2
 
 from lookalike._calls.items import GALLERY
 from lookalike._calls.upkeep import OPERATIONS
-from lookalike.errors import CallFailed
+from lookalike.errors import CallFailed, ResourceExhausted
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 
 _METHODS = [
@@ -56,7 +56,8 @@ class Retry:
 
     A call that ends with UNAVAILABLE is repeated after a pause that grows by `multiplier` and is jittered, or the one
     that the server asks for. One that is refused for want of room (OVERLOADED, RATE_LIMITED) is repeated after the
-    pause that the server asks for, when that ends before the timeout.
+    pause that the server asks for, when that ends before the timeout; one that a server gave up before it could look at
+    it (ResourceExhausted with the code CANCELLED) after a pause that grows.
     """
 
     attempts: int = 4
@@ -150,12 +151,19 @@ class Patience:
         """Seconds after which a call that failed in this attempt, from 1, is sent again; None when it is not."""
         if self._retry is None or self._retries is None or attempt >= self._retry.attempts:
             return None
-        if failed.code is not grpc.StatusCode.RESOURCE_EXHAUSTED or failed.reason not in _ROOM:
+        seconds = self._asked_for(failed, attempt, self._retry)
+        if seconds is None:
             return None
-        if failed.retry_after is None:
-            return None
-        seconds = failed.retry_after * random.uniform(1, 1 + _SPREAD)
+        seconds *= random.uniform(1, 1 + _SPREAD)
         return seconds if seconds < seconds_left and self._retries.take() else None
+
+    @staticmethod
+    def _asked_for(failed: CallFailed, attempt: int, retry: Retry) -> float | None:
+        if failed.code is grpc.StatusCode.CANCELLED and isinstance(failed, ResourceExhausted):
+            # Refused before anybody who could say how long looked at it; gRPC does not repeat what ends so.
+            return min(retry.initial_backoff * retry.multiplier ** (attempt - 1), retry.max_backoff)
+        is_full = failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED and failed.reason in _ROOM
+        return failed.retry_after if is_full else None
 
     def hedge_after(self, method: str) -> float | None:
         """Seconds after which a second copy of a call may be sent; None for never."""
@@ -167,4 +175,8 @@ class Patience:
 
 def is_final(code: grpc.StatusCode) -> bool:
     """Whether what ended with this code leaves nothing to wait for from the other copy of the call."""
-    return code not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    return code not in {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.CANCELLED,  # by a server that was too busy: copies are given up here only once one is final
+    }

@@ -7,7 +7,7 @@ CallFailed                  a call to the server failed
 ├── FailedPrecondition      not in this state: a gallery of another model, a gallery that still holds items
 ├── Conflict                an etag that is no longer current; read again and repeat
 ├── AccessDenied            not authenticated, or not allowed
-├── ResourceExhausted       a message over the limit, or a full disk
+├── ResourceExhausted       a full server, a message over the limit, or a full disk
 ├── Unavailable             no server there, or it is starting or stopping
 ├── DeadlineExceeded        no answer within the timeout
 ├── Cancelled               the call was given up
@@ -116,6 +116,10 @@ _BY_CODE: dict[grpc.StatusCode, type[CallFailed]] = {
 _CODE_BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
+_REFUSED_UNSEEN = ("RST_STREAM with error code 7", "RST_STREAM with error code 8")
+"""In gRPC's words for calls that the server's own gRPC refused, before its program saw them: HTTP/2's REFUSED_STREAM,
+which arrives as UNAVAILABLE, and CANCEL, which arrives as CANCELLED and mostly without these words."""
+
 _HUNG_UP = ("Socket closed", "Connection reset by peer", "Broken pipe", "Endpoint closing")
 
 
@@ -139,6 +143,13 @@ def from_call(call: _EndedCall, *, target: str, timeout: float, encrypted: bool 
         except DecodeError:
             pass  # a proxy's own details; the plain status below says enough
     details = _one_line(call.details() or "")
+    if is_refused_unseen(code, details):
+        kind = ResourceExhausted if code is grpc.StatusCode.CANCELLED else Unavailable
+        return kind(
+            f"{target} has more calls than it can look at and gave this one up before it was begun; try again later, "
+            "with fewer calls at once",
+            code=code,
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         cause = details.rpartition(": ")[2].rstrip("]")  # gRPC strings the causes together, the first cause last
         message = not_understood(details, target, encrypted=encrypted) or (
@@ -154,6 +165,17 @@ def from_call(call: _EndedCall, *, target: str, timeout: float, encrypted: bool 
     else:
         message = details or f"the call to {target} ended with {code.name}"
     return _BY_CODE.get(code, ServerError)(message, code=code)
+
+
+def is_refused_unseen(code: grpc.StatusCode, details: str) -> bool:
+    """Whether a call without rich details was refused by the server's gRPC, its program being too busy to look at it.
+
+    CANCELLED without a word of why is that too: calls that this side gives up say so.
+    """
+    if code is grpc.StatusCode.CANCELLED and details in {"", code.name}:
+        return True
+    refused = code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    return refused and any(sign in details for sign in _REFUSED_UNSEEN)
 
 
 def not_understood(details: str, target: str, *, encrypted: bool) -> str:

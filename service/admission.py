@@ -111,13 +111,22 @@ class Room:
         """How many wait to enter."""
         return self._patient_count
 
-    def enter(self, caller: str, count: int = 1, size: int = 0, *, seconds_left: float | None = None) -> Ticket:
-        """Hold `count` and `size` bytes. Raises Overloaded."""
+    def enter(
+        self,
+        caller: str,
+        count: int = 1,
+        size: int = 0,
+        *,
+        seconds_left: float | None = None,
+        then_seconds: float = 0.0,
+    ) -> Ticket:
+        """Hold `count` and `size` bytes; `then_seconds` are to be waited for something else afterwards, within the
+        `seconds_left`. Raises Overloaded."""
         if self._is_full(caller, count, size):
             raise self._overloaded(
                 caller, f"it holds as many {self._subject} as it takes on from one caller, or from all"
             )
-        self._check_time(caller, count, seconds_left)
+        self._check_time(caller, count, seconds_left, then_seconds)
         return Ticket(self, caller, count, size)
 
     async def enter_patiently(self, caller: str, size: int = 0) -> Ticket:
@@ -158,15 +167,16 @@ class Room:
             and (self._bytes + size > self._most_bytes or own_bytes >= GREED * (self._most_bytes - self._bytes))
         )
 
-    def _check_time(self, caller: str, count: int, seconds_left: float | None) -> None:
+    def _check_time(self, caller: str, count: int, seconds_left: float | None, then_seconds: float) -> None:
         if self._seconds_each is None or not self._count or self._count + count <= self._free_of_time:
             return
         ahead = self.seconds_ahead(caller)
         if self._most_seconds is not None and ahead > self._most_seconds:
             raise self._overloaded(caller, f"about {ahead:.2g} seconds of {self._subject} are ahead")
-        if seconds_left is not None and ahead > seconds_left:
+        if seconds_left is not None and ahead + then_seconds > seconds_left:
+            and_then = f", {then_seconds:.2g} of other work" if then_seconds else ""
             raise self._overloaded(
-                caller, f"about {ahead:.2g} seconds of {self._subject} are ahead, and the deadline is earlier"
+                caller, f"about {ahead:.2g} seconds of {self._subject} are ahead{and_then}, and the deadline is earlier"
             )
 
     def _overloaded(self, caller: str, what: str) -> Overloaded:

@@ -25,6 +25,7 @@ _UNANSWERED = {
     grpc.StatusCode.UNAUTHENTICATED: "it asks for keys, which this command does not send: ask with one, by "
     "LOOKALIKE_API_KEY=… lookalike model list --target",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "it is full: look at LookalikeOverloaded in docs/operations.md, and ask again",
+    grpc.StatusCode.CANCELLED: "it has more calls than it can look at: see LookalikeOverloaded in docs/operations.md",
     grpc.StatusCode.DEADLINE_EXCEEDED: "it is too busy to answer: look at LookalikeSlow in docs/operations.md",
 }
 

@@ -57,18 +57,20 @@ class Pool:
         seconds_left: float | None = None,
         patient: bool = False,
         admitted: bool = False,
+        then_seconds: float = 0.0,
     ) -> R:
         """What `function` returns or raises.
 
         Raises Overloaded when there is no room, unless `patient`, who waits for it, or `admitted`: what a call asks
-        for that has been worked on already. Raises DeadlineExceeded when its turn comes too late.
+        for that has been worked on already. `then_seconds` is how long the call will wait elsewhere afterwards, within
+        the same deadline. Raises DeadlineExceeded when its turn comes too late.
         """
         if admitted:
             return await self._run(function, caller, seconds_left)
         if patient:
             ticket = await self.room.enter_patiently(caller)
         else:
-            ticket = self.room.enter(caller, seconds_left=seconds_left)
+            ticket = self.room.enter(caller, seconds_left=seconds_left, then_seconds=then_seconds)
         with ticket:
             return await self._run(function, caller, seconds_left)
 

@@ -83,9 +83,10 @@ class AsyncEngine:
             if not images:
                 return await self._answered(quick, lambda: self.engine.ask(question), form)
             caller, seconds_left, patient = _account()
+            ahead = self.batcher.room.seconds_ahead(caller)
             with self.batcher.admitted(images, caller=caller, seconds_left=seconds_left, patient=patient) as admitted:
                 begin = partial(question.begin, self.engine)
-                answer = Work().run("store", begin) if quick else await self.run(begin)
+                answer = Work().run("store", begin) if quick else await self._run("store", begin, then_seconds=ahead)
                 outcomes = await admitted.embed_all()
             return await self._answered(
                 quick, lambda: answer(self.engine.embedded(question.sources, outcomes)), form, admitted=True
@@ -123,8 +124,11 @@ class AsyncEngine:
 
         return Work().run("search", formed) if quick else await self._run("search", formed, admitted=admitted)
 
-    async def _run(self, stage: str, function: Callable[[], R], *, admitted: bool = False) -> R:
-        """The same as this stage; a call that is `admitted` has been worked on and is not refused any more."""
+    async def _run(
+        self, stage: str, function: Callable[[], R], *, admitted: bool = False, then_seconds: float = 0.0
+    ) -> R:
+        """The same as this stage; a call that is `admitted` has been worked on and is not refused any more, and another
+        waits for `then_seconds` elsewhere afterwards."""
         caller, seconds_left, patient = _account()
         return await self.pool.run(
             partial(Work().run, stage, function),
@@ -132,6 +136,7 @@ class AsyncEngine:
             seconds_left=seconds_left,
             patient=patient,
             admitted=admitted,
+            then_seconds=then_seconds,
         )
 
     async def warm_up(self) -> None:

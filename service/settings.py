@@ -141,6 +141,9 @@ class Settings(BaseModel):
     """Searches, reads and writes of galleries that wait or run, for each model."""
     max_calls: Annotated[int, Field(ge=1)] = 1024
     """Calls in flight."""
+    max_unseen_calls: Annotated[int, Field(ge=1, le=2**31 - 1)] = 256
+    """Calls that have come and that the event loop has not looked at yet, where it cannot keep up; gRPC itself refuses
+    further ones at once, as CANCELLED without a reason."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 512 * MiB
     """The bytes of the requests of calls in flight."""
     max_answer_bytes: Annotated[int, Field(ge=1024)] = 512 * MiB

@@ -13,6 +13,10 @@ def channel_options(settings: Settings, *, shares_port: bool = False) -> list[tu
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", settings.max_streams),
+        # Before our code sees them, so that those that are answered have not waited for longer than they could. By
+        # default the core lets a thousand wait, and up to three by chance.
+        ("grpc.server.max_pending_requests", settings.max_unseen_calls),
+        ("grpc.server.max_pending_requests_hard_limit", settings.max_unseen_calls),
         # Between the two sizes the core refuses by chance, the more often the larger.
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -110,7 +111,8 @@ def _patiently(
         try:
             return attempt(restart)
         except (Unavailable, ResourceExhausted) as error:
-            if isinstance(error, ResourceExhausted) and error.reason not in _ROOM:
+            has_room_later = error.reason in _ROOM or error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED
+            if isinstance(error, ResourceExhausted) and not has_room_later:
                 raise
             if (now := answered()) > before:
                 pauses, before = iter(_PAUSES), now

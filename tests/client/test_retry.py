@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import grpc
 import pytest
 
-from lookalike import AsyncClient, Client, NotFound, ResourceExhausted, Retry, Unavailable
-from lookalike._retry import HEDGED, Budget, service_config
+from lookalike import AsyncClient, CallFailed, Cancelled, Client, NotFound, ResourceExhausted, Retry, Unavailable
+from lookalike._retry import HEDGED, Budget, Patience, service_config
+from lookalike.errors import from_call
 from lookalike.types import Neighbors
 from lookalike.v1 import match_pb2
 from service.rights import RULES
@@ -287,3 +288,53 @@ def test_one_connection_serves_all_calls_and_more_share_them(loop: Loop) -> None
         with serving(loop, handler := Flaky(answer)) as address:
             blocking(address, lambda client: [embed(client) for _ in range(9)], connections=connections)
         assert len(handler.peers) == connections
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "kind"),
+    [
+        (grpc.StatusCode.CANCELLED, "CANCELLED", ResourceExhausted),
+        (grpc.StatusCode.CANCELLED, "", ResourceExhausted),
+        (grpc.StatusCode.CANCELLED, "Received RST_STREAM with error code 8", ResourceExhausted),
+        (
+            grpc.StatusCode.UNAVAILABLE,
+            "Stream removed (RST_STREAM (Received RST_STREAM with error code 7))",
+            Unavailable,
+        ),
+        (grpc.StatusCode.CANCELLED, "Channel closed!", Cancelled),
+        (grpc.StatusCode.CANCELLED, "Locally cancelled by application!", Cancelled),
+    ],
+)
+def test_a_call_that_the_server_could_not_look_at_is_told_from_one_that_was_given_up(
+    code: grpc.StatusCode, details: str, kind: type[CallFailed]
+) -> None:
+    failed = from_call(_Ended(code, details), target="shop:1", timeout=1.0)
+    assert type(failed) is kind
+    assert failed.code is code
+    assert (
+        "shop:1 has more calls than it can look at" in str(failed) if kind is not Cancelled else str(failed) == details
+    )
+    pauses = [Patience(Retry(), None).pause(failed, attempt, 30.0) for attempt in (1, 2, 4)]
+    if kind is ResourceExhausted:
+        assert pauses[0] is not None
+        assert pauses[1] is not None
+        assert pauses[0] < 0.2 < pauses[1] < 0.4
+        assert pauses[2] is None  # of four tries
+    else:
+        assert pauses == [None] * 3  # gRPC has repeated what was UNAVAILABLE
+
+
+class _Ended:
+    """A call that ended with no more than a code and words of gRPC."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+    def trailing_metadata(self) -> None:
+        return None

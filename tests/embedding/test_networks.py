@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -130,3 +132,37 @@ def test_small_cnn_has_no_pretrained_weights() -> None:
 def test_a_size_the_network_cannot_take_is_refused(network: str, size: int) -> None:
     with pytest.raises(ValueError, match="image_size must be"):
         arch(network, size)
+
+
+def test_torchvision_comes_without_the_compiler_which_is_there_for_who_asks() -> None:
+    script = """
+import sys
+import torch
+from embedding.networks import Architecture, build
+from embedding.torchvision_models import torchvision_models
+
+network = build(Architecture(network="resnet18", image_size=32))
+assert "torchvision.models" in sys.modules
+assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "sympy"))]
+assert torchvision_models() is sys.modules["torchvision.models"]
+
+from torchvision.ops import roi_align
+asked = sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu")
+from torch._dynamo.utils import is_compile_supported
+assert asked is is_compile_supported("cpu"), asked
+assert torch.compile(lambda x: 2 * x, backend="eager")(torch.ones(1)) == 2
+assert roi_align(torch.ones(1, 3, 8, 8), torch.tensor([[0, 0.0, 0.0, 4.0, 4.0]]), 2).shape == (1, 3, 2, 2)
+"""
+    subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", script], check=True)
+
+
+def test_torchvision_is_taken_as_it_is_where_the_compiler_is_there() -> None:
+    script = """
+import sys
+import torch._dynamo
+before = sys.modules["torch._dynamo"]
+from embedding.torchvision_models import torchvision_models
+assert torchvision_models().get_model("resnet18")
+assert sys.modules["torch._dynamo"] is before is torch._dynamo
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

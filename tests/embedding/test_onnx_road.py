@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import pytest
 import torch
 
 from embedding import encoder as module
+from embedding import onnx_graph
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from embedding.errors import InvalidInput
-from embedding.networks import EmbeddingNetwork
+from embedding.networks import Architecture, EmbeddingNetwork, build
 from embedding.onnx_road import AGREEMENT, Disagrees, OnnxNetwork
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -64,6 +67,39 @@ def test_embeddings_are_those_of_the_weights_and_do_not_depend_on_the_batch(
             assert part.tobytes() == whole[start : start + length].tobytes(), (start, length)
     assert two.encode_pixels(pixels).tobytes() == whole.tobytes()
     assert two.encode_pixels(pixels[:1]).tobytes() == whole[:1].tobytes()
+
+
+@pytest.mark.parametrize(("network", "size", "channels"), CONVOLUTIONAL)
+def test_a_graph_made_once_gives_what_the_exporter_makes_of_each_networks_weights(
+    network: str, size: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    architecture = Architecture(network=network, image_size=size, channels=channels, embedding_dim=16)  # type: ignore[arg-type]
+    monkeypatch.setattr(onnx_graph, "_graphs", {})
+    untrained = OnnxNetwork(build(architecture).eval(), threads=1)  # many of its weights are equal to one another
+    export = torch.onnx.export
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.onnx, "export", None)
+        other = with_statistics(build(architecture)).eval()
+        second = OnnxNetwork(other, threads=1)
+    images_BCHW = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(2))
+    buffer = io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        export(
+            onnx_graph._Whole(other),
+            (images_BCHW,),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            input_names=["images"],
+            output_names=["embeddings"],
+            opset_version=17,
+        )
+    (emb_BD,) = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"]).run(
+        None, {"images": images_BCHW.numpy()}
+    )
+    del other
+    assert second.unnormalised(images_BCHW).numpy().tobytes() == emb_BD.tobytes()
+    assert not np.allclose(untrained.unnormalised(images_BCHW), emb_BD)
 
 
 def test_the_runtime_is_chosen_by_the_network(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,11 +14,13 @@ from google.rpc import error_details_pb2, status_pb2
 
 from embedding.encoder import Encoder
 from index.gallery import Gallery
+from lookalike import Client, ResourceExhausted, Retry
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
-from service import workbench
+from service import admission, workbench
+from service.admission import Pace
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served, unit
+from tests.service.harness import Loop, Stubs, connected, encoded, info, png, refused, rich, served, unit
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,67 @@ def test_of_many_calls_some_are_refused_and_the_rest_answered(stubs: Stubs, held
     assert all(call.result(timeout=20).decision.distance > 0 for call in calls if call.exception(timeout=20) is None)
 
 
+@pytest.fixture
+def held_loop(loop: Loop, settings: Settings, tmp_path: Path) -> Iterator[tuple[Server, Callable[[], threading.Event]]]:
+    """A server that lets three calls wait unseen, and what holds its event loop up until the event is set."""
+    with served(loop, settings.model_copy(update={"galleries": tmp_path / "g", "max_unseen_calls": 3})) as server:
+        let_go = threading.Event()
+
+        def hold() -> threading.Event:
+            entered = threading.Event()
+
+            async def held() -> None:
+                entered.set()
+                let_go.wait(timeout=20)
+
+            loop.start(held())
+            assert entered.wait(timeout=20)
+            return let_go
+
+        yield server, hold
+        let_go.set()
+
+
+def test_calls_that_nobody_can_look_at_are_refused_at_once_and_the_rest_answered(
+    held_loop: tuple[Server, Callable[[], threading.Event]],
+) -> None:
+    server, hold = held_loop
+    with connected(server.address) as stubs:
+        stubs.match.Verify(pair(2500))
+        let_go = hold()
+        calls = [stubs.match.Verify.future(pair(2500 + 2 * i), timeout=30) for i in range(12)]
+        refused = [call for call in calls if _ends(call)]
+        assert len(refused) >= 7  # of twelve, three wait, and gRPC has asked for one or two more
+        assert {call.code() for call in refused} == {grpc.StatusCode.CANCELLED}
+        let_go.set()
+        answered = [call.result(timeout=20) for call in calls if call not in refused]
+        assert len(answered) >= 3
+
+
+def test_a_client_says_that_the_server_was_too_full_and_tries_again(
+    held_loop: tuple[Server, Callable[[], threading.Event]],
+) -> None:
+    server, hold = held_loop
+    often = Retry(attempts=5, initial_backoff=0.5, multiplier=1)
+    with (
+        connected(server.address) as stubs,
+        Client(server.address, retry=None) as once,
+        Client(server.address, retry=often) as patient,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for client in (patient, once):
+            client.verify(png(1), png(2))
+        let_go = hold()
+        filling = [stubs.match.Verify.future(pair(2600 + 2 * i), timeout=30) for i in range(12)]
+        assert sum(map(_ends, filling)) >= 7
+        repeated = pool.submit(patient.verify, png(3), png(4))
+        with pytest.raises(ResourceExhausted, match="more calls than it can look at") as caught:
+            once.verify(png(3), png(4))
+        assert caught.value.code is grpc.StatusCode.CANCELLED
+        let_go.set()
+        assert repeated.result(timeout=20).distance >= 0
+
+
 def _ends(call: Any) -> bool:
     try:
         call.exception(timeout=0.5)
@@ -169,6 +233,94 @@ def test_a_full_pool_refuses_searches(stubs: Stubs, monkeypatch: pytest.MonkeyPa
     let_go.set()
     served = [call for call in calls if call.exception(timeout=20) is None]
     assert [len(call.result().neighbors) for call in served] == [1, 1, 1]
+
+
+@pytest.fixture
+def slow(loop: Loop, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that judges by time from the second image and the fifth task on."""
+    monkeypatch.setattr(admission, "FORGOTTEN_SECONDS", 600.0)
+    one = {"galleries": tmp_path / "g", "batch_size": 1, "gallery_threads": 1, "max_queue_seconds": 3600}
+    with served(loop, settings.model_copy(update=one)) as server:
+        yield server
+
+
+def paced(pace: Pace, seconds: float) -> None:
+    """As if a thousand pieces had just taken so long each."""
+    pace.record(1000 * seconds, pieces=1000)
+
+
+def _given_up(call: Any) -> grpc.RpcError:
+    """How it ended, and that this was not at its deadline of a minute."""
+    error = call.exception(timeout=20)
+    assert isinstance(error, grpc.RpcError)
+    return error
+
+
+def test_an_image_whose_turn_would_come_after_the_deadline_is_refused_at_once(slow: Server, held: HeldUp) -> None:
+    with connected(slow.address) as stubs:
+        first = stubs.match.Verify.future(pair(2700))
+        assert held.entered.wait(timeout=20)
+        paced(slow._serving.every[0].batcher._workbench.embed_pace, 40.0)  # two wait, or are embedded
+        error = _given_up(stubs.match.Verify.future(pair(2702), timeout=60))
+        check_overloaded(error, "images")
+        assert "the deadline is earlier" in error.details()
+        patient = stubs.match.Verify.future(pair(2704), timeout=600)
+        assert not _ends(patient)  # it was let in
+        held.let_go.set()
+        assert first.result(timeout=20).decision.distance > 0
+        assert patient.result(timeout=20).decision.distance > 0
+
+
+def test_a_search_whose_turn_would_come_after_the_deadline_is_refused_before_its_image_is_embedded(
+    slow: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, let_go = threading.Event(), threading.Event()
+    search, embed = Gallery.search, Encoder.encode_pixels
+    embedded: list[int] = []
+
+    def late(*args: Any, **options: Any) -> Any:
+        entered.set()
+        assert let_go.wait(timeout=20)
+        return search(*args, **options)
+
+    def counted(self: Encoder, pixels: Any) -> Any:
+        embedded.append(len(pixels))
+        return embed(self, pixels)
+
+    with connected(slow.address) as stubs:
+        stubs.fill("g-late", {"x": encoded(1)})
+        monkeypatch.setattr(Gallery, "search", late)
+        monkeypatch.setattr(Gallery, "is_quick", lambda *_, **__: False)
+        monkeypatch.setattr(Encoder, "encode_pixels", counted)
+        monkeypatch.setattr(workbench, "INSTANT_SECONDS", 0.0)
+        given, image = common_pb2.ImageInput(embedding=unit(1.0)), encoded(2800)
+        engine = slow._serving.every[0]
+        requests = [search_pb2.SearchRequest(gallery="galleries/g-late", query=query) for query in (given, image)]
+        calls = [stubs.search.Search.future(requests[0]) for _ in range(5)]
+        assert entered.wait(timeout=20)
+        while engine.pool.room.count < 5:
+            assert not _ends(calls[-1])
+        paced(engine.pool._pace, 10.0)  # fifty seconds are ahead
+        for request, seconds, is_let_in in (
+            (requests[0], 40, False),
+            (requests[1], 40, False),
+            (requests[0], 70, True),
+        ):
+            call = stubs.search.Search.future(request, timeout=seconds)
+            if is_let_in:
+                calls.append(call)
+                continue
+            error = _given_up(call)
+            check_overloaded(error, "searches, reads and writes")
+            assert "the deadline is earlier" in error.details()
+        assert not embedded
+        paced(engine.batcher._workbench.embed_pace, 10.0)
+        with engine.batcher.room.enter("ipv4:127.0.0.1", 3):  # thirty of images, and sixty of searches
+            error = _given_up(stubs.search.Search.future(requests[1], timeout=70))
+            check_overloaded(error, "searches, reads and writes")
+        let_go.set()
+        assert [len(call.result(timeout=20).neighbors) for call in calls] == [1] * 6
+        assert not embedded
 
 
 def test_cancelled_calls_give_back_what_they_held(stubs: Stubs, held: HeldUp) -> None:

@@ -284,6 +284,43 @@ def test_a_model_that_was_swapped_out_is_gone_when_its_memory_is_given_back(
             gc.enable()
 
 
+def test_a_swap_makes_no_full_pass_of_the_garbage_collector(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: queue.Queue[None] = queue.Queue()
+    monkeypatch.setattr(rollout, "trim_malloc", lambda: trimmed.put(None))
+    passes: list[str] = []
+
+    def noted(phase: str, told: dict[str, int]) -> None:
+        if phase == "start" and told["generation"] == 2:
+            passes.append(threading.current_thread().name)
+
+    with place.served(loop) as server, connected(server.address) as stubs:
+        gc.collect()
+        gc.freeze()  # as a server does that has a process of its own
+        frozen = gc.get_freeze_count()
+        gc.disable()  # what passes there are now, somebody asked for: each would hold the event loop up
+        gc.callbacks.append(noted)
+        try:
+            for bundle in (place.two, place.one):
+                encoder = weakref.ref(server._serving.every[0].engine.encoder)
+                activate(stubs, bundle)
+                trimmed.get(timeout=20)
+                ends = time.monotonic() + 20
+                while encoder() is not None:  # freed without
+                    assert time.monotonic() < ends
+                    time.sleep(0.01)
+            stubs.models.ActivateModel(model_pb2.ActivateModelRequest(name=f"models/{place.one.name}", calibration=4))
+        finally:
+            gc.callbacks.remove(noted)
+            gc.enable()
+            kept = gc.get_freeze_count()
+            gc.unfreeze()
+    assert not passes
+    assert kept > 0.9 * frozen  # and what was there before stays out of passes to come
+    assert trimmed.empty()  # weights that go on answering, under another calibration, leave nothing to give back
+
+
 def test_an_embedding_that_was_kept_is_not_compared_under_another_model(loop: Loop, place: Place) -> None:
     with place.served(loop) as server, connected(server.address) as stubs, Client(server.address) as client:
         kept = stubs.match.Embed(match_pb2.EmbedRequest(image=encoded(1)))
