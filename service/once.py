@@ -11,7 +11,9 @@ import asyncio
 import hashlib
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -20,7 +22,7 @@ import structlog
 from google.protobuf.message import Message
 
 from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused
-from index import GalleryEngine
+from index import GalleryEngine, receipts
 from index.engine import Receipting
 from index.receipts import Book, Token, find
 from index.schema import now_us
@@ -28,6 +30,8 @@ from service.serving import AsyncEngine
 from service.side_store import RECEIPTS_IF_NEEDED, SideStore
 
 FILE = ".requests.sqlite"
+MAX_UNNOTED = 10_000
+"""Requests remembered whose outcome the disk did not take; the oldest are forgotten first."""
 
 _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}")
 
@@ -75,39 +79,95 @@ class Ledger:
 
     def __init__(self, galleries: Path) -> None:
         self._store = SideStore(galleries / FILE, TABLES)
+        # What came of requests, and the disk did not take: noted with the next that it takes.
+        self._unnoted: OrderedDict[str, tuple[Token, bytes | None]] = OrderedDict()
+        self._remembering = threading.Lock()
 
     def begin(self, token: Token) -> tuple[bytes | None, bool]:
-        """What the request was answered; else None, and whether it had begun before. Raises RequestIdReused."""
+        """What the request was answered; else None, and whether it had begun before.
+
+        Raises RequestIdReused, and StorageFailed or Busy, with nothing begun.
+        """
+        self._note_unnoted()
+        _, answer = unnoted = self._unnoted.get(token.id, (token, None))
+        if answer is not None:
+            if unnoted[0].digest != token.digest:
+                raise _reused(token)
+            return answer, False
+        has_failed = token.id in self._unnoted
 
         def look(connection: sqlite3.Connection) -> tuple[bytes | None, bool]:
             answer = find(connection, token)
             if answer is not None:
                 return answer, False
+            now = now_us()
+            connection.execute("DELETE FROM begun WHERE made_us <= ?", (now - receipts.KEPT_SECONDS * 1_000_000,))
             row = connection.execute("SELECT digest FROM begun WHERE id = ?", (token.id,)).fetchone()
-            if row is None:
-                connection.execute("INSERT INTO begun VALUES (?, ?, ?)", (token.id, token.digest, now_us()))
+            if row is None or has_failed:
+                connection.execute("INSERT OR REPLACE INTO begun VALUES (?, ?, ?)", (token.id, token.digest, now))
                 return None, False
             if row[0] != token.digest:
-                raise RequestIdReused(
-                    f"request_id {token.id} was given with another request; make a new one for every request",
-                    field="request_id",
-                )
+                raise _reused(token)
             return None, True
 
-        return self._store.renewed(look, lost=_LOST)
+        found = self._store.renewed(look, lost=_LOST)
+        if has_failed:
+            with self._remembering:
+                self._unnoted.pop(token.id, None)
+        return found
 
     def end(self, token: Token, answer: bytes | None) -> None:
-        """The request is answered; or, with None, has failed and may be made again."""
+        """The request is answered; or, with None, has failed and may be made again.
+
+        It is done, or has failed, whatever the disk says: what cannot be noted is remembered by this process.
+        """
+        with self._remembering:
+            self._unnoted[token.id] = (token, answer)
+            while len(self._unnoted) > 1 and (
+                len(self._unnoted) > MAX_UNNOTED
+                or sum(len(answer or b"") for _, answer in self._unnoted.values()) > receipts.KEPT_BYTES
+            ):
+                self._unnoted.popitem(last=False)
+        if why := self._note_unnoted():
+            _log.error("what came of a request could not be noted, and is known until the server stops", reason=why)
+
+    def close(self) -> None:
+        self._note_unnoted()
+        self._store.close()
+
+    def _note_unnoted(self) -> str:
+        """Note what is left to be noted; why that was refused, empty where it was not."""
+        if not self._unnoted:
+            return ""
+        with self._remembering:
+            left = dict(self._unnoted)
+        try:
+            self._note(list(left.values()))
+        except LookalikeError as error:
+            return str(error)
+        with self._remembering:
+            for request_id, outcome in left.items():
+                if self._unnoted.get(request_id) is outcome:
+                    del self._unnoted[request_id]
+        return ""
+
+    def _note(self, outcomes: Sequence[tuple[Token, bytes | None]]) -> None:
+        """Raises StorageFailed and Busy."""
 
         def note(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM begun WHERE id = ?", (token.id,))
-            if answer is not None:
-                Book(connection).keep(token, answer)
+            book = Book(connection)
+            for token, answer in outcomes:
+                connection.execute("DELETE FROM begun WHERE id = ?", (token.id,))
+                if answer is not None:
+                    book.keep(token, answer)
 
         self._store.renewed(note, lost=_LOST)
 
-    def close(self) -> None:
-        self._store.close()
+
+def _reused(token: Token) -> RequestIdReused:
+    return RequestIdReused(
+        f"request_id {token.id} was given with another request; make a new one for every request", field="request_id"
+    )
 
 
 class Once:
@@ -179,10 +239,7 @@ class Once:
         try:
             answer = (await work(again)).SerializeToString()
         except Exception:
-            try:
-                await asyncio.to_thread(self._ledger.end, token, None)
-            except LookalikeError as error:  # the caller is to learn why the work failed, not why it was not noted
-                _log.error("a failed request could not be noted", reason=str(error))
+            await asyncio.to_thread(self._ledger.end, token, None)
             raise
         await asyncio.to_thread(self._ledger.end, token, answer)
         return answer

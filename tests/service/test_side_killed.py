@@ -19,7 +19,6 @@ from service import standing
 from service.feedback_store import FeedbackStore, read_feedback
 from service.key_ring import KeyRing
 from service.once import Ledger
-from tests.index.calibrations import calibration
 from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, form, kind, said, token, truth_after
 
 ROOT = Path(__file__).parents[2]
