@@ -164,15 +164,25 @@ def _unexpired(principal: Principal) -> Principal:
 
 
 def _credential(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """The key or token that the call carries; empty when it has none. Raises CredentialsInvalid for another kind."""
+    """The key or token that the call carries; empty when it has none.
+
+    Raises CredentialsInvalid for another kind, and for several: whatever stands before the server may have looked at
+    another one of them.
+    """
+    found = ""
     for key, value in context.invocation_metadata() or ():
         if key == "authorization" and isinstance(value, str):
             if value[: len(_BEARER)].lower() != _BEARER:
                 raise CredentialsInvalid("authorization must be `Bearer` and a key or token")
-            return value[len(_BEARER) :].strip()
-        if key == "x-api-key" and isinstance(value, str):
-            return value.strip()
-    return ""
+            shown = value[len(_BEARER) :].strip()
+        elif key == "x-api-key" and isinstance(value, str):
+            shown = value.strip()
+        else:
+            continue
+        if found and shown != found:
+            raise CredentialsInvalid("the call carries several keys or tokens; send one")
+        found = shown
+    return found
 
 
 def _names(context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[str]:
