@@ -14,9 +14,11 @@ import sqlite3
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import structlog
 from google.protobuf.message import Message
@@ -46,7 +48,11 @@ CREATE TABLE IF NOT EXISTS begun (     -- requests that have begun and not been 
 
 _LOST = "requests of the last hour that are made again under their request_id are done again"
 
+_LAST_SECONDS = 5.0
+
+P = ParamSpec("P")
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -175,6 +181,8 @@ class Once:
 
     def __init__(self, galleries: Path) -> None:
         self._ledger = Ledger(galleries)
+        # A thread of its own: where another process holds the ledger, whatever else has threads goes on.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="requests")
         self._running: dict[str, asyncio.Task[bytes]] = {}
 
     async def written(
@@ -215,8 +223,17 @@ class Once:
         token = await serving.run(token_of, request) if request.request_id else None
         return await work(False) if token is None else await self._noted(token, response, work)
 
+    async def finished(self) -> None:
+        """Wait, for a while, until what is done for callers who may have left is done and noted."""
+        if self._running:
+            await asyncio.wait(set(self._running.values()), timeout=_LAST_SECONDS)
+
     def close(self) -> None:
+        self._thread.shutdown()
         self._ledger.close()
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args, **kwargs))
 
     async def _noted(self, token: Token, response: type[R], work: Callable[[bool], Awaitable[R]]) -> R:
         while (running := self._running.get(token.id)) is not None:
@@ -233,15 +250,15 @@ class Once:
             done.exception()  # its caller may have gone; asyncio would log it
 
     async def _carried_out(self, token: Token, work: Callable[[bool], Awaitable[Message]]) -> bytes:
-        answer, again = await asyncio.to_thread(self._ledger.begin, token)
+        answer, again = await self._in_thread(self._ledger.begin, token)
         if answer is not None:
             return answer
         try:
             answer = (await work(again)).SerializeToString()
         except Exception:
-            await asyncio.to_thread(self._ledger.end, token, None)
+            await self._in_thread(self._ledger.end, token, None)
             raise
-        await asyncio.to_thread(self._ledger.end, token, answer)
+        await self._in_thread(self._ledger.end, token, answer)
         return answer
 
 

@@ -124,15 +124,7 @@ class AsyncEngine:
         return Work().run("search", formed) if quick else await self._run("search", formed, admitted=admitted)
 
     async def _run(self, stage: str, function: Callable[[], R], *, admitted: bool = False) -> R:
-        """The same as this stage; a call that is `admitted` has been worked on and is not refused any more."""
-        caller, seconds_left, patient = _account()
-        return await self.pool.run(
-            partial(Work().run, stage, function),
-            caller=caller,
-            seconds_left=seconds_left,
-            patient=patient,
-            admitted=admitted,
-        )
+        return await run_in(self.pool, stage, function, admitted=admitted)
 
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
@@ -173,6 +165,10 @@ class Serving(Hook):
     def current(self) -> AsyncEngine:
         """The engine that answers. Raises NotReady until there is one."""
         return self._taken(self._ready()[0])
+
+    def check_ready(self) -> None:
+        """Raises NotReady until there is an engine that answers."""
+        self._ready()
 
     @property
     def all(self) -> list[AsyncEngine]:
@@ -266,6 +262,16 @@ class Serving(Hook):
             call.engines.append(engine)
             engine.take(call)
         return engine
+
+
+async def run_in(pool: Pool, stage: str, function: Callable[[], R], *, admitted: bool = False) -> R:
+    """Call a blocking function in a pool, as this stage and on account of the current call.
+
+    One that is `admitted` has been worked on and is not refused any more. Raises Overloaded.
+    """
+    caller, seconds_left, patient = _account()
+    work = partial(Work().run, stage, function)
+    return await pool.run(work, caller=caller, seconds_left=seconds_left, patient=patient, admitted=admitted)
 
 
 def _account() -> tuple[str, float | None, bool]:

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +18,7 @@ from service import standing
 from service.feedback_store import FeedbackStore, read_feedback
 from service.key_ring import KeyRing
 from service.once import Ledger
-from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, form, kind, said, token, truth_after
-
-ROOT = Path(__file__).parents[2]
+from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, forking, form, kind, said, token, truth_after
 
 MOST_STEPS = 5
 NEW_EACH = 4
@@ -30,18 +27,8 @@ NEW_EACH = 4
 
 @pytest.fixture
 def forks(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.service.side_schedule", str(tmp_path / "galleries")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    ) as process:
+    with forking(tmp_path / "galleries") as process:
         yield process
-        assert process.stdin
-        process.stdin.close()
 
 
 def killed(forks: subprocess.Popen[str], first: int, *, steps: int, pause: float) -> int:
