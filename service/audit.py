@@ -20,6 +20,7 @@ import structlog
 from embedding.errors import InvalidInput, RateLimited
 from service.call import Call
 from service.calls import Hook
+from service.passed_on import peer_of
 from service.principal import Principal
 from service.rate_limits import RateLimits
 from service.rights import RULES
@@ -62,7 +63,7 @@ class Audit(Hook):
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "caller": call.caller,
-            "peer": call.context.peer(),
+            "peer": peer_of(call.context),
             "method": call.method,
             "scope": rule.scope if rule else "",
             "resources": call.names,

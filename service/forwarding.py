@@ -12,10 +12,12 @@ from typing import Any
 
 import grpc
 
+from service.passed_on import PREFIX, said_of
 from service.settings import Settings
 
-_HOP = ("grpc-", ":", "te", "content-type", "user-agent")
-"""Metadata that each connection makes for itself."""
+_HOP = ("grpc-", ":", PREFIX)
+_HOPS = {"te", "content-type", "user-agent"}
+"""Metadata that each connection makes for itself: how its names begin, and whole names."""
 
 
 class Forwarding(grpc.GenericRpcHandler):
@@ -66,7 +68,12 @@ class Forwarding(grpc.GenericRpcHandler):
     async def _forwarded(
         self, method: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[bytes]:
-        metadata = [(key, value) for key, value in context.invocation_metadata() or () if not key.startswith(_HOP)]
+        metadata = [
+            (key, value)
+            for key, value in context.invocation_metadata() or ()
+            if key not in _HOPS and not key.startswith(_HOP)
+        ]
+        metadata += said_of(context)
         ask: Any = self._channel.stream_stream(method)
         call = ask(requests, metadata=metadata, timeout=context.time_remaining())
         try:
