@@ -213,6 +213,6 @@ def _message(number: int, known: Feedback) -> pb.Feedback:
 
 def _after(page_token: str) -> int:
     name = name_of_page_token(page_token, "feedback")
-    if name and not name.isdecimal():
+    if name and not _NAME.fullmatch(f"feedback/{name}"):
         raise InvalidInput("page_token is not one that this listing returned; leave it out", field="page_token")
     return int(name or 0)
