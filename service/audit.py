@@ -42,6 +42,7 @@ class Audit(Hook):
         self._path = path
         self._strangers = RateLimits()
         self._left_out = 0
+        self._torn = False  # whether the last line was written in part
         try:
             self._descriptor = _open(path)
         except OSError as error:
@@ -90,7 +91,13 @@ class Audit(Hook):
                     opened = _open(self._path)
                     os.close(self._descriptor)
                     self._descriptor = opened
-                os.write(self._descriptor, f"{line}\n".encode())
+                    self._torn = False
+                # What was cut off ends here: other processes append too, and it cannot be taken back.
+                before = b"\n" if self._torn else b""
+                written = os.write(self._descriptor, before + f"{line}\n".encode()) - len(before)
+                self._torn = 0 < written <= len(line.encode()) or (self._torn and written < 0)
+                if written <= len(line.encode()):
+                    _log.error("audit log not written", reason="the disk took a part of it", line=line)
             except OSError as error:
                 _log.error("audit log not written", reason=error.strerror, line=line)
 
