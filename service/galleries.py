@@ -118,7 +118,11 @@ class GalleryService(gallery_pb2_grpc.GalleryServiceServicer):
                 return pb.DeleteGalleryResponse()
 
             return await self._once.done(
-                request, pb.DeleteGalleryResponse, serving, lambda again: serving.run(delete, again)
+                request,
+                pb.DeleteGalleryResponse,
+                serving,
+                lambda again: serving.run(delete, again),
+                makes_room=True,
             )
 
     async def GetItem(self, request: pb.GetItemRequest, context: Context) -> pb.GetItemResponse:

@@ -23,7 +23,7 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 import structlog
 from google.protobuf.message import Message
 
-from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused
+from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused, StorageFailed
 from index import GalleryEngine, receipts
 from index.engine import Receipting
 from index.receipts import Book, Token, find
@@ -217,11 +217,21 @@ class Once:
         return await write(token)
 
     async def done(
-        self, request: Any, response: type[R], serving: AsyncEngine, work: Callable[[bool], Awaitable[R]]
+        self,
+        request: Any,
+        response: type[R],
+        serving: AsyncEngine,
+        work: Callable[[bool], Awaitable[R]],
+        *,
+        makes_room: bool = False,
     ) -> R:
-        """Any other write; `work` is told whether it may have been done already, by a process that was killed."""
+        """Any other write; `work` is told whether it may have been done already, by a process that was killed.
+
+        One that `makes_room` is done also where the disk takes no note that it begins: who deletes galleries because
+        it is full must not be refused for want of room. After a kill its repetition may then find nothing to delete.
+        """
         token = await serving.run(token_of, request) if request.request_id else None
-        return await work(False) if token is None else await self._noted(token, response, work)
+        return await work(False) if token is None else await self._noted(token, response, work, makes_room)
 
     async def finished(self) -> None:
         """Wait, for a while, until what is done for callers who may have left is done and noted."""
@@ -235,10 +245,12 @@ class Once:
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args, **kwargs))
 
-    async def _noted(self, token: Token, response: type[R], work: Callable[[bool], Awaitable[R]]) -> R:
+    async def _noted(
+        self, token: Token, response: type[R], work: Callable[[bool], Awaitable[R]], makes_room: bool = False
+    ) -> R:
         while (running := self._running.get(token.id)) is not None:
             await asyncio.wait({running})  # the same request, made again before it was answered
-        task = asyncio.create_task(self._carried_out(token, work))
+        task = asyncio.create_task(self._carried_out(token, work, makes_room))
         self._running[token.id] = task
         task.add_done_callback(lambda done: self._forget(token.id, done))
         # A caller who leaves does not keep what is done from being noted.
@@ -249,8 +261,13 @@ class Once:
         if not done.cancelled():
             done.exception()  # its caller may have gone; asyncio would log it
 
-    async def _carried_out(self, token: Token, work: Callable[[bool], Awaitable[Message]]) -> bytes:
-        answer, again = await self._in_thread(self._ledger.begin, token)
+    async def _carried_out(self, token: Token, work: Callable[[bool], Awaitable[Message]], makes_room: bool) -> bytes:
+        answer, again = None, False
+        try:
+            answer, again = await self._in_thread(self._ledger.begin, token)
+        except StorageFailed:
+            if not makes_room:
+                raise
         if answer is not None:
             return answer
         try:

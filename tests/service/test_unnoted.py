@@ -14,11 +14,11 @@ from structlog.testing import capture_logs
 from embedding.errors import NotFound, RequestIdReused, StorageFailed
 from index import receipts
 from index.receipts import Token
-from lookalike.v1 import alias_pb2, gallery_pb2
+from lookalike.v1 import alias_pb2, gallery_pb2, upkeep_pb2
 from service import once as once_module
 from service.once import Ledger, Once
 from service.settings import Settings
-from tests.service.harness import Loop, connected, info, refused, rich, served
+from tests.service.harness import Loop, connected, finished, info, refused, rich, served
 
 Answer = gallery_pb2.DeleteGalleryResponse
 
@@ -152,3 +152,34 @@ def test_a_ledger_that_takes_no_beginning_refuses_before_anything_is_done(
         with pytest.raises(StorageFailed):
             done(once, token(), work)
     assert not calls
+
+
+def test_what_makes_room_is_done_where_the_ledger_has_none(
+    loop: Loop, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk galleries and snapshots could not be deleted by clients that give request ids, as ours do."""
+    own = settings.model_copy(update={"galleries": tmp_path / "galleries"})
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageFailed("the disk is full; nothing was changed")
+
+    forget = upkeep_pb2.DeleteSnapshotRequest(name="galleries/g/snapshots/s", request_id=str(uuid.uuid4()))
+    delete = gallery_pb2.DeleteGalleryRequest(name="galleries/g", request_id=str(uuid.uuid4()))
+    alias = alias_pb2.UpdateAliasRequest(
+        alias=alias_pb2.Alias(name="aliases/a", gallery="galleries/g"), allow_missing=True, request_id=str(uuid.uuid4())
+    )
+    other = gallery_pb2.DeleteGalleryRequest(name="galleries/g", request_id=str(uuid.uuid4()))
+    with served(loop, own) as server, connected(server.address) as stubs:
+        stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="g"))
+        copy = upkeep_pb2.CreateSnapshotRequest(parent="galleries/g", snapshot_id="s")
+        finished(stubs, stubs.upkeep.CreateSnapshot(copy).operation)
+        with monkeypatch.context() as patched:
+            patched.setattr(server._once._ledger._store, "renewed", full)
+            assert info(rich(refused(stubs.aliases.UpdateAlias, alias))).reason == "STORAGE_FAILED"
+            for _ in range(2):
+                stubs.upkeep.DeleteSnapshot(forget)
+                stubs.galleries.DeleteGallery(delete)
+            assert info(rich(refused(stubs.galleries.DeleteGallery, other))).reason == "NOT_FOUND"
+        stubs.galleries.DeleteGallery(delete)
+    with served(loop, own) as server, connected(server.address) as stubs:
+        stubs.galleries.DeleteGallery(delete)  # noted when there was room
