@@ -10,6 +10,7 @@ import ctypes
 import os
 import socket
 import ssl
+import stat
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -48,6 +49,15 @@ def _keys(settings: Settings, now: datetime) -> Iterator[Finding]:
     except LookalikeError as error:
         yield Finding(check="keys", state="fail", what=str(error), do="correct the file, or `keys` of the settings")
         return
+    folder = path.resolve().parent
+    mode = folder.stat().st_mode
+    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX:
+        yield Finding(
+            check="keys",
+            state="warn",
+            what=f"others may write to {folder}, and put a file of their own in the place of {path.name}",
+            do=f"run chmod go-w {folder}, or keep the file in a folder of its own",
+        )
     counting = [record for record in records if not record.has_expired(now)]
     if not counting:
         yield Finding(

@@ -86,6 +86,15 @@ def test_keys_that_have_ended_or_will_soon(whole: Settings, tmp_path: Path) -> N
     assert "keys" not in wrong(looked_at(told, now=later))
 
 
+def test_a_folder_in_which_others_may_replace_the_keys(whole: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "shared" / "keys.json"
+    KeyRing(path).create("old", scopes=["read"], galleries=["*"])
+    path.parent.chmod(0o777)
+    assert only(whole, "keys", keys=path).state == "warn"
+    path.parent.chmod(0o1777)  # as /tmp: nobody replaces what is another's
+    assert wrong(looked_at(whole.model_copy(update={"keys": path}))) == {}
+
+
 def test_tokens_that_can_never_count(whole: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = {"jwt_keys": public_keys(tmp_path / "jwks.json"), "jwt_issuer": "i", "jwt_audience": "a"}
     assert wrong(looked_at(whole.model_copy(update=good))) == {}
