@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -16,11 +17,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file as a whole or not at all: after a crash it is what it was, or this. Raises OSError."""
+    """Write a small file as a whole or not at all: after a crash it is what it was, or this.
+
+    Raises OSError, with the file as it was.
+    """
     partial = path.with_suffix(".partial")
+    was_there, before = path.exists(), None
+    with suppress(OSError):
+        before = path.read_bytes()
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except OSError:
+        # Others read the file, and its writer is told that it was not written.
+        with suppress(OSError):
+            if before is not None:
+                partial.write_bytes(before)
+                partial.replace(path)
+            elif not was_there:
+                path.unlink()
+        raise
