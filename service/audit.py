@@ -29,6 +29,9 @@ _REFUSALS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 _STRANGERS = Principal(name="strangers", per_second=10, burst=100)
 """How many calls of nobody in particular are told of one by one: they must not be able to fill the disk."""
 
+MOST_WAITING = 100_000
+"""Lines that wait for a disk that hangs; further ones are counted in the next that is written, and not kept."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -42,6 +45,7 @@ class Audit(Hook):
         self._path = path
         self._strangers = RateLimits()
         self._left_out = 0
+        self._unwritten = 0
         self._torn = False  # whether the last line was written in part
         try:
             self._descriptor = _open(path)
@@ -72,9 +76,17 @@ class Audit(Hook):
             "code": code.name,
             "request_id": call.request_id,
         }
+        if self._lines.qsize() >= MOST_WAITING:
+            if not self._unwritten:
+                _log.error("audit log not written", reason="the disk does not take it as fast as calls end", line=line)
+            self._unwritten += 1
+            return
         if self._left_out:
             line["refusals_left_out"] = self._left_out
             self._left_out = 0
+        if self._unwritten:
+            line["lines_left_out"] = self._unwritten
+            self._unwritten = 0
         self._lines.put(json.dumps(line))
 
     def close(self) -> None:
