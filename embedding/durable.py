@@ -16,12 +16,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, restore: bool = False) -> None:
     """Write a file as a whole or not at all: after a crash it is what it was, or this.
 
-    Raises OSError where the disk refuses, and leaves nothing beside the file then.
+    Raises OSError where the disk refuses, and leaves nothing beside the file then. With `restore`, for small files that
+    others read, the file is as it was then even if only its folder could not be synced.
     """
     partial = path.with_suffix(".partial")
+    was_there, before = path.exists(), None
+    if restore:
+        with suppress(OSError):
+            before = path.read_bytes()
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -32,4 +37,14 @@ def replace_file(path: Path, data: bytes) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except OSError:
+        if restore:
+            with suppress(OSError):
+                if before is not None:
+                    partial.write_bytes(before)
+                    partial.replace(path)
+                elif not was_there:
+                    path.unlink()
+        raise

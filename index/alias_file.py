@@ -44,7 +44,7 @@ def text_of(targets: Mapping[str, str]) -> bytes:
 
 def write(path: Path, targets: Mapping[str, str]) -> None:
     """Write as a whole or not at all. Raises OSError."""
-    replace_file(path, text_of(targets))
+    replace_file(path, text_of(targets), restore=True)
 
 
 def read(path: Path) -> dict[str, str] | None:

@@ -86,10 +86,12 @@ class Readers:
         connection.close()
 
 
-def connect(path: Path, *, read_only: bool, advice: str = _COPY) -> sqlite3.Connection:
+def connect(
+    path: Path, *, read_only: bool, advice: str = _COPY, busy_seconds: float = BUSY_SECONDS
+) -> sqlite3.Connection:
     """A connection for any thread, in autocommit mode; commits are synced to the disk. The file must exist.
 
-    `advice` is what to do about a damaged file.
+    `advice` is what to do about a damaged file, `busy_seconds` how long to wait for another process that holds it.
     """
     try:
         if not path.is_file():
@@ -100,7 +102,7 @@ def connect(path: Path, *, read_only: bool, advice: str = _COPY) -> sqlite3.Conn
     except OSError as error:
         raise StorageFailed(f"the disk refused {path}: {error.strerror}; let this user read it") from error
     with translated(path, advice=advice):
-        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous = FULL")
     return connection
 
@@ -140,8 +142,28 @@ def translated(path: Path, *, advice: str = _COPY) -> Iterator[None]:
         if code in _DAMAGED:
             raise DamagedData(f"{path} is damaged ({error}); {advice}") from error
         if code in _BUSY:
-            raise Busy(f"{path} is in use by another process ({error}); try again") from error
+            raise Busy(f"{path} is in use by {_users(path)} ({error}); try again") from error
         if code in _REFUSED:
             name = getattr(error, "sqlite_errorname", "")
             raise StorageFailed(f"the disk refused {path}: {error} ({name}); nothing was changed") from error
         raise
+
+
+def _users(path: Path) -> str:
+    """The processes that keep others from writing to the file, as far as the system tells: Linux lists all locks.
+
+    SQLite's locks can only be asked for by a descriptor, and closing that would drop those of this process.
+    """
+    try:
+        files = [path, path.with_name(f"{path.name}-shm")]
+        inodes = {str(file.stat().st_ino) for file in files if file.exists()}
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        held = []
+    own = str(os.getpid())
+    found = {
+        each[4]
+        for each in held
+        if len(each) > 5 and each[3] == "WRITE" and each[5].rpartition(":")[2] in inodes and each[4] != own
+    }
+    return f"process {', '.join(sorted(found))}" if found else "another process"

@@ -343,6 +343,10 @@ class Gallery:
         """The gallery in numbers."""
         return stats_of(self._live)
 
+    def found_at_opening(self) -> Sequence[tuple[str, str]]:
+        """Files in its folder that were damaged when it was opened, each with what was wrong; it does without them."""
+        return tuple(self._live.found_at_opening)
+
     def close(self) -> None:
         """Refuse new writes, let running ones end, break off sealing, and close the files."""
         self._live.close()

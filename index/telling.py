@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 
 from embedding.errors import ResponseTooLarge
@@ -12,7 +13,7 @@ from index.items import JSON
 class Telling:
     """What one answer tells of its items. Make one for each question; threads may share it."""
 
-    __slots__ = ("_field", "_left", "_most", "many", "metadata")
+    __slots__ = ("_counting", "_field", "_left", "_most", "many", "metadata")
 
     def __init__(
         self, *, metadata: bool = True, most_bytes: int | None = None, field: str = "k", many: bool = False
@@ -27,14 +28,16 @@ class Telling:
         self.metadata = metadata
         self.many = many
         self._field = field
+        self._counting = threading.Lock()
         self._left = self._most = most_bytes
 
     def read(self, size: int) -> None:
         """Count `size` more bytes of metadata. Raises ResponseTooLarge."""
         if self._left is None:
             return
-        self._left -= size
-        if self._left < 0:
+        with self._counting:
+            self._left = left = self._left - size
+        if left < 0:
             raise ResponseTooLarge(
                 f"the metadata of the items found takes more than {self._most:,} bytes, and one answer carries less; "
                 f"lower {self._field}, leave out metadata by read_mask, or split the batch",

@@ -20,6 +20,7 @@ import structlog
 from embedding.errors import InvalidInput, RateLimited
 from service.call import Call
 from service.calls import Hook
+from service.passed_on import peer_of
 from service.principal import Principal
 from service.rate_limits import RateLimits
 from service.rights import RULES
@@ -27,6 +28,9 @@ from service.rights import RULES
 _REFUSALS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 _STRANGERS = Principal(name="strangers", per_second=10, burst=100)
 """How many calls of nobody in particular are told of one by one: they must not be able to fill the disk."""
+
+MOST_WAITING = 100_000
+"""Lines that wait for a disk that hangs; further ones are counted in the next that is written, and not kept."""
 
 _log = structlog.get_logger(__name__)
 
@@ -41,6 +45,8 @@ class Audit(Hook):
         self._path = path
         self._strangers = RateLimits()
         self._left_out = 0
+        self._unwritten = 0
+        self._torn = False  # whether the last line was written in part
         try:
             self._descriptor = _open(path)
         except OSError as error:
@@ -62,7 +68,7 @@ class Audit(Hook):
         line = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "caller": call.caller,
-            "peer": call.context.peer(),
+            "peer": peer_of(call.context),
             "method": call.method,
             "scope": rule.scope if rule else "",
             "resources": call.names,
@@ -70,9 +76,17 @@ class Audit(Hook):
             "code": code.name,
             "request_id": call.request_id,
         }
+        if self._lines.qsize() >= MOST_WAITING:
+            if not self._unwritten:
+                _log.error("audit log not written", reason="the disk does not take it as fast as calls end", line=line)
+            self._unwritten += 1
+            return
         if self._left_out:
             line["refusals_left_out"] = self._left_out
             self._left_out = 0
+        if self._unwritten:
+            line["lines_left_out"] = self._unwritten
+            self._unwritten = 0
         self._lines.put(json.dumps(line))
 
     def close(self) -> None:
@@ -89,7 +103,13 @@ class Audit(Hook):
                     opened = _open(self._path)
                     os.close(self._descriptor)
                     self._descriptor = opened
-                os.write(self._descriptor, f"{line}\n".encode())
+                    self._torn = False
+                # What was cut off ends here: other processes append too, and it cannot be taken back.
+                before = b"\n" if self._torn else b""
+                written = os.write(self._descriptor, before + f"{line}\n".encode()) - len(before)
+                self._torn = 0 < written <= len(line.encode()) or (self._torn and written < 0)
+                if written <= len(line.encode()):
+                    _log.error("audit log not written", reason="the disk took a part of it", line=line)
             except OSError as error:
                 _log.error("audit log not written", reason=error.strerror, line=line)
 

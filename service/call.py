@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from service.passed_on import peer_of
 from service.principal import ANYBODY, Principal, Scope
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Call:
         """Whose share of the server the call takes: the caller's, or else that of the address it comes from."""
         if self.caller:
             return self.caller
-        self._address = self._address or _address(self.context.peer())
+        self._address = self._address or _address(peer_of(self.context))
         return self._address
 
     @property

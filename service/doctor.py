@@ -2,7 +2,8 @@
 
 Every check answers with findings and raises nothing; a finding that is no `ok` says what to do. Nothing is changed: the
 galleries are opened for reading, beside a server that may hold them (`doctor_galleries.py`). Bundles are looked at by
-`doctor_models.py`; what a running server says is asked by `doctor_server.py`.
+`doctor_models.py`, who may call and what else the settings ask of this machine by `doctor_access.py`; what a running
+server says is asked by `doctor_server.py`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 
 from embedding.bundle import Bundle
 from embedding.errors import InvalidInput
+from index.catalog import LOCK
 from index.engine import GalleryEngine
 from service.certificate_dates import NotValid, expiry
+from service.doctor_access import access, surroundings
 from service.doctor_galleries import galleries
 from service.doctor_models import models
 from service.finding import Finding
@@ -44,6 +47,8 @@ def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = 
     yield from _packages()
     yield from _files_limit()
     yield from _tls(settings, now)
+    yield from access(settings, now)
+    yield from surroundings(settings)
     bundles: list[Bundle] = []
     yield from models(settings, bundles)
     yield from _folder(settings.galleries)
@@ -166,6 +171,14 @@ def _folder(folder: Path) -> Iterator[Finding]:
             state="fail",
             what=f"{folder} cannot be written to",
             do="give it to the user who runs the server (and this command): chown",
+        )
+    lock = folder / LOCK
+    if lock.exists() and (not lock.is_file() or not os.access(lock, os.R_OK | os.W_OK)):
+        yield Finding(
+            check="galleries",
+            state="fail",
+            what=f"{lock} is no file that can be written to: no server can hold the folder",
+            do="remove it while no server runs; one makes it anew. What a dead process has left holds nothing",
         )
     yield _free_space(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from embedding.bundle import Bundle
 from embedding.errors import LookalikeError, StorageFailed
-from index import Catalog, aliases
+from index import Catalog, Gallery, aliases
 from index.catalog import LOCK
 from index.engine import GalleryEngine
 from index.schema import OtherVersion
@@ -77,7 +77,7 @@ def _of_another_version(name: str, why: OtherVersion) -> Finding:
     )
 
 
-def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
+def _gallery(gallery: Gallery, models: dict[str, str], *, full: bool) -> Iterator[Finding]:
     check = f"gallery {gallery.id}"
     if models and gallery.model.fingerprint not in models:
         yield Finding(
@@ -101,6 +101,14 @@ def _gallery(gallery: GalleryEngine, models: dict[str, str], *, full: bool) -> I
             )
         if problems:
             return
+    for path, what in gallery.found_at_opening():
+        yield Finding(
+            check=check,
+            state="warn",
+            what=f"{path}: {what}",
+            do="nothing has to be done: a server takes the vectors from the store, and writes the segment anew; look "
+            "whether the disk is sound (dmesg, smartctl)",
+        )
     read = "every item agrees" if full else "opens"
     yield Finding(check=check, state="ok", what=f"{read}: {gallery.size:,} items of {gallery.model.name}")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embedding.bundle import Bundle
+from embedding.encoder import Encoder
 from embedding.errors import DamagedData, LookalikeError
 from service import standing
 from service.finding import Finding
@@ -17,11 +18,39 @@ def models(settings: Settings, answering: list[Bundle]) -> Iterator[Finding]:
     """Every check of the bundles; those that would answer, the active one first, are added to `answering`."""
     given: list[Bundle] = []
     for path in (settings.bundle, *settings.other_bundles):
-        yield from _bundle(path, given)
+        yield from _bundle(settings, path, given)
+    yield from _folder(settings)
     if len(given) == 1 + len(settings.other_bundles):
         yield from _activated(settings, given, answering)
     else:
         answering += given  # it would not start, as has been said
+
+
+def _folder(settings: Settings) -> Iterator[Finding]:
+    """The folder of further bundles; nothing is said of those that are sound, nor of their weights."""
+    if settings.models is None:
+        return
+    try:
+        damaged = Stock((), settings.models).damaged()
+    except LookalikeError as error:
+        yield Finding(check="models", state="fail", what=str(error), do="make the folder, or correct `models`")
+        return
+    for path, why in damaged.items():
+        yield Finding(
+            check=f"model {path.name}",
+            state="warn",
+            what=f"it cannot be activated: {why}",
+            do="restore the bundle from a copy, or take it out of the folder",
+        )
+
+
+def _encoder(settings: Settings, bundle: Bundle) -> Iterator[Finding]:
+    """Whether what runs the network is there."""
+    try:
+        Encoder(bundle, device=settings.device, runtime=settings.runtime, precision=settings.precision)
+    except LookalikeError as error:
+        what = str(error)
+        yield Finding(check="encoder", state="fail", what=what, do=f"correct {error.field or 'device or runtime'}")
 
 
 def _activated(settings: Settings, given: list[Bundle], answering: list[Bundle]) -> Iterator[Finding]:
@@ -56,7 +85,7 @@ def _activated(settings: Settings, given: list[Bundle], answering: list[Bundle])
             if same is not None:
                 answering.append(same)
             else:
-                yield from _bundle(stock.find(choice.model, choice.calibration).path, answering)
+                yield from _bundle(settings, stock.find(choice.model, choice.calibration).path, answering)
     except LookalikeError as error:
         answering[:] = given
         yield Finding(
@@ -75,7 +104,7 @@ def _activated(settings: Settings, given: list[Bundle], answering: list[Bundle])
     )
 
 
-def _bundle(path: Path, found: list[Bundle]) -> Iterator[Finding]:
+def _bundle(settings: Settings, path: Path, found: list[Bundle]) -> Iterator[Finding]:
     try:
         bundle = Bundle.load(path)
         bundle.network()
@@ -85,6 +114,7 @@ def _bundle(path: Path, found: list[Bundle]) -> Iterator[Finding]:
         )
         return
     found.append(bundle)
+    yield from _encoder(settings, bundle)
     calibration = bundle.calibration
     yield Finding(
         check="bundle",

@@ -66,6 +66,9 @@ _CODES: dict[type[domain.LookalikeError], grpc.StatusCode] = {
 }
 """A class stands for its subclasses too, unless they have a line of their own."""
 
+_ENDED = (grpc.aio.AbortError, grpc.aio.InternalError)
+"""What a call ends with that has been ended already: by us, or by its caller, who has gone and gets no status."""
+
 _log = structlog.get_logger(__name__)
 
 
@@ -83,7 +86,7 @@ class translated_errors:  # noqa: N801  # used as a context manager; a generator
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+        if not isinstance(error, Exception) or isinstance(error, _ENDED):
             return
         # The boundary: everything is answered, and what nobody foresaw is logged.
         if isinstance(error, domain.Overloaded) and not error.field:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 import grpc
@@ -19,8 +20,9 @@ from service.errors import translated_errors
 from service.feedback_store import FeedbackStore, Kept
 from service.made_decisions import Known, check_made, gathered
 from service.once import Once, gone_already, token_of
+from service.pool import Pool
 from service.rollout import Rollout
-from service.serving import Serving
+from service.serving import Serving, run_in
 
 MAX_CASES = 1024
 """Most cases of one RecordFeedback."""
@@ -42,16 +44,26 @@ _VERDICT_NUMBERS = {name: number for number, name in _VERDICTS.items()}
 class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
     """What decisions turned out to be."""
 
-    def __init__(self, store: FeedbackStore, rollout: Rollout, serving: Serving, once: Once) -> None:
+    def __init__(
+        self, store: FeedbackStore, rollout: Rollout, serving: Serving, once: Once, *, waiting: int, seconds: float
+    ) -> None:
+        """At most `waiting` calls wait for the store, and none that would wait longer than `seconds`."""
         self._store = store
         self._rollout = rollout
         self._serving = serving
         self._once = once
+        # A thread of its own: the store has one connection, and where another process holds it searches go on.
+        self._pool = Pool(threads=1, most=waiting, seconds=seconds)
+
+    def close(self) -> None:
+        """Let running work end, and close the store."""
+        self._pool.close()
+        self._store.close()
 
     async def RecordFeedback(self, request: pb.RecordFeedbackRequest, context: Context) -> pb.RecordFeedbackResponse:
         async with translated_errors(context):
             parse.check_batch(request.feedback, most=MAX_CASES, path="feedback")
-            serving = self._serving.current
+            self._serving.check_ready()
             here = [(each.name, each.fingerprint, each.calibration) for each in await self._rollout.described()]
             read: list[Feedback] = []
             wrong = parse.Violations()
@@ -67,13 +79,14 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
                 answer = self._store.record(checked, _recorded, token_of(request), calibrations=here)
                 return pb.RecordFeedbackResponse.FromString(answer)
 
-            return await serving.run(record)
+            return await run_in(self._pool, "store", record)
 
     async def ListFeedback(self, request: pb.ListFeedbackRequest, context: Context) -> pb.ListFeedbackResponse:
         async with translated_errors(context):
             size, after = parse.page_size(request.page_size), _after(request.page_token)
             model = parse.model_name(request.model, "model") if request.model else ""
-            found = await self._serving.current.run(self._store.page, after, size + 1, model)
+            self._serving.check_ready()
+            found = await run_in(self._pool, "store", lambda: self._store.page(after, size + 1, model))
             shown, following = pages.page(
                 "feedback",
                 found,
@@ -97,7 +110,10 @@ class FeedbackService(feedback_pb2_grpc.FeedbackServiceServicer):
                 return pb.DeleteFeedbackResponse()
 
             return await self._once.done(
-                request, pb.DeleteFeedbackResponse, serving, lambda again: serving.run(delete, again)
+                request,
+                pb.DeleteFeedbackResponse,
+                serving,
+                lambda again: run_in(self._pool, "store", partial(delete, again)),
             )
 
 
@@ -197,6 +213,6 @@ def _message(number: int, known: Feedback) -> pb.Feedback:
 
 def _after(page_token: str) -> int:
     name = name_of_page_token(page_token, "feedback")
-    if name and not name.isdecimal():
+    if name and not _NAME.fullmatch(f"feedback/{name}"):
         raise InvalidInput("page_token is not one that this listing returned; leave it out", field="page_token")
     return int(name or 0)

@@ -12,10 +12,16 @@ from typing import Any
 
 import grpc
 
+from embedding.errors import NotReady
+from service.errors import translated_errors
+from service.passed_on import PREFIX, said_of
 from service.settings import Settings
 
-_HOP = ("grpc-", ":", "te", "content-type", "user-agent")
-"""Metadata that each connection makes for itself."""
+_HOP = ("grpc-", ":", PREFIX)
+_HOPS = {"te", "content-type", "user-agent"}
+"""Metadata that each connection makes for itself: how its names begin, and whole names."""
+_DETAILS = "grpc-status-details-bin"
+"""What the statuses of our own have."""
 
 
 class Forwarding(grpc.GenericRpcHandler):
@@ -66,7 +72,12 @@ class Forwarding(grpc.GenericRpcHandler):
     async def _forwarded(
         self, method: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[bytes]:
-        metadata = [(key, value) for key, value in context.invocation_metadata() or () if not key.startswith(_HOP)]
+        metadata = [
+            (key, value)
+            for key, value in context.invocation_metadata() or ()
+            if key not in _HOPS and not key.startswith(_HOP)
+        ]
+        metadata += said_of(context)
         ask: Any = self._channel.stream_stream(method)
         call = ask(requests, metadata=metadata, timeout=context.time_remaining())
         try:
@@ -75,6 +86,12 @@ class Forwarding(grpc.GenericRpcHandler):
             context.set_trailing_metadata(tuple(await call.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
             trailing: Any = tuple(error.trailing_metadata() or ())
+            if error.code() is grpc.StatusCode.UNAVAILABLE and not any(key == _DETAILS for key, _ in trailing):
+                async with translated_errors(context):  # gRPC's own words would be of sockets of ours
+                    raise NotReady(
+                        "the process that answers this call is away, and comes back by itself; try again, a write "
+                        "under the same request_id: it may have been done"
+                    ) from error
             await context.abort(error.code(), error.details() or "", trailing)
         finally:
             call.cancel()  # when the caller has gone

@@ -100,7 +100,11 @@ class GalleryService(ItemMethods):
                 return pb.DeleteGalleryResponse()
 
             return await self._once.done(
-                request, pb.DeleteGalleryResponse, serving, lambda again: serving.run(delete, again)
+                request,
+                pb.DeleteGalleryResponse,
+                serving,
+                lambda again: serving.run(delete, again),
+                makes_room=True,
             )
 
 

@@ -141,7 +141,11 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 return pb.DeleteSnapshotResponse()
 
             return await self._once.done(
-                request, pb.DeleteSnapshotResponse, serving, lambda again: serving.run(delete, again)
+                request,
+                pb.DeleteSnapshotResponse,
+                serving,
+                lambda again: serving.run(delete, again),
+                makes_room=True,
             )
 
     async def RestoreGallery(self, request: pb.RestoreGalleryRequest, context: Context) -> pb.RestoreGalleryResponse:

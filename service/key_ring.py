@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -12,9 +13,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from embedding.durable import sync_folder
-from embedding.errors import AlreadyExists, InvalidInput, NotFound, StorageFailed
+from embedding.errors import AlreadyExists, Busy, InvalidInput, NotFound, StorageFailed
 from service.keys import KeyFile, Record, digest, make_key, read
 from service.principal import Scope
+
+LOCK_SECONDS = 10.0
+"""How long a change waits for another one, which takes milliseconds."""
+
+_LOOK_SECONDS = 0.02
 
 _ACCEPTED = {
     "name": "1 to 64 letters, digits and . _ @ -, the first a letter or digit",
@@ -110,14 +116,36 @@ class KeyRing:
     def _changing(self) -> Iterator[tuple[list[Record], _Write]]:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.with_name(f"{self._path.name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with _held(self._path):
                 records = list(read(self._path).keys) if self._path.exists() else []
                 yield records, _Write(self._path)
         except OSError as error:
             raise StorageFailed(
                 f"the disk refused {error.filename or self._path}: {error.strerror or error}"
             ) from error
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Nobody else changes the file within. Raises Busy, naming the process that does, and OSError."""
+    lock = path.with_name(f"{path.name}.lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        until = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+                    raise Busy(f"process {holder} is changing {path}; wait until it has ended, or stop it") from None
+                time.sleep(_LOOK_SECONDS)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _Write:
@@ -133,7 +161,8 @@ class _Write:
         if self._path.exists():  # made by root, read by the server's user: that stays so
             state = self._path.stat()
             mode, owner = state.st_mode & 0o755, (state.st_uid, state.st_gid)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        partial.unlink(missing_ok=True)  # of a process that was killed; never written through, it may be a link
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             os.fchmod(descriptor, mode)
             if owner is not None and owner != (os.geteuid(), os.getegid()):

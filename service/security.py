@@ -8,7 +8,6 @@ our own services alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -26,6 +25,7 @@ from service.call import Call
 from service.calls import Hook
 from service.keys import PREFIX, Keys
 from service.operations import Operations
+from service.passed_on import certificate_names
 from service.principal import ANYBODY, Principal, Scope
 from service.rate_limits import RateLimits
 from service.rights import RULES, Rule, elements, named
@@ -101,7 +101,8 @@ class Security(Hook):
             else:
                 raise CredentialsInvalid(f"not an API key of this server; they begin with {PREFIX}")
         else:
-            registered = self._keys.of_certificate(_names(context)) if self._keys and self._certificates else None
+            asked = self._keys if self._certificates else None
+            registered = asked.of_certificate(certificate_names(context)) if asked is not None else None
             if registered is None:
                 raise CredentialsMissing(
                     "this server asks who calls: send an API key as metadata `authorization: Bearer KEY`; the "
@@ -118,7 +119,7 @@ class Security(Hook):
 
     def _somebody(self, context: grpc.aio.ServicerContext[Any, Any]) -> Principal:
         """Whoever the certificate names: where no keys are asked for, every certificate that leads to a root counts."""
-        name = next(_names(context), "")
+        name = next(iter(certificate_names(context)), "")
         return Principal(name=f"certificate:{name}", scopes=ANYBODY.scopes, galleries=ANYBODY.galleries)
 
     def _worked_on(self, operation: str) -> str:
@@ -164,24 +165,25 @@ def _unexpired(principal: Principal) -> Principal:
 
 
 def _credential(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """The key or token that the call carries; empty when it has none. Raises CredentialsInvalid for another kind."""
+    """The key or token that the call carries; empty when it has none.
+
+    Raises CredentialsInvalid for another kind, and for several: whatever stands before the server may have looked at
+    another one of them.
+    """
+    found = ""
     for key, value in context.invocation_metadata() or ():
         if key == "authorization" and isinstance(value, str):
             if value[: len(_BEARER)].lower() != _BEARER:
                 raise CredentialsInvalid("authorization must be `Bearer` and a key or token")
-            return value[len(_BEARER) :].strip()
-        if key == "x-api-key" and isinstance(value, str):
-            return value.strip()
-    return ""
-
-
-def _names(context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[str]:
-    """What the client's certificate says it is: alternative names, then its common name."""
-    shown: dict[str, Iterable[bytes]] = dict(context.auth_context())
-    for name in shown.get("x509_subject_alternative_name", ()):
-        yield name.decode("utf-8", "replace")
-    for name in shown.get("x509_common_name", ()):
-        yield f"CN={name.decode('utf-8', 'replace')}"
+            shown = value[len(_BEARER) :].strip()
+        elif key == "x-api-key" and isinstance(value, str):
+            shown = value.strip()
+        else:
+            continue
+        if found and shown != found:
+            raise CredentialsInvalid("the call carries several keys or tokens; send one")
+        found = shown
+    return found
 
 
 def _tokens(settings: Settings) -> Tokens | None:

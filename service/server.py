@@ -190,7 +190,14 @@ class Server:
         self._security = Security(settings, self._serving, self._operations)
         self._audit = None if settings.audit_log is None else Audit(settings.audit_log)
         self._once = Once(settings.galleries)
-        self._feedback = FeedbackStore(settings.galleries)
+        self._feedback = FeedbackService(
+            FeedbackStore(settings.galleries),
+            self._rollout,
+            self._serving,
+            self._once,
+            waiting=settings.max_waiting_tasks,
+            seconds=settings.max_queue_seconds,
+        )
         # Who observes comes first, and is told of the end of calls that security refuses.
         hooks = (self._metrics, self._tracing, self._audit, self._security, admission, self._serving)
         self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
@@ -267,6 +274,7 @@ class Server:
             await self._forwarding.close()
         if self._audit is not None:
             await asyncio.to_thread(self._audit.close)
+        await self._once.finished()
         await asyncio.to_thread(self._once.close)
         await asyncio.to_thread(self._feedback.close)
         if self._serving.every:
@@ -301,8 +309,7 @@ class Server:
             ModelService(self._rollout, self._serving, self._once), server
         )
         alias_pb2_grpc.add_AliasServiceServicer_to_server(AliasService(self._serving, self._once), server)
-        feedback = FeedbackService(self._feedback, self._rollout, self._serving, self._once)
-        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(feedback, server)
+        feedback_pb2_grpc.add_FeedbackServiceServicer_to_server(self._feedback, server)
         upkeep = UpkeepService(self._serving, self._operations, self._once)
         upkeep_pb2_grpc.add_UpkeepServiceServicer_to_server(upkeep, server)
         operations_pb2_grpc.add_OperationsServicer_to_server(OperationsService(self._operations), server)

@@ -127,17 +127,7 @@ class AsyncEngine:
     async def _run(
         self, stage: str, function: Callable[[], R], *, admitted: bool = False, then_seconds: float = 0.0
     ) -> R:
-        """The same as this stage; a call that is `admitted` has been worked on and is not refused any more, and another
-        waits for `then_seconds` elsewhere afterwards."""
-        caller, seconds_left, patient = _account()
-        return await self.pool.run(
-            partial(Work().run, stage, function),
-            caller=caller,
-            seconds_left=seconds_left,
-            patient=patient,
-            admitted=admitted,
-            then_seconds=then_seconds,
-        )
+        return await run_in(self.pool, stage, function, admitted=admitted, then_seconds=then_seconds)
 
     async def warm_up(self) -> None:
         """Make the first caller's image as fast as the next."""
@@ -178,6 +168,10 @@ class Serving(Hook):
     def current(self) -> AsyncEngine:
         """The engine that answers. Raises NotReady until there is one."""
         return self._taken(self._ready()[0])
+
+    def check_ready(self) -> None:
+        """Raises NotReady until there is an engine that answers."""
+        self._ready()
 
     @property
     def all(self) -> list[AsyncEngine]:
@@ -271,6 +265,25 @@ class Serving(Hook):
             call.engines.append(engine)
             engine.take(call)
         return engine
+
+
+async def run_in(
+    pool: Pool, stage: str, function: Callable[[], R], *, admitted: bool = False, then_seconds: float = 0.0
+) -> R:
+    """Call a blocking function in a pool, as this stage and on account of the current call.
+
+    One that is `admitted` has been worked on and is not refused any more, and another waits for `then_seconds`
+    elsewhere afterwards. Raises Overloaded.
+    """
+    caller, seconds_left, patient = _account()
+    return await pool.run(
+        partial(Work().run, stage, function),
+        caller=caller,
+        seconds_left=seconds_left,
+        patient=patient,
+        admitted=admitted,
+        then_seconds=then_seconds,
+    )
 
 
 def _account() -> tuple[str, float | None, bool]:

@@ -23,6 +23,9 @@ RECEIPTS_IF_NEEDED = RECEIPTS.replace("CREATE TABLE", "CREATE TABLE IF NOT EXIST
 ASIDE = ".damaged-"
 """What stands in the name of a damaged store that was set aside, before the time of day."""
 
+BUSY_SECONDS = 2.0
+"""How long to wait for another process that holds the store: an operator's shell, or a copy being made."""
+
 T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
@@ -104,7 +107,7 @@ class SideStore:
         if self._connection is None:
             if not self.path.exists():
                 self._make()
-            connection = connect(self.path, read_only=False, advice=self._advice)
+            connection = connect(self.path, read_only=False, advice=self._advice, busy_seconds=BUSY_SECONDS)
             try:
                 # Looked at before anything is made in it: what is another's is left as it is.
                 _check(connection, self.path, self._tables, self._advice, whole=whole, new=True)

@@ -80,7 +80,9 @@ def write(galleries: Path, standing: Standing) -> None:
     path = galleries / FILE
     try:
         galleries.mkdir(parents=True, exist_ok=True)
-        replace_file(path, _Summed(**dict(standing), sha256=standing.sum).model_dump_json(indent=1).encode())
+        replace_file(
+            path, _Summed(**dict(standing), sha256=standing.sum).model_dump_json(indent=1).encode(), restore=True
+        )
     except OSError as error:
         raise StorageFailed(f"the disk refused {path}: {error.strerror or error}; nothing was activated") from error
 

@@ -66,6 +66,16 @@ class Stock:
                     self._reported[path] = str(error)
         return found
 
+    def damaged(self) -> dict[Path, LookalikeError]:
+        """The bundles of the folder that are not sound, each with why. Raises InvalidInput and StorageFailed."""
+        found: dict[Path, LookalikeError] = {}
+        for path in self._in_folder():
+            try:
+                self._described(path)
+            except LookalikeError as error:
+                found[path] = error
+        return found
+
     def find(self, model: str, calibration: int = 0) -> Described:
         """The bundle of this model with this calibration, 0 for its newest.
 

@@ -20,6 +20,9 @@ from service.watched import Watched
 
 if TYPE_CHECKING:
     import jwt
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+    _Key = jwt.PyJWK | RSAPublicKey
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 """What may be asked for: signatures by a private key. `none`, and HMAC, whose key is no public one, never count."""
@@ -28,6 +31,9 @@ MAX_TOKEN = 8192
 """Longest token, in characters."""
 MAX_KNOWN = 4096
 """Verified tokens remembered, so that a signature is checked once and not for each call."""
+
+MIN_RSA_BITS = 2048
+"""RFC 7518, section 3.3."""
 
 _NAME = 128
 
@@ -91,14 +97,9 @@ class Tokens:
             raise CredentialsInvalid(f"the token is over {MAX_TOKEN:,} characters long")
         try:
             header = jwt.get_unverified_header(token)
-            key = self._keys.get(str(header.get("kid", "")))
-            if key is None and len(self._keys) == 1 and "kid" not in header:
-                key = next(iter(self._keys.values()))
-            if key is None:
-                raise CredentialsInvalid("the token is signed by a key that this server does not know")
             claims = jwt.decode(
                 token,
-                key,
+                self._key(header),
                 algorithms=self._algorithms,
                 issuer=self._issuer,
                 audience=self._audience,
@@ -111,7 +112,21 @@ class Tokens:
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise CredentialsInvalid(f"the token does not count here: {' '.join(str(error).split())[:200]}") from error
 
+    def _key(self, header: Mapping[str, Any]) -> _Key:
+        """The key that a token names, or the only one for a token that names none. Raises CredentialsInvalid."""
+        kid = str(header.get("kid", ""))
+        if kid not in self._keys:
+            self._look(at_once=True)  # it may have been published just now
+        key = self._keys.get(kid)
+        if key is None and len(self._keys) == 1 and "kid" not in header:
+            key = next(iter(self._keys.values()))
+        if key is None:
+            raise CredentialsInvalid("the token is signed by a key that this server does not know")
+        return key
+
     def _principal(self, claims: Mapping[str, Any]) -> Principal:
+        if not str(claims["sub"]).strip():
+            raise CredentialsInvalid("the token names nobody: its `sub` is empty")
         wanted = _words(claims.get(self._scopes_claim, ()))
         galleries = claims.get(self._galleries_claim)
         return Principal(
@@ -121,8 +136,8 @@ class Tokens:
             expires=float(claims["exp"]) + self._leeway,
         )
 
-    def _look(self) -> None:
-        if not self._jwks.has_changed():
+    def _look(self, *, at_once: bool = False) -> None:
+        if not self._jwks.has_changed(at_once=at_once):
             return
         keys = self._jwks.read_again(_read, failed="keys of tokens not read; those in use stay")
         if keys is not None:
@@ -131,21 +146,51 @@ class Tokens:
             _log.info("keys of tokens read", file=str(self._jwks.path), keys=len(self._keys))
 
 
-def _read(path: Path) -> dict[str, jwt.PyJWK]:
+def _read(path: Path) -> dict[str, _Key]:
+    """The keys for signatures by id. Raises InvalidInput."""
     try:
         import jwt
     except ImportError as error:
         raise InvalidInput("tokens need PyJWT: run pip install 'lookalike[jwt]'", field="jwt_keys") from error
     try:
-        found = jwt.PyJWKSet.from_dict(json.loads(path.read_bytes())).keys
+        listed = json.loads(path.read_bytes())["keys"]
     except OSError as error:
         raise InvalidInput(f"jwt_keys: cannot read {path}: {error.strerror}", field="jwt_keys") from error
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError) as error:
-        raise InvalidInput(f"jwt_keys: {path} is no JWK set: {error}", field="jwt_keys") from error
-    keys = {str(key.key_id or ""): key for key in found if key.key_type in {"RSA", "EC", "OKP"}}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InvalidInput(
+            f'jwt_keys: {path} is no JWK set ({type(error).__name__}); it is JSON: {{"keys": [KEY, …]}}',
+            field="jwt_keys",
+        ) from error
+    keys: dict[str, _Key] = {}
+    for each in listed if isinstance(listed, list) else []:
+        if not isinstance(each, dict) or each.get("kty") not in {"RSA", "EC", "OKP"} or not _signs(each):
+            continue
+        kid = str(each.get("kid") or "")
+        if "d" in each:
+            raise InvalidInput(
+                f"jwt_keys: {path} holds the private key {kid[:80]!r}; publish its public part alone, and make another "
+                "key where others have read it",
+                field="jwt_keys",
+            )
+        try:
+            key = jwt.PyJWK(each)
+        except (jwt.PyJWTError, ValueError, TypeError):
+            continue  # of a kind or curve that does not count here, or damaged: others of the set do
+        bits = getattr(key.key, "key_size", 0) if key.key_type == "RSA" else MIN_RSA_BITS
+        if bits < MIN_RSA_BITS:
+            _log.warning("a key of tokens is too short to be safe, and does not count", kid=kid[:80], bits=bits)
+            continue
+        # PyJWT would take one that names no algorithm for a key of RS256 alone.
+        keys[kid] = key.key if key.key_type == "RSA" and not each.get("alg") else key
     if not keys:
         raise InvalidInput(f"jwt_keys: {path} holds no public key of type RSA, EC or OKP", field="jwt_keys")
     return keys
+
+
+def _signs(key: Mapping[str, Any]) -> bool:
+    """Whether the key is for signatures, as far as it says. RFC 7517, sections 4.2 and 4.3."""
+    uses = key.get("key_ops", ["verify"])
+    return key.get("use", "sig") == "sig" and isinstance(uses, list) and "verify" in uses
 
 
 def _words(claim: Any) -> tuple[str, ...]:

@@ -48,6 +48,8 @@ def doctor(
 
     Give it the settings that the server gets. It changes nothing and may run beside a server.
     """
+    import structlog
+
     from embedding.errors import LookalikeError
     from service.doctor import looked_at
     from service.doctor_server import asked
@@ -55,7 +57,9 @@ def doctor(
     from service.server import SERVICES
     from service.settings_sources import Flag, Origins, set_flags
 
-    logging.disable(logging.ERROR)  # what is logged about what is found is told as a finding
+    # What is logged about what is found is told as a finding.
+    logging.disable(logging.ERROR)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     findings: list[Finding] = []
 
     def tell(finding: Finding) -> None:

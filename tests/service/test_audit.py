@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 import structlog
 from google.protobuf import struct_pb2
+from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
@@ -209,3 +213,64 @@ def test_nothing_that_is_sent_is_logged_anywhere(audited: Audited, caplog: pytes
             part = sent[8 : 8 + size]
             for spelled in (part.hex(), str(part)[2:-1], base64.b64encode(part[: size - size % 3]).decode()):
                 assert spelled not in logs
+
+
+def test_a_line_that_a_full_disk_cut_off_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one was appended to what there was of it, and neither could be read."""
+    path = tmp_path / "audit.jsonl"
+    audit, whole, room = Audit(path), os.write, iter((1000, 9, 0, 1, 12, 1000, 1000))
+
+    def write(descriptor: int, data: bytes) -> int:
+        if descriptor != audit._descriptor:
+            return whole(descriptor, data)
+        left = next(room)
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(descriptor, data[:left])
+
+    monkeypatch.setattr("service.audit.os.write", write)
+    with capture_logs() as logs:
+        for number in range(7):
+            audit._lines.put(json.dumps({"number": number}))
+        audit.close()
+    readable = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            readable.append(json.loads(line)["number"])
+    assert readable == [0, 5, 6]
+    assert [json.loads(line["line"])["number"] for line in logs] == [1, 2, 3, 4], "the log has what the file has not"
+
+
+def test_lines_that_a_disk_that_hangs_does_not_take_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.audit.MOST_WAITING", 3)
+    audit, whole, hangs = Audit(tmp_path / "audit.jsonl"), os.write, threading.Event()
+
+    def write(descriptor: int, data: bytes) -> int:
+        if descriptor == audit._descriptor:
+            hangs.wait(timeout=60)
+        return whole(descriptor, data)
+
+    def ended() -> None:
+        call: Any = SimpleNamespace(
+            method="/lookalike.v1.GalleryService/CreateGallery", caller="", names=[], requests=1, request_id="r",
+            context=SimpleNamespace(peer=lambda: "ipv4:127.0.0.1:1", invocation_metadata=tuple),
+        )  # fmt: skip
+        audit.ended(call, grpc.StatusCode.OK)
+
+    monkeypatch.setattr("service.audit.os.write", write)
+    ended()
+    while audit._lines.qsize():
+        pass  # the writer has taken it, and hangs
+    with capture_logs() as logs:
+        for _ in range(10):
+            ended()
+    assert [line["log_level"] for line in logs] == ["error"]
+    hangs.set()
+    while audit._lines.qsize():
+        pass
+    ended()
+    audit.close()
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [line.get("lines_left_out", 0) for line in lines] == [0, 0, 0, 0, 7]

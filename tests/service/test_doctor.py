@@ -7,21 +7,19 @@ import logging
 import os
 import resource
 import shutil
-import socket
 import sqlite3
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import pytest
+import structlog
 
 from embedding.bundle import Bundle
-from index import Catalog, ModelRef, aliases
+from index import Catalog, aliases
 from index.aliases import Aliases
 from index.items import Item
 from index.live import SEGMENTS, STORE
@@ -29,43 +27,22 @@ from index.receipts import Token
 from index.schema import SCHEMA_VERSION
 from index.shelf import FOLDER, Shelf
 from lookalike.__main__ import main
-from lookalike.v1 import gallery_pb2, model_pb2, search_pb2
+from lookalike.v1 import gallery_pb2, model_pb2
 from service import doctor, feedback_store, once, standing
 from service.certificate_dates import NotValid, expiry
 from service.doctor import looked_at
 from service.doctor_server import asked
 from service.feedback_store import FeedbackStore
-from service.finding import Finding
-from service.key_ring import KeyRing
 from service.once import Ledger
-from service.server import SERVICES, Server
+from service.server import SERVICES
 from service.settings import Settings
 from tests.authority import Authority
 from tests.processes import environment
-from tests.service.harness import DIM, Loop, Stubs, connected, encoded, make_bundle, served
-from tests.service.test_drift import referenced
+from tests.service.deployed import referenced, whole, wrong
+from tests.service.harness import DIM, Loop, connected, make_bundle, served
 from tests.service.test_side_store import spoil
 
-__all__ = ["referenced"]  # a fixture of another module
-
-
-def wrong(findings: Iterator[Finding]) -> dict[str, Finding]:
-    """The findings that are not ok, by check; each says what to do."""
-    found = {finding.check: finding for finding in findings if finding.state != "ok"}
-    assert all(finding.do for finding in found.values())
-    return found
-
-
-@pytest.fixture
-def whole(settings: Settings, referenced: Bundle, tmp_path: Path) -> Settings:
-    """A deployment with nothing wrong: a bundle, a gallery of its model, a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    galleries = tmp_path / "deployed"
-    model = ModelRef(name=referenced.name, fingerprint=referenced.fingerprint, embedding_dim=referenced.embedding_dim)
-    with Catalog(galleries) as catalog:
-        catalog.create("kept", model)
-    return settings.model_copy(update={"bundle": referenced.path, "galleries": galleries, "port": port})
+__all__ = ["referenced", "whole"]  # fixtures of another module
 
 
 def test_nothing_is_found_where_nothing_is_wrong(whole: Settings) -> None:
@@ -168,7 +145,7 @@ def test_a_damaged_segment_is_found_by_reading_it_all(whole: Settings) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert "gallery kept" not in wrong(looked_at(whole))  # it answers from the store
+    assert wrong(looked_at(whole))["gallery kept"].state == "warn", "it answers from the store"
     assert wrong(looked_at(whole, full=True))["gallery kept"].state == "fail"
 
 
@@ -305,58 +282,6 @@ def test_an_expired_certificate(whole: Settings, tmp_path: Path, monkeypatch: py
     assert [f.state for f in looked_at(secure) if f.check == "TLS"][-1] == "fail"
 
 
-def test_a_server_that_is_well(loop: Loop, whole: Settings) -> None:
-    running = whole.model_copy(update={"metrics_port": 0})
-    with served(loop, running) as server:
-        told = running.model_copy(update={"port": server.port, "metrics_port": server.metrics_port})
-        findings = list(asked(told, services=SERVICES))
-    assert wrong(iter(findings)) == {}
-    assert {finding.check for finding in findings} >= {"server", "model", "metrics", *SERVICES}
-
-
-def test_a_server_that_is_not_there(whole: Settings) -> None:
-    assert {check: f.state for check, f in wrong(asked(whole)).items()} == {"server": "warn"}
-    assert wrong(asked(whole, target=f"127.0.0.1:{whole.port}"))["server"].state == "fail"
-
-
-def test_a_server_that_listens_elsewhere(loop: Loop, whole: Settings) -> None:
-    """Its folder is held: to start another one, as for a server that is not there, would fail."""
-    with served(loop, whole.model_copy(update={"port": 0})):
-        found = wrong(asked(whole))
-    assert {check: f.state for check, f in found.items()} == {"server": "fail"}
-    assert f"process {os.getpid()} writes to" in found["server"].what
-    assert "correct `host`" in found["server"].do
-
-
-def test_a_target_without_a_port(whole: Settings) -> None:
-    assert "names no port" in wrong(asked(whole, target="localhost"))["server"].what
-
-
-def test_a_server_that_is_full(loop: Loop, whole: Settings) -> None:
-    with (
-        served(loop, whole.model_copy(update={"port": 0, "max_calls": 1})) as server,
-        connected(server.address) as stubs,
-    ):
-        sent: SimpleQueue[search_pb2.StreamSearchRequest | None] = SimpleQueue()
-        answers = stubs.search.StreamSearch(iter(sent.get, None))
-        sent.put(search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery="galleries/kept", k=1)))
-        sent.put(search_pb2.StreamSearchRequest(id="one", query=encoded(1)))
-        next(answers)
-        found = wrong(asked(whole.model_copy(update={"port": server.port}), services=SERVICES))
-        sent.put(None)
-    assert {check: f.state for check, f in found.items()} == {"model": "warn"}
-    assert "it is full" in found["model"].do
-
-
-def test_a_server_that_asks_for_keys(loop: Loop, whole: Settings, tmp_path: Path) -> None:
-    KeyRing(tmp_path / "keys.json").create("somebody", scopes=["read"], galleries=["*"])
-    own = whole.model_copy(update={"port": 0, "keys": tmp_path / "keys.json"})
-    with served(loop, own) as server:
-        found = wrong(asked(own.model_copy(update={"port": server.port}), services=SERVICES))
-    assert {check: f.state for check, f in found.items()} == {"model": "warn"}
-    assert "LOOKALIKE_API_KEY" in found["model"].do
-
-
 def test_a_store_that_may_not_be_read(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Path.is_file
 
@@ -369,58 +294,6 @@ def test_a_store_that_may_not_be_read(whole: Settings, monkeypatch: pytest.Monke
     found = wrong(looked_at(whole))
     assert {check: f.state for check, f in found.items()} == {"gallery kept": "fail"}
     assert "rights" in found["gallery kept"].do
-
-
-def test_a_server_that_serves_another_model(server: Server, whole: Settings, tmp_path: Path) -> None:
-    other = make_bundle(tmp_path / "another", seed=11)
-    told = whole.model_copy(update={"port": server.port, "bundle": other.path})
-    assert {check: f.state for check, f in wrong(asked(told)).items()} == {"model": "warn"}
-
-
-def test_a_server_that_drains(loop: Loop, server: Server, stubs: Stubs, whole: Settings) -> None:
-    loop.run(server._say(2))  # NOT_SERVING
-    try:
-        found = wrong(asked(whole, target=server.address))
-    finally:
-        loop.run(server._say(1))
-    assert found["server"].state == "fail"
-    assert "NOT_SERVING" in found["server"].what
-
-
-def test_something_else_on_the_port(whole: Settings) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-
-        def hang_up() -> None:
-            while True:
-                try:
-                    other.accept()[0].close()
-                except OSError:
-                    return
-
-        answering = threading.Thread(target=hang_up)
-        answering.start()
-        port = other.getsockname()[1]
-        found = wrong(asked(whole.model_copy(update={"port": port, "metrics_port": port})))
-        other.shutdown(socket.SHUT_RDWR)
-    answering.join()
-    assert {check: finding.state for check, finding in found.items()} == {"server": "fail", "metrics": "fail"}
-
-
-def test_a_server_with_tls(loop: Loop, whole: Settings, tmp_path: Path) -> None:
-    authority = Authority()
-    certificate, key = authority.issue("server").write(tmp_path, "server")
-    secure = whole.model_copy(update={"tls_certificate": certificate, "tls_key": key, "port": 0})
-    with served(loop, secure) as server:
-        told = secure.model_copy(update={"port": server.port})
-        assert wrong(asked(told)) == {}
-        renewed, _ = authority.issue("other").write(tmp_path, "renewed")
-        stale = wrong(asked(told.model_copy(update={"tls_certificate": renewed})))
-        assert stale["server"].state == "fail"
-        assert wrong(asked(whole.model_copy(update={"port": server.port})))["server"].state == "fail"
-    with served(loop, whole.model_copy(update={"port": 0})) as server:
-        plain = wrong(asked(secure.model_copy(update={"port": server.port})))["server"]
-        assert "does not speak TLS" in plain.what
-        assert "restart it with these settings" in plain.do
 
 
 @pytest.fixture
@@ -436,8 +309,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
         assert not err, err
         return code, out
 
+    before = structlog.get_config()
     yield run
     logging.disable(logging.NOTSET)  # it is the command's process, and here it is not
+    structlog.configure(**before)
 
 
 def test_the_command(whole: Settings, tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import sqlite3
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +15,7 @@ from structlog.testing import capture_logs
 from embedding import errors as domain
 from lookalike.v1 import common_pb2, match_pb2
 from service import errors
+from service.errors import translated_errors
 from tests.client.flaky import Context, Flaky, serving
 from tests.service.harness import Loop, Stubs, encoded, info, refused, rich
 
@@ -135,3 +138,34 @@ def test_clients_that_read_no_details_are_told_when_to_repeat(
     ):
         channel.unary_unary("/a.B/C")(b"", timeout=timeout)
     assert dict(caught.value.trailing_metadata()).get("grpc-retry-pushback-ms") == told
+
+
+class Gone:
+    """The context of a call whose caller has gone: gRPC does not get the status through."""
+
+    def __init__(self) -> None:
+        self.aborted: list[grpc.StatusCode] = []
+
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> float:
+        return -0.001
+
+    async def abort(self, code: grpc.StatusCode, details: str, trailing: object) -> None:
+        self.aborted.append(code)
+        raise grpc.aio.InternalError('Failed "execute_batch"')
+
+
+def test_a_caller_who_has_gone_is_no_error_of_ours() -> None:
+    """It was logged as unforeseen, with a traceback, for each call whose deadline had just passed."""
+    gone = Gone()
+
+    async def ended() -> None:
+        context: Any = gone
+        async with translated_errors(context), translated_errors(context):
+            raise domain.DeadlineExceeded("the time limit passed")
+
+    with capture_logs() as logs, pytest.raises(grpc.aio.InternalError):
+        asyncio.run(ended())
+    assert (logs, gone.aborted) == ([], [grpc.StatusCode.DEADLINE_EXCEEDED])

@@ -15,6 +15,7 @@ from embedding.bundle import Bundle
 from embedding.calibration import Calibration
 from embedding.errors import DamagedData
 from embedding.feedback import read_lines, write_lines
+from index.items import page_token_after
 from lookalike.v1 import common_pb2, match_pb2, search_pb2
 from lookalike.v1 import feedback_pb2 as pb
 from service.feedback_store import read_feedback
@@ -281,3 +282,11 @@ def test_a_calibration_is_known_as_long_as_feedback_may_come(loop: Loop, setting
         early.far = 0.5
         request = pb.RecordFeedbackRequest(feedback=[case("e", early)])
         assert fields(rich(refused(stubs.feedback.RecordFeedback, request))) == ["feedback[0].decision.far"]
+
+
+@pytest.mark.parametrize("edited", ["9" * 19, "9" * 30, "9" * 5000, "٣", "0", "-1", "1.5", "1e3", " 1"])
+def test_a_page_token_that_was_edited_is_refused(stubs: Stubs, edited: str) -> None:
+    """Numbers that no store holds ended with INTERNAL."""
+    request = pb.ListFeedbackRequest(page_token=page_token_after(edited, "feedback"))
+    error = refused(stubs.feedback.ListFeedback, request)
+    assert (info(rich(error)).reason, fields(rich(error))) == ("INVALID_INPUT", ["page_token"])

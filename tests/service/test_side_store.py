@@ -101,16 +101,20 @@ def test_a_full_disk_and_a_statement_broken_off_are_no_damage(tmp_path: Path) ->
         connection.execute(f"PRAGMA max_page_count = {pages}")
         last, large = Token(str(uuid.uuid4()), b"digest"), random.Random(1).randbytes(60_000)
         ledger.begin(last)
-        with pytest.raises(StorageFailed, match="nothing was changed"):
-            ledger.end(last, large)
-        connection.execute("PRAGMA max_page_count = 100000")
-        assert ledger.begin(last) == (None, True), "it had begun, and was not answered"
         ledger.end(last, large)
+        assert ledger.begin(last) == (large, False), "it was answered, whether that could be noted or not"
+        ledger._store.close()
+        assert (ledger._unnoted.pop(last.id), ledger.begin(last)) == ((last, large), (None, True)), (
+            "nothing was changed"
+        )
+        ledger.end(last, large)
+        connection = ledger._store._connection
+        assert connection is not None
         connection.set_progress_handler(lambda: 1, 1)
         with pytest.raises(StorageFailed, match="nothing was changed"):
             ledger.begin(Token(str(uuid.uuid4()), b"digest"))
         assert ledger.begin(before) == (b"answer", False)
-    assert logs == []
+    assert [(line["log_level"], "SQLITE_FULL" in line["reason"]) for line in logs] == [("error", True)]
     assert not list(tmp_path.glob("*damaged*"))
 
 

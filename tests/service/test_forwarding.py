@@ -1,0 +1,44 @@
+"""Calls that one worker passes on while the one that answers them is away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from lookalike.v1 import gallery_pb2
+from service.forwarding import Forwarding
+from service.settings import Settings
+from tests.service.harness import Loop, connected, info, refused, rich
+
+IMPORT = gallery_pb2.ImportItemsRequest()
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_worker_that_is_away_is_told_as_such(loop: Loop, settings: Settings, tmp_path: Path, streams: bool) -> None:
+    """And not in gRPC's words, which name the socket and have no reason."""
+
+    async def started() -> tuple[Any, Forwarding, int]:
+        forwarding = Forwarding(f"unix:{tmp_path}/writer", ("lookalike.v1.GalleryService",), settings)
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers([forwarding])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, forwarding, port
+
+    server, forwarding, port = loop.run(started())
+    try:
+        with connected(f"127.0.0.1:{port}") as stubs:
+            if streams:
+                error = refused(lambda _: stubs.galleries.ImportItems(iter([IMPORT])), IMPORT)
+            else:
+                error = refused(stubs.galleries.GetGallery, gallery_pb2.GetGalleryRequest(name="galleries/g"))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert info(rich(error)).reason == "NOT_READY"
+        assert str(tmp_path) not in (error.details() or "")
+        assert "request_id" in (error.details() or "")
+    finally:
+        loop.run(server.stop(None))
+        loop.run(forwarding.close())
