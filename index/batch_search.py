@@ -25,9 +25,9 @@ from embedding.images import Pixels
 from index.batch import Outcome, Queries, Query, batch_size
 from index.batch_folder import Conditions
 from index.batch_shards import Answer, Evidence, Failure, evidence_of
-from index.engine import Effort, Exact, Filter, Found, GalleryEngine
+from index.engine import Effort, Exact, Filter, GalleryEngine
+from index.found import Answers, Found
 from index.items import MAX_K, MAX_MATCHES, check_count
-from index.names import NamedEntries
 from index.telling import MANY_NAMES
 from index.threads import CORES
 
@@ -163,7 +163,7 @@ class GalleryAnswering:
 
     def _searched(
         self, queries_QD: Vectors, k: int, exclude: Sequence[Sequence[str]], *, effort: Effort | None = None
-    ) -> list[Found]:
+    ) -> Answers:
         wanted = self._wanted
         return self._gallery.search_batch(
             queries_QD,
@@ -193,10 +193,7 @@ class GalleryAnswering:
         rows = slice(near.first, near.first + len(near))
         if self._evidence is None:
             self._evidence = evidence_of(near.decisions)
-        if isinstance(near.items, NamedEntries):
-            items, identities = near.items.names, near.items.identities
-        else:
-            items, identities = [item.name for item in near.items], [item.identity for item in near.items]
+        items, identities = [item.name for item in near.items], [item.identity for item in near.items]
         return Answer(
             items=items,
             identities=identities,
