@@ -318,6 +318,13 @@ def check_batch(elements: Sequence[object], *, most: int, path: str) -> None:
         raise InvalidInput(f"{path} takes 1 to {most} elements a call; got {len(elements)}", field=path)
 
 
+def layout(value: int, path: str) -> None:
+    """Raises InvalidInput unless a batch can be answered in it."""
+    if value not in search_pb2.BatchLayout.values():
+        names = ", ".join(search_pb2.BatchLayout.keys()[1:])
+        raise InvalidInput(f"{path} is one of {names}, or unset; got {value}", field=path)
+
+
 def draft(
     request: gallery_pb2.UpdateItemRequest,
     gallery: str,

@@ -25,7 +25,7 @@ def test_its_python_runs(tmp_path: Path) -> None:
     for number, name in enumerate("abc"):
         (tmp_path / "images" / f"{name}.png").write_bytes(png(number))
     blocks = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     bundle = make_bundle(tmp_path / "toy", seed=0).path
     with serving(bundle, tmp_path / "galleries", log=tmp_path / "log") as (_, address):
         ran = subprocess.run(
