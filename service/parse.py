@@ -20,7 +20,7 @@ from index.filters import ItemFilter, parse_filter
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service.call import limits
 from service.questions import Scope
-from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem, Unusable
+from service.sources import EncodedImage, GivenEmbedding, GivenEmbeddings, Source, StoredItem, Unusable
 from service.writes import PARTS, Draft
 
 DEFAULT_PAGE = 50
@@ -97,6 +97,13 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
             return Unusable(
                 error=InvalidInput(f"{path} is required: set one of encoded, item and embedding", field=path)
             )
+
+
+def images(messages: Sequence[common_pb2.ImageInput], path: str) -> Sequence[Source]:
+    """Where each image of a batch comes from."""
+    if all(each.WhichOneof("source") == "embedding" and not each.model for each in messages):
+        return GivenEmbeddings([each.embedding for each in messages], path)
+    return [image(each, f"{path}[{i}]") for i, each in enumerate(messages)]
 
 
 def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:

@@ -14,11 +14,11 @@ import numpy as np
 
 from embedding.decision import Decision, Judge, OperatingPoint, Vectors, distance
 from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine, Telling
+from index import MAX_MATCHES, Answers, Deadline, Filter, Found, GalleryEngine, Telling
 from index.engine import Effort
 from service.engine import Engine, Question
 from service.outcomes import Outcomes
-from service.sources import Embedded, GivenEmbedding, Source, StoredItem, value_of
+from service.sources import Embedded, EmbeddedRows, GivenEmbedding, GivenEmbeddings, Source, StoredItem, value_of
 
 MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent, but for metadata,
@@ -213,26 +213,33 @@ class SearchBatch:
             )
 
         def answer(embedded: Sequence[Embedded]) -> Outcomes:
+            if isinstance(embedded, EmbeddedRows):
+                return Outcomes(self._searched(embedded.rows_ND, range(len(embedded)), judge, gallery, engine), {})
             errors = {row: each for row, each in enumerate(embedded) if isinstance(each, LookalikeError)}
             good = [row for row in range(len(embedded)) if row not in errors]
             vectors = [value_of(embedded[row]) for row in good]
-            found = gallery.search_batch(
-                np.stack(vectors) if vectors else np.empty((0, gallery.model.embedding_dim), np.float32),
-                k=self.k,
-                judge=judge,
-                effort=self.scope.effort,
-                allowed=self.scope.allowed,
-                exclude=self._excluded(good, gallery, engine),
-                deadline=self.scope.deadline,
-                threads=self.threads,
-                telling=self.scope.telling(),
-            )
-            return Outcomes(found, errors)
+            queries_QD = np.stack(vectors) if vectors else np.empty((0, gallery.model.embedding_dim), np.float32)
+            return Outcomes(self._searched(queries_QD, good, judge, gallery, engine), errors)
 
         return answer
 
+    def _searched(
+        self, queries_QD: Vectors, rows: Sequence[int], judge: Judge, gallery: GalleryEngine, engine: Engine
+    ) -> Answers:
+        return gallery.search_batch(
+            queries_QD,
+            k=self.k,
+            judge=judge,
+            effort=self.scope.effort,
+            allowed=self.scope.allowed,
+            exclude=self._excluded(rows, gallery, engine),
+            deadline=self.scope.deadline,
+            threads=self.threads,
+            telling=self.scope.telling(),
+        )
+
     def _excluded(self, rows: Sequence[int], gallery: GalleryEngine, engine: Engine) -> Sequence[Sequence[str]] | None:
-        if not self.exclude and all(isinstance(query, GivenEmbedding) for query in self.queries):
+        if not self.exclude and isinstance(self.queries, GivenEmbeddings):
             return None
         return [
             (*(self.exclude[row] if self.exclude else ()), *_itself(self.queries[row], gallery, engine)) for row in rows

@@ -80,7 +80,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             in_columns = request.layout == pb.BATCH_LAYOUT_COLUMNS
             question = questions.SearchBatch(
                 scope=replace(scope, many=in_columns),
-                queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
+                queries=parse.images(request.queries, "queries"),
                 k=k,
             )
             form = partial(
