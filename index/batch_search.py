@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ from embedding.decision import Judge, Vectors, checked_embedding, checked_embedd
 from embedding.encoder import Encoder
 from embedding.errors import InvalidImage, InvalidInput, LookalikeError
 from embedding.images import Pixels
-from index.batch import Outcome, Queries, Query, batch_size
+from index.batch import Queries, Query, batch_size
+from index.batch_answers import Answered, Failure
 from index.batch_folder import Conditions
-from index.batch_shards import Answer, Evidence, Failure, evidence_of
 from index.engine import Effort, Exact, Filter, GalleryEngine
 from index.found import Answers, Found
 from index.items import MAX_K, MAX_MATCHES, check_count
@@ -76,7 +76,6 @@ class GalleryAnswering:
         self._gallery, self._wanted, self._encoder = gallery, wanted, encoder
         self._leave_out, self._decode_threads, self._threads = leave_out, decode_threads, threads
         self._size = batch_size(IMAGES if images else EMBEDDINGS, wanted.k)
-        self._evidence: Evidence | None = None
 
     def conditions(self, queries: Queries, parameters: Mapping[str, Any]) -> Conditions:
         """All that the answers to these queries depend on; `parameters` say what is asked for each of them."""
@@ -93,7 +92,7 @@ class GalleryAnswering:
             parameters=dict(parameters),
         )
 
-    def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
+    def answers(self, queries: Iterable[Query]) -> Generator[Answered, None, None]:
         """The outcomes, a batch at a time."""
         source = iter(queries)
         ahead: deque[list[tuple[Query, Vectors | Future[Pixels]]]] = deque()
@@ -118,51 +117,58 @@ class GalleryAnswering:
             raise InvalidInput("there is no encoder for images")
         return self._encoder.prepare(image_bytes(path))
 
-    def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> list[Outcome]:
-        outcomes: dict[int, Answer | Failure] = {}
+    def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> Answered:
+        failures: dict[int, Failure] = {}
         given: dict[int, Vectors] = {}
         pixels: dict[int, Pixels] = {}
         for at, (_, begun) in enumerate(batch):
+            if not isinstance(begun, Future):
+                given[at] = begun
+                continue
             try:
-                if isinstance(begun, Future):
-                    pixels[at] = begun.result()
-                else:
-                    given[at] = begun
+                pixels[at] = begun.result()
             except (LookalikeError, OSError) as error:
-                outcomes[at] = failure(error)
+                failures[at] = failure(error)
         embeddings, refused = checked_apart(given, self._gallery.model.embedding_dim)
-        outcomes.update(refused)
+        failures.update(refused)
         if pixels and self._encoder is not None:
             emb_BD, _ = self._encoder.encode_with_norms(np.stack(list(pixels.values())))
             embeddings.update(zip(pixels, emb_BD, strict=True))
         good = sorted(embeddings)
-        if good:
-            exclude = [(batch[at][0].item,) if self._leave_out and batch[at][0].item else () for at in good]
-            found = self._found(np.stack([embeddings[at] for at in good]), exclude)
-            outcomes.update((at, self._answer(one)) for at, one in zip(good, found, strict=True))
-        return [(query, outcomes[at]) for at, (query, _) in enumerate(batch)]
+        exclude = None
+        if self._leave_out:
+            exclude = [(batch[at][0].item,) if batch[at][0].item else () for at in good]
+        ids = [query.id for query, _ in batch]
+        if not good:
+            return Answered.of([(query, failures[at]) for at, query in enumerate(ids)])
+        return Answered.of_columns(
+            ids, dict(sorted(failures.items())), self._found(np.stack([embeddings[at] for at in good]), exclude)
+        )
 
-    def _found(self, queries_QD: Vectors, exclude: Sequence[Sequence[str]]) -> Iterator[Found]:
+    def _found(self, queries_QD: Vectors, exclude: Sequence[Sequence[str]] | None) -> Answers:
         wanted = self._wanted
         if not wanted.within:
-            yield from self._searched(queries_QD, wanted.k, exclude)
-            return
+            return self._searched(queries_QD, wanted.k, exclude)
+        names_Q = exclude or [()] * len(queries_QD)
         if wanted.effort not in {None, Exact()}:
-            yield from (self._matches(query_D, names) for query_D, names in zip(queries_QD, exclude, strict=True))
-            return
+            return self._together(self._matches(*each) for each in zip(queries_QD, names_Q, strict=True))
         # Few queries have many matches: the nearest of all are found together, which takes a fraction of the time.
         few = min(_FIRST, wanted.k)
         nearest = self._searched(queries_QD, few, exclude, effort=Exact())
-        for query_D, names, found in zip(queries_QD, exclude, nearest, strict=True):
-            distance_R = _distances(found)
-            count = int(np.searchsorted(distance_R, np.float32(wanted.judge.threshold), side="right"))
-            if len(distance_R) == few and count == few:
-                yield self._matches(query_D, names)
-            else:
-                yield Found(neighbors=found.neighbors[:count], generation=found.generation)
+        within = nearest.where(nearest.decisions.distance_N <= np.float32(wanted.judge.threshold))
+        if not (within.counts_Q == few).any():
+            return within
+        return self._together(
+            self._matches(query_D, names) if len(found.neighbors) == few else found
+            for query_D, names, found in zip(queries_QD, names_Q, within, strict=True)
+        )
+
+    def _together(self, found: Iterable[Found]) -> Answers:
+        some = list(found)
+        return Answers.of(some, self._wanted.judge, some[0].generation)
 
     def _searched(
-        self, queries_QD: Vectors, k: int, exclude: Sequence[Sequence[str]], *, effort: Effort | None = None
+        self, queries_QD: Vectors, k: int, exclude: Sequence[Sequence[str]] | None, *, effort: Effort | None = None
     ) -> Answers:
         wanted = self._wanted
         return self._gallery.search_batch(
@@ -186,23 +192,6 @@ class GalleryAnswering:
             allowed=wanted.allowed,
             exclude=exclude,
             telling=MANY_NAMES,
-        )
-
-    def _answer(self, found: Found) -> Answer:
-        near = found.neighbors
-        rows = slice(near.first, near.first + len(near))
-        if self._evidence is None:
-            self._evidence = evidence_of(near.decisions)
-        items, identities = [item.name for item in near.items], [item.identity for item in near.items]
-        return Answer(
-            items=items,
-            identities=identities,
-            distance_R=near.decisions.distance_N[rows],
-            verdict_R=near.decisions.verdict_N[rows],
-            probability_R=near.decisions.probability_N[rows],
-            evidence=self._evidence,
-            generation=found.generation,
-            truncated=found.truncated,
         )
 
 
@@ -241,8 +230,3 @@ def failure(error: LookalikeError | OSError) -> Failure:
     if isinstance(error, LookalikeError):
         return Failure(error.reason, str(error))
     return Failure("UNREADABLE", f"the file cannot be read: {error.strerror or error}")
-
-
-def _distances(found: Found) -> Vectors:
-    near = found.neighbors
-    return near.decisions.distance_N[near.first : near.first + len(near)]

@@ -6,7 +6,7 @@ Shapes: Q queries, P neighbours of all queries, one after the other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import overload
 
@@ -57,8 +57,9 @@ class Answers(Sequence[Found]):
         """Of answers that were made one by one."""
         kept = [each.neighbors for each in found]
         rows = [near.decisions.distance_N[near.first : near.first + len(near)] for near in kept]
+        entries = [near.items if isinstance(near.items, Entries) else WholeEntries(near.items) for near in kept]
         return cls(
-            entries=WholeEntries([entry for near in kept for entry in near.items]),
+            entries=entries[0].joined(entries[1:]) if entries else WholeEntries([]),
             decisions=judge.judge_all(np.concatenate(rows) if rows else np.empty(0, np.float32)),
             counts_Q=np.array([len(near) for near in kept], np.intp),
             generation=generation,
@@ -88,6 +89,24 @@ class Answers(Sequence[Found]):
             recall_Q=np.concatenate([part.recall_Q for part in some]),
             truncated_Q=np.concatenate([part.truncated_Q for part in some]),
             partial_Q=np.concatenate([part.partial_Q for part in some]),
+        )
+
+    def where(self, kept_P: NDArray[np.bool_]) -> Answers:
+        """Without the other items."""
+        if kept_P.all():
+            return self
+        query_P = np.repeat(np.arange(len(self)), self.counts_Q)
+        decisions = self.decisions
+        return replace(
+            self,
+            entries=self.entries.picked(np.flatnonzero(kept_P)),
+            decisions=Decisions(
+                decisions.judge,
+                decisions.distance_N[kept_P],
+                decisions.verdict_N[kept_P],
+                decisions.probability_N[kept_P],
+            ),
+            counts_Q=np.bincount(query_P[kept_P], minlength=len(self)),
         )
 
     def __len__(self) -> int:
