@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from embedding.decision import Vectors
 from embedding.errors import JobChanged
@@ -32,8 +33,7 @@ BATCH_ROWS = 100_000
 _TELL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Query:
+class Query(NamedTuple):
     """What is searched for."""
 
     id: str
@@ -156,7 +156,7 @@ def _written(
     conditions = job.manifest.conditions
     writer = ShardWriter(job.path / f"part-{number:05}.parquet", first=first, conditions=conditions)
     try:
-        with closing(answering.answers(_first(queries.since(first, after), most))) as batches:
+        with closing(answering.answers(islice(queries.since(first, after), most))) as batches:
             for batch in batches:
                 _check(conditions, batch)
                 writer.add(batch)
@@ -166,11 +166,6 @@ def _written(
         return writer.publish()
     finally:
         writer.close()
-
-
-def _first(queries: Iterator[Query], most: int) -> Iterator[Query]:
-    for _, query in zip(range(most), queries, strict=False):
-        yield query
 
 
 def _check(conditions: Conditions, answered: Answered) -> None:

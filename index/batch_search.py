@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -39,6 +39,10 @@ EMBEDDINGS = 1024
 """Most embeddings that are searched together."""
 
 _FIRST = 64  # nearest that are looked at together for all matches; who has more is searched alone
+
+
+Apart: TypeAlias = tuple[Vectors, Sequence[int], dict[int, Failure]]
+"""The embeddings [Q, D] of a batch, their places in it, and why there are none in others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,55 +99,60 @@ class GalleryAnswering:
     def answers(self, queries: Iterable[Query]) -> Generator[Answered, None, None]:
         """The outcomes, a batch at a time."""
         source = iter(queries)
-        ahead: deque[list[tuple[Query, Vectors | Future[Pixels]]]] = deque()
+        ahead: deque[tuple[list[Query], list[Vectors | Future[Pixels]]]] = deque()
         pool = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
         try:
-            while batch := [(query, self._begun(pool, query)) for query in islice(source, self._size)]:
-                ahead.append(batch)
+            while batch := list(islice(source, self._size)):
+                ahead.append((batch, [self._begun(pool, query.content) for query in batch]))
                 if len(ahead) > 1:
-                    yield self._answered(ahead.popleft())
+                    yield self._answered(*ahead.popleft())
             while ahead:
-                yield self._answered(ahead.popleft())
+                yield self._answered(*ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _begun(self, pool: ThreadPoolExecutor, query: Query) -> Vectors | Future[Pixels]:
-        if isinstance(query.content, Path):
-            return pool.submit(self._pixels, query.content)
-        return np.empty(0, np.float32) if query.content is None else query.content
+    def _begun(self, pool: ThreadPoolExecutor, content: Path | Vectors | None) -> Vectors | Future[Pixels]:
+        if isinstance(content, Path):
+            return pool.submit(self._pixels, content)
+        return np.empty(0, np.float32) if content is None else content
 
     def _pixels(self, path: Path) -> Pixels:
         if self._encoder is None:
             raise InvalidInput("there is no encoder for images")
         return self._encoder.prepare(image_bytes(path))
 
-    def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> Answered:
+    def _answered(self, batch: Sequence[Query], begun: Sequence[Vectors | Future[Pixels]]) -> Answered:
+        width = self._gallery.model.embedding_dim
+        given = [each for each in begun if not isinstance(each, Future)]
+        if len(given) == len(begun):
+            queries_QD, places, failures = checked_apart(given, width)
+        else:
+            queries_QD, places, failures = self._embedded(begun, width)
+        exclude = None
+        if self._leave_out:
+            exclude = [(batch[at].item,) if batch[at].item else () for at in places]
+        ids = [query.id for query in batch]
+        if not len(places):
+            return Answered.of([(query, failures[at]) for at, query in enumerate(ids)])
+        return Answered.of_columns(ids, failures, self._found(queries_QD, exclude))
+
+    def _embedded(self, begun: Sequence[Vectors | Future[Pixels]], width: int) -> Apart:
+        """Embeddings of images."""
+        embeddings: dict[int, Vectors] = {}
         failures: dict[int, Failure] = {}
-        given: dict[int, Vectors] = {}
         pixels: dict[int, Pixels] = {}
-        for at, (_, begun) in enumerate(batch):
-            if not isinstance(begun, Future):
-                given[at] = begun
-                continue
+        for at, each in enumerate(begun):
             try:
-                pixels[at] = begun.result()
+                if isinstance(each, Future):
+                    pixels[at] = each.result()
+                else:
+                    embeddings[at] = checked_embedding(each, width)
             except (LookalikeError, OSError) as error:
                 failures[at] = failure(error)
-        embeddings, refused = checked_apart(given, self._gallery.model.embedding_dim)
-        failures.update(refused)
         if pixels and self._encoder is not None:
             emb_BD, _ = self._encoder.encode_with_norms(np.stack(list(pixels.values())))
             embeddings.update(zip(pixels, emb_BD, strict=True))
-        good = sorted(embeddings)
-        exclude = None
-        if self._leave_out:
-            exclude = [(batch[at][0].item,) if batch[at][0].item else () for at in good]
-        ids = [query.id for query, _ in batch]
-        if not good:
-            return Answered.of([(query, failures[at]) for at, query in enumerate(ids)])
-        return Answered.of_columns(
-            ids, dict(sorted(failures.items())), self._found(np.stack([embeddings[at] for at in good]), exclude)
-        )
+        return _in_order(embeddings, width), sorted(embeddings), failures
 
     def _found(self, queries_QD: Vectors, exclude: Sequence[Sequence[str]] | None) -> Answers:
         wanted = self._wanted
@@ -208,21 +217,24 @@ def image_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def checked_apart(given: Mapping[int, Vectors], width: int) -> tuple[dict[int, Vectors], dict[int, Failure]]:
-    """Embeddings [D] by their places, as `checked_embedding` gives them, and why others are none."""
-    if not given:
-        return {}, {}
-    with suppress(LookalikeError, ValueError):  # some are none, or are of several shapes: which ones is told below
-        block_ND = checked_embeddings(np.stack(list(given.values())), width)
-        return dict(zip(given, block_ND, strict=True)), {}
+def checked_apart(given: Sequence[Vectors], width: int) -> Apart:
+    """Embeddings as `checked_embedding` gives them, and why others are none."""
+    if all(each.shape == (width,) for each in given):
+        with suppress(LookalikeError):  # some are none: which ones is told below
+            block_ND = checked_embeddings(np.concatenate(given).reshape(-1, width), width)
+            return block_ND, range(len(given)), {}
     good: dict[int, Vectors] = {}
     bad: dict[int, Failure] = {}
-    for at, vector_D in given.items():
+    for at, vector_D in enumerate(given):
         try:
             good[at] = checked_embedding(vector_D, width)
         except LookalikeError as error:
             bad[at] = failure(error)
-    return good, bad
+    return _in_order(good, width), sorted(good), bad
+
+
+def _in_order(embeddings: Mapping[int, Vectors], width: int) -> Vectors:
+    return np.array([embeddings[at] for at in sorted(embeddings)], np.float32).reshape(-1, width)
 
 
 def failure(error: LookalikeError | OSError) -> Failure:

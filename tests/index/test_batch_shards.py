@@ -116,7 +116,7 @@ def test_rows_say_what_became_of_each_query(found: list[tuple[str, Answer | Fail
         ):
             name = ("non-match", "match", "uncertain")[verdict]
             expected.append((7 + at, query, rank, item, identity, dist, name, outcome.truncated, None, None))
-    columns = (
+    told = (
         "query_row",
         "query",
         "rank",
