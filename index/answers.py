@@ -6,22 +6,26 @@ Shapes: Q queries, R rows of one answer, P rows of all answers, one after the ot
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedding.decision import Judge, Vectors
 from index.deadline import Deadline
 from index.entries import Entries
 from index.exact import Keys
 from index.found import Answers
-from index.hits import Hit, Hits
+from index.hits import Counts, Hit, Hits
 from index.snapshot import Search
 from index.telling import NAMES, Telling
+from index.texts import Texts
 
 Read = Callable[[Keys, Telling], Entries]
 """What is said of the items of these keys."""
 
+_FEW = 4  # names excluded for a query, up to which each is looked for by itself
 _AT_ONCE = 500  # entries read between two looks at the deadline: about 5 ms
 
 
@@ -43,18 +47,13 @@ def decided(
     hits = _cut(hits, most + int(all_of_them), excluded if excludes else None, read, telling).sorted()
     dist_P, counts_Q = hits.dist_P, hits.counts_Q
     entries = _entries(hits.rows_P, read, telling, deadline)
-    truncated_Q = np.zeros(len(counts_Q), np.bool_)
+    over_Q = np.zeros(len(counts_Q), np.bool_)
     if (dist_P[1:] == dist_P[:-1]).any() or counts_Q.max(initial=0) > most or excludes:
-        starts = [0, *counts_Q.cumsum().tolist()]
-        ranked_Q = [
-            _ranked(range(start, end), dist_P, entries, names)
-            for (start, end), names in zip(pairwise(starts), excluded, strict=True)
-        ]
-        kept_P = np.array([row for rows in ranked_Q for row in rows[:most]], np.intp)
-        entries, dist_P = entries.picked(kept_P), dist_P[kept_P]
-        counts_Q = np.array([min(most, len(rows)) for rows in ranked_Q], np.intp)
-        if all_of_them:
-            truncated_Q = np.array([len(rows) > most for rows in ranked_Q])
+        rows_P, counts_Q = _ranked(dist_P, counts_Q, entries, excluded if excludes else None)
+        over_Q = counts_Q > most
+        if over_Q.any():
+            rows_P, counts_Q = rows_P[_rank(counts_Q) < most], np.minimum(counts_Q, most)
+        entries, dist_P = entries.picked(rows_P), dist_P[rows_P]
     if deadline and len(dist_P) > _AT_ONCE:
         deadline.check()
     return Answers(
@@ -63,14 +62,14 @@ def decided(
         counts_Q=counts_Q,
         generation=search.generation,
         recall_Q=np.full(len(counts_Q), search.expected_recall),
-        truncated_Q=truncated_Q,
+        truncated_Q=over_Q & all_of_them,
         partial_Q=np.zeros(len(counts_Q), np.bool_),
     )
 
 
 def _cut(hits: Hits, most: int, excluded: Sequence[frozenset[str]] | None, read: Read, telling: Telling) -> Hits:
     """Of each query the `most` nearest, and as many more as names are excluded for it."""
-    if excluded is None and hits.counts_Q.max(initial=0) <= most:
+    if hits.counts_Q.max(initial=0) <= most + (min(map(len, excluded)) if excluded else 0):
         return hits
     naming = NAMES if telling.metadata else telling
     names_Q = excluded or [frozenset[str]()] * len(hits)
@@ -110,14 +109,41 @@ def _entries(keys_P: Keys, read: Read, telling: Telling, deadline: Deadline | No
     return parts[0].joined(parts[1:])
 
 
-def _ranked(rows: range, dist_P: Vectors, entries: Entries, excluded: frozenset[str]) -> Sequence[int]:
-    """Rows of one answer by (distance, name), without the excluded; they come by distance."""
-    kept = [row for row in rows if entries.name_at(row) not in excluded] if excluded else list(rows)
-    dist_R = dist_P[kept]
-    tied = np.flatnonzero(dist_R[1:] == dist_R[:-1])
+def _ranked(
+    dist_P: Vectors, counts_Q: Counts, entries: Entries, excluded: Sequence[frozenset[str]] | None
+) -> tuple[NDArray[np.intp], Counts]:
+    """Rows by (distance, name) within each query, without the excluded; and how many are left of each. They come by
+    distance."""
+    rows_P, query_P = np.arange(len(dist_P)), np.repeat(np.arange(len(counts_Q)), counts_Q)
+    tied = np.flatnonzero((dist_P[1:] == dist_P[:-1]) & (query_P[1:] == query_P[:-1]))
     if len(tied):
         apart = np.flatnonzero(np.diff(tied) > 1)
         firsts, lasts = tied[np.append(0, apart + 1)], tied[np.append(apart, len(tied) - 1)] + 1
         for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
-            kept[first : last + 1] = sorted(kept[first : last + 1], key=entries.name_at)
-    return kept
+            rows_P[first : last + 1] = sorted(range(first, last + 1), key=entries.name_at)
+    if excluded is None:
+        return rows_P, counts_Q
+    left_P = np.ones(len(dist_P), np.bool_)
+    left_P[_places(entries, counts_Q, excluded)] = False
+    rows_P = rows_P[left_P[rows_P]]
+    return rows_P, np.bincount(query_P[rows_P], minlength=len(counts_Q))
+
+
+def _places(entries: Entries, counts_Q: Counts, excluded: Sequence[frozenset[str]]) -> list[int]:
+    """Where names stand that are excluded for the query there."""
+    names = entries.names
+    listed = names.listed() if isinstance(names, Texts) else names
+    places = []
+    for (start, end), unwanted in zip(pairwise([0, *counts_Q.cumsum().tolist()]), excluded, strict=True):
+        if len(unwanted) > _FEW:
+            places += [row for row in range(start, end) if listed[row] in unwanted]
+            continue
+        for name in unwanted:
+            with suppress(ValueError):  # it is not among those found
+                places.append(listed.index(name, start, end))
+    return places
+
+
+def _rank(counts_Q: Counts) -> NDArray[np.intp]:
+    """Of each row within its query, from 0."""
+    return np.arange(counts_Q.sum()) - np.repeat(counts_Q.cumsum() - counts_Q, counts_Q)
