@@ -16,7 +16,7 @@ from embedding.decision import Judge, Vectors
 from index.deadline import Deadline
 from index.entries import Entries
 from index.exact import Keys
-from index.found import Answers
+from index.found import Answers, no
 from index.hits import Counts, Hit, Hits
 from index.snapshot import Search
 from index.telling import NAMES, Telling
@@ -47,12 +47,14 @@ def decided(
     hits = _cut(hits, most + int(all_of_them), excluded if excludes else None, read, telling).sorted()
     dist_P, counts_Q = hits.dist_P, hits.counts_Q
     entries = _entries(hits.rows_P, read, telling, deadline)
-    over_Q = np.zeros(len(counts_Q), np.bool_)
-    if (dist_P[1:] == dist_P[:-1]).any() or counts_Q.max(initial=0) > most or excludes:
+    truncated_Q = no(len(counts_Q))
+    if hits.most > most or excludes or (dist_P[1:] == dist_P[:-1]).any():
         rows_P, counts_Q = _ranked(dist_P, counts_Q, entries, excluded if excludes else None)
         over_Q = counts_Q > most
+        truncated_Q = over_Q if all_of_them else truncated_Q
         if over_Q.any():
-            rows_P, counts_Q = rows_P[_rank(counts_Q) < most], np.minimum(counts_Q, most)
+            rows_P = rows_P[:most] if len(counts_Q) == 1 else rows_P[_rank(counts_Q) < most]
+            counts_Q = np.minimum(counts_Q, most)
         entries, dist_P = entries.picked(rows_P), dist_P[rows_P]
     if deadline and len(dist_P) > _AT_ONCE:
         deadline.check()
@@ -61,15 +63,15 @@ def decided(
         decisions=judge.judge_all(dist_P),
         counts_Q=counts_Q,
         generation=search.generation,
-        recall_Q=np.full(len(counts_Q), search.expected_recall),
-        truncated_Q=over_Q & all_of_them,
-        partial_Q=np.zeros(len(counts_Q), np.bool_),
+        recall_Q=np.array((search.expected_recall,) * len(counts_Q)),
+        truncated_Q=truncated_Q,
+        partial_Q=no(len(counts_Q)),
     )
 
 
 def _cut(hits: Hits, most: int, excluded: Sequence[frozenset[str]] | None, read: Read, telling: Telling) -> Hits:
     """Of each query the `most` nearest, and as many more as names are excluded for it."""
-    if hits.counts_Q.max(initial=0) <= most + (min(map(len, excluded)) if excluded else 0):
+    if hits.most <= most + (min(map(len, excluded)) if excluded else 0):
         return hits
     naming = NAMES if telling.metadata else telling
     names_Q = excluded or [frozenset[str]()] * len(hits)
@@ -114,8 +116,11 @@ def _ranked(
 ) -> tuple[NDArray[np.intp], Counts]:
     """Rows by (distance, name) within each query, without the excluded; and how many are left of each. They come by
     distance."""
-    rows_P, query_P = np.arange(len(dist_P)), np.repeat(np.arange(len(counts_Q)), counts_Q)
-    tied = np.flatnonzero((dist_P[1:] == dist_P[:-1]) & (query_P[1:] == query_P[:-1]))
+    rows_P, tied_P = np.arange(len(dist_P)), dist_P[1:] == dist_P[:-1]
+    if len(counts_Q) > 1:
+        query_P = np.repeat(np.arange(len(counts_Q)), counts_Q)
+        tied_P &= query_P[1:] == query_P[:-1]
+    tied = np.flatnonzero(tied_P)
     if len(tied):
         apart = np.flatnonzero(np.diff(tied) > 1)
         firsts, lasts = tied[np.append(0, apart + 1)], tied[np.append(apart, len(tied) - 1)] + 1
@@ -123,6 +128,10 @@ def _ranked(
             rows_P[first : last + 1] = sorted(range(first, last + 1), key=entries.name_at)
     if excluded is None:
         return rows_P, counts_Q
+    if len(counts_Q) == 1:
+        (unwanted,) = excluded
+        left = [row for row in rows_P.tolist() if entries.name_at(row) not in unwanted]
+        return np.array(left, np.intp), np.array([len(left)])
     left_P = np.ones(len(dist_P), np.bool_)
     left_P[_places(entries, counts_Q, excluded)] = False
     rows_P = rows_P[left_P[rows_P]]

@@ -53,7 +53,7 @@ def nearest(
     if len(queries_QD) == 1:
         if deadline:
             deadline.check()
-        return Hits.of((_nearest_of_one(structure, take, queries_QD, k, effort, living, known),))
+        return Hits.of_one(_nearest_of_one(structure, take, queries_QD, k, effort, living, known))
     parts = []
     at_once = max(_QUERIES_AT_ONCE, min(_MOST_AT_ONCE, int(_MICROSECONDS_AT_ONCE / max(1.0, microseconds))))
     for start in range(0, len(queries_QD), at_once):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import overload
 
@@ -17,6 +18,14 @@ from embedding.decision import Decisions, Judge
 from index.entries import Entries, WholeEntries
 from index.hits import Counts
 from index.items import Neighbors
+
+
+@lru_cache(maxsize=64)
+def no(queries: int) -> NDArray[np.bool_]:
+    """Of so many queries, none."""
+    none_Q = np.zeros(queries, np.bool_)
+    none_Q.flags.writeable = False
+    return none_Q
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,9 +45,9 @@ class Found:
     """Whether a part of the gallery could not be asked; always false for the embedded engine."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, slots=True, eq=False)  # not frozen, which takes three times as long to make
 class Answers(Sequence[Found]):
-    """The answers of many searches at one generation, as columns; a `Found` is made when one is looked at."""
+    """The answers of many searches at one generation, as columns; a `Found` is made of what is looked at. Immutable."""
 
     entries: Entries
     """What is told of all P items."""
@@ -107,6 +116,16 @@ class Answers(Sequence[Found]):
                 decisions.probability_N[kept_P],
             ),
             counts_Q=np.bincount(query_P[kept_P], minlength=len(self)),
+        )
+
+    def only(self) -> Found:
+        """The answer to a single query."""
+        return Found(
+            neighbors=Neighbors(self.entries[:], self.decisions),
+            generation=self.generation,
+            expected_recall=self.recall_Q.item(),
+            truncated=self.truncated_Q.item(),
+            partial=self.partial_Q.item(),
         )
 
     def __len__(self) -> int:

@@ -148,12 +148,11 @@ class Gallery:
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(self._effort(effort), enough, rows)
         hits = search.nearest(query_D[None], enough, deadline)
-        if search.ways and len(hits.rows_P) < min(enough, snapshot.size if rows is None else rows.size):
+        if search.ways and hits.most < min(enough, snapshot.size if rows is None else rows.size):
             search = snapshot.search(Exact(), enough, rows)
             hits = search.nearest(query_D[None], enough, deadline)
         read, telling = self._live.store.entries, telling or Telling()
-        (found,) = decided(search, hits, k, judge, [excluded], read, telling, deadline)
-        return found
+        return decided(search, hits, k, judge, [excluded], read, telling, deadline).only()
 
     def search_batch(
         self,
@@ -224,11 +223,10 @@ class Gallery:
         snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(effort or Exact(), None, rows)
-        hits = Hits.of([search.within(query_D, judge.threshold, deadline)])
+        hits = Hits.of_one(search.within(query_D, judge.threshold, deadline))
         read, excluded = self._live.store.entries, [frozenset(exclude)]
         told = telling or Telling()
-        (found,) = decided(search, hits, limit, judge, excluded, read, told, deadline, all_of_them=True)
-        return found
+        return decided(search, hits, limit, judge, excluded, read, told, deadline, all_of_them=True).only()
 
     # Reading
 

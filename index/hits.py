@@ -20,9 +20,9 @@ Hit = tuple[NDArray[np.int64], Vectors]
 Counts = NDArray[np.intp]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, which takes three times as long to make: one for each search
 class Hits:
-    """Rows, or keys, and their exact distances; iterated query by query."""
+    """Rows, or keys, and their exact distances; iterated query by query. Immutable."""
 
     rows_P: NDArray[np.int64]
     dist_P: Vectors
@@ -30,12 +30,17 @@ class Hits:
     """How many each query has."""
 
     @classmethod
+    def of_one(cls, hit: Hit) -> Hits:
+        """Of a single query."""
+        rows_R, dist_R = hit
+        return cls(rows_R, dist_R, np.array((len(rows_R),)))
+
+    @classmethod
     def of(cls, hits: Iterable[Hit]) -> Hits:
         """Of each query."""
         parts = list(hits)
         if len(parts) == 1:
-            ((rows_R, dist_R),) = parts
-            return cls(rows_R, dist_R, np.array([len(rows_R)]))
+            return cls.of_one(parts[0])
         if not parts:
             return cls(np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.intp))
         rows, dists = zip(*parts, strict=True)
@@ -64,6 +69,12 @@ class Hits:
     def __iter__(self) -> Iterator[Hit]:
         for start, end in pairwise([0, *self.counts_Q.cumsum().tolist()]):
             yield self.rows_P[start:end], self.dist_P[start:end]
+
+    @property
+    def most(self) -> int:
+        """Of one query; 0 where there is none."""
+        counts_Q = self.counts_Q
+        return counts_Q.item() if len(counts_Q) == 1 else int(counts_Q.max(initial=0))
 
     def sorted(self) -> Hits:
         """By rising distance within each query; ties in any order."""

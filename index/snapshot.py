@@ -196,6 +196,8 @@ class Search:
         for way in self.ways:
             hits = way.nearest(queries_QD, k, deadline)
             found.append(Hits(way.keys_N[hits.rows_P], hits.dist_P, hits.counts_Q))
+        if len(found) == 1:
+            return found[0]
         return merged(found, k) if found else Hits.none(len(queries_QD))
 
     def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None = None) -> Hit:
