@@ -56,6 +56,7 @@ def nearest(
         return Hits.of_one(_nearest_of_one(structure, take, queries_QD, k, effort, living, known))
     parts = []
     at_once = max(_QUERIES_AT_ONCE, min(_MOST_AT_ONCE, int(_MICROSECONDS_AT_ONCE / max(1.0, microseconds))))
+    at_once = max(1, -(-len(queries_QD) // max(1, -(-len(queries_QD) // at_once))))  # in equal parts
     for start in range(0, len(queries_QD), at_once):
         if deadline:
             deadline.check()
