@@ -101,8 +101,9 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
 
 def images(messages: Sequence[common_pb2.ImageInput], path: str) -> Sequence[Source]:
     """Where each image of a batch comes from."""
-    if all(each.WhichOneof("source") == "embedding" and not each.model for each in messages):
-        return GivenEmbeddings([each.embedding for each in messages], path)
+    embeddings = [each.embedding for each in messages]
+    if all(embeddings) and not any(each.model for each in messages):  # of a source that is not set, it is empty
+        return GivenEmbeddings(embeddings, path)
     return [image(each, f"{path}[{i}]") for i, each in enumerate(messages)]
 
 
