@@ -124,25 +124,27 @@ class ServerAnswering:
 
     def _searched(self, some: Sequence[Query]) -> Answered:
         contents = [self._content(query) for query in some]
-        shapes = {content.shape if isinstance(content, np.ndarray) else None for content in contents}
-        alike = len(shapes) == 1 and None not in shapes
+        vectors = [content for content in contents if isinstance(content, np.ndarray)]
+        alike = len({vector.shape for vector in vectors}) == 1 and len(vectors) == len(contents)
         try:
-            found = self._client.search_columns(
-                self._gallery,
-                np.stack([content for content in contents if isinstance(content, np.ndarray)]) if alike else contents,
-                k=self._k,
-                operating_point=self._point,
-                filter=self._filter,
-                effort=self._effort,
-            )
+            found = self._asked(np.stack(vectors) if alike else contents)
         except InvalidRequest as error:
             half = len(some) // 2
             if not half or not (error.reason == "RESPONSE_TOO_LARGE" or "queries" in error.fields):
                 raise
-            return Answered.joined(
-                [self._searched(some[:half]), self._searched(some[half:])]
-            )  # each may be small enough
+            parts = some[:half], some[half:]  # each may be small enough
+            return Answered.joined([self._searched(part) for part in parts])
         return _answered([query.id for query in some], found)
+
+    def _asked(self, queries: Vectors | Sequence[ImageLike]) -> NeighborColumns:
+        return self._client.search_columns(
+            self._gallery,
+            queries,
+            k=self._k,
+            operating_point=self._point,
+            filter=self._filter,
+            effort=self._effort,
+        )
 
     def _content(self, query: Query) -> Vectors | ItemName:
         """Of a query that is no image."""
