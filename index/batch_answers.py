@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from embedding.decision import Decisions, Vectors
 from index.found import Answers
-from index.hits import Counts
+from index.hits import Counts, spread
 from index.texts import Texts
 
 Column = Texts | list[str]
@@ -167,17 +167,6 @@ class Answered:
         failed_Q = np.zeros(len(self), np.bool_)
         failed_Q[list(self.failures)] = True
         return failed_Q
-
-
-def spread(values: NDArray[Any], queries: int, failures: Mapping[int, Failure]) -> NDArray[Any]:
-    """A value for each query, 0 for those that failed."""
-    if not failures:
-        return values
-    good_Q = np.ones(queries, np.bool_)
-    good_Q[list(failures)] = False
-    spread_Q = np.zeros(queries, values.dtype)
-    spread_Q[good_Q] = values
-    return spread_Q
 
 
 def columns_joined(parts: Sequence[Column]) -> Column:

@@ -5,9 +5,10 @@ Shapes: Q queries, R rows of one query, P rows of all queries, one after the oth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,6 +101,17 @@ def merged(parts: list[Hits], k: int) -> Hits:
     kth_Q[many_Q] = dist_P[starts_Q[many_Q] + k - 1]
     kept_P = dist_P <= kth_Q[query_P]
     return Hits(rows_P[kept_P], dist_P[kept_P], np.bincount(query_P[kept_P], minlength=len(counts_Q)))
+
+
+def spread(values: NDArray[Any], queries: int, absent: Collection[int]) -> NDArray[Any]:
+    """A value for each of so many queries: 0 in these places, the others in their order."""
+    if not absent:
+        return values
+    there_Q = np.ones(queries, np.bool_)
+    there_Q[list(absent)] = False
+    spread_Q = np.zeros(queries, values.dtype)
+    spread_Q[there_Q] = values
+    return spread_Q
 
 
 def rising(dist_P: Vectors, counts_Q: Counts) -> NDArray[np.intp] | None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedding.decision import Decisions
 from index import Answers, Entry
+from index.hits import spread
 from index.texts import Texts
 from lookalike.v1 import common_pb2, search_pb2
 from service import errors, wire
@@ -39,11 +39,11 @@ def batch_response(outcomes: Outcomes, gallery_id: str, fields: frozenset[str], 
     if least > most_bytes:  # before any of it is made
         raise too_large(most_bytes)
     message = _COLUMNS(
-        counts=_spread(answers.counts_Q, outcomes).tolist(),
+        counts=spread(answers.counts_Q, len(outcomes), outcomes.errors).tolist(),
         item_prefix=wire.item_name(gallery_id, "") if "item" in fields else "",
         item_ids=_listed(names),
         identities=_listed(identities or []),
-        expected_recalls=_spread(answers.recall_Q, outcomes).tolist(),
+        expected_recalls=spread(answers.recall_Q, len(outcomes), outcomes.errors).tolist(),
         generation=answers.generation,
         partial=bool(answers.partial_Q.any()),
         evidence=_evidence(answers.decisions) if "decision" in fields else None,
@@ -58,17 +58,6 @@ def batch_response(outcomes: Outcomes, gallery_id: str, fields: frozenset[str], 
     if len(response) > most_bytes:
         raise too_large(most_bytes)
     return response
-
-
-def _spread(value_Q: NDArray[np.generic], outcomes: Outcomes) -> NDArray[np.generic]:
-    """A value for each query, 0 for those that failed."""
-    if not outcomes.errors:
-        return value_Q
-    good_Q = np.ones(len(outcomes), np.bool_)
-    good_Q[list(outcomes.errors)] = False
-    spread_Q = np.zeros(len(outcomes), value_Q.dtype)
-    spread_Q[good_Q] = value_Q
-    return spread_Q
 
 
 def _listed(texts: Texts | list[str]) -> list[str]:
