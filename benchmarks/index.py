@@ -96,7 +96,7 @@ def approximate_search(report: Report, data: Data, rows: int, folder: Path, *, s
         built = time.perf_counter() - begun
         engines: dict[str, Callable[[Vectors], object]] = {}
         search = gallery._live.snapshot.search(Recall(RECALL), K)
-        engines["lookalike"] = lambda query_1D: next(search.nearest(query_1D, K))
+        engines["lookalike"] = lambda query_1D: search.nearest(query_1D, K)
         recalls = {"lookalike": recall_of_keys(search, queries_QD, truth_QK)}
         builds = {"lookalike": built}
         report.row("built", "lookalike", rows, built, "s", note=stats.segments[0].structure)

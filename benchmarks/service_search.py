@@ -188,8 +188,10 @@ def _of_batches(
     """BatchSearch of 256 beside FAISS in process, on the cores of the server: both exact, and both at the same recall,
     FAISS by its own IVF-PQ with refinement."""
     queries_QD = queries_QD[:256]
+    ivf_pq = _ivf_pq(vectors_ND, queries_QD, files.truth)
     ways = (
-        ("call", "BatchSearch", "FAISS IVF-PQ with refine, in process", _ivf_pq(vectors_ND, queries_QD, files.truth)),
+        ("call", "BatchSearch", "FAISS IVF-PQ with refine, in process", ivf_pq),
+        ("columns", "BatchSearch in columns", "FAISS IVF-PQ with refine, in process", ivf_pq),
         (
             "exact",
             "BatchSearch, exact",

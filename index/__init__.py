@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from index.catalog import Catalog
 from index.deadline import Deadline
-from index.engine import Exact, Filter, Found, GalleryEngine, IndexSettings, Progress, Raw, Recall
+from index.engine import Exact, Filter, GalleryEngine, IndexSettings, Progress, Raw, Recall
 from index.engine_catalog import GalleryCatalog
+from index.found import Answers, Found
 from index.gallery import Gallery
 from index.items import (
     JSON,
@@ -29,6 +30,7 @@ __all__ = [
     "MAX_METADATA_BYTES",
     "MAX_NAME",
     "MAX_PAGE",
+    "Answers",
     "Catalog",
     "Deadline",
     "Entry",

@@ -5,7 +5,7 @@ Shapes: Q queries, R rows found, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
 from index.engine import Raw
-from index.exact import Hit, Rows
+from index.exact import Rows
 from index.halves import Take
+from index.hits import Hit, Hits
 from index.living import Living
 from index.structures import Structure
 
@@ -23,7 +24,9 @@ DEFAULT_RESCORE = 4
 _SPARE = 4
 """How many of the refined candidates are measured beyond the k-th, so that what ties with it is nearly always there."""
 
-_QUERIES_AT_ONCE = 32
+_QUERIES_AT_ONCE, _MOST_AT_ONCE = 32, 256
+_MICROSECONDS_AT_ONCE = 10_000.0  # between two looks at the deadline, by what was measured of one query
+_PAIRS_AT_ONCE = 512  # whose vectors stay in the cache, and in memory that need not be asked for anew
 _FIRST_MATCHES = 128
 _MOST_MATCHES = 2**17
 _NONE = 1e30  # above any squared distance: FAISS gives it where there is no row
@@ -40,17 +43,26 @@ def nearest(
     living: Living | None = None,
     deadline: Deadline | None = None,
     known: int = 0,
-) -> Iterator[Hit]:
+    microseconds: float = math.inf,
+) -> Hits:
     """For each query the k nearest of its candidates, and all of these that tie with the k-th; maybe fewer.
 
     `take` gives the vectors of rows that decide. `known` rows are found besides, in as many candidates more: those of
-    queries that are rows themselves.
+    queries that are rows themselves. `microseconds` is what one query is known to take.
     """
     if len(queries_QD) == 1:
         if deadline:
             deadline.check()
-        return iter((_nearest_of_one(structure, take, queries_QD, k, effort, living, known),))
-    return _nearest_of_many(structure, take, queries_QD, k, effort, living, deadline, known)
+        return Hits.of_one(_nearest_of_one(structure, take, queries_QD, k, effort, living, known))
+    parts = []
+    at_once = max(_QUERIES_AT_ONCE, min(_MOST_AT_ONCE, int(_MICROSECONDS_AT_ONCE / max(1.0, microseconds))))
+    at_once = max(1, -(-len(queries_QD) // max(1, -(-len(queries_QD) // at_once))))  # in equal parts
+    for start in range(0, len(queries_QD), at_once):
+        if deadline:
+            deadline.check()
+        some_qD = np.ascontiguousarray(queries_QD[start : start + at_once], np.float32)
+        parts.append(_nearest_of_many(structure, take, some_qD, k, effort, living, known))
+    return Hits.joined(parts) if parts else Hits.none(0)
 
 
 def _nearest_of_one(
@@ -70,35 +82,40 @@ def _nearest_of_one(
 
 
 def _nearest_of_many(
-    structure: Structure,
-    take: Take,
-    queries_QD: Vectors,
-    k: int,
-    effort: Raw,
-    living: Living | None,
-    deadline: Deadline | None,
-    known: int,
-) -> Iterator[Hit]:
+    structure: Structure, take: Take, some_qD: Vectors, k: int, effort: Raw, living: Living | None, known: int
+) -> Hits:
     count, k = min(k * (effort.rescore or DEFAULT_RESCORE) + known, structure.rows), k + known
     keep = min(k + _SPARE, count)
-    for start in range(0, len(queries_QD), _QUERIES_AT_ONCE):
-        if deadline:
-            deadline.check()
-        some_qD = np.ascontiguousarray(queries_QD[start : start + _QUERIES_AT_ONCE], np.float32)
-        rows_qC, squared_qC = structure.refined(some_qD, keep, count, effort, living)
-        dist_qC = _pairs(some_qD, take, rows_qC)
-        dist_qC[rows_qC < 0] = np.inf
-        kth_q = np.partition(dist_qC, k - 1, axis=1)[:, k - 1 : k] if keep > k else np.full((len(some_qD), 1), np.inf)
-        kept_qC = (dist_qC <= kth_q) & (rows_qC >= 0)
-        ends = kept_qC.sum(axis=1).cumsum().tolist()
-        rows_R, dist_R = rows_qC[kept_qC], dist_qC[kept_qC]
-        for at, (first, end, is_whole) in enumerate(
-            zip([0, *ends], ends, _are_whole(squared_qC, k, count, structure.slack).tolist(), strict=False)
-        ):
-            if is_whole:
-                yield rows_R[first:end], dist_R[first:end]
-            else:
-                yield _nearest_of_one(structure, take, some_qD[at : at + 1], k - known, effort, living, known)
+    rows_qC, squared_qC = structure.refined(some_qD, keep, count, effort, living)
+    measured_qC = rows_qC >= 0
+    alone_q = _are_alone(squared_qC, k, structure.slack)
+    measured_qC[alone_q, k:] = False
+    dist_P = _measured(some_qD, take, rows_qC, measured_qC)
+    if alone_q.all():
+        return Hits(rows_qC[measured_qC], dist_P, np.full(len(some_qD), k))
+    dist_qC = np.full(rows_qC.shape, np.inf, np.float32)
+    dist_qC[measured_qC] = dist_P
+    kth_q = np.partition(dist_qC, k - 1, axis=1)[:, k - 1 : k] if keep > k else np.full((len(some_qD), 1), np.inf)
+    kept_qC = (dist_qC <= kth_q) & measured_qC
+    hits = Hits(rows_qC[kept_qC], dist_qC[kept_qC], kept_qC.sum(axis=1))
+    whole_q = alone_q | _are_whole(squared_qC, k, count, structure.slack)
+    if whole_q.all():
+        return hits
+    return Hits.of(
+        hit if whole else _nearest_of_one(structure, take, some_qD[at : at + 1], k - known, effort, living, known)
+        for at, (hit, whole) in enumerate(zip(hits, whole_q.tolist(), strict=True))
+    )
+
+
+def _are_alone(squared_qC: Vectors, k: int, slack: float) -> NDArray[np.bool_]:
+    """Whether the first k are certainly the nearest, and none ties with them: the next one lies farther, whatever the
+    errors of both."""
+    if squared_qC.shape[1] <= k:
+        return np.zeros(len(squared_qC), np.bool_)
+    alone_q: NDArray[np.bool_] = squared_qC[:, k - 1].astype(np.float64) + 2 * slack < np.minimum(
+        squared_qC[:, k], _FAR
+    )
+    return alone_q
 
 
 def _are_whole(squared_qC: Vectors, k: int, count: int, slack: float) -> NDArray[np.bool_]:
@@ -138,10 +155,15 @@ def within(
         count *= 4
 
 
-def _pairs(queries_qD: Vectors, take: Take, rows_qC: Rows) -> Vectors:
-    """Distances [q, C]; where there is no row, of any."""
-    query_P = np.repeat(np.arange(len(queries_qD)), rows_qC.shape[1])
-    return distances_of_pairs(queries_qD[query_P], take(np.maximum(rows_qC.ravel(), 0))).reshape(rows_qC.shape)
+def _measured(queries_qD: Vectors, take: Take, rows_qC: Rows, measured_qC: NDArray[np.bool_]) -> Vectors:
+    """Distances [P] of the pairs to be measured, row by row."""
+    query_P, at_P = np.nonzero(measured_qC)
+    rows_P = rows_qC[query_P, at_P]
+    dist_P = np.empty(len(rows_P), np.float32)
+    for start in range(0, len(rows_P), _PAIRS_AT_ONCE):
+        here = slice(start, start + _PAIRS_AT_ONCE)
+        dist_P[here] = distances_of_pairs(queries_qD[query_P[here]], take(rows_P[here]))
+    return dist_P
 
 
 def _cut(rows_C: Rows, dist_C: Vectors, k: int) -> Hit:

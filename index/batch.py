@@ -9,16 +9,18 @@ server.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from embedding.decision import Vectors
 from embedding.errors import JobChanged
+from index.batch_answers import Answered
 from index.batch_folder import Conditions, JobFolder, Shard, Totals
-from index.batch_shards import Answer, Failure, ShardWriter
+from index.batch_shards import ShardWriter
 from index.engine import OnProgress, Progress
 
 SHARD_QUERIES = 10_000
@@ -31,8 +33,7 @@ BATCH_ROWS = 100_000
 _TELL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Query:
+class Query(NamedTuple):
     """What is searched for."""
 
     id: str
@@ -62,13 +63,10 @@ class Queries(Protocol):
         """The queries from `row` on; `after` is the id of the one before, "" for the first."""
 
 
-Outcome: TypeAlias = tuple[Query, Answer | Failure]
-
-
 class Answering(Protocol):
     """Who answers queries."""
 
-    def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
+    def answers(self, queries: Iterable[Query]) -> Generator[Answered, None, None]:
         """The outcomes of all queries in their order, a batch at a time; batches are of one size but for the last."""
 
 
@@ -158,11 +156,10 @@ def _written(
     conditions = job.manifest.conditions
     writer = ShardWriter(job.path / f"part-{number:05}.parquet", first=first, conditions=conditions)
     try:
-        with closing(answering.answers(_first(queries.since(first, after), most))) as batches:
+        with closing(answering.answers(islice(queries.since(first, after), most))) as batches:
             for batch in batches:
-                for query, outcome in batch:
-                    _check(conditions, outcome)
-                    writer.add(query.id, outcome)
+                _check(conditions, batch)
+                writer.add(batch)
                 tell(len(batch))
                 if not exactly and writer.rows >= SHARD_ROWS:
                     break
@@ -171,26 +168,20 @@ def _written(
         writer.close()
 
 
-def _first(queries: Iterator[Query], most: int) -> Iterator[Query]:
-    for _, query in zip(range(most), queries, strict=False):
-        yield query
-
-
-def _check(conditions: Conditions, outcome: Answer | Failure) -> None:
-    if isinstance(outcome, Failure):
-        return
-    if outcome.generation != conditions.generation:
-        raise JobChanged(
-            f"gallery {conditions.gallery!r} was written to while the job ran: it was at generation "
-            f"{conditions.generation} and is at {outcome.generation}; run the job again with --restart when nobody "
-            "writes, or on a gallery restored from a snapshot"
-        )
-    found = outcome.evidence
-    if found is not None and (found.model, found.calibration) != (conditions.model, conditions.calibration):
-        raise JobChanged(
-            f"the job was begun with {conditions.model}, calibration {conditions.calibration}, and {found.model}, "
-            f"calibration {found.calibration} answers now; activate the first to go on, or run it again with --restart"
-        )
+def _check(conditions: Conditions, answered: Answered) -> None:
+    for generation, found in answered.stands:
+        if generation != conditions.generation:
+            raise JobChanged(
+                f"gallery {conditions.gallery!r} was written to while the job ran: it was at generation "
+                f"{conditions.generation} and is at {generation}; run the job again with --restart when nobody writes, "
+                "or on a gallery restored from a snapshot"
+            )
+        if found is not None and (found.model, found.calibration) != (conditions.model, conditions.calibration):
+            raise JobChanged(
+                f"the job was begun with {conditions.model}, calibration {conditions.calibration}, and {found.model}, "
+                f"calibration {found.calibration} answers now; activate the first to go on, or run it again with "
+                "--restart"
+            )
 
 
 class _Telling:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import stat
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,12 +22,12 @@ from embedding.decision import Judge, Vectors, checked_embedding, checked_embedd
 from embedding.encoder import Encoder
 from embedding.errors import InvalidImage, InvalidInput, LookalikeError
 from embedding.images import Pixels
-from index.batch import Outcome, Queries, Query, batch_size
+from index.batch import Queries, Query, batch_size
+from index.batch_answers import Answered, Failure
 from index.batch_folder import Conditions
-from index.batch_shards import Answer, Evidence, Failure, evidence_of
-from index.engine import Effort, Exact, Filter, Found, GalleryEngine
+from index.engine import Effort, Exact, Filter, GalleryEngine
+from index.found import Answers, Found
 from index.items import MAX_K, MAX_MATCHES, check_count
-from index.names import NamedEntries
 from index.telling import MANY_NAMES
 from index.threads import CORES
 
@@ -39,6 +39,10 @@ EMBEDDINGS = 1024
 """Most embeddings that are searched together."""
 
 _FIRST = 64  # nearest that are looked at together for all matches; who has more is searched alone
+
+
+Apart: TypeAlias = tuple[Vectors, Sequence[int], dict[int, Failure]]
+"""The embeddings [Q, D] of a batch, their places in it, and why there are none in others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +80,6 @@ class GalleryAnswering:
         self._gallery, self._wanted, self._encoder = gallery, wanted, encoder
         self._leave_out, self._decode_threads, self._threads = leave_out, decode_threads, threads
         self._size = batch_size(IMAGES if images else EMBEDDINGS, wanted.k)
-        self._evidence: Evidence | None = None
 
     def conditions(self, queries: Queries, parameters: Mapping[str, Any]) -> Conditions:
         """All that the answers to these queries depend on; `parameters` say what is asked for each of them."""
@@ -93,77 +96,89 @@ class GalleryAnswering:
             parameters=dict(parameters),
         )
 
-    def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
+    def answers(self, queries: Iterable[Query]) -> Generator[Answered, None, None]:
         """The outcomes, a batch at a time."""
         source = iter(queries)
-        ahead: deque[list[tuple[Query, Vectors | Future[Pixels]]]] = deque()
+        ahead: deque[tuple[list[Query], list[Vectors | Future[Pixels]]]] = deque()
         pool = ThreadPoolExecutor(self._decode_threads, thread_name_prefix="decode")
         try:
-            while batch := [(query, self._begun(pool, query)) for query in islice(source, self._size)]:
-                ahead.append(batch)
+            while batch := list(islice(source, self._size)):
+                ahead.append((batch, [self._begun(pool, query.content) for query in batch]))
                 if len(ahead) > 1:
-                    yield self._answered(ahead.popleft())
+                    yield self._answered(*ahead.popleft())
             while ahead:
-                yield self._answered(ahead.popleft())
+                yield self._answered(*ahead.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _begun(self, pool: ThreadPoolExecutor, query: Query) -> Vectors | Future[Pixels]:
-        if isinstance(query.content, Path):
-            return pool.submit(self._pixels, query.content)
-        return np.empty(0, np.float32) if query.content is None else query.content
+    def _begun(self, pool: ThreadPoolExecutor, content: Path | Vectors | None) -> Vectors | Future[Pixels]:
+        if isinstance(content, Path):
+            return pool.submit(self._pixels, content)
+        return np.empty(0, np.float32) if content is None else content
 
     def _pixels(self, path: Path) -> Pixels:
         if self._encoder is None:
             raise InvalidInput("there is no encoder for images")
         return self._encoder.prepare(image_bytes(path))
 
-    def _answered(self, batch: Sequence[tuple[Query, Vectors | Future[Pixels]]]) -> list[Outcome]:
-        outcomes: dict[int, Answer | Failure] = {}
-        given: dict[int, Vectors] = {}
+    def _answered(self, batch: Sequence[Query], begun: Sequence[Vectors | Future[Pixels]]) -> Answered:
+        width = self._gallery.model.embedding_dim
+        given = [each for each in begun if not isinstance(each, Future)]
+        if len(given) == len(begun):
+            queries_QD, places, failures = checked_apart(given, width)
+        else:
+            queries_QD, places, failures = self._embedded(begun, width)
+        exclude = None
+        if self._leave_out:
+            exclude = [(batch[at].item,) if batch[at].item else () for at in places]
+        ids = [query.id for query in batch]
+        if not len(places):
+            return Answered.of([(query, failures[at]) for at, query in enumerate(ids)])
+        return Answered.of_columns(ids, failures, self._found(queries_QD, exclude))
+
+    def _embedded(self, begun: Sequence[Vectors | Future[Pixels]], width: int) -> Apart:
+        """Embeddings of images."""
+        embeddings: dict[int, Vectors] = {}
+        failures: dict[int, Failure] = {}
         pixels: dict[int, Pixels] = {}
-        for at, (_, begun) in enumerate(batch):
+        for at, each in enumerate(begun):
             try:
-                if isinstance(begun, Future):
-                    pixels[at] = begun.result()
+                if isinstance(each, Future):
+                    pixels[at] = each.result()
                 else:
-                    given[at] = begun
+                    embeddings[at] = checked_embedding(each, width)
             except (LookalikeError, OSError) as error:
-                outcomes[at] = failure(error)
-        embeddings, refused = checked_apart(given, self._gallery.model.embedding_dim)
-        outcomes.update(refused)
+                failures[at] = failure(error)
         if pixels and self._encoder is not None:
             emb_BD, _ = self._encoder.encode_with_norms(np.stack(list(pixels.values())))
             embeddings.update(zip(pixels, emb_BD, strict=True))
-        good = sorted(embeddings)
-        if good:
-            exclude = [(batch[at][0].item,) if self._leave_out and batch[at][0].item else () for at in good]
-            found = self._found(np.stack([embeddings[at] for at in good]), exclude)
-            outcomes.update((at, self._answer(one)) for at, one in zip(good, found, strict=True))
-        return [(query, outcomes[at]) for at, (query, _) in enumerate(batch)]
+        return _in_order(embeddings, width), sorted(embeddings), failures
 
-    def _found(self, queries_QD: Vectors, exclude: Sequence[Sequence[str]]) -> Iterator[Found]:
+    def _found(self, queries_QD: Vectors, exclude: Sequence[Sequence[str]] | None) -> Answers:
         wanted = self._wanted
         if not wanted.within:
-            yield from self._searched(queries_QD, wanted.k, exclude)
-            return
+            return self._searched(queries_QD, wanted.k, exclude)
+        names_Q = exclude or [()] * len(queries_QD)
         if wanted.effort not in {None, Exact()}:
-            yield from (self._matches(query_D, names) for query_D, names in zip(queries_QD, exclude, strict=True))
-            return
+            return self._together(self._matches(*each) for each in zip(queries_QD, names_Q, strict=True))
         # Few queries have many matches: the nearest of all are found together, which takes a fraction of the time.
         few = min(_FIRST, wanted.k)
         nearest = self._searched(queries_QD, few, exclude, effort=Exact())
-        for query_D, names, found in zip(queries_QD, exclude, nearest, strict=True):
-            distance_R = _distances(found)
-            count = int(np.searchsorted(distance_R, np.float32(wanted.judge.threshold), side="right"))
-            if len(distance_R) == few and count == few:
-                yield self._matches(query_D, names)
-            else:
-                yield Found(neighbors=found.neighbors[:count], generation=found.generation)
+        within = nearest.where(nearest.decisions.distance_N <= np.float32(wanted.judge.threshold))
+        if not (within.counts_Q == few).any():
+            return within
+        return self._together(
+            self._matches(query_D, names) if len(found.neighbors) == few else found
+            for query_D, names, found in zip(queries_QD, names_Q, within, strict=True)
+        )
+
+    def _together(self, found: Iterable[Found]) -> Answers:
+        some = list(found)
+        return Answers.of(some, self._wanted.judge, some[0].generation)
 
     def _searched(
-        self, queries_QD: Vectors, k: int, exclude: Sequence[Sequence[str]], *, effort: Effort | None = None
-    ) -> list[Found]:
+        self, queries_QD: Vectors, k: int, exclude: Sequence[Sequence[str]] | None, *, effort: Effort | None = None
+    ) -> Answers:
         wanted = self._wanted
         return self._gallery.search_batch(
             queries_QD,
@@ -188,26 +203,6 @@ class GalleryAnswering:
             telling=MANY_NAMES,
         )
 
-    def _answer(self, found: Found) -> Answer:
-        near = found.neighbors
-        rows = slice(near.first, near.first + len(near))
-        if self._evidence is None:
-            self._evidence = evidence_of(near.decisions)
-        if isinstance(near.items, NamedEntries):
-            items, identities = near.items.names, near.items.identities
-        else:
-            items, identities = [item.name for item in near.items], [item.identity for item in near.items]
-        return Answer(
-            items=items,
-            identities=identities,
-            distance_R=near.decisions.distance_N[rows],
-            verdict_R=near.decisions.verdict_N[rows],
-            probability_R=near.decisions.probability_N[rows],
-            evidence=self._evidence,
-            generation=found.generation,
-            truncated=found.truncated,
-        )
-
 
 def image_bytes(path: Path) -> bytes:
     """The content of an image file. Raises InvalidImage for what is none, and OSError."""
@@ -222,21 +217,24 @@ def image_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def checked_apart(given: Mapping[int, Vectors], width: int) -> tuple[dict[int, Vectors], dict[int, Failure]]:
-    """Embeddings [D] by their places, as `checked_embedding` gives them, and why others are none."""
-    if not given:
-        return {}, {}
-    with suppress(LookalikeError, ValueError):  # some are none, or are of several shapes: which ones is told below
-        block_ND = checked_embeddings(np.stack(list(given.values())), width)
-        return dict(zip(given, block_ND, strict=True)), {}
+def checked_apart(given: Sequence[Vectors], width: int) -> Apart:
+    """Embeddings as `checked_embedding` gives them, and why others are none."""
+    if all(each.shape == (width,) for each in given):
+        with suppress(LookalikeError):  # some are none: which ones is told below
+            block_ND = checked_embeddings(np.concatenate(given).reshape(-1, width), width)
+            return block_ND, range(len(given)), {}
     good: dict[int, Vectors] = {}
     bad: dict[int, Failure] = {}
-    for at, vector_D in given.items():
+    for at, vector_D in enumerate(given):
         try:
             good[at] = checked_embedding(vector_D, width)
         except LookalikeError as error:
             bad[at] = failure(error)
-    return good, bad
+    return _in_order(good, width), sorted(good), bad
+
+
+def _in_order(embeddings: Mapping[int, Vectors], width: int) -> Vectors:
+    return np.array([embeddings[at] for at in sorted(embeddings)], np.float32).reshape(-1, width)
 
 
 def failure(error: LookalikeError | OSError) -> Failure:
@@ -244,8 +242,3 @@ def failure(error: LookalikeError | OSError) -> Failure:
     if isinstance(error, LookalikeError):
         return Failure(error.reason, str(error))
     return Failure("UNREADABLE", f"the file cannot be read: {error.strerror or error}")
-
-
-def _distances(found: Found) -> Vectors:
-    near = found.neighbors
-    return near.decisions.distance_N[near.first : near.first + len(near)]

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from io import BufferedWriter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from embedding.decision import VERDICTS, Decisions, Vectors, Verdict
+from embedding.decision import VERDICTS, Verdict
 from embedding.durable import sync_folder
+from index.batch_answers import Answered, Column, Evidence, Failure
 from index.batch_folder import PARTIAL, Conditions, Shard, refused
 from index.sums import FileSum
+from index.texts import Texts
 
 GROUP_ROWS = 65_536
 """Rows that are held in memory until they are written as a row group."""
@@ -65,55 +68,6 @@ _MATCH = VERDICTS.index(Verdict.MATCH)
 _NAMES = pa.array([verdict.value for verdict in VERDICTS])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evidence:
-    """What all decisions of a job rest on."""
-
-    threshold: float
-    far: float
-    far_upper95: float
-    frr: float
-    model: str
-    calibration: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Answer:
-    """What one query found, nearest first."""
-
-    items: Sequence[str]
-    identities: Sequence[str | None]
-    distance_R: Vectors
-    verdict_R: NDArray[np.int8]
-    """Places in `VERDICTS`."""
-    probability_R: NDArray[np.float64]
-    evidence: Evidence | None
-    """None where nothing was found and none is known."""
-    generation: int
-    truncated: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why one query has no answer."""
-
-    reason: str
-    message: str
-
-
-def evidence_of(decisions: Decisions) -> Evidence:
-    """What these decisions share."""
-    judge = decisions.judge
-    return Evidence(
-        threshold=judge.threshold,
-        far=judge.rates.far,
-        far_upper95=judge.rates.far_upper95,
-        frr=judge.rates.frr,
-        model=judge.model,
-        calibration=judge.calibration.version,
-    )
-
-
 class ShardWriter:
     """Writes one shard: beside its name, and under it once it is whole and on the disk.
 
@@ -131,22 +85,35 @@ class ShardWriter:
         self._writer: pq.ParquetWriter | None = None
         self._waiting = _Waiting()
 
-    def add(self, query: str, outcome: Answer | Failure) -> None:
-        """The outcome of the next query."""
-        if isinstance(outcome, Failure):
-            self._errors += 1
-            self._waiting.fail(query, self._first + self.queries, outcome)
-            self.rows += 1
-        else:
-            self._truncated += outcome.truncated
-            if outcome.items:  # of an answer without them a server does not say the evidence
-                self._evidence = self._evidence or outcome.evidence
-                self._waiting.add(query, self._first + self.queries, outcome)
-                self.rows += len(outcome.items)
-        self.queries += 1
-        self._last_id = query
-        if len(self._waiting) >= GROUP_ROWS:
-            self._flush()
+    def add(self, answered: Answered) -> None:
+        """The outcomes of the next queries."""
+        for start, end in self._groups(answered):
+            self._take(answered.cut(start, end))
+            if len(self._waiting) >= GROUP_ROWS:
+                self._flush()
+
+    def _groups(self, answered: Answered) -> Iterator[tuple[int, int]]:
+        """Where to cut these so that each row group ends with the query that fills it, however many come at once."""
+        after_Q = _rows_of(answered).cumsum()
+        start = 0
+        while start < len(answered):
+            before = int(after_Q[start - 1]) if start else 0
+            filled = int(np.searchsorted(after_Q, before + GROUP_ROWS - len(self._waiting)))
+            end = min(filled + 1, len(answered))
+            yield start, end
+            start = end
+
+    def _take(self, answered: Answered) -> None:
+        if not len(answered):
+            return
+        self._errors += len(answered.failures)
+        self._truncated += int(np.count_nonzero(answered.truncated_Q))
+        if self._evidence is None and len(answered.distance_P):  # of an answer without items it is not always known
+            self._evidence = next((evidence for _, evidence in answered.stands if evidence), None)
+        self._waiting.add(answered, self._first + self.queries)
+        self.rows += len(answered.distance_P) + len(answered.failures)
+        self.queries += len(answered)
+        self._last_id = answered.ids[-1]
 
     def publish(self) -> Shard:
         """The shard, whole and durable under its name."""
@@ -214,7 +181,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if len(self._waiting):
             stated = self._conditions
-            table, matches_Q = self._waiting.table(stated.model, stated.calibration, stated.generation)
+            table, matches_Q = self._waiting.table(stated, self._evidence)
             self._on_disk(lambda: self._opened().write_table(table, row_group_size=len(table)))
             self._matches += int(matches_Q.sum())
             self._matched += int(np.count_nonzero(matches_Q))
@@ -234,100 +201,110 @@ class ShardWriter:
 
 
 class _Waiting:
-    """The rows of a row group to be. Columns, not an object a query: those Python's collector would walk over, again
-    and again, until they are written."""
+    """The rows of a row group to be."""
 
     def __init__(self) -> None:
-        self._ids: list[str] = []
-        self._places: list[int] = []
-        self._counts: list[int] = []
-        self._evidence: list[Evidence | None] = []
-        self._truncated: list[bool | None] = []
-        self._failed: list[bool] = []
-        self._messages: list[str | None] = []
-        self._reasons: list[str | None] = []
-        self._items: list[str | None] = []
-        self._identities: list[str | None] = []
-        self._distances: list[Vectors] = []
-        self._verdicts: list[NDArray[np.int8]] = []
-        self._probabilities: list[NDArray[np.float64]] = []
+        self._parts: list[tuple[int, Answered]] = []
+        self._rows = 0
 
     def __len__(self) -> int:
-        return len(self._items)
+        return self._rows
 
-    def add(self, query: str, place: int, answer: Answer) -> None:
-        """An answer that has items."""
-        self._begin(query, place, len(answer.items), answer.evidence, answer.truncated, None)
-        self._items += answer.items
-        self._identities += answer.identities
-        self._distances.append(answer.distance_R)
-        self._verdicts.append(answer.verdict_R)
-        self._probabilities.append(answer.probability_R)
+    def add(self, answered: Answered, place: int) -> None:
+        """The outcomes of queries from this place of the input on."""
+        rows = len(answered.distance_P) + len(answered.failures)
+        if rows:
+            self._parts.append((place, answered))
+            self._rows += rows
 
-    def fail(self, query: str, place: int, failure: Failure) -> None:
-        self._begin(query, place, 1, None, None, failure)
-        self._items.append(None)
-        self._identities.append(None)
-        self._distances.append(np.zeros(1, np.float32))
-        self._verdicts.append(np.zeros(1, np.int8))
-        self._probabilities.append(np.zeros(1))
-
-    def _begin(
-        self,
-        query: str,
-        place: int,
-        count: int,
-        evidence: Evidence | None,
-        truncated: bool | None,
-        failure: Failure | None,
-    ) -> None:
-        self._ids.append(query)
-        self._places.append(place)
-        self._counts.append(count)
-        self._evidence.append(evidence)
-        self._truncated.append(truncated)
-        self._failed.append(failure is not None)
-        self._messages.append(failure.message if failure else None)
-        self._reasons.append(failure.reason if failure else None)
-
-    def table(self, model: str, calibration: int, generation: int) -> tuple[pa.Table, NDArray[np.intp]]:
+    def table(self, stated: Conditions, evidence: Evidence | None) -> tuple[pa.Table, NDArray[np.intp]]:
         """The rows, and the matches of each query that has some."""
-        counts_Q = np.array(self._counts)
+        places_Q = np.concatenate([np.arange(place, place + len(each)) for place, each in self._parts])
+        whole = Answered.joined([each for _, each in self._parts])
+        counts_Q = _rows_of(whole)
         at_R = np.repeat(np.arange(len(counts_Q)), counts_Q)
-        failed_R = np.array(self._failed)[at_R]
-        starts_Q = np.concatenate([[0], np.cumsum(counts_Q)[:-1]])
-        verdict_R = np.concatenate(self._verdicts)
-        matches_Q = np.bincount(at_R[(verdict_R == _MATCH) & ~failed_R], minlength=len(counts_Q))
+        failed_R = whole.failed()[at_R]
+        starts_Q = counts_Q.cumsum() - counts_Q
+        rows = _Rows(failed_R)
+        matched_P = whole.verdict_P == _MATCH
+        matches_Q = np.bincount(at_R[~failed_R][matched_P], minlength=len(counts_Q))
         spread_R = pa.array(at_R)
 
-        def spread(kind: Any, values: Sequence[Any]) -> pa.Array:
-            """Of one value a query, None for one that failed."""
-            return pa.array(values, kind).take(spread_R)
+        def said(of: Callable[[Failure], str]) -> pa.Array:
+            """Of one text a failure, which is of one row."""
+            if not whole.failures:
+                return pa.nulls(len(at_R), pa.string())
+            texts = {at: of(failure) for at, failure in whole.failures.items()}
+            return pa.array([texts.get(at) for at in range(len(counts_Q))], pa.string()).take(spread_R)
 
         def shared(name: str) -> pa.Array:
-            return spread(SCHEMA.field(name).type, [each and getattr(each, name) for each in self._evidence])
+            kind = SCHEMA.field(name).type
+            if evidence is None:
+                return pa.nulls(len(at_R), kind)
+            return rows.masked(pa.repeat(pa.scalar(getattr(evidence, name), kind), len(at_R)))
 
-        verdicts = pa.array(verdict_R, pa.int8(), mask=failed_R)
+        verdicts = rows.numbers(whole.verdict_P, pa.int8())
         ranks_R = (np.arange(len(at_R)) - starts_Q[at_R] + 1).astype(np.int32)
         columns = {
-            "query_row": spread(pa.int64(), self._places),
-            "query": spread(pa.string(), self._ids),
-            "rank": pa.array(ranks_R, pa.int32(), mask=failed_R),
-            "item": pa.array(self._items, pa.string()),
-            "identity": pa.array(self._identities, pa.string()),
+            "query_row": pa.array(places_Q[at_R], pa.int64()),
+            "query": pa.array(whole.ids, pa.string()).take(spread_R),
+            "rank": pa.array(ranks_R, pa.int32(), mask=failed_R if rows.some_failed else None),
+            "item": rows.texts(whole.items),
+            "identity": rows.texts(whole.identities, empty_is_null=True),
             "verdict": _NAMES.take(verdicts),
             "is_match": pc.equal(verdicts, pa.scalar(_MATCH, pa.int8())),
-            "distance": pa.array(np.concatenate(self._distances), pa.float32(), mask=failed_R),
+            "distance": rows.numbers(whole.distance_P, pa.float32()),
             "threshold": shared("threshold"),
-            "match_probability": pa.array(np.concatenate(self._probabilities), pa.float64(), mask=failed_R),
+            "match_probability": rows.numbers(whole.probability_P, pa.float64()),
             "far": shared("far"),
             "far_upper95": shared("far_upper95"),
             "frr": shared("frr"),
-            "model": pa.repeat(pa.scalar(model), len(at_R)),
-            "calibration": pa.repeat(pa.scalar(calibration, pa.int32()), len(at_R)),
-            "gallery_generation": pa.repeat(pa.scalar(generation, pa.int64()), len(at_R)),
-            "truncated": spread(pa.bool_(), self._truncated),
-            "error": spread(pa.string(), self._messages),
-            "error_reason": spread(pa.string(), self._reasons),
+            "model": pa.repeat(pa.scalar(stated.model), len(at_R)),
+            "calibration": pa.repeat(pa.scalar(stated.calibration, pa.int32()), len(at_R)),
+            "gallery_generation": pa.repeat(pa.scalar(stated.generation, pa.int64()), len(at_R)),
+            "truncated": rows.masked(pa.array(whole.truncated_Q[at_R])),
+            "error": said(attrgetter("message")),
+            "error_reason": said(attrgetter("reason")),
         }
         return pa.table(columns, schema=SCHEMA), matches_Q
+
+
+class _Rows:
+    """Columns of the neighbours, with nothing in the rows of queries that failed."""
+
+    def __init__(self, failed_R: NDArray[np.bool_]) -> None:
+        self.some_failed = bool(failed_R.any())
+        self._failed_R = failed_R
+        found_R = (~failed_R).cumsum() - 1
+        self._places = pa.array(found_R, mask=failed_R) if self.some_failed else None
+
+    def masked(self, column: pa.Array) -> pa.Array:
+        """A value a row."""
+        return pc.if_else(pa.array(self._failed_R), None, column) if self.some_failed else column
+
+    def numbers(self, values_P: NDArray[Any], kind: Any) -> pa.Array:
+        column = pa.array(values_P, kind)
+        return column if self._places is None else column.take(self._places)
+
+    def texts(self, texts: Column | None, *, empty_is_null: bool = False) -> pa.Array:
+        if texts is None:
+            return pa.nulls(len(self._failed_R), pa.string())
+        column = _strings(texts) if isinstance(texts, Texts) else pa.array(texts, pa.string())
+        if empty_is_null:
+            column = pc.if_else(pc.equal(column, ""), None, column)
+        return column if self._places is None else column.take(self._places)
+
+
+def _strings(texts: Texts) -> pa.Array:
+    """The bytes as they are, without the end of each."""
+    ends_N = texts.ends_N - np.arange(1, len(texts) + 1)
+    offsets_N = np.concatenate([[0], ends_N]).astype(np.int32)
+    kept_B = np.ones(len(texts.data_B), np.bool_)
+    kept_B[texts.ends_N - 1] = False
+    data_B = texts.data_B[kept_B]
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets_N), pa.py_buffer(data_B))
+
+
+def _rows_of(answered: Answered) -> NDArray[np.intp]:
+    """How many rows each query takes: one that failed takes one."""
+    return answered.counts_Q + answered.failed()

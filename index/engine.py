@@ -23,7 +23,8 @@ from typing import Literal, Protocol, TypeAlias
 
 from embedding.decision import Judge, Vectors
 from index.deadline import Deadline
-from index.items import MAX_MATCHES, Item, ModelRef, Neighbors
+from index.found import Answers, Found
+from index.items import MAX_MATCHES, Item, ModelRef
 from index.receipts import Receipt, Token
 from index.telling import Telling
 
@@ -115,24 +116,7 @@ class IndexSettings:
     each search reads its candidates from the store."""
 
 
-# What is answered
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Found:
-    """The answer of one search."""
-
-    neighbors: Neighbors
-    """By rising (distance, name)."""
-    generation: int
-    """The generation that all of the answer is of."""
-    expected_recall: float = 1.0
-    """Share of the true answer that searches of this effort found when they were measured; 1 when it is exact, 0
-    when nothing like it was measured."""
-    truncated: bool = False
-    """Whether there are more matches than the limit allowed; never for any other reason."""
-    partial: bool = False
-    """Whether a part of the gallery could not be asked; always false for the embedded engine."""
+# What is answered, beside `index.found`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +200,6 @@ class Verification:
 
 
 Items: TypeAlias = list[Item]
-Answers: TypeAlias = list[Found]
 
 
 class GalleryEngine(Protocol):

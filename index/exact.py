@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from embedding.calibration import MAX_DISTANCE
 from embedding.decision import Vectors, distances, distances_of_pairs
 from index.deadline import Deadline
+from index.hits import Hit
 from index.threads import one_thread
 
 Keys = NDArray[np.int64]
 Rows = NDArray[np.intp]
-Hit = tuple[Rows, Vectors]
-"""Rows and their exact distances, of one query."""
-
 _PRODUCT_FROM = 4  # queries, below which a product of one query with all rows is faster
 _PAIRS_AT_ONCE = 2**21  # candidates of all queries of one product
 _STEP = 5 * 10**8  # multiplications between two looks at the deadline: below 25 ms in one thread

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
+
+import numpy as np
 
 from embedding.decision import Judge, Vectors, checked_embedding, checked_embeddings
 from embedding.errors import ModelMismatch
@@ -19,20 +21,10 @@ from index.checks import checked_items
 from index.connections import connect
 from index.copies import write_copy
 from index.deadline import Deadline
-from index.engine import (
-    Answers,
-    Effort,
-    Exact,
-    Filter,
-    Found,
-    IndexSettings,
-    Items,
-    OnProgress,
-    Recall,
-    Stats,
-    Verification,
-)
+from index.engine import Effort, Exact, Filter, IndexSettings, Items, OnProgress, Recall, Stats, Verification
 from index.follow import Following
+from index.found import Answers, Found
+from index.hits import Hits
 from index.items import (
     MAX_K,
     MAX_MATCHES,
@@ -155,13 +147,12 @@ class Gallery:
         snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(self._effort(effort), enough, rows)
-        (answer,) = search.nearest(query_D[None], enough, deadline)
-        if search.ways and len(answer[0]) < min(enough, snapshot.size if rows is None else rows.size):
+        hits = search.nearest(query_D[None], enough, deadline)
+        if search.ways and hits.most < min(enough, snapshot.size if rows is None else rows.size):
             search = snapshot.search(Exact(), enough, rows)
-            (answer,) = search.nearest(query_D[None], enough, deadline)
+            hits = search.nearest(query_D[None], enough, deadline)
         read, telling = self._live.store.entries, telling or Telling()
-        (found,) = decided(search, [answer], k, judge, [excluded], read, telling, deadline)
-        return found
+        return decided(search, hits, k, judge, [excluded], read, telling, deadline).only()
 
     def search_batch(
         self,
@@ -180,10 +171,8 @@ class Gallery:
         check_count(k, MAX_K, field="k")
         self._check_judge(judge)
         queries_QD = checked_embeddings(queries_QD, self.model.embedding_dim, field="queries")
-        if not len(queries_QD):
-            return []
         excluded = [frozenset(names) for names in exclude] if exclude else [frozenset[str]()] * len(queries_QD)
-        enough = k + max(map(len, excluded))
+        enough = k + max(map(len, excluded), default=0)
         snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(self._effort(effort), enough, rows)
@@ -192,16 +181,15 @@ class Gallery:
         read, told = self._live.store.entries, telling or Telling()
 
         def answer(start: int, end: int) -> Answers:
-            some_QD = queries_QD[start:end]
-            answers = list(search.nearest(some_QD, enough, deadline))
-            found = decided(search, answers, k, judge, excluded[start:end], read, told, deadline)
-            for at, (keys_R, _) in enumerate(answers):
-                if len(keys_R) < wanted:  # the structure has not found as many as there are
-                    again = exact.nearest(some_QD[at : at + 1], enough, deadline)
-                    (found[at],) = decided(
-                        exact, again, k, judge, excluded[start + at : start + at + 1], read, told, deadline
-                    )
-            return found
+            some_QD, names_Q = queries_QD[start:end], excluded[start:end]
+            hits = search.nearest(some_QD, enough, deadline)
+            short_Q = hits.counts_Q < wanted  # the structure has not found as many as there are
+            if not short_Q.any():
+                return decided(search, hits, k, judge, names_Q, read, told, deadline)
+            again = iter(exact.nearest(some_QD[short_Q], enough, deadline))
+            hits = Hits.of(next(again) if short else hit for hit, short in zip(hits, short_Q.tolist(), strict=True))
+            found = decided(search, hits, k, judge, names_Q, read, told, deadline)
+            return replace(found, recall_Q=np.where(short_Q, exact.expected_recall, found.recall_Q))
 
         share = -(-len(queries_QD) // max(1, threads or CORES))
         alone_below = _ALONE_BELOW_IF_QUICK if search.is_quick else _ALONE_BELOW
@@ -211,7 +199,7 @@ class Gallery:
             searchers().submit(answer, start, min(start + share, len(queries_QD)))
             for start in range(0, len(queries_QD), share)
         ]
-        return [found for part in parts for found in part.result()]
+        return Answers.joined(part.result() for part in parts)
 
     def matches(
         self,
@@ -235,11 +223,10 @@ class Gallery:
         snapshot = self._live.newest()
         rows = self._allowed(snapshot, allowed, deadline)
         search = snapshot.search(effort or Exact(), None, rows)
-        answer = search.within(query_D, judge.threshold, deadline)
+        hits = Hits.of_one(search.within(query_D, judge.threshold, deadline))
         read, excluded = self._live.store.entries, [frozenset(exclude)]
         told = telling or Telling()
-        (found,) = decided(search, [answer], limit, judge, excluded, read, told, deadline, all_of_them=True)
-        return found
+        return decided(search, hits, limit, judge, excluded, read, told, deadline, all_of_them=True).only()
 
     # Reading
 

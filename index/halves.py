@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from embedding.calibration import MAX_DISTANCE
 from embedding.decision import Vectors, distances
 from index.deadline import Deadline
-from index.exact import Hit, Rows, cut, padded, slack
+from index.exact import Rows, cut, padded, slack
+from index.hits import Hit
 from index.living import ALIGNED, Living
 from index.threads import one_thread
 

@@ -14,19 +14,8 @@ from embedding.decision import UNIT_TOLERANCE, Judge, Vectors, checked_embedding
 from embedding.errors import InvalidInput, ModelMismatch, NotSupported
 from index.checks import checked_items
 from index.deadline import Deadline
-from index.engine import (
-    Answers,
-    Effort,
-    Filter,
-    Found,
-    IndexSettings,
-    Items,
-    OnProgress,
-    Problem,
-    SegmentStats,
-    Stats,
-    Verification,
-)
+from index.engine import Effort, Filter, IndexSettings, Items, OnProgress, Problem, SegmentStats, Stats, Verification
+from index.found import Answers, Found
 from index.items import (
     MAX_K,
     MAX_MATCHES,
@@ -131,7 +120,7 @@ class MilvusGallery:
         width = self.model.embedding_dim
         checked = [checked_embedding(query, width, field=f"queries[{i}]") for i, query in enumerate(queries_QD)]
         if not checked:
-            return []
+            return Answers.of([], judge, self.generation)
         excluded = [frozenset(names) for names in exclude] if exclude else [frozenset[str]()] * len(checked)
         with self._store.view() as record:
             asking = Asking(store=self._store, record=record, most=k, allowed=allowed, deadline=deadline)
@@ -333,7 +322,7 @@ class MilvusGallery:
         """With the items themselves, which are asked for once all answers are known."""
         wanted = {one.row["key"] for answer in answers for one in answer.candidates if "metadata" not in one.row}
         rows = {row["key"]: row for row in self._store.keyed(record, sorted(wanted), WHOLE, deadline)}
-        found: Answers = []
+        found: list[Found] = []
         for answer in answers:
             kept = [one for one in answer.candidates if one.row["key"] in rows or "metadata" in one.row]
             items = [record.item(rows.get(one.row["key"], one.row)) for one in kept]
@@ -346,7 +335,7 @@ class MilvusGallery:
                     partial=answer.partial or lost,
                 )
             )
-        return found
+        return Answers.of(found, judge, record.generation)
 
     def _check_judge(self, judge: Judge) -> None:
         if judge.model != self.model.name:

@@ -6,85 +6,52 @@ stays true; keys that were written after their block was read are read alone aga
 
 Held are at most `MOST_BYTES`, some 25 bytes an item with names of a dozen characters: five million items. Items beyond
 are read alone, however often.
+
+Shapes: P keys asked for, S blocks held.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import accumulate, chain
-from types import MappingProxyType
-from typing import overload
+from dataclasses import dataclass
+from typing import Any
 
-from index.items import JSON, Entry
+import numpy as np
+from numpy.typing import NDArray
+
+from index.entries import NamedEntries
+from index.exact import Keys
+from index.items import Entry
+from index.room import room
+from index.texts import END, Bytes, Offsets, Texts
 
 MOST_BYTES = 128 * 2**20
 
 _BITS = 9
 _BLOCK = 1 << _BITS
 _PAYS_AFTER = _BLOCK // 4  # keys read alone, each of which takes four times what it takes among others
+_PLACES = 2 * _BLOCK + 1  # where names and identities of a block begin, and the last ends
 
 Row = tuple[int, str, str | None]
 """Key, name, identity."""
 
 
-class Named(Entry):
-    """An entry of which name and identity alone are known, in a fifth of the time; nothing is kept with it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """What is held at one moment. What is added later lies behind it, in the same memory or in a copy of it."""
 
-    __slots__ = ()
-
-    metadata: Mapping[str, JSON] = MappingProxyType({})
-    etag = ""
-    generation = 0
-    update_time = None
-
-    @property
-    def formed(self) -> dict[object, bytes]:
-        return {}
-
-
-class NamedEntries(Sequence[Entry]):
-    """Entries as columns; one is made when it is looked at. What the collector would walk over is one object a run of
-    them, not one an item: it took two fifths of a job's searches."""
-
-    __slots__ = ("identities", "names")
-
-    def __init__(self, names: Sequence[str], identities: Sequence[str | None]) -> None:
-        self.names = names
-        self.identities = identities
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @overload
-    def __getitem__(self, at: int) -> Entry: ...
-    @overload
-    def __getitem__(self, at: slice) -> NamedEntries: ...
-    def __getitem__(self, at: int | slice) -> Entry | NamedEntries:
-        if isinstance(at, slice):  # of tuples of text the collector lets go
-            return NamedEntries(tuple(self.names[at]), tuple(self.identities[at]))
-        entry = _new(Named)
-        _set_name(entry, self.names[at])
-        _set_identity(entry, self.identities[at])
-        return entry
-
-    def picked(self, rows: Sequence[int]) -> NamedEntries:
-        """Those in these places."""
-        names, identities = self.names, self.identities
-        return NamedEntries([names[row] for row in rows], [identities[row] for row in rows])
-
-    @classmethod
-    def joined(cls, parts: Iterable[NamedEntries]) -> NamedEntries:
-        """One after the other."""
-        names: list[str] = []
-        identities: list[str | None] = []
-        for part in parts:
-            names += part.names
-            identities += part.identities
-        return cls(names, identities)
+    slots: NDArray[np.int32]
+    """By number of block: its place among those held, −1 for none."""
+    places_SE: NDArray[np.uint32]
+    """Where in the data its names and identities begin, one after the other."""
+    data_B: Bytes
+    blocks: int = 0
+    used: int = 0
+    """Bytes of the data."""
+    identities: bool = False
+    """Whether any item of them has one."""
 
 
 class Names:
@@ -92,15 +59,20 @@ class Names:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
-        self._blocks: dict[int, tuple[str, array[int]]] = {}
+        self._held = _Held(np.empty(0, np.int32), np.empty((0, _PLACES), np.uint32), np.empty(0, np.uint8))
         self._spent: Counter[int] = Counter()
         self._changing = threading.Lock()
-        self.bytes = 0
+        self._full = False
+
+    @property
+    def bytes(self) -> int:
         """What is held takes."""
+        held = self._held
+        return held.used + held.blocks * _PLACES * 4
 
     def all(
         self,
-        keys: Sequence[int],
+        keys: Sequence[int] | Keys,
         read: Callable[[Sequence[int]], Mapping[int, Entry]],
         read_range: Callable[[int, int], Iterable[Row]],
     ) -> NamedEntries:
@@ -109,36 +81,47 @@ class Names:
         `read` is asked for keys, rising, each once, and raises unless it has them all; `read_range` for all that there
         is from one key to another, both included.
         """
-        names: list[str] = []
-        identities: list[str | None] = []
-        absent: dict[int, int] = {}  # places, and their keys
-        blocks = self._blocks
-        for place, key in enumerate(keys):
-            name, identity = "", None
-            if (block := blocks.get(key >> _BITS)) is not None:
-                name, identity = _within(block, key)
-            if not name:
-                absent[place] = key
-            names.append(name)
-            identities.append(identity)
-        if not absent:
+        keys_P = np.asarray(keys, np.int64)
+        held = self._held
+        starts_P, middles_P, ends_P = _within(held, keys_P)
+        absent_P = middles_P <= starts_P + 1
+        if absent_P.any():
+            missing_R = np.unique(keys_P[absent_P])
+            for number in self._worth_reading(missing_R):
+                self._hold(number, read_range)
+            held = self._held
+            starts_P, middles_P, ends_P = _within(held, keys_P)
+            absent_P = middles_P <= starts_P + 1
+        names = Texts.gathered(held.data_B, starts_P, middles_P)
+        identities = Texts.gathered(held.data_B, middles_P, ends_P) if held.identities else None
+        if not absent_P.any():
             return NamedEntries(names, identities)
-        missing = sorted(set(absent.values()))
-        for number in self._worth_reading(missing):
-            self._hold(number, read_range)
-        held = {key: _within(block, key) for key in missing if (block := self._blocks.get(key >> _BITS)) is not None}
-        alone = [key for key in missing if not held.get(key, _NOBODY)[0]]
-        fresh = read(alone) if alone else {}
-        held |= {key: (entry.name, entry.identity) for key, entry in fresh.items()}
-        for place, key in absent.items():
-            names[place], identities[place] = held[key]
-        return NamedEntries(names, identities)
+        return self._with_fresh(keys_P, absent_P, NamedEntries(names, identities), read)
 
-    def _worth_reading(self, missing: Sequence[int]) -> list[int]:
+    @staticmethod
+    def _with_fresh(
+        keys_P: Keys,
+        absent_P: NDArray[np.bool_],
+        held: NamedEntries,
+        read: Callable[[Sequence[int]], Mapping[int, Entry]],
+    ) -> NamedEntries:
+        """Those that are not held are read alone, and stand behind the others until all are put in their order."""
+        alone = np.unique(keys_P[absent_P]).tolist()
+        fresh = read(alone)
+        more = NamedEntries(
+            Texts.of(fresh[key].name for key in alone), Texts.of(fresh[key].identity or "" for key in alone)
+        )
+        rows_P = np.arange(len(keys_P))
+        rows_P[absent_P] = len(keys_P) + np.searchsorted(alone, keys_P[absent_P])
+        return held.joined([more]).picked(rows_P)
+
+    def _worth_reading(self, missing_R: Keys) -> list[int]:
         with self._changing:
-            if self.bytes >= self._most_bytes:
+            if self._full:
                 return []
-            asked = Counter(key >> _BITS for key in missing)
+            asked = dict(
+                zip(*(each.tolist() for each in np.unique(missing_R >> _BITS, return_counts=True)), strict=True)
+            )
             self._spent.update(asked)
             worth = [block for block in asked if self._spent[block] >= _PAYS_AFTER]
             for block in worth:
@@ -147,32 +130,69 @@ class Names:
 
     def _hold(self, block: int, read_range: Callable[[int, int], Iterable[Row]]) -> None:
         first = block << _BITS
-        texts = [""] * (2 * _BLOCK)
+        texts = [END] * (2 * _BLOCK)
+        identified = False
         for key, name, identity in read_range(first, first + _BLOCK - 1):
             at = 2 * (key - first)
-            texts[at], texts[at + 1] = name, identity or ""
-        fresh = "".join(texts), array("I", chain((0,), accumulate(map(len, texts))))
+            texts[at] = name.encode() + END
+            if identity:
+                texts[at + 1], identified = identity.encode() + END, True
+        data = b"".join(texts)
         with self._changing:
-            size = self.bytes + _size(fresh) - _size(self._blocks.get(block))
-            if size <= self._most_bytes:
-                self._blocks[block], self.bytes = fresh, size
-            else:
-                self.bytes = self._most_bytes  # full: no block is read in vain again
+            if self.bytes + len(data) + _PLACES * 4 > self._most_bytes:
+                self._full = True  # no block is read in vain again
+                return
+            held = self._held
+            slots = _grown(held.slots, len(held.slots), block + 1, -1)
+            places_SE = _grown(held.places_SE, held.blocks, held.blocks + 1)
+            data_B = _grown(held.data_B, held.used, held.used + len(data))
+            # Nobody looks there before they know of it. A block that is read anew leaves its old data behind.
+            data_B[held.used : held.used + len(data)] = np.frombuffer(data, np.uint8)
+            places_SE[held.blocks, 0] = held.used
+            places_SE[held.blocks, 1:] = held.used + np.fromiter(map(len, texts), np.int64, len(texts)).cumsum()
+            if slots is held.slots:
+                slots = slots.copy()
+            slots[block] = held.blocks
+            self._held = _Held(
+                slots,
+                places_SE,
+                data_B,
+                blocks=held.blocks + 1,
+                used=held.used + len(data),
+                identities=held.identities or identified,
+            )
 
 
-def _within(block: tuple[str, array[int]], key: int) -> tuple[str, str | None]:
-    """Name and identity of a key of this block; no name where it was not there."""
-    text, ends = block
-    at = 2 * (key & _BLOCK - 1)
-    start, middle, end = ends[at : at + 3]
-    return text[start:middle], text[middle:end] or None
+def _within(held: _Held, keys_P: Keys) -> tuple[Offsets, Offsets, Offsets]:
+    """Where name and identity of each key begin, and the identity ends; all the same where it is not held."""
+    numbers_P = keys_P >> _BITS
+    known_P = numbers_P < len(held.slots)
+    if not len(held.slots):
+        slots_P = np.full(len(keys_P), -1, np.int32)
+    elif known_P.all():
+        slots_P = held.slots[numbers_P]
+    else:
+        slots_P = np.where(known_P, held.slots[np.where(known_P, numbers_P, 0)], -1)
+    nowhere_P = slots_P < 0
+    if nowhere_P.all():
+        nothing_P = np.zeros(len(keys_P), np.int64)
+        return nothing_P, nothing_P, nothing_P
+    at_P = slots_P.astype(np.int64) * _PLACES + 2 * (keys_P & _BLOCK - 1)
+    at_P[nowhere_P] = 0
+    flat = held.places_SE.reshape(-1)
+    starts_P, middles_P, ends_P = (flat[at_P + more].astype(np.int64) for more in range(3))
+    if nowhere_P.any():
+        for each in (starts_P, middles_P, ends_P):
+            each[nowhere_P] = 0
+    return starts_P, middles_P, ends_P
 
 
-def _size(block: tuple[str, array[int]] | None) -> int:
-    return sum(map(sys.getsizeof, block)) + _OF_PLACE if block else 0
-
-
-_NOBODY = ("", None)
-_OF_PLACE = 200  # of a block in its dictionary, about
-_new = object.__new__
-_set_name, _set_identity = vars(Entry)["name"].__set__, vars(Entry)["identity"].__set__  # Entry is frozen
+def _grown(array: NDArray[Any], used: int, needed: int, filler: int | None = None) -> NDArray[Any]:
+    """The array, or a larger copy of what is used of it where more is needed."""
+    if needed <= len(array):
+        return array
+    larger = room((max(needed, len(array) * 3 // 2, 16), *array.shape[1:]), array.dtype)
+    larger[:used] = array[:used]
+    if filler is not None:
+        larger[used:] = filler
+    return larger

@@ -21,8 +21,9 @@ from embedding.decision import Vectors
 from index import approximate, exact
 from index.engine import Effort, Exact, Fallback, IndexSettings, Raw, Recall
 from index.engine import Structure as Kind
-from index.exact import Hit, Rows, Span
+from index.exact import Rows, Span
 from index.halves import HalfRows, Stored
+from index.hits import Hit
 from index.structures import POINTS_PER_LIST, Plan, Point, Step, Structure, build_hnsw, build_ivf, load_structure, steps
 
 CROSSOVER = 5_000
@@ -322,7 +323,7 @@ class _Trial:
 
     def _microseconds(self, structure: Structure, effort: Raw, k: int) -> float:
         def ask(query_D: Vectors) -> object:
-            return next(approximate.nearest(structure, self._scan.take, query_D[None], k, effort))
+            return next(iter(approximate.nearest(structure, self._scan.take, query_D[None], k, effort)))
 
         return _median_microseconds(ask, self._queries_QD[:_TIMED])
 

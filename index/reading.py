@@ -19,6 +19,7 @@ from embedding.errors import DamagedData, NotFound
 from index.connections import Readers, connect, translated
 from index.deadline import Deadline
 from index.engine import Filter
+from index.entries import Entries, WholeEntries
 from index.exact import Keys
 from index.items import Entry, Item, ModelRef
 from index.names import Names
@@ -176,17 +177,18 @@ class Reading:
             count: int = row.fetchone()[0]
         return count
 
-    def entries(self, keys: Sequence[int], telling: Telling) -> Sequence[Entry]:
+    def entries(self, keys_P: Keys, telling: Telling) -> Entries:
         """What is said of the item versions of these keys, the dead ones included while a snapshot shows them.
 
         Raises ResponseTooLarge.
         """
         self._readers.check_open()
+        if telling.many:
+            return self._names.all(keys_P, self._read_named, self._read_range)
+        keys = keys_P.tolist()
         if not telling.metadata:
-            if telling.many:
-                return self._names.all(keys, self._read_named, self._read_range)
-            return self._bare.all(keys, self._read_bare)
-        return self._entries.all(keys, lambda missing: self._read_entries(missing, telling))
+            return WholeEntries(self._bare.all(keys, self._read_bare))
+        return WholeEntries(self._entries.all(keys, lambda missing: self._read_entries(missing, telling)))
 
     def _read_entries(self, keys: Sequence[int], telling: Telling) -> dict[int, tuple[Entry, int]]:
         found: dict[int, tuple[Entry, int]] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,8 +20,9 @@ from embedding.decision import Vectors
 from index import approximate, exact
 from index.deadline import Deadline
 from index.engine import Effort, Raw
-from index.exact import Hit, Keys, Rows, Span, gather
+from index.exact import Keys, Rows, Span, gather
 from index.halves import HalfRows, Stored, Take
+from index.hits import Hit, Hits, merged
 from index.living import Living
 from index.planner import resolve
 from index.room import room
@@ -37,9 +38,6 @@ _FOUND_AT_ONCE = 2**17  # rows of keys, in some 5 ms
 _QUICK_VALUES = 2**21  # of rows searched exactly: 16,000 of width 128 take 0.2 ms
 _QUICK_MICROSECONDS = 500.0
 _STRUCTURES_FROM = 0.5  # share of a part that a filter accepts, below which structures lose recall
-
-Answer = tuple[Keys, Vectors]
-"""Keys and exact distances, of one query."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -129,9 +127,16 @@ class _Way:
     effort: Raw
     living: Living | None
 
-    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Hit]:
+    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Hits:
         return approximate.nearest(
-            self.structure, self.take, queries_QD, k, self.effort, living=self.living, deadline=deadline
+            self.structure,
+            self.take,
+            queries_QD,
+            k,
+            self.effort,
+            living=self.living,
+            deadline=deadline,
+            microseconds=self.microseconds if len(queries_QD) > 1 else math.inf,
         )
 
     def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None) -> Hit:
@@ -154,8 +159,8 @@ class _HalfWay:
     keys_N: Keys
     living: Living | None
 
-    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Hit]:
-        return self.halves.nearest(queries_QD, k, living=self.living, deadline=deadline)
+    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Hits:
+        return Hits.of(self.halves.nearest(queries_QD, k, living=self.living, deadline=deadline))
 
     def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None) -> Hit:
         return self.halves.within(query_D, threshold, living=self.living, deadline=deadline)
@@ -183,23 +188,19 @@ class Search:
         values = sum(span.vectors_ND.size for span in self.spans)
         return values <= _QUICK_VALUES and sum(way.microseconds for way in self.ways) <= _QUICK_MICROSECONDS
 
-    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None = None) -> Iterator[Answer]:
-        """For each query its k nearest and all that tie with the k-th of these; fewer where there are fewer."""
+    def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None = None) -> Hits:
+        """Keys: for each query its k nearest and all that tie with the k-th of these; fewer where there are fewer."""
         if deadline:
             deadline.check()
-        if not self.spans and len(self.ways) == 1 == len(queries_QD):  # as below, in less time
-            (way,) = self.ways
-            ((rows_R, dist_R),) = way.nearest(queries_QD, k, deadline)
-            return iter(((way.keys_N[rows_R], dist_R),))
-        answers = [self._exact(queries_QD, k, deadline)] if self.spans else []
-        answers += [self._approximate(way, queries_QD, k, deadline) for way in self.ways]
-        if not answers:
-            return iter([(np.empty(0, np.int64), np.empty(0, np.float32))] * len(queries_QD))
-        if len(answers) == 1:
-            return answers[0]
-        return (_merged(of_query, k) for of_query in zip(*answers, strict=True))
+        found = [self._exact(queries_QD, k, deadline)] if self.spans else []
+        for way in self.ways:
+            hits = way.nearest(queries_QD, k, deadline)
+            found.append(Hits(way.keys_N[hits.rows_P], hits.dist_P, hits.counts_Q))
+        if len(found) == 1:
+            return found[0]
+        return merged(found, k) if found else Hits.none(len(queries_QD))
 
-    def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None = None) -> Answer:
+    def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None = None) -> Hit:
         """All that lie at `threshold` or nearer."""
         rows_R, dist_R = exact.within(self.spans, query_D, threshold, deadline=deadline)
         found = [(gather(self.keys, rows_R), dist_R)] if self.spans else []
@@ -210,15 +211,9 @@ class Search:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         return np.concatenate([keys for keys, _ in found]), np.concatenate([dist for _, dist in found])
 
-    def _exact(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Iterator[Answer]:
-        for rows_R, dist_R in exact.nearest(self.spans, queries_QD, k, deadline=deadline):
-            yield gather(self.keys, rows_R), dist_R
-
-    def _approximate(
-        self, way: _Way | _HalfWay, queries_QD: Vectors, k: int, deadline: Deadline | None
-    ) -> Iterator[Answer]:
-        for rows_R, dist_R in way.nearest(queries_QD, k, deadline):
-            yield way.keys_N[rows_R], dist_R
+    def _exact(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Hits:
+        hits = Hits.of(exact.nearest(self.spans, queries_QD, k, deadline=deadline))
+        return Hits(gather(self.keys, hits.rows_P), hits.dist_P, hits.counts_Q)
 
 
 class Snapshot:
@@ -333,12 +328,3 @@ def _exact_rows(at: int, part: Part, allowed: Allowed | None) -> tuple[Keys, Spa
     if len(rows_R) < GATHER_BELOW * len(part.keys_N) and len(rows_R) * part.vectors_ND[:1].nbytes <= _GATHER_BYTES:
         return part.keys_N[rows_R], Span(vectors_ND=part.vectors_ND[rows_R], norms_N=part.norms_N[rows_R])
     return part.keys_N, allowed.span(at)
-
-
-def _merged(answers: Sequence[Answer], k: int) -> Answer:
-    keys_R = np.concatenate([keys for keys, _ in answers])
-    dist_R = np.concatenate([dist for _, dist in answers])
-    if len(dist_R) <= k:
-        return keys_R, dist_R
-    kept_R = dist_R <= np.partition(dist_R, k - 1)[k - 1]
-    return keys_R[kept_R], dist_R[kept_R]

@@ -141,6 +141,7 @@ class Methods:
     embed_batch = Batched(match.embed_batch)
     search = Unary(searches.search)
     search_batch = Batched(searches.search_batch)
+    search_columns = Unary(searches.search_columns)
     search_matches = Collecting(searches.search_matches)
     search_stream = Streamed(searches.search_stream)
     create_gallery = Unary(galleries.create_gallery)

@@ -37,7 +37,7 @@ _FORMS_KEPT = 4
 
 _HEAD_KEPT = 8 * 1024
 """Bytes of the largest that is kept: gigabytes else, beside the entries that are counted."""
-_VERDICT_BYTES = np.array([wire.VERDICTS[verdict] for verdict in VERDICTS], np.uint8)
+VERDICT_BYTES = np.array([wire.VERDICTS[verdict] for verdict in VERDICTS], np.uint8)
 
 
 @lru_cache(maxsize=256)
@@ -66,7 +66,7 @@ def batch_response(
     """A BatchSearchResponse. Raises ResponseTooLarge."""
     response = _results(outcomes, _Answers(gallery_id, fields, most_bytes))
     if len(response) > most_bytes:  # by its errors, and what stands between its results
-        raise _too_large(most_bytes)
+        raise too_large(most_bytes)
     return response
 
 
@@ -87,17 +87,17 @@ def stream_responses(
     responses: list[bytes] = []
     left = iter(outcomes)
     for element, count in elements:
-        said = _field(message.ID_FIELD_NUMBER, element.encode()) if element else b""
+        said = field(message.ID_FIELD_NUMBER, element.encode()) if element else b""
         if count is not None:
-            responses.append(said + _field(message.RESULTS_FIELD_NUMBER, _results(islice(left, count), answers)))
+            responses.append(said + field(message.RESULTS_FIELD_NUMBER, _results(islice(left, count), answers)))
             continue
         outcome = next(left)
         if isinstance(outcome, LookalikeError):
-            responses.append(said + _field(message.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString()))
+            responses.append(said + field(message.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString()))
         else:
-            responses.append(said + _field(message.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)))
+            responses.append(said + field(message.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)))
     if sum(map(len, responses)) > most_bytes:
-        raise _too_large(most_bytes)
+        raise too_large(most_bytes)
     return responses
 
 
@@ -105,11 +105,11 @@ def _results(outcomes: Iterable[Found | LookalikeError], answers: _Answers) -> b
     """SearchResults, as a BatchSearchResponse and StreamSearchResults hold them."""
     number, result = search_pb2.BatchSearchResponse.RESULTS_FIELD_NUMBER, search_pb2.SearchResult
     return b"".join(
-        _field(
+        field(
             number,
-            _field(result.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString())
+            field(result.ERROR_FIELD_NUMBER, errors.status(outcome).SerializeToString())
             if isinstance(outcome, LookalikeError)
-            else _field(result.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)),
+            else field(result.NEIGHBORS_FIELD_NUMBER, answers.of(outcome)),
         )
         for outcome in outcomes
     )
@@ -148,10 +148,10 @@ def item_page(
         items, following = gallery.list(page_size=at_once, page_token=following, allowed=allowed)
         for item in items:
             said = wire.item_fields(item, gallery.id, fields).SerializeToString()
-            piece = _field(message.ITEMS_FIELD_NUMBER, said)
+            piece = field(message.ITEMS_FIELD_NUMBER, said)
             taken += len(piece)
             if pieces and taken > most_bytes:
-                return b"".join([*pieces, _field(message.NEXT_PAGE_TOKEN_FIELD_NUMBER, page_token.encode())])
+                return b"".join([*pieces, field(message.NEXT_PAGE_TOKEN_FIELD_NUMBER, page_token.encode())])
             pieces.append(piece)
             page_token = page_token_after(item.name)
         if not following or len(pieces) == size:
@@ -182,7 +182,7 @@ class _Answers:
         answer = b"".join([*self.pieces(found.neighbors), self._end(found)])
         self._taken += len(answer)
         if self._most is not None and self._taken > self._most:
-            raise _too_large(self._most)
+            raise too_large(self._most)
         return answer
 
     def pieces(self, neighbors: Neighbors) -> list[bytes]:
@@ -205,7 +205,7 @@ class _Answers:
             head = item.formed.get(form) or form.of(item)
             size += len(head)
             if self._most is not None and size > self._most:
-                raise _too_large(self._most)
+                raise too_large(self._most)
             heads.append(head)
         return heads
 
@@ -229,7 +229,8 @@ class _Answers:
         return end
 
 
-def _too_large(most_bytes: int) -> ResponseTooLarge:
+def too_large(most_bytes: int) -> ResponseTooLarge:
+    """An answer takes more than a message carries."""
     return ResponseTooLarge(
         f"the answer takes more than {most_bytes:,} bytes, which is what one message carries; lower k, leave out "
         "metadata by read_mask, or split the batch",
@@ -254,11 +255,16 @@ class _Form:
         ).SerializeToString()
         size = _varint(len(said) + self.decision_bytes)
         formed = _key(_ANSWER.NEIGHBORS_FIELD_NUMBER, _LENGTH) + size + said
-        if len(formed) <= _HEAD_KEPT:
-            if len(item.formed) >= _FORMS_KEPT:
-                item.formed.clear()
-            item.formed[self] = formed
+        keep_formed(item, self, formed)
         return formed
+
+
+def keep_formed(item: Entry, form: object, formed: bytes) -> None:
+    """What was made of an item for this form, unless it is large."""
+    if len(formed) <= _HEAD_KEPT:
+        if len(item.formed) >= _FORMS_KEPT:
+            item.formed.clear()
+        item.formed[form] = formed
 
 
 @lru_cache(maxsize=256)
@@ -271,7 +277,7 @@ def _records(decisions: Decisions) -> list[bytes]:
     template = _template(decisions.judge)
     record_N = np.empty(len(decisions), template.dtype)
     record_N[:] = template
-    record_N["verdict"] = _VERDICT_BYTES[decisions.verdict_N]
+    record_N["verdict"] = VERDICT_BYTES[decisions.verdict_N]
     record_N["distance"] = decisions.distance_N
     record_N["signed_margin"] = decisions.judge.threshold - decisions.distance_N.astype(np.float64)
     record_N["match_probability"] = decisions.probability_N
@@ -306,7 +312,8 @@ def _template(judge: Judge) -> NDArray[np.void]:
     return template
 
 
-def _field(number: int, value: bytes) -> bytes:
+def field(number: int, value: bytes) -> bytes:
+    """Of a message: text, bytes, another message, or packed numbers."""
     return _before(number, len(value)) + value
 
 

@@ -40,8 +40,10 @@ from index.shelf import Shelf
 from service.gate import Gate
 from service.sources import (
     Embedded,
+    EmbeddedRows,
     EncodedImage,
     GivenEmbedding,
+    GivenEmbeddings,
     Source,
     StoredItem,
     Unusable,
@@ -281,10 +283,12 @@ class Engine:
         answer = question.begin(self)
         return answer(self.embedded(question.sources, self._encode(distinct_images(question.sources))))
 
-    def embedded(self, sources: Sequence[Source], images: Mapping[bytes, Embedded]) -> list[Embedded]:
+    def embedded(self, sources: Sequence[Source], images: Mapping[bytes, Embedded]) -> Sequence[Embedded]:
         """What became of each source, given what became of the encoded images among them."""
         given_ND = self._given(sources)
-        return [self._embedded(source, images) for source in sources] if given_ND is None else list(given_ND)
+        if given_ND is not None:
+            return EmbeddedRows(given_ND)
+        return [self._embedded(source, images) for source in sources]
 
     def close(self) -> None:
         """Close the galleries."""
@@ -318,14 +322,16 @@ class Engine:
     def _given(self, sources: Sequence[Source]) -> Vectors | None:
         """The embeddings [N, D] where all sources are just that, sent as bytes; None where one is not, or is wrong."""
         width = self.model.embedding_dim
-        values = [
-            source.values
-            for source in sources
-            if type(source) is GivenEmbedding
-            and type(source.values) is bytes
-            and len(source.values) == 4 * width
-            and source.model in {"", self.model.name}
-        ]
+        given: Sequence[bytes | Vectors] = (
+            sources.values
+            if isinstance(sources, GivenEmbeddings)
+            else [
+                source.values
+                for source in sources
+                if type(source) is GivenEmbedding and source.model in {"", self.model.name}
+            ]
+        )
+        values = [each for each in given if type(each) is bytes and len(each) == 4 * width]
         if len(values) != len(sources) or len(values) < 2:
             return None
         given_ND = np.frombuffer(b"".join(values), "<f4").reshape(-1, width).astype(np.float32, copy=False)

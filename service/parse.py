@@ -20,7 +20,7 @@ from index.filters import ItemFilter, parse_filter
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service.call import limits
 from service.questions import Scope
-from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem, Unusable
+from service.sources import EncodedImage, GivenEmbedding, GivenEmbeddings, Source, StoredItem, Unusable
 from service.writes import PARTS, Draft
 
 DEFAULT_PAGE = 50
@@ -97,6 +97,14 @@ def image(message: common_pb2.ImageInput, path: str) -> Source:
             return Unusable(
                 error=InvalidInput(f"{path} is required: set one of encoded, item and embedding", field=path)
             )
+
+
+def images(messages: Sequence[common_pb2.ImageInput], path: str) -> Sequence[Source]:
+    """Where each image of a batch comes from."""
+    embeddings = [each.embedding for each in messages]
+    if all(embeddings) and not any(each.model for each in messages):  # of a source that is not set, it is empty
+        return GivenEmbeddings(embeddings, path)
+    return [image(each, f"{path}[{i}]") for i, each in enumerate(messages)]
 
 
 def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:
@@ -316,6 +324,13 @@ def check_batch(elements: Sequence[object], *, most: int, path: str) -> None:
     most = min(most, limits().batch)
     if not 1 <= len(elements) <= most:
         raise InvalidInput(f"{path} takes 1 to {most} elements a call; got {len(elements)}", field=path)
+
+
+def layout(value: int, path: str) -> None:
+    """Raises InvalidInput unless a batch can be answered in it."""
+    if value not in search_pb2.BatchLayout.values():
+        names = ", ".join(search_pb2.BatchLayout.keys()[1:])
+        raise InvalidInput(f"{path} is one of {names}, or unset; got {value}", field=path)
 
 
 def draft(

@@ -14,10 +14,11 @@ import numpy as np
 
 from embedding.decision import Decision, Judge, OperatingPoint, Vectors, distance
 from embedding.errors import InvalidInput, LookalikeError
-from index import MAX_MATCHES, Deadline, Filter, Found, GalleryEngine, Telling
+from index import MAX_MATCHES, Answers, Deadline, Filter, Found, GalleryEngine, Telling
 from index.engine import Effort
 from service.engine import Engine, Question
-from service.sources import Embedded, GivenEmbedding, Source, StoredItem, value_of
+from service.outcomes import Outcomes
+from service.sources import Embedded, EmbeddedRows, GivenEmbedding, GivenEmbeddings, Source, StoredItem, value_of
 
 MAX_RESULTS = 200_000
 """Most neighbours of all queries of one SearchBatch together: about 300 MB before they are sent, but for metadata,
@@ -108,13 +109,16 @@ class Scope:
     """Whether the answer tells of items' metadata; it is not read else."""
     most_bytes: int | None = None
     """What may be read of it for one answer, as JSON; None for any number of bytes."""
+    many: bool = False
+    """Whether names are asked for by the thousand: without metadata they are read and held side by side."""
 
     def begin(self, engine: Engine) -> tuple[Judge, GalleryEngine]:
         return engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
 
     def telling(self, field: str = "k") -> Telling:
         """For one answer, of which `field` asks for less."""
-        return Telling(metadata=self.metadata, most_bytes=self.most_bytes, field=field)
+        many = self.many and not self.metadata
+        return Telling(metadata=self.metadata, most_bytes=self.most_bytes, field=field, many=many)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +202,7 @@ class SearchBatch:
     def sources(self) -> Sequence[Source]:
         return self.queries
 
-    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Found | LookalikeError]]:
+    def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], Outcomes]:
         judge, gallery = self.scope.begin(engine)
         results = len(self.queries) * min(self.k, gallery.size)
         if results > MAX_RESULTS:
@@ -208,31 +212,38 @@ class SearchBatch:
                 field="k",
             )
 
-        def answer(embedded: Sequence[Embedded]) -> list[Found | LookalikeError]:
-            outcomes: list[Found | LookalikeError | None] = [
-                each if isinstance(each, LookalikeError) else None for each in embedded
-            ]
-            good = [row for row, outcome in enumerate(outcomes) if outcome is None]
-            if good:
-                found = gallery.search_batch(
-                    np.stack([value_of(embedded[row]) for row in good]),
-                    k=self.k,
-                    judge=judge,
-                    effort=self.scope.effort,
-                    allowed=self.scope.allowed,
-                    exclude=[
-                        (*(self.exclude[row] if self.exclude else ()), *_itself(self.queries[row], gallery, engine))
-                        for row in good
-                    ],
-                    deadline=self.scope.deadline,
-                    threads=self.threads,
-                    telling=self.scope.telling(),
-                )
-                for row, one in zip(good, found, strict=True):
-                    outcomes[row] = one
-            return [outcome for outcome in outcomes if outcome is not None]
+        def answer(embedded: Sequence[Embedded]) -> Outcomes:
+            if isinstance(embedded, EmbeddedRows):
+                return Outcomes(self._searched(embedded.rows_ND, range(len(embedded)), judge, gallery, engine), {})
+            errors = {row: each for row, each in enumerate(embedded) if isinstance(each, LookalikeError)}
+            good = [row for row in range(len(embedded)) if row not in errors]
+            vectors = [value_of(embedded[row]) for row in good]
+            queries_QD = np.stack(vectors) if vectors else np.empty((0, gallery.model.embedding_dim), np.float32)
+            return Outcomes(self._searched(queries_QD, good, judge, gallery, engine), errors)
 
         return answer
+
+    def _searched(
+        self, queries_QD: Vectors, rows: Sequence[int], judge: Judge, gallery: GalleryEngine, engine: Engine
+    ) -> Answers:
+        return gallery.search_batch(
+            queries_QD,
+            k=self.k,
+            judge=judge,
+            effort=self.scope.effort,
+            allowed=self.scope.allowed,
+            exclude=self._excluded(rows, gallery, engine),
+            deadline=self.scope.deadline,
+            threads=self.threads,
+            telling=self.scope.telling(),
+        )
+
+    def _excluded(self, rows: Sequence[int], gallery: GalleryEngine, engine: Engine) -> Sequence[Sequence[str]] | None:
+        if not self.exclude and isinstance(self.queries, GivenEmbeddings):
+            return None
+        return [
+            (*(self.exclude[row] if self.exclude else ()), *_itself(self.queries[row], gallery, engine)) for row in rows
+        ]
 
 
 def is_quick(question: Question[Any], engine: Engine) -> bool:

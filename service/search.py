@@ -16,7 +16,7 @@ from embedding.errors import InvalidInput
 from index import MAX_K, MAX_MATCHES, Deadline, Found, Telling, metadata_bytes
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
-from service import encoded, parse, questions, wire
+from service import columns, encoded, parse, questions, wire
 from service.call import answer_held, limits
 from service.errors import translated_errors
 from service.search_elements import Searching
@@ -73,16 +73,21 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> Any:
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
+            parse.layout(request.layout, "layout")
             scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
             gallery_id = serving.engine.aliases.resolve(scope.gallery)
+            in_columns = request.layout == pb.BATCH_LAYOUT_COLUMNS
             question = questions.SearchBatch(
-                scope=scope,
-                queries=[parse.image(query, f"queries[{i}]") for i, query in enumerate(request.queries)],
+                scope=replace(scope, many=in_columns),
+                queries=parse.images(request.queries, "queries"),
                 k=k,
             )
             form = partial(
-                encoded.batch_response, gallery_id=gallery_id, fields=fields, most_bytes=limits().message_bytes
+                columns.batch_response if in_columns else encoded.batch_response,
+                gallery_id=gallery_id,
+                fields=fields,
+                most_bytes=limits().message_bytes,
             )
             return await serving.ask(question, form, deadline=scope.deadline)
 

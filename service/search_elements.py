@@ -120,8 +120,7 @@ class Searching:
                     queries = request.queries.queries
                     most = min(MAX_TOGETHER, MAX_RESULTS // self.k)
                     parse.check_batch(queries, most=most, path="queries.queries")
-                    sources = [parse.image(query, f"queries.queries[{i}]") for i, query in enumerate(queries)]
-                    return Element(element, sources, several=True)
+                    return Element(element, parse.images(queries, "queries.queries"), several=True)
                 case _:
                     return Element(element, [parse.image(request.query, "query")])
         except InvalidInput as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar, overload
 
 from embedding.decision import Vectors
 from embedding.errors import LookalikeError
@@ -50,16 +50,66 @@ class Unusable:
     error: LookalikeError
 
 
+class GivenEmbeddings(Sequence[GivenEmbedding]):
+    """Embeddings that came together, as little-endian float32 bytes each, none with a model: one object for all of
+    them. One is made of what is looked at, such as what is to be told of."""
+
+    __slots__ = ("path", "values")
+
+    def __init__(self, values: Sequence[bytes], path: str) -> None:
+        self.values = values
+        self.path = path
+        """The request field that lists them."""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @overload
+    def __getitem__(self, at: int) -> GivenEmbedding: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[GivenEmbedding]: ...
+    def __getitem__(self, at: int | slice) -> GivenEmbedding | Sequence[GivenEmbedding]:
+        if isinstance(at, slice):
+            return [self[place] for place in range(len(self))[at]]
+        at = range(len(self))[at]
+        return GivenEmbedding(values=self.values[at], path=f"{self.path}[{at}].embedding")
+
+
 Source: TypeAlias = EncodedImage | StoredItem | GivenEmbedding | Unusable
 
 Embedded: TypeAlias = Vectors | LookalikeError
 """A unit embedding [D], or why there is none."""
+
+
+class EmbeddedRows(Sequence[Embedded]):
+    """What became of images that all have an embedding, in one array [N, D]."""
+
+    __slots__ = ("rows_ND",)
+
+    def __init__(self, rows_ND: Vectors) -> None:
+        self.rows_ND = rows_ND
+
+    def __len__(self) -> int:
+        return len(self.rows_ND)
+
+    def __iter__(self) -> Iterator[Vectors]:
+        return iter(self.rows_ND)
+
+    @overload
+    def __getitem__(self, at: int) -> Vectors: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Vectors]: ...
+    def __getitem__(self, at: int | slice) -> Vectors | Sequence[Vectors]:
+        return list(self.rows_ND[at]) if isinstance(at, slice) else self.rows_ND[at]
+
 
 _Error = TypeVar("_Error", bound=LookalikeError)
 
 
 def distinct_images(sources: Iterable[Source]) -> list[bytes]:
     """The encoded images among `sources`, each content once."""
+    if isinstance(sources, GivenEmbeddings):
+        return []
     return list(dict.fromkeys(source.data for source in sources if isinstance(source, EncodedImage)))
 
 

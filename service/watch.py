@@ -10,13 +10,17 @@ import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import add
 from typing import Literal, TypeAlias, TypeVar
 
-from embedding.decision import Decision, Verdict
+import numpy as np
+
+from embedding.decision import VERDICTS, Decision, Verdict
 from embedding.encoder import Encoder
 from embedding.reference import Reference
-from index import Found
+from index import Answers, Found
 from service.drift import Drift
+from service.outcomes import Outcomes
 
 Kind: TypeAlias = Literal["verify", "nearest"]
 KINDS: tuple[Kind, ...] = ("verify", "nearest")
@@ -25,6 +29,8 @@ UPPER_EDGES = tuple(round(0.1 * step, 1) for step in range(1, 21))
 """Upper edges of the distance histogram's bins, up to 2, the largest distance."""
 
 Answer = TypeVar("Answer")
+
+_TOGETHER = 32  # answers, from which on columns take less time than one after the other
 
 _Seen: TypeAlias = tuple[Kind, float, Verdict]
 
@@ -49,6 +55,9 @@ class ModelWatch:
 
     def answered(self, answer: Answer) -> Answer:
         """Take note of an answer of the engine, whatever it is, and return it."""
+        if isinstance(answer, Outcomes) and len(answer) >= _TOGETHER:
+            self._note_all(answer.answers)
+            return answer
         seen: list[_Seen] = []
         _see(answer, seen)
         if seen:
@@ -79,6 +88,21 @@ class ModelWatch:
         seen.total += distance
         seen.verdicts[verdict] = seen.verdicts.get(verdict, 0) + 1
 
+    def _note_all(self, answers: Answers) -> None:
+        """The nearest of each, as `_note` does, in a fraction of the time."""
+        firsts_Q = (answers.counts_Q.cumsum() - answers.counts_Q)[answers.counts_Q > 0]
+        dist_Q = answers.decisions.distance_N[firsts_Q].astype(np.float64)
+        bins_Q = np.minimum(np.searchsorted(UPPER_EDGES, dist_Q), len(UPPER_EDGES) - 1)
+        counts = np.bincount(bins_Q, minlength=len(UPPER_EDGES)).tolist()
+        verdicts = np.bincount(answers.decisions.verdict_N[firsts_Q], minlength=len(VERDICTS)).tolist()
+        with self._lock:
+            seen = self._distances["nearest"]
+            seen.counts[:] = map(add, seen.counts, counts)
+            seen.total += float(dist_Q.sum())
+            for verdict, count in zip(VERDICTS, verdicts, strict=True):
+                if count:
+                    seen.verdicts[verdict] = seen.verdicts.get(verdict, 0) + count
+
 
 def _see(answer: object, seen: list[_Seen]) -> None:
     if isinstance(answer, Decision):
@@ -86,6 +110,6 @@ def _see(answer: object, seen: list[_Seen]) -> None:
     elif isinstance(answer, Found):
         if nearest := answer.neighbors.nearest:
             seen.append(("nearest", *nearest))
-    elif isinstance(answer, list):
+    elif isinstance(answer, list | Outcomes):
         for each in answer:
             _see(each, seen)

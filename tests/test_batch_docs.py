@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from index.batch_answers import Answer, Answered, Evidence
 from index.batch_folder import Conditions
-from index.batch_shards import FOOTER, SCHEMA, Answer, Evidence, ShardWriter
+from index.batch_shards import FOOTER, SCHEMA, ShardWriter
 from lookalike.__main__ import main
 from tests.service.harness import make_bundle, png
 from tests.test_operations import missing_line
@@ -74,7 +75,7 @@ def test_its_footer_is_that_of_the_shards(tmp_path: Path) -> None:
         generation=1,
     )
     writer = ShardWriter(tmp_path / "part-00000.parquet", first=0, conditions=stated)
-    writer.add("q", answer)
+    writer.add(Answered.of([("q", answer)]))
     writer.publish()
     table = PAGE.partition("| name |")[2].partition("\n\n")[0]
     named = {name for row in table.splitlines() if "|" in row for name in re.findall(r"`(\w+)`", row.split("|")[1])}

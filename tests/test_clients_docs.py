@@ -25,7 +25,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for number, name in enumerate("abc"):
         (tmp_path / "images" / f"{name}.png").write_bytes(png(number))
     documented = blocks(DOCUMENT, "python")
-    assert len(documented) == 6
+    assert len(documented) == 7
     bundle = make_bundle(tmp_path / "toy", seed=0).path
     monkeypatch.chdir(tmp_path)
     for variable in os.environ.keys() - environment().keys():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.servers.load import Ask, K, Vectors
 from lookalike import CallFailed, Client, Effort, Neighbors
 
@@ -14,7 +16,7 @@ class Ours:
     efforts = (0,)  # the gallery is tuned by itself
 
     def __init__(self, address: str, gallery: str, way: str) -> None:
-        """`way` is "call", "exact" (calls that measure every item) or "stream"."""
+        """`way` is "call", "columns", "exact" (calls that measure every item) or "stream"."""
         self._client = Client(address, timeout=60)
         self._gallery = gallery
         self._way = way
@@ -31,6 +33,11 @@ class Ours:
 
         def ask(queries_QD: Vectors) -> list[list[int]]:
             found: list[Neighbors | CallFailed]
+            if self._way == "columns":
+                columns = client.search_columns(gallery, queries_QD, k=K)
+                if columns.errors:
+                    raise next(iter(columns.errors.values()))
+                return np.array(columns.ids, np.int64).reshape(len(queries_QD), -1).tolist()
             if self._way == "stream":
                 found = list(client.search_stream(gallery, queries_QD, k=K, together=32))
             elif len(queries_QD) == 1:

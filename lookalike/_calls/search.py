@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable, Sequence
+from typing import Any
 
 import grpc
+import numpy as np
+from numpy.typing import NDArray
 
 from lookalike import _messages as messages
 from lookalike._calls.kinds import Batch, Call, Collected, Stream, call, in_bundles
 from lookalike.errors import CallFailed, ServerError, from_status
-from lookalike.types import Effort, ImageLike, ItemName, Neighbors, OperatingPoint
+from lookalike.types import Effort, ImageLike, ItemName, NeighborColumns, Neighbors, OperatingPoint
 from lookalike.v1 import common_pb2, search_pb2
 
 SEARCH = "lookalike.v1.SearchService"
@@ -86,6 +89,50 @@ def search_batch(
             lambda response: [_outcome(result) for result in response.results],
         ),
     )
+
+
+def search_columns(
+    gallery: str,
+    queries: NDArray[np.floating[Any]] | Sequence[ImageLike],
+    *,
+    k: int = 10,
+    operating_point: OperatingPoint | None = None,
+    filter: str = "",
+    effort: Effort | None = None,
+    metadata: bool = False,
+) -> Call[NeighborColumns]:
+    """Search many images and take what they found as columns of numpy, in a fraction of the time of `search_batch`.
+
+    `queries` are embeddings, floating-point [Q, D], or images as `search_batch` takes them; one call takes at most
+    1,024, and what it finds must fit into one message. Metadata is left out unless asked for.
+    """
+    most = max(1, min(MAX_QUERIES, MAX_NEIGHBORS // _checked_k(k)))
+    if not 1 <= len(queries) <= most:
+        raise ValueError(f"one call takes 1 to {most:,} queries of k = {k}; got {len(queries):,}: split them")
+    request = search_pb2.BatchSearchRequest(
+        gallery=messages.gallery_name(gallery),
+        k=k,
+        operating_point=messages.operating_point(operating_point),
+        filter=filter,
+        effort=messages.effort(effort),
+        read_mask=messages.neighbor_mask(metadata),
+        layout=search_pb2.BATCH_LAYOUT_COLUMNS,
+    )
+    if isinstance(queries, np.ndarray) and queries.ndim == 2 and np.issubdtype(queries.dtype, np.floating):
+        sent = request.SerializeToString() + messages.embeddings(queries.astype(np.float32, copy=False))
+    else:
+        request.queries.extend(messages.image_input(query) for query in queries)
+        sent = request.SerializeToString()
+
+    def parse(data: bytes) -> NeighborColumns:
+        response = search_pb2.BatchSearchResponse.FromString(data)
+        if not response.HasField("columns"):
+            raise ServerError(
+                "the server knows no columns; take search_batch, or update it", code=grpc.StatusCode.UNIMPLEMENTED
+            )
+        return messages.columns(response.columns, gallery)
+
+    return Call(f"{SEARCH}/BatchSearch", sent, parse)
 
 
 def search_matches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lookalike._messages.columns import columns, embeddings
 from lookalike._messages.decisions import decision, embedding, feedback, matches, neighbor, neighbors, recorded_feedback
 from lookalike._messages.galleries import alias, gallery, imported, index_settings, item, purged, update_request
 from lookalike._messages.models import ACTIVE_MODEL, calibration, model, model_change
@@ -13,9 +14,11 @@ __all__ = [
     "ACTIVE_MODEL",
     "alias",
     "calibration",
+    "columns",
     "decision",
     "effort",
     "embedding",
+    "embeddings",
     "feedback",
     "gallery",
     "gallery_name",

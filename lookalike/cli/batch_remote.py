@@ -1,5 +1,5 @@
-"""Answers to the queries of a batch job from a server: over one StreamSearch, its window full, or a call a query where
-all matches are asked for."""
+"""Answers to the queries of a batch job from a server: embeddings and items by BatchSearch in columns, images over one
+StreamSearch, its window full, and a call a query where all matches are asked for."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from pathlib import Path
 
 import numpy as np
 
-from embedding.decision import VERDICTS
+from embedding.decision import VERDICTS, Vectors
 from embedding.errors import Busy, InvalidInput, LookalikeError
-from index.batch import Outcome, Query, batch_size
+from index.batch import Query, batch_size
+from index.batch_answers import Answer, Answered, Evidence, Failure
 from index.batch_queries import gallery_digest
 from index.batch_search import EMBEDDINGS, IMAGES, failure, image_bytes
-from index.batch_shards import Answer, Evidence, Failure
 from lookalike import Client
 from lookalike._calls.items import list_items
 from lookalike.errors import CallFailed, InvalidRequest
-from lookalike.types import Effort, Gallery, ImageLike, ItemName, Neighbors, OperatingPoint
+from lookalike.types import Effort, Gallery, ImageLike, ItemName, NeighborColumns, Neighbors, OperatingPoint
+from lookalike.types.columns import VERDICTS as COLUMN_VERDICTS
 
 MAX_STREAM_K = 1000
 """Most neighbours that a server sends for one image of a stream."""
-TOGETHER = 32
-"""Embeddings and items that travel in one message; images travel alone, since they may be large."""
-CALLS = 8
-"""Calls for all matches that are in flight at once."""
+TOGETHER = 256
+"""Embeddings and items that travel in one call; images travel alone, since they may be large."""
+CALLS, CALLS_OF_MANY = 8, 3
+"""Calls for all matches, and of many queries, that are in flight at once."""
 
 _VERDICTS = {verdict.value: at for at, verdict in enumerate(VERDICTS)}
+_OF_COLUMNS = np.array([_VERDICTS[verdict.value] for verdict in COLUMN_VERDICTS], np.int8)
 
 
 class RemoteItems:
@@ -91,17 +93,65 @@ class ServerAnswering:
             raise InvalidInput(f"a job on a server finds {MAX_STREAM_K:,} neighbours of a query at most; got k = {k:,}")
         self._client, self._gallery, self._source = client, gallery, source
         self._k, self._within, self._point, self._filter, self._effort = k, within, point, filter, effort
-        self._together = 1 if images else max(1, min(TOGETHER, 100_000 // k))
+        self._together = max(1, min(TOGETHER, 100_000 // k))
+        self._images = images
         self._size = batch_size(IMAGES if images else EMBEDDINGS, k)
 
-    def answers(self, queries: Iterable[Query]) -> Generator[Sequence[Outcome], None, None]:
+    def answers(self, queries: Iterable[Query]) -> Generator[Answered, None, None]:
         """The outcomes, a batch at a time."""
+        if not self._within and not self._images:
+            yield from self._in_columns(iter(queries))
+            return
         each = self._matches(queries) if self._within else self._streamed(queries)
         with closing(each):
             while batch := list(islice(each, self._size)):
-                yield batch
+                yield Answered.of([(query.id, outcome) for query, outcome in batch])
 
-    def _streamed(self, queries: Iterable[Query]) -> Generator[Outcome, None, None]:
+    def _in_columns(self, queries: Iterator[Query]) -> Generator[Answered, None, None]:
+        """By as many calls as a batch takes; those of the next one are under way while one is written."""
+        batches: deque[list[Future[Answered]]] = deque()
+        pool = ThreadPoolExecutor(CALLS_OF_MANY, thread_name_prefix="searches")
+        try:
+            while batch := list(islice(queries, self._size)):
+                starts = range(0, len(batch), self._together)
+                batches.append([pool.submit(self._searched, batch[at : at + self._together]) for at in starts])
+                if len(batches) > 1:
+                    yield Answered.joined([part.result() for part in batches.popleft()])
+            while batches:
+                yield Answered.joined([part.result() for part in batches.popleft()])
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _searched(self, some: Sequence[Query]) -> Answered:
+        contents = [self._content(query) for query in some]
+        vectors = [content for content in contents if isinstance(content, np.ndarray)]
+        alike = len({vector.shape for vector in vectors}) == 1 and len(vectors) == len(contents)
+        try:
+            found = self._asked(np.stack(vectors) if alike else contents)
+        except InvalidRequest as error:
+            half = len(some) // 2
+            if not half or not (error.reason == "RESPONSE_TOO_LARGE" or "queries" in error.fields):
+                raise
+            parts = some[:half], some[half:]  # each may be small enough
+            return Answered.joined([self._searched(part) for part in parts])
+        return _answered([query.id for query in some], found)
+
+    def _asked(self, queries: Vectors | Sequence[ImageLike]) -> NeighborColumns:
+        return self._client.search_columns(
+            self._gallery,
+            queries,
+            k=self._k,
+            operating_point=self._point,
+            filter=self._filter,
+            effort=self._effort,
+        )
+
+    def _content(self, query: Query) -> Vectors | ItemName:
+        """Of a query that is no image."""
+        assert not isinstance(query.content, Path)
+        return ItemName(self._source, query.item) if query.content is None else query.content
+
+    def _streamed(self, queries: Iterable[Query]) -> Generator[tuple[Query, Answer | Failure], None, None]:
         # Appended to by the thread of gRPC that sends, before it sends; taken from here as answers come.
         sent: deque[tuple[Query, Failure | None]] = deque()
 
@@ -120,7 +170,6 @@ class ServerAnswering:
             filter=self._filter,
             effort=self._effort,
             metadata=False,
-            together=self._together,
         )
         for answered in stream:
             query, failed = sent.popleft()
@@ -134,7 +183,7 @@ class ServerAnswering:
                 raise Busy("the server ended the stream early; run the same command again to go on")
             yield query, failed
 
-    def _matches(self, queries: Iterable[Query]) -> Generator[Outcome, None, None]:
+    def _matches(self, queries: Iterable[Query]) -> Generator[tuple[Query, Answer | Failure], None, None]:
         running: deque[tuple[Query, Future[Answer | Failure]]] = deque()
         given_up = threading.Event()
 
@@ -182,13 +231,50 @@ class ServerAnswering:
             return failure(error)
 
 
+def _answered(ids: Sequence[str], found: NeighborColumns) -> Answered:
+    failures: dict[int, Failure] = {}
+    for at, error in found.errors.items():
+        if not isinstance(error, InvalidRequest):
+            raise error
+        failures[at] = Failure(error.reason, str(error))
+    _check_whole(found.partial)
+    return Answered(
+        ids=ids,
+        failures=failures,
+        counts_Q=found.counts.astype(np.intp, copy=False),
+        items=list(found.ids),
+        identities=[identity or "" for identity in found.identities] if any(found.identities) else None,
+        distance_P=found.distances,
+        verdict_P=_OF_COLUMNS[found.verdicts],
+        probability_P=found.match_probabilities,
+        truncated_Q=np.zeros(len(ids), np.bool_),
+        stands=[
+            (
+                found.generation,
+                Evidence(
+                    threshold=found.threshold,
+                    far=found.far,
+                    far_upper95=found.far_upper95,
+                    frr=found.frr,
+                    model=found.model,
+                    calibration=found.calibration,
+                ),
+            )
+        ],
+    )
+
+
+def _check_whole(partial: bool) -> None:
+    if partial:
+        raise Busy("a part of the gallery could not be asked; run the same command again when all of it is there")
+
+
 def _outcome(answered: Neighbors | CallFailed) -> Answer | Failure:
     if isinstance(answered, InvalidRequest):
         return Failure(answered.reason, str(answered))
     if isinstance(answered, CallFailed):
         raise answered
-    if answered.partial:
-        raise Busy("a part of the gallery could not be asked; run the same command again when all of it is there")
+    _check_whole(answered.partial)
     found = list(answered)
     return Answer(
         items=[each.item.id for each in found],

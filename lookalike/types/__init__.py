@@ -5,6 +5,7 @@ Distances are Euclidean between unit vectors, in [0, 2]; embeddings are float32 
 
 from __future__ import annotations
 
+from lookalike.types.columns import NeighborColumns
 from lookalike.types.decisions import Decision, Feedback, Neighbor, Neighbors, RecordedFeedback, Verdict
 from lookalike.types.galleries import (
     Alias,
@@ -53,6 +54,7 @@ __all__ = [
     "Model",
     "ModelChange",
     "Neighbor",
+    "NeighborColumns",
     "Neighbors",
     "NewItem",
     "NotStored",

@@ -28,13 +28,15 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from lookalike.v1 import common_pb2 as lookalike_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/search.proto\x12\x0clookalike.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"x\n\x06\x45\x66\x66ort\x12*\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x19.lookalike.v1.ExactEffortH\x00\x12\x10\n\x06recall\x18\x02 \x01(\x01H\x00\x12&\n\x03raw\x18\x03 \x01(\x0b\x32\x17.lookalike.v1.RawEffortH\x00\x42\x08\n\x06\x65\x66\x66ort\"\r\n\x0b\x45xactEffort\"?\n\tRawEffort\x12\x0e\n\x06nprobe\x18\x01 \x01(\x05\x12\x11\n\tef_search\x18\x02 \x01(\x05\x12\x0f\n\x07rescore\x18\x03 \x01(\x05\"\x81\x02\n\rSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\x12-\n\tread_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x7f\n\x08Neighbor\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0b\x32\x16.lookalike.v1.Decision\"y\n\x0eSearchResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"\xf7\x01\n\x12\x42\x61tchSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12)\n\x07queries\x18\x02 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12-\n\tread_mask\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"t\n\tNeighbors\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"k\n\x0cSearchResult\x12,\n\tneighbors\x18\x01 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"B\n\x13\x42\x61tchSearchResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.SearchResult\"\x8c\x02\n\x14SearchMatchesRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\r\n\x05limit\x18\x04 \x01(\x05\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\x12-\n\tread_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"q\n\x15SearchMatchesResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.lookalike.v1.MatchesSummary\"v\n\x0eMatchesSummary\x12\x13\n\x0bmatch_count\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x17\n\x0f\x65xpected_recall\x18\x03 \x01(\x01\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x0f\n\x07partial\x18\x05 \x01(\x08\"\xc1\x01\n\x13StreamSearchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x06\x63onfig\x18\x02 \x01(\x0b\x32 .lookalike.v1.StreamSearchConfigH\x00\x12)\n\x05query\x18\x03 \x01(\x0b\x32\x18.lookalike.v1.ImageInputH\x00\x12\x34\n\x07queries\x18\x04 \x01(\x0b\x32!.lookalike.v1.StreamSearchQueriesH\x00\x42\t\n\x07\x65lement\"@\n\x13StreamSearchQueries\x12)\n\x07queries\x18\x01 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\"\xcc\x01\n\x12StreamSearchConfig\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x05 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12-\n\tread_mask\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\xb5\x01\n\x14StreamSearchResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\tneighbors\x18\x02 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x34\n\x07results\x18\x04 \x01(\x0b\x32!.lookalike.v1.StreamSearchResultsH\x00\x42\x08\n\x06result\"B\n\x13StreamSearchResults\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.SearchResult2\xdf\x02\n\rSearchService\x12\x43\n\x06Search\x12\x1b.lookalike.v1.SearchRequest\x1a\x1c.lookalike.v1.SearchResponse\x12R\n\x0b\x42\x61tchSearch\x12 .lookalike.v1.BatchSearchRequest\x1a!.lookalike.v1.BatchSearchResponse\x12Z\n\rSearchMatches\x12\".lookalike.v1.SearchMatchesRequest\x1a#.lookalike.v1.SearchMatchesResponse0\x01\x12Y\n\x0cStreamSearch\x12!.lookalike.v1.StreamSearchRequest\x1a\".lookalike.v1.StreamSearchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/search.proto\x12\x0clookalike.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17google/rpc/status.proto\x1a\x19lookalike/v1/common.proto\"x\n\x06\x45\x66\x66ort\x12*\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x19.lookalike.v1.ExactEffortH\x00\x12\x10\n\x06recall\x18\x02 \x01(\x01H\x00\x12&\n\x03raw\x18\x03 \x01(\x0b\x32\x17.lookalike.v1.RawEffortH\x00\x42\x08\n\x06\x65\x66\x66ort\"\r\n\x0b\x45xactEffort\"?\n\tRawEffort\x12\x0e\n\x06nprobe\x18\x01 \x01(\x05\x12\x11\n\tef_search\x18\x02 \x01(\x05\x12\x0f\n\x07rescore\x18\x03 \x01(\x05\"\x81\x02\n\rSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\x12-\n\tread_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\x7f\n\x08Neighbor\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12(\n\x08\x64\x65\x63ision\x18\x04 \x01(\x0b\x32\x16.lookalike.v1.Decision\"y\n\x0eSearchResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"\xa2\x02\n\x12\x42\x61tchSearchRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12)\n\x07queries\x18\x02 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x35\n\x0foperating_point\x18\x04 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12-\n\tread_mask\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12)\n\x06layout\x18\x08 \x01(\x0e\x32\x19.lookalike.v1.BatchLayout\"t\n\tNeighbors\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12\x17\n\x0f\x65xpected_recall\x18\x02 \x01(\x01\x12\x12\n\ngeneration\x18\x03 \x01(\x03\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"k\n\x0cSearchResult\x12,\n\tneighbors\x18\x01 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x08\n\x06result\"r\n\x13\x42\x61tchSearchResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.SearchResult\x12.\n\x07\x63olumns\x18\x02 \x01(\x0b\x32\x1d.lookalike.v1.NeighborColumns\"\x8c\x03\n\x0fNeighborColumns\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x05\x12\x13\n\x0bitem_prefix\x18\x02 \x01(\t\x12\x10\n\x08item_ids\x18\x03 \x03(\t\x12\x12\n\nidentities\x18\x04 \x03(\t\x12)\n\x08metadata\x18\x05 \x03(\x0b\x32\x17.google.protobuf.Struct\x12\'\n\x08verdicts\x18\x06 \x03(\x0e\x32\x15.lookalike.v1.Verdict\x12\x11\n\tdistances\x18\x07 \x03(\x02\x12\x16\n\x0esigned_margins\x18\x08 \x03(\x02\x12\x1b\n\x13match_probabilities\x18\t \x03(\x01\x12(\n\x08\x65vidence\x18\n \x01(\x0b\x32\x16.lookalike.v1.Decision\x12\x18\n\x10\x65xpected_recalls\x18\x0b \x03(\x01\x12\x12\n\ngeneration\x18\x0c \x01(\x03\x12\x0f\n\x07partial\x18\r \x01(\x08\x12)\n\x06\x66\x61iled\x18\x0e \x03(\x0b\x32\x19.lookalike.v1.FailedQuery\"?\n\x0b\x46\x61iledQuery\x12\r\n\x05query\x18\x01 \x01(\x05\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"\x8c\x02\n\x14SearchMatchesRequest\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\'\n\x05query\x18\x02 \x01(\x0b\x32\x18.lookalike.v1.ImageInput\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\r\n\x05limit\x18\x04 \x01(\x05\x12\x0e\n\x06\x66ilter\x18\x05 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x06 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12\x0f\n\x07\x65xclude\x18\x07 \x03(\t\x12-\n\tread_mask\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"q\n\x15SearchMatchesResponse\x12)\n\tneighbors\x18\x01 \x03(\x0b\x32\x16.lookalike.v1.Neighbor\x12-\n\x07summary\x18\x02 \x01(\x0b\x32\x1c.lookalike.v1.MatchesSummary\"v\n\x0eMatchesSummary\x12\x13\n\x0bmatch_count\x18\x01 \x01(\x05\x12\x11\n\ttruncated\x18\x02 \x01(\x08\x12\x17\n\x0f\x65xpected_recall\x18\x03 \x01(\x01\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x0f\n\x07partial\x18\x05 \x01(\x08\"\xc1\x01\n\x13StreamSearchRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x32\n\x06\x63onfig\x18\x02 \x01(\x0b\x32 .lookalike.v1.StreamSearchConfigH\x00\x12)\n\x05query\x18\x03 \x01(\x0b\x32\x18.lookalike.v1.ImageInputH\x00\x12\x34\n\x07queries\x18\x04 \x01(\x0b\x32!.lookalike.v1.StreamSearchQueriesH\x00\x42\t\n\x07\x65lement\"@\n\x13StreamSearchQueries\x12)\n\x07queries\x18\x01 \x03(\x0b\x32\x18.lookalike.v1.ImageInput\"\xcc\x01\n\x12StreamSearchConfig\x12\x0f\n\x07gallery\x18\x01 \x01(\t\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x35\n\x0foperating_point\x18\x03 \x01(\x0b\x32\x1c.lookalike.v1.OperatingPoint\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\x12$\n\x06\x65\x66\x66ort\x18\x05 \x01(\x0b\x32\x14.lookalike.v1.Effort\x12-\n\tread_mask\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"\xb5\x01\n\x14StreamSearchResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12,\n\tneighbors\x18\x02 \x01(\x0b\x32\x17.lookalike.v1.NeighborsH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x34\n\x07results\x18\x04 \x01(\x0b\x32!.lookalike.v1.StreamSearchResultsH\x00\x42\x08\n\x06result\"B\n\x13StreamSearchResults\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.lookalike.v1.SearchResult*_\n\x0b\x42\x61tchLayout\x12\x1c\n\x18\x42\x41TCH_LAYOUT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41TCH_LAYOUT_RESULTS\x10\x01\x12\x18\n\x14\x42\x41TCH_LAYOUT_COLUMNS\x10\x02\x32\xdf\x02\n\rSearchService\x12\x43\n\x06Search\x12\x1b.lookalike.v1.SearchRequest\x1a\x1c.lookalike.v1.SearchResponse\x12R\n\x0b\x42\x61tchSearch\x12 .lookalike.v1.BatchSearchRequest\x1a!.lookalike.v1.BatchSearchResponse\x12Z\n\rSearchMatches\x12\".lookalike.v1.SearchMatchesRequest\x1a#.lookalike.v1.SearchMatchesResponse0\x01\x12Y\n\x0cStreamSearch\x12!.lookalike.v1.StreamSearchRequest\x1a\".lookalike.v1.StreamSearchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lookalike.v1.search_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_BATCHLAYOUT']._serialized_start=3200
+  _globals['_BATCHLAYOUT']._serialized_end=3295
   _globals['_EFFORT']._serialized_start=159
   _globals['_EFFORT']._serialized_end=279
   _globals['_EXACTEFFORT']._serialized_start=281
@@ -48,29 +50,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEARCHRESPONSE']._serialized_start=750
   _globals['_SEARCHRESPONSE']._serialized_end=871
   _globals['_BATCHSEARCHREQUEST']._serialized_start=874
-  _globals['_BATCHSEARCHREQUEST']._serialized_end=1121
-  _globals['_NEIGHBORS']._serialized_start=1123
-  _globals['_NEIGHBORS']._serialized_end=1239
-  _globals['_SEARCHRESULT']._serialized_start=1241
-  _globals['_SEARCHRESULT']._serialized_end=1348
-  _globals['_BATCHSEARCHRESPONSE']._serialized_start=1350
-  _globals['_BATCHSEARCHRESPONSE']._serialized_end=1416
-  _globals['_SEARCHMATCHESREQUEST']._serialized_start=1419
-  _globals['_SEARCHMATCHESREQUEST']._serialized_end=1687
-  _globals['_SEARCHMATCHESRESPONSE']._serialized_start=1689
-  _globals['_SEARCHMATCHESRESPONSE']._serialized_end=1802
-  _globals['_MATCHESSUMMARY']._serialized_start=1804
-  _globals['_MATCHESSUMMARY']._serialized_end=1922
-  _globals['_STREAMSEARCHREQUEST']._serialized_start=1925
-  _globals['_STREAMSEARCHREQUEST']._serialized_end=2118
-  _globals['_STREAMSEARCHQUERIES']._serialized_start=2120
-  _globals['_STREAMSEARCHQUERIES']._serialized_end=2184
-  _globals['_STREAMSEARCHCONFIG']._serialized_start=2187
-  _globals['_STREAMSEARCHCONFIG']._serialized_end=2391
-  _globals['_STREAMSEARCHRESPONSE']._serialized_start=2394
-  _globals['_STREAMSEARCHRESPONSE']._serialized_end=2575
-  _globals['_STREAMSEARCHRESULTS']._serialized_start=2577
-  _globals['_STREAMSEARCHRESULTS']._serialized_end=2643
-  _globals['_SEARCHSERVICE']._serialized_start=2646
-  _globals['_SEARCHSERVICE']._serialized_end=2997
+  _globals['_BATCHSEARCHREQUEST']._serialized_end=1164
+  _globals['_NEIGHBORS']._serialized_start=1166
+  _globals['_NEIGHBORS']._serialized_end=1282
+  _globals['_SEARCHRESULT']._serialized_start=1284
+  _globals['_SEARCHRESULT']._serialized_end=1391
+  _globals['_BATCHSEARCHRESPONSE']._serialized_start=1393
+  _globals['_BATCHSEARCHRESPONSE']._serialized_end=1507
+  _globals['_NEIGHBORCOLUMNS']._serialized_start=1510
+  _globals['_NEIGHBORCOLUMNS']._serialized_end=1906
+  _globals['_FAILEDQUERY']._serialized_start=1908
+  _globals['_FAILEDQUERY']._serialized_end=1971
+  _globals['_SEARCHMATCHESREQUEST']._serialized_start=1974
+  _globals['_SEARCHMATCHESREQUEST']._serialized_end=2242
+  _globals['_SEARCHMATCHESRESPONSE']._serialized_start=2244
+  _globals['_SEARCHMATCHESRESPONSE']._serialized_end=2357
+  _globals['_MATCHESSUMMARY']._serialized_start=2359
+  _globals['_MATCHESSUMMARY']._serialized_end=2477
+  _globals['_STREAMSEARCHREQUEST']._serialized_start=2480
+  _globals['_STREAMSEARCHREQUEST']._serialized_end=2673
+  _globals['_STREAMSEARCHQUERIES']._serialized_start=2675
+  _globals['_STREAMSEARCHQUERIES']._serialized_end=2739
+  _globals['_STREAMSEARCHCONFIG']._serialized_start=2742
+  _globals['_STREAMSEARCHCONFIG']._serialized_end=2946
+  _globals['_STREAMSEARCHRESPONSE']._serialized_start=2949
+  _globals['_STREAMSEARCHRESPONSE']._serialized_end=3130
+  _globals['_STREAMSEARCHRESULTS']._serialized_start=3132
+  _globals['_STREAMSEARCHRESULTS']._serialized_end=3198
+  _globals['_SEARCHSERVICE']._serialized_start=3298
+  _globals['_SEARCHSERVICE']._serialized_end=3649
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from lookalike.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
@@ -21,6 +22,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BatchLayout:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BatchLayoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BatchLayout.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BATCH_LAYOUT_UNSPECIFIED: _BatchLayout.ValueType  # 0
+    """BATCH_LAYOUT_RESULTS."""
+    BATCH_LAYOUT_RESULTS: _BatchLayout.ValueType  # 1
+    """A result a query, each with its neighbours: `BatchSearchResponse.results`."""
+    BATCH_LAYOUT_COLUMNS: _BatchLayout.ValueType  # 2
+    """The same figures as one column each for the whole batch: `BatchSearchResponse.columns`. It takes a fraction of the
+    time and of the bytes.
+    """
+
+class BatchLayout(_BatchLayout, metaclass=_BatchLayoutEnumTypeWrapper):
+    """How the answer to a batch is laid out."""
+
+BATCH_LAYOUT_UNSPECIFIED: BatchLayout.ValueType  # 0
+"""BATCH_LAYOUT_RESULTS."""
+BATCH_LAYOUT_RESULTS: BatchLayout.ValueType  # 1
+"""A result a query, each with its neighbours: `BatchSearchResponse.results`."""
+BATCH_LAYOUT_COLUMNS: BatchLayout.ValueType  # 2
+"""The same figures as one column each for the whole batch: `BatchSearchResponse.columns`. It takes a fraction of the
+time and of the bytes.
+"""
+Global___BatchLayout: _TypeAlias = BatchLayout  # noqa: Y015
 
 @_typing.final
 class Effort(_message.Message):
@@ -260,6 +289,7 @@ class BatchSearchRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     EFFORT_FIELD_NUMBER: _builtins.int
     READ_MASK_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
     """The gallery to search, `galleries/{gallery}`. Required."""
     k: _builtins.int
@@ -268,6 +298,8 @@ class BatchSearchRequest(_message.Message):
     """
     filter: _builtins.str
     """Which items may be found, as in SearchRequest."""
+    layout: Global___BatchLayout.ValueType
+    """How to lay out the answer; unset means a result a query."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.ImageInput]:
         """At least 1 and at most 1,024 images."""
@@ -294,10 +326,11 @@ class BatchSearchRequest(_message.Message):
         filter: _builtins.str = ...,
         effort: Global___Effort | None = ...,
         read_mask: _field_mask_pb2.FieldMask | None = ...,
+        layout: Global___BatchLayout.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "operating_point", b"operating_point", "read_mask", b"read_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "operating_point", b"operating_point", "queries", b"queries", "read_mask", b"read_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter", "gallery", b"gallery", "k", b"k", "layout", b"layout", "operating_point", b"operating_point", "queries", b"queries", "read_mask", b"read_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,27 +406,162 @@ Global___SearchResult: _TypeAlias = SearchResult  # noqa: Y015
 
 @_typing.final
 class BatchSearchResponse(_message.Message):
-    """One result a query."""
+    """One result a query, or the same in columns."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchResult]:
-        """In the order of the request's queries, and as many."""
+        """In the order of the request's queries, and as many; none where columns were asked for."""
+
+    @_builtins.property
+    def columns(self) -> Global___NeighborColumns:
+        """What all queries found, where that layout was asked for."""
 
     def __init__(
         self,
         *,
         results: _abc.Iterable[Global___SearchResult] | None = ...,
+        columns: Global___NeighborColumns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "results", b"results"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchSearchResponse: _TypeAlias = BatchSearchResponse  # noqa: Y015
+
+@_typing.final
+class NeighborColumns(_message.Message):
+    """What many queries found, in columns. Every figure is, bit for bit, the one of the same name that a result a query would
+    have had. Columns of neighbours have a value a neighbour: those of the first query, nearest first, equal distances by
+    name, then those of the second, and so on. Columns of a field that `read_mask` leaves out are empty.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    ITEM_PREFIX_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    IDENTITIES_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    VERDICTS_FIELD_NUMBER: _builtins.int
+    DISTANCES_FIELD_NUMBER: _builtins.int
+    SIGNED_MARGINS_FIELD_NUMBER: _builtins.int
+    MATCH_PROBABILITIES_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    EXPECTED_RECALLS_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    item_prefix: _builtins.str
+    """What precedes each of `item_ids` in the name of an item, `galleries/{gallery}/items/`."""
+    generation: _builtins.int
+    """The gallery's generation that all answers are of."""
+    partial: _builtins.bool
+    """Whether a part of the gallery could not be asked, for one of the queries at least."""
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How many neighbours each query has, in the order of the request's queries, and as many; 0 for one that failed."""
+
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the items."""
+
+    @_builtins.property
+    def identities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The identities that the items were stored with, empty for an item that has none; no values at all where none has one."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.Struct]:
+        """The metadata that the items were stored with; no values at all where none has any."""
+
+    @_builtins.property
+    def verdicts(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Verdict.ValueType]:
+        """Which side of the threshold each distance fell on."""
+
+    @_builtins.property
+    def distances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As `Decision.distance`."""
+
+    @_builtins.property
+    def signed_margins(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As `Decision.signed_margin`."""
+
+    @_builtins.property
+    def match_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As `Decision.match_probability`."""
+
+    @_builtins.property
+    def evidence(self) -> _common_pb2.Decision:
+        """What all decisions share: its verdict, distance, signed_margin and match_probability are unset. Set even where nothing
+        was found.
+        """
+
+    @_builtins.property
+    def expected_recalls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As in SearchResponse, a value a query; 0 for one that failed."""
+
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailedQuery]:
+        """The queries that could not be searched, by rising position."""
+
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        item_prefix: _builtins.str = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        identities: _abc.Iterable[_builtins.str] | None = ...,
+        metadata: _abc.Iterable[_struct_pb2.Struct] | None = ...,
+        verdicts: _abc.Iterable[_common_pb2.Verdict.ValueType] | None = ...,
+        distances: _abc.Iterable[_builtins.float] | None = ...,
+        signed_margins: _abc.Iterable[_builtins.float] | None = ...,
+        match_probabilities: _abc.Iterable[_builtins.float] | None = ...,
+        evidence: _common_pb2.Decision | None = ...,
+        expected_recalls: _abc.Iterable[_builtins.float] | None = ...,
+        generation: _builtins.int = ...,
+        partial: _builtins.bool = ...,
+        failed: _abc.Iterable[Global___FailedQuery] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evidence", b"evidence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "distances", b"distances", "evidence", b"evidence", "expected_recalls", b"expected_recalls", "failed", b"failed", "generation", b"generation", "identities", b"identities", "item_ids", b"item_ids", "item_prefix", b"item_prefix", "match_probabilities", b"match_probabilities", "metadata", b"metadata", "partial", b"partial", "signed_margins", b"signed_margins", "verdicts", b"verdicts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeighborColumns: _TypeAlias = NeighborColumns  # noqa: Y015
+
+@_typing.final
+class FailedQuery(_message.Message):
+    """A query of a batch that failed alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    query: _builtins.int
+    """Its place among the request's queries, from 0."""
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why it could not be searched; the same status that Search would have ended with."""
+
+    def __init__(
+        self,
+        *,
+        query: _builtins.int = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "query", b"query"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedQuery: _TypeAlias = FailedQuery  # noqa: Y015
 
 @_typing.final
 class SearchMatchesRequest(_message.Message):

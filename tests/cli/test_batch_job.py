@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedding.bundle import Bundle
-from lookalike import Client
+from lookalike import Client, NeighborColumns
 from lookalike.cli import batch_job, batch_remote
-from lookalike.errors import ResourceExhausted, Unavailable
+from lookalike.errors import InvalidRequest, ResourceExhausted, Unavailable
 from tests.cli.conftest import Ran, Run
 from tests.service.harness import png
 
@@ -112,6 +112,41 @@ def test_embeddings_are_searched_as_their_images(
     run("batch-search", items, "--shards", tmp_path / "c", *ask).failed_with("--embeddings")
     assert run("batch-search", items, "--embeddings", "v", "--shards", tmp_path / "c", *ask).code == 0
     assert len(rows(tmp_path / "c")) == 21
+
+
+def test_embeddings_on_a_server_come_in_columns_and_become_the_same_bytes(
+    run: Run, bundle: Bundle, target: str, name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, pictures, "--target", target)
+    (data,) = {path.parent.resolve() for path in tmp_path.parent.glob(f"*/galleries/{name}")}
+    with Client(target) as client:
+        vectors = np.stack([client.embed(png(number)) for number in range(11)])
+    vectors[4], vectors[9, 0] = 2 * vectors[4], np.nan
+    np.save(tmp_path / "queries.npy", vectors)
+    ask = ["batch-search", tmp_path / "queries.npy", "--gallery", name, "-k", 3, "--shard-queries", 8]
+    sizes: list[int] = []
+    searched = batch_remote.ServerAnswering._asked
+
+    def few(self: batch_remote.ServerAnswering, queries: Any) -> NeighborColumns:
+        sizes.append(len(queries))
+        if len(queries) > 2:
+            raise InvalidRequest("lower k", code=grpc.StatusCode.INVALID_ARGUMENT, reason="RESPONSE_TOO_LARGE")
+        return searched(self, queries)
+
+    monkeypatch.setattr(batch_remote, "TOGETHER", 5)
+    monkeypatch.setattr(batch_remote.ServerAnswering, "_asked", few)
+    assert run(*ask, "--shards", tmp_path / "there", "--target", target).code == 0
+    monkeypatch.undo()
+    assert {1, 2, 5} <= set(sizes)
+    assert run(*ask, "--shards", tmp_path / "here", "--bundle", bundle.path, "--data", data).code == 0
+    here, there = (
+        {path.name: path.read_bytes() for path in (tmp_path / place).glob("part-*")} for place in ("here", "there")
+    )
+    assert len(here) == 2
+    assert here == there
+    failed = {row["query"]: row["error_reason"] for row in rows(tmp_path / "there") if row["error"]}
+    assert failed == {"4": "INVALID_VECTOR", "9": "INVALID_VECTOR"}
 
 
 def test_here_and_on_a_server_one_job_goes_on_with_the_other(

@@ -21,6 +21,7 @@ from lookalike import (
     IndexSettings,
     InvalidRequest,
     ItemName,
+    NeighborColumns,
     Neighbors,
     NewItem,
     NotFound,
@@ -60,6 +61,60 @@ def test_searches_take_filter_effort_and_exclusions(client: Client, filled: str)
         client.search(filled, png(1), filter="n = 1")
     assert (caught.value.reason, list(caught.value.fields)) == ("INVALID_FILTER", ["filter"])
     assert [item.name.id for item in client.list_items(filled, filter="metadata.n < 2")] == ["0", "1"]
+
+
+def test_columns_are_what_a_batch_finds(client: Client, filled: str) -> None:
+    queries = [png(1), ItemName(filled, "3"), ItemName(filled, "nothing"), client.embed(png(5)), b"no image"]
+    options = {"k": 5, "operating_point": OperatingPoint(threshold=0.4, uncertain_within=0.05)}
+    rows = client.search_batch(filled, queries, **options)
+    found = client.search_columns(filled, queries, metadata=True, **options)
+    assert isinstance(found, NeighborColumns)
+    assert (len(found), found.counts.tolist(), sorted(found.errors)) == (5, [5, 5, 0, 5, 0], [2, 4])
+    for at, (row, one) in enumerate(zip(rows, found, strict=True)):
+        if isinstance(row, CallFailed):
+            assert isinstance(one, CallFailed)
+            assert (type(one), one.reason, str(one)) == (type(row), row.reason, str(row))
+            with pytest.raises(type(row)):
+                found.neighbors(at)
+            continue
+        assert one == row
+        assert found.neighbors(at) == row
+        assert isinstance(one, Neighbors)
+        assert (one.expected_recall, one.generation, one.partial) == (row.expected_recall, row.generation, row.partial)
+        here = found.rows(at)
+        assert found.ids[here] == row.ids
+        assert np.array_equal(found.distances[here], row.distances)
+        assert np.array_equal(found.matches[here], row.matches)
+        assert found.signed_margins[here].tolist() == [each.decision.signed_margin for each in row]
+        assert found.queries[here].tolist() == [at] * len(row)
+    assert client.search_columns(filled, queries, k=5).metadata == [{}] * 15
+    with pytest.raises(IndexError):
+        found.rows(5)
+
+
+def test_columns_of_an_array_of_embeddings(client: Client, filled: str) -> None:
+    vectors = np.stack([client.embed(png(n)) for n in range(4)])
+    for queries in (vectors, vectors.astype(np.float64), vectors.astype(">f4"), vectors[::-1][::-1], list(vectors)):
+        found = client.search_columns(filled, queries, k=3)
+        assert list(found) == client.search_batch(filled, list(vectors), k=3, metadata=False)
+    assert client.search_columns(filled, vectors[:, :3]).errors.keys() == {0, 1, 2, 3}
+    client.put_alias("columns-alias", filled)
+    found = client.search_columns("columns-alias", vectors[:1], k=2)
+    client.delete_alias("columns-alias")
+    assert found.neighbors(0)[0].item.gallery == filled
+    for queries in (vectors[:0], np.repeat(vectors, 300, axis=0)):
+        with pytest.raises(ValueError, match=r"takes 1 to 1,024 queries.*split"):
+            client.search_columns(filled, queries)
+    with pytest.raises(ValueError, match="takes 1 to 20 queries"):
+        client.search_columns(filled, np.repeat(vectors, 6, axis=0), k=10_000)
+
+
+def test_columns_are_awaited_as_well(server: Server, client: Client, filled: str) -> None:
+    async def ask() -> NeighborColumns:
+        async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+            return await other.search_columns(filled, [png(1), png(2)], k=3)
+
+    assert list(asyncio.run(ask())) == list(client.search_columns(filled, [png(1), png(2)], k=3))
 
 
 def test_what_is_not_wanted_is_not_sent(client: Client, filled: str) -> None:

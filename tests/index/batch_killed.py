@@ -1,6 +1,7 @@
 """Runs a batch job in forks of this process and kills each at a given event: `python -m tests.index.batch_killed`.
 
-Reads "EVENT FOLDER" lines, and answers each with "killed" or "ended". An event is a query's row, or a step of the disk.
+Reads "EVENT FOLDER" lines, and answers each with "killed" or "ended". An event is a batch to be
+written, or a step of the disk.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class GalleryContract:
             for query, names, answer in zip(pool, exclude, found, strict=True):
                 assert pairs(answer) == pairs(engine.search(query, k=7, judge=judge, exclude=names))
                 assert pairs(answer) == [pair for pair in ranked(query, items_of(pool)) if pair[1] not in names][:7]
-        assert engine.search_batch(pool[:0], k=7, judge=judge) == []
+        assert len(engine.search_batch(pool[:0], k=7, judge=judge)) == 0
 
     @pytest.mark.parametrize("at", [0.0, 0.3, 0.7, 2.0])
     def test_matches_are_all_within_the_threshold(

@@ -48,22 +48,23 @@ class TestQueries:
 
     @pytest.mark.parametrize("spoiled", [(), (0,), (3, 20), tuple(range(48))])
     def test_a_block_is_checked_as_each_alone(self, pool: Vectors, spoiled: tuple[int, ...]) -> None:
-        given = {7 * at: vector for at, vector in enumerate(pool)}
+        given = list(pool)
         for at in spoiled:
-            given[7 * at] = (pool[at] * 2, pool[at] * np.nan, pool[at, :5], np.zeros(0, np.float32))[at % 4]
-        good, bad = checked_apart(given, 6)
+            given[at] = (pool[at] * 2, pool[at] * np.nan, pool[at, :5], np.zeros(0, np.float32))[at % 4]
+        good_ND, places, bad = checked_apart(given, 6)
+        good = dict(zip(places, good_ND, strict=True))
         expected = {}
-        for at, vector in given.items():
+        for at, vector in enumerate(given):
             try:
                 assert checked_embedding(vector, 6).tobytes() == good[at].tobytes()
             except InvalidVector as error:
                 expected[at] = failure(error)
-        assert (bad, set(good)) == (expected, set(given) - set(expected))
-        assert set(expected) == {7 * at for at in spoiled}
+        assert (bad, set(good)) == (expected, set(range(len(given))) - set(expected))
+        assert set(expected) == set(spoiled)
 
     def test_a_block_is_checked_at_once(self, pool: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delattr("index.batch_search.checked_embedding")
-        assert len(checked_apart(dict(enumerate(pool)), 6)[0]) == len(pool)
+        assert len(checked_apart(list(pool), 6)[0]) == len(pool)
 
     def test_a_table_of_embeddings_is_read_from_any_row(self, tmp_path: Path, pool: Vectors) -> None:
         path = tmp_path / "items.parquet"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +17,11 @@ from embedding.errors import DamagedData
 from index import Gallery, Item
 from index.batch import Query
 from index.batch_search import GalleryAnswering, Wanted
+from index.entries import NamedEntries
 from index.items import Entry
-from index.names import NamedEntries, Names
+from index.names import Names
 from index.telling import MANY_NAMES, NAMES, Telling
+from index.texts import Texts
 
 LETTERS = "aß語🦊"
 
@@ -137,7 +140,7 @@ def test_a_gallery_tells_many_what_it_tells_one(gallery: Gallery, pool: Vectors,
 def test_an_item_that_the_store_has_lost_is_damage(gallery: Gallery, pool: Vectors) -> None:
     gallery.upsert([Item(name="one", embedding=pool[0])])
     with pytest.raises(DamagedData, match="has lost 1 items"):
-        gallery._live.store.entries([10**6], MANY_NAMES)
+        gallery._live.store.entries(np.array([10**6]), MANY_NAMES)
 
 
 def test_a_name_alone_has_nothing_else_and_keeps_nothing(gallery: Gallery, pool: Vectors, judge: Judge) -> None:
@@ -178,15 +181,35 @@ def test_what_a_job_holds_has_no_object_an_item(filled: Gallery, pool: Vectors, 
 
 
 def test_entries_in_columns_are_a_sequence() -> None:
-    entries = NamedEntries(["a", "b", "c"], [None, "x", "y"])
-    assert [(each.name, each.identity) for each in entries] == [("a", None), ("b", "x"), ("c", "y")]
+    entries = NamedEntries(Texts.of("abß"), Texts.of(["", "x", "y"]))
+    assert [(each.name, each.identity) for each in entries] == [("a", None), ("b", "x"), ("ß", "y")]
     cut, picked = entries[1:], entries.picked([2, 0])
-    assert (len(entries), entries[-1].name, list(cut.names), list(picked.identities)) == (
+    assert (len(entries), entries[-1].name, list(cut.names), list(picked.identities or ())) == (
         3,
-        "c",
-        ["b", "c"],
-        ["y", None],
+        "ß",
+        ["b", "ß"],
+        ["y", ""],
     )
-    assert NamedEntries.joined([cut, picked]).names == ["b", "c", "c", "a"]
+    joined = cut.joined([picked, NamedEntries(Texts.of("d"), None)])
+    assert (joined.names.listed(), list(joined.identities or ())) == (
+        ["b", "ß", "ß", "a", "d"],
+        ["x", "y", "y", "", ""],
+    )
     with pytest.raises(IndexError):
         entries[3]
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\n", codec="utf-8"), max_size=5)), st.data())
+def test_texts_side_by_side_are_those_texts(given_texts: list[str], data: st.DataObject) -> None:
+    texts = Texts.of(given_texts)
+    assert texts.listed() == list(texts) == given_texts
+    cut = data.draw(st.slices(len(given_texts)))
+    assert (texts[cut].listed(), list(texts[cut])) == (given_texts[cut], given_texts[cut])
+    rows = data.draw(st.lists(st.integers(0, len(given_texts) - 1))) if given_texts else []
+    assert texts.picked(rows).listed() == [given_texts[row] for row in rows]
+    assert Texts.joined([texts, texts[cut], texts]).listed() == [*given_texts, *given_texts[cut], *given_texts]
+
+
+def test_a_text_with_a_line_feed_is_none_to_put_beside_others() -> None:
+    with pytest.raises(ValueError, match="line feed"):
+        Texts.of(["a", "b\nc"])

@@ -335,7 +335,7 @@ def test_all_that_tie_with_the_last_are_found_alone_and_in_a_batch(tmp_path: Pat
     structure = load_structure(tmp_path / "index", Plan(structure="ivf-flat", lists=16), rows_ND)
     queries_QD = np.stack([rows_ND[0], rows_ND[1]])
     effort, take = Raw(nprobe=16, rescore=8), partial(rows_ND.take, axis=0)
-    alone = [next(approximate.nearest(structure, take, query_D[None], 5, effort)) for query_D in queries_QD]
+    alone = [next(iter(approximate.nearest(structure, take, query_D[None], 5, effort))) for query_D in queries_QD]
     together = list(approximate.nearest(structure, take, queries_QD, 5, effort))
     assert sorted(alone[0][0].tolist()) == list(range(0, 1000, 40))
     for query_D, one, other in zip(queries_QD, alone, together, strict=True):

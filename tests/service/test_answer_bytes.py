@@ -135,6 +135,19 @@ def test_a_batch(stubs: Stubs) -> None:
     assert [len(each.neighbors.neighbors) for each in found.results] == [ITEMS] * 10
 
 
+def test_a_batch_in_columns(stubs: Stubs) -> None:
+    def asked(queries: int, k: int, **options: Any) -> search_pb2.BatchSearchRequest:
+        return batch(queries, k, layout=search_pb2.BATCH_LAYOUT_COLUMNS, **options)
+
+    found = stubs.search.BatchSearch(asked(4, 1)).columns
+    assert [len(each["note"]) for each in found.metadata] == [LARGE] * 4
+    check_too_large(refused(stubs.search.BatchSearch, asked(5, 1)))
+    check_too_large(refused(stubs.search.BatchSearch, asked(10, 12)))
+    found = stubs.search.BatchSearch(asked(10, 12, read_mask=without_metadata())).columns
+    assert (list(found.counts), len(found.metadata)) == ([ITEMS] * 10, 0)
+    check_too_large(refused(stubs.search.BatchSearch, asked(1024, 12, read_mask=without_metadata())))
+
+
 def test_an_element_of_a_stream_fails_alone(stubs: Stubs) -> None:
     def requests(k: int) -> Iterator[search_pb2.StreamSearchRequest]:
         yield search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery=f"galleries/{NOTES}", k=k))
