@@ -34,10 +34,10 @@ def test_what_is_refused_at_the_last_step_is_as_it_was(
     if before is not None:
         path.write_bytes(before)
     with pytest.raises(OSError, match="Input/output"):
-        replace_file(path, b"after")
+        replace_file(path, b"after", restore=True)
     assert (path.read_bytes() if path.exists() else None) == before
     broken.undo()
-    replace_file(path, b"after")
+    replace_file(path, b"after", restore=True)
     assert [each.name for each in tmp_path.iterdir()] == ["file.json"]
     assert path.read_bytes() == b"after"
 

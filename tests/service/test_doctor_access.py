@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+import service
 from embedding.bundle import Bundle
 from index import Catalog, ModelRef
 from index.catalog import LOCK
@@ -153,6 +154,7 @@ def test_milvus_that_is_not_there(whole: Settings, monkeypatch: pytest.MonkeyPat
 
 def test_traces_without_their_extra(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "service.tracing", raising=False)
+    monkeypatch.delattr(service, "tracing", raising=False)  # where another test has imported it
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     assert "lookalike[otel]" in only(whole, "traces", otlp_endpoint="http://127.0.0.1:9").do
 

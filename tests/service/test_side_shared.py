@@ -16,7 +16,7 @@ from service.feedback_store import read_feedback
 from service.keys import read
 from tests.service.side_schedule import KEYS, forking, truth_after
 
-AHEAD = 8
+AHEAD = 200
 """Steps that the writer may be past what it is known to have told."""
 
 
