@@ -155,6 +155,8 @@ def test_milvus_that_is_not_there(whole: Settings, monkeypatch: pytest.MonkeyPat
 def test_traces_without_their_extra(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "service.tracing", raising=False)
     monkeypatch.delattr(service, "tracing", raising=False)  # where another test has imported it
+    for name in [each for each in sys.modules if each.partition(".")[0] == "opentelemetry"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     assert "lookalike[otel]" in only(whole, "traces", otlp_endpoint="http://127.0.0.1:9").do
 
