@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
-import threading
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,36 @@ from service.feedback_store import read_feedback
 from service.keys import read
 from tests.service.side_schedule import KEYS, forking, truth_after
 
-AHEAD = 200
+AHEAD = 8
 """Steps that the writer may be past what it is known to have told."""
+
+
+class Lines:
+    """Of a pipe, without a thread that would hear of them late."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lines: deque[str] = deque()
+        self._rest = b""
+
+    def there(self) -> Iterator[str]:
+        """All that have been written by now."""
+        while select.select([self._fd], [], [], 0)[0]:
+            self._read()
+        while self._lines:
+            yield self._lines.popleft()
+
+    def next(self) -> str:
+        """The next one, which is waited for."""
+        while not self._lines:
+            self._read()
+        return self._lines.popleft()
+
+    def _read(self) -> None:
+        data = os.read(self._fd, 1 << 16)
+        assert data, "the writer has ended"
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._lines.extend(line.decode() for line in lines)
 
 
 @pytest.mark.parametrize("steps", [40, pytest.param(1000, marks=pytest.mark.slow)])
@@ -26,31 +56,25 @@ def test_readers_beside_a_writer_see_whole_writes_and_none_fails(tmp_path: Path,
     folder = tmp_path / "galleries"
     folder.mkdir()
     truths = [truth_after(n) for n in range(steps + 500)]
-    told, seen = [0], 0
+    told = seen = 0
     with forking(folder) as forks:
         assert forks.stdin
         assert forks.stdout
         forks.stdin.write("0\n")
         forks.stdin.flush()
-        worker, lines, follower = int(forks.stdout.readline()), forks.stdout, Aliases(folder, follow=True)
-
-        def listen() -> None:
-            for line in lines:
-                if line == "gone\n":
-                    return
-                told[0] = int(line) + 1
-
-        listening = threading.Thread(target=listen)
-        listening.start()
+        lines, follower = Lines(forks.stdout.fileno()), Aliases(folder, follow=True)
+        worker = int(lines.next())
         try:
-            while (before := told[0]) < steps:
+            while (before := told) < steps:
                 try:
                     feedback = {each.case_id: each.distance for each in read_feedback(folder)}
                 except NotFound:
                     feedback = {}
                 aliases, models = dict(follower.all()), standing.kept(folder)
                 keys = {record.name for record in read(folder / KEYS).keys} if (folder / KEYS).exists() else set()
-                possible = truths[before : told[0] + AHEAD]
+                for line in lines.there():  # after what was read, so that nothing read is of steps long untold
+                    told = int(line) + 1
+                possible = truths[before : told + AHEAD]
                 assert feedback in [each.feedback for each in possible], before
                 assert aliases in [each.aliases for each in possible], before
                 assert models in [each.models for each in possible], before
@@ -58,5 +82,6 @@ def test_readers_beside_a_writer_see_whole_writes_and_none_fails(tmp_path: Path,
                 seen += bool(feedback)
         finally:
             os.kill(worker, signal.SIGKILL)
-            listening.join(timeout=20)
+            while lines.next() != "gone":
+                pass
     assert seen
