@@ -128,9 +128,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
         self, request_iterator: AsyncIterator[pb.ImportItemsRequest], context: Context
     ) -> AsyncIterator[pb.ImportItemsResponse]:
         async with translated_errors(context), Elements(request_iterator, window=IMPORT_WINDOW) as elements:
-            first = await elements.first()
-            if first is None or first.WhichOneof("element") != "config":
-                raise InvalidInput("the first element of the stream must be its config", field="config")
+            first = await elements.config()
             gallery_id = parse.gallery_name(first.config.parent, "config.parent")
             serving = await self._serving.of(gallery_id)
             await serving.run(serving.engine.gallery, gallery_id, path="config.parent")

@@ -65,9 +65,7 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
         self, request_iterator: AsyncIterator[pb.StreamVerifyRequest], context: Context
     ) -> AsyncIterator[pb.StreamVerifyResponse]:
         async with translated_errors(context), Elements(request_iterator, window=STREAM_WINDOW) as elements:
-            first = await elements.first()
-            if first is None or first.WhichOneof("element") != "config":
-                raise InvalidInput("the first element of the stream must be its config", field="config")
+            first = await elements.config()
             point = parse.operating_point(first.config.operating_point)
             line_up = self._serving.taken  # one read: the answers of a stream can be compared
             with under("config"):

@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 
-from embedding.errors import InvalidInput
 from index import MAX_K, MAX_MATCHES, Deadline, Found, Telling, metadata_bytes
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
@@ -120,9 +119,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
     ) -> AsyncIterator[Any]:
         async with translated_errors(context), Elements(request_iterator, window=STREAM_WINDOW) as elements:
-            first = await elements.first()
-            if first is None or first.WhichOneof("element") != "config":
-                raise InvalidInput("the first element of the stream must be its config", field="config")
+            first = await elements.config()
             wrong = parse.Violations()
             with wrong:
                 scope = parse.scope(first.config, path="config.")

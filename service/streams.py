@@ -73,6 +73,13 @@ class Elements(Generic[T]):
             await self._reader  # raises what broke the reading
         return element
 
+    async def config(self) -> T:
+        """The first element, whose oneof `element` must hold its config. Raises InvalidInput."""
+        first = await self.first()
+        if first is None or first.WhichOneof("element") != "config":
+            raise InvalidInput("the first element of the stream must be its config", field="config")
+        return first
+
     async def batches(self) -> AsyncIterator[list[T]]:
         """All other elements in order, as many together as are there, at least one and at most a window."""
         ended = False
