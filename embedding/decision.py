@@ -245,7 +245,7 @@ class Decisions(Sequence[Decision]):
     def __getitem__(self, at: slice) -> Decisions: ...
     def __getitem__(self, at: int | slice) -> Decision | Decisions:
         if isinstance(at, slice):
-            return Decisions(self.judge, self.distance_N[at], self.verdict_N[at], self.probability_N[at])
+            return self.picked(at)
         judge = self.judge
         return Decision(
             verdict=VERDICTS[self.verdict_N[at]],
@@ -258,6 +258,14 @@ class Decisions(Sequence[Decision]):
             model=judge.model,
             calibration=judge.calibration.version,
         )
+
+    def signed_margins(self) -> NDArray[np.float64]:
+        """threshold − distance [N], as `Decision.signed_margin`."""
+        return self.judge.threshold - self.distance_N.astype(np.float64)
+
+    def picked(self, rows: slice | NDArray[np.bool_]) -> Decisions:
+        """Those in these places."""
+        return Decisions(self.judge, self.distance_N[rows], self.verdict_N[rows], self.probability_N[rows])
 
 
 class Judge:

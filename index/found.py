@@ -105,16 +105,10 @@ class Answers(Sequence[Found]):
         if kept_P.all():
             return self
         query_P = np.repeat(np.arange(len(self)), self.counts_Q)
-        decisions = self.decisions
         return replace(
             self,
             entries=self.entries.picked(np.flatnonzero(kept_P)),
-            decisions=Decisions(
-                decisions.judge,
-                decisions.distance_N[kept_P],
-                decisions.verdict_N[kept_P],
-                decisions.probability_N[kept_P],
-            ),
+            decisions=self.decisions.picked(kept_P),
             counts_Q=np.bincount(query_P[kept_P], minlength=len(self)),
         )
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from embedding.decision import Decisions
 from index import Answers, Entry
 from index.hits import spread
 from index.texts import Texts
-from lookalike.v1 import common_pb2, search_pb2
+from lookalike.v1 import search_pb2
 from service import errors, wire
 from service.encoded import VERDICT_BYTES, field, keep_formed, too_large
 from service.outcomes import Outcomes
@@ -46,7 +44,7 @@ def batch_response(outcomes: Outcomes, gallery_id: str, fields: frozenset[str], 
         expected_recalls=spread(answers.recall_Q, len(outcomes), outcomes.errors).tolist(),
         generation=answers.generation,
         partial=bool(answers.partial_Q.any()),
-        evidence=_evidence(answers.decisions) if "decision" in fields else None,
+        evidence=wire.evidence(answers.decisions.judge) if "decision" in fields else None,
         failed=[search_pb2.FailedQuery(query=at, error=errors.status(error)) for at, error in outcomes.errors.items()],
     )
     pieces = [message.SerializeToString()]
@@ -69,29 +67,15 @@ def _bytes_of(texts: Texts | list[str]) -> int:
     return len(texts.data_B) if isinstance(texts, Texts) else sum(map(len, texts))
 
 
-def _evidence(decisions: Decisions) -> common_pb2.Decision:
-    """What all of them share."""
-    judge = decisions.judge
-    return common_pb2.Decision(
-        threshold=judge.threshold,
-        far=judge.rates.far,
-        far_upper95=judge.rates.far_upper95,
-        frr=judge.rates.frr,
-        model=wire.model_name(judge.model),
-        calibration=judge.calibration.version,
-    )
-
-
 def _decided(decisions: Decisions) -> Sequence[bytes]:
     """The columns of what differs."""
     dist_P = decisions.distance_N
     if not len(dist_P):
         return []
-    margin_P = (decisions.judge.threshold - dist_P.astype(np.float64)).astype("<f4")
     return [
         field(_COLUMNS.VERDICTS_FIELD_NUMBER, VERDICT_BYTES[decisions.verdict_N].tobytes()),
         field(_COLUMNS.DISTANCES_FIELD_NUMBER, dist_P.astype("<f4", copy=False).tobytes()),
-        field(_COLUMNS.SIGNED_MARGINS_FIELD_NUMBER, margin_P.tobytes()),
+        field(_COLUMNS.SIGNED_MARGINS_FIELD_NUMBER, decisions.signed_margins().astype("<f4").tobytes()),
         field(_COLUMNS.MATCH_PROBABILITIES_FIELD_NUMBER, decisions.probability_N.astype("<f8", copy=False).tobytes()),
     ]
 

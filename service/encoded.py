@@ -279,7 +279,7 @@ def _records(decisions: Decisions) -> list[bytes]:
     record_N[:] = template
     record_N["verdict"] = VERDICT_BYTES[decisions.verdict_N]
     record_N["distance"] = decisions.distance_N
-    record_N["signed_margin"] = decisions.judge.threshold - decisions.distance_N.astype(np.float64)
+    record_N["signed_margin"] = decisions.signed_margins()
     record_N["match_probability"] = decisions.probability_N
     data, size = record_N.tobytes(), template.dtype.itemsize
     return [data[start : start + size] for start in range(0, len(data), size)]
@@ -288,14 +288,7 @@ def _records(decisions: Decisions) -> list[bytes]:
 @lru_cache(maxsize=64)
 def _template(judge: Judge) -> NDArray[np.void]:
     """A decision of this judge, to fill in what differs from one to the next."""
-    same = common_pb2.Decision(
-        threshold=judge.threshold,
-        far=judge.rates.far,
-        far_upper95=judge.rates.far_upper95,
-        frr=judge.rates.frr,
-        model=wire.model_name(judge.model),
-        calibration=judge.calibration.version,
-    ).SerializeToString()
+    same = wire.evidence(judge).SerializeToString()
     differing = (
         ("verdict", "u1", _VARINT),
         ("distance", "<f4", _FIXED32),

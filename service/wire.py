@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import status_pb2
 
 from embedding import calibration as measured
-from embedding.decision import Decision, Vectors, Verdict
+from embedding.decision import Decision, Judge, Vectors, Verdict
 from embedding.errors import NotFound
 from index import JSON, Found, GalleryCatalog, GalleryEngine, IndexSettings, Item, Neighbor, Unparsed
 from index.engine import Fallback, Stats, Verification
@@ -45,6 +45,18 @@ def decision(decided: Decision) -> common_pb2.Decision:
         frr=decided.frr,
         model=model_name(decided.model),
         calibration=decided.calibration,
+    )
+
+
+def evidence(judge: Judge) -> common_pb2.Decision:
+    """What all decisions of the judge share."""
+    return common_pb2.Decision(
+        threshold=judge.threshold,
+        far=judge.rates.far,
+        far_upper95=judge.rates.far_upper95,
+        frr=judge.rates.frr,
+        model=model_name(judge.model),
+        calibration=judge.calibration.version,
     )
 
 
