@@ -115,6 +115,11 @@ def unit(*values: float) -> bytes:
     return (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
 
 
+def vector(*values: float) -> common_pb2.ImageInput:
+    """`unit` as an image to ask for."""
+    return common_pb2.ImageInput(embedding=unit(*values))
+
+
 @dataclass
 class Stubs:
     """The raw stubs on one channel."""

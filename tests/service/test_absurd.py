@@ -11,10 +11,10 @@ import pytest
 from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
-from lookalike.v1 import alias_pb2, common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service.settings import Settings
 from tests.service.absurd import mutants
-from tests.service.harness import Loop, Stubs, connected, encoded, info, rich, served, unit
+from tests.service.harness import Loop, Stubs, connected, encoded, info, rich, served, vector
 
 SEED = 20_261_125
 
@@ -25,10 +25,6 @@ def stubs(loop: Loop, settings: Settings, tmp_path_factory: pytest.TempPathFacto
     with served(loop, settings.model_copy(update=own)) as server, connected(server.address) as stubs:
         stubs.fill("g", {name: encoded(ord(name)) for name in "abc"})
         yield stubs
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 def sensible(stubs: Stubs) -> list[tuple[Any, Message]]:

@@ -28,7 +28,7 @@ from tests.service.harness import (
     refused,
     rich,
     served,
-    unit,
+    vector,
 )
 
 LARGE, ITEMS = 60_000, 12  # characters of metadata, of which four items fill a message
@@ -53,10 +53,6 @@ def stubs(server: Server) -> Iterator[Stubs]:
                 gallery_pb2.UpdateItemRequest(item=item, image=vector(1, 0.01 * i), allow_missing=True)
             )
         yield stubs
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 def without_metadata() -> field_mask_pb2.FieldMask:

@@ -16,14 +16,21 @@ import pytest
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import MAX_MESSAGE_BYTES, Loop, Stubs, connected, encoded, info, refused, rich, served, unit
+from tests.service.harness import (
+    MAX_MESSAGE_BYTES,
+    Loop,
+    Stubs,
+    connected,
+    encoded,
+    info,
+    refused,
+    rich,
+    served,
+    vector,
+)
 
 NOTES = "g"
 ITEMS, LARGE = 12, 20_000
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 QUERY = vector(1, -0.3)
@@ -109,6 +116,7 @@ def test_the_room_of_answers_at_its_edge(loop: Loop, server: Server) -> None:
     assert room is not None
     assert room.most_bytes is not None
     most = room.most_bytes
+    assert nothing_held(loop, server)  # of calls whose answers have just come
 
     async def fill() -> None:
         with room.enter("a", 1, most - 1000):

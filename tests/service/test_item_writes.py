@@ -13,11 +13,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from lookalike.v1 import common_pb2
 from lookalike.v1 import gallery_pb2 as pb
-from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, unit
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
+from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, unit, vector
 
 
 def update(

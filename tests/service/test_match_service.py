@@ -8,7 +8,7 @@ import pytest
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from lookalike.v1 import common_pb2, match_pb2
-from tests.service.harness import MARGIN, Stubs, encoded, fields, info, png, refused, rich, stored, unit
+from tests.service.harness import MARGIN, Stubs, encoded, fields, info, png, refused, rich, stored, vector
 
 PLAIN = common_pb2.OperatingPoint()
 
@@ -20,10 +20,6 @@ def verify(
     point: common_pb2.OperatingPoint = PLAIN,
 ) -> common_pb2.Decision:
     return stubs.match.Verify(match_pb2.VerifyRequest(a=a, b=b, operating_point=point)).decision
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 def test_an_image_matches_itself(stubs: Stubs, bundle: Bundle) -> None:

@@ -10,13 +10,9 @@ import pytest
 
 from embedding.bundle import Bundle
 from lookalike.v1 import common_pb2, match_pb2
-from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, stored, unit
+from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, stored, vector
 
 BAD = common_pb2.ImageInput(encoded=png(1)[:40])
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 def config(**point: object) -> match_pb2.StreamVerifyRequest:

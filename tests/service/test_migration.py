@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
-from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service.settings import Settings
 from tests.service.harness import (
     Loop,
@@ -29,12 +29,8 @@ from tests.service.harness import (
     refused,
     rich,
     served,
-    unit,
+    vector,
 )
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 def gallery_of(operation: operations_pb2.Operation) -> gallery_pb2.Gallery:

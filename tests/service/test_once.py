@@ -18,13 +18,22 @@ from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, upkeep_p
 from service.engine import Engine
 from service.once import Ledger
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, fields, finished, info, refused, rich, served, unit
+from tests.service.harness import (
+    Loop,
+    Stubs,
+    connected,
+    encoded,
+    fields,
+    finished,
+    info,
+    refused,
+    rich,
+    served,
+    unit,
+    vector,
+)
 
 BAD = common_pb2.ImageInput(encoded=b"no image")
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 @pytest.fixture

@@ -11,11 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
-from tests.service.harness import Stubs, fields, info, refused, rich, stored, unit
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
+from tests.service.harness import Stubs, fields, info, refused, rich, stored, vector
 
 
 def update(gallery: str, name: str, image: common_pb2.ImageInput, **metadata: Any) -> gallery_pb2.UpdateItemRequest:

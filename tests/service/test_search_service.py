@@ -5,11 +5,7 @@ import pytest
 from google.protobuf import json_format
 
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
-from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, stored, unit
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
+from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, stored, vector
 
 
 @pytest.fixture

@@ -22,12 +22,8 @@ from tests.service.harness import (
     refused,
     rich,
     stored,
-    unit,
+    vector,
 )
-
-
-def vector(*values: float) -> common_pb2.ImageInput:
-    return common_pb2.ImageInput(embedding=unit(*values))
 
 
 def fill(stubs: Stubs, gallery: str, count: int) -> None:
