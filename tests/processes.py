@@ -11,12 +11,31 @@ from pathlib import Path
 
 from lookalike.cli.serve import READY_LINE
 
+ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "lookalike"]
 
 
 def environment() -> dict[str, str]:
     """This process's, without the variables that the command line reads."""
     return {key: value for key, value in os.environ.items() if not key.startswith("LOOKALIKE_")}
+
+
+@contextmanager
+def piped(module: str, *words: object) -> Iterator[subprocess.Popen[str]]:
+    """A module of the tests that runs by itself, on one thread, is told lines and answers lines; it ends when its input
+    does."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, words)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=variables,
+        cwd=ROOT,
+    ) as process:
+        yield process
+        assert process.stdin
+        process.stdin.close()
 
 
 @contextmanager

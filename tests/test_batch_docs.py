@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from index.batch_answers import Answer, Answered, Evidence
-from index.batch_folder import Conditions
+from index.batch_answers import Answer, Answered
 from index.batch_shards import FOOTER, SCHEMA, ShardWriter
 from lookalike.__main__ import main
+from tests.index.test_batch_shards import EVIDENCE, STATED
 from tests.service.harness import make_bundle, png
 from tests.test_operations import missing_line
 
@@ -52,18 +52,6 @@ def test_its_columns_are_those_of_the_shards() -> None:
 
 
 def test_its_footer_is_that_of_the_shards(tmp_path: Path) -> None:
-    evidence = Evidence(threshold=1.0, far=0.0, far_upper95=0.1, frr=0.0, model="m", calibration=1)
-    stated = Conditions(
-        queries="array",
-        queries_digest="",
-        gallery="g",
-        gallery_created="",
-        generation=1,
-        model="m",
-        fingerprint="f",
-        calibration=1,
-        parameters={},
-    )
     nearest, decided, probable = np.zeros(1, np.float32), np.ones(1, np.int8), np.ones(1)
     answer = Answer(
         items=["a"],
@@ -71,10 +59,10 @@ def test_its_footer_is_that_of_the_shards(tmp_path: Path) -> None:
         distance_R=nearest,
         verdict_R=decided,
         probability_R=probable,
-        evidence=evidence,
+        evidence=EVIDENCE,
         generation=1,
     )
-    writer = ShardWriter(tmp_path / "part-00000.parquet", first=0, conditions=stated)
+    writer = ShardWriter(tmp_path / "part-00000.parquet", first=0, conditions=STATED)
     writer.add(Answered.of([("q", answer)]))
     writer.publish()
     table = PAGE.partition("| name |")[2].partition("\n\n")[0]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,7 @@ from index.batch_folder import MANIFEST
 from index.batch_queries import Array, GalleryItems
 from tests.index.batch_killed import SHARD_QUERIES, job
 from tests.index.batch_made import ran, rows, shards
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import piped
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
@@ -35,16 +32,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     job(galleries, array, tmp_path / "whole")
     expected = shards(tmp_path / "whole")
     assert len(expected) == 6
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     draw = random.Random(20_261_125)
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.index.batch_killed", str(galleries), str(array)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    ) as forks:
+    with piped("tests.index.batch_killed", galleries, array) as forks:
         assert forks.stdin
         assert forks.stdout
         killed = 0

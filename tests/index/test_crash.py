@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,25 +16,14 @@ import pytest
 from embedding.decision import Judge, Vectors, distance
 from index import Catalog, ModelRef
 from tests.index.schedule import SEAL_AFTER, truth_after
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import piped
 
 
 @pytest.fixture
 def forks(tmp_path: Path, pool: Vectors) -> Iterator[subprocess.Popen[str]]:
     np.save(tmp_path / "pool.npy", pool)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.index.schedule", str(tmp_path / "galleries"), str(tmp_path / "pool.npy")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-    ) as process:
+    with piped("tests.index.schedule", tmp_path / "galleries", tmp_path / "pool.npy") as process:
         yield process
-        assert process.stdin
-        process.stdin.close()
 
 
 @pytest.mark.parametrize("kills", [10, pytest.param(320, marks=pytest.mark.slow)])

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -158,24 +157,6 @@ def work(folder: Path, first: int, told: Callable[[int], None]) -> None:
                 for record in ring.all()[:-KEYS_KEPT]:
                     ring.revoke(record.id)
         told(n)
-
-
-@contextmanager
-def forking(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """The process, which works on this folder when it is told to."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.service.side_schedule", str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=root,
-    ) as process:
-        yield process
-        assert process.stdin
-        process.stdin.close()
 
 
 def _tell(what: object) -> None:

@@ -18,7 +18,8 @@ from service import standing
 from service.feedback_store import FeedbackStore, read_feedback
 from service.key_ring import KeyRing
 from service.once import Ledger
-from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, forking, form, kind, said, token, truth_after
+from tests.processes import piped
+from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, form, kind, said, token, truth_after
 
 MOST_STEPS = 5
 NEW_EACH = 4
@@ -27,7 +28,7 @@ NEW_EACH = 4
 
 @pytest.fixture
 def forks(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    with forking(tmp_path / "galleries") as process:
+    with piped("tests.service.side_schedule", tmp_path / "galleries") as process:
         yield process
 
 

@@ -16,7 +16,8 @@ from index.aliases import Aliases
 from service import standing
 from service.feedback_store import read_feedback
 from service.keys import read
-from tests.service.side_schedule import KEYS, forking, truth_after
+from tests.processes import piped
+from tests.service.side_schedule import KEYS, truth_after
 
 AHEAD = 8
 """Steps that the writer may be past what it is known to have told."""
@@ -57,7 +58,7 @@ def test_readers_beside_a_writer_see_whole_writes_and_none_fails(tmp_path: Path,
     folder.mkdir()
     truths = [truth_after(n) for n in range(steps + 500)]
     told = seen = 0
-    with forking(folder) as forks:
+    with piped("tests.service.side_schedule", folder) as forks:
         assert forks.stdin
         assert forks.stdout
         forks.stdin.write("0\n")
