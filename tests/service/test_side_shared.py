@@ -28,12 +28,14 @@ class Lines:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._poll = select.poll()  # select takes no descriptor above 1,023
+        self._poll.register(fd, select.POLLIN)
         self._lines: deque[str] = deque()
         self._rest = b""
 
     def there(self) -> Iterator[str]:
         """All that have been written by now."""
-        while select.select([self._fd], [], [], 0)[0]:
+        while self._poll.poll(0):
             self._read()
         while self._lines:
             yield self._lines.popleft()
