@@ -28,9 +28,9 @@ from embedding.decision import Judge
 from embedding.encoder import Encoder
 from index import Catalog, Gallery
 from index.batch import run
-from index.batch_images import ImageFolder
-from index.batch_queries import Array
-from index.batch_search import EMBEDDINGS, IMAGES, GalleryAnswering, Wanted, image_bytes
+from index.batch.images import ImageFolder
+from index.batch.queries import Array
+from index.batch.search import EMBEDDINGS, IMAGES, GalleryAnswering, Wanted, image_bytes
 from index.telling import MANY_NAMES
 
 K = 10

@@ -36,12 +36,12 @@ from benchmarks.measure import (
 from embedding.runtime import tune_malloc
 from training import mining
 from training.losses import Comparison, MetricLoss
-from training.losses_combined import ThresholdConsistentLoss
-from training.losses_pairs import ContrastiveLoss, MarginLoss
-from training.losses_proxies import ArcFaceLoss, ProxyAnchorLoss
-from training.losses_similarity import CircleLoss, MultiSimilarityLoss
-from training.losses_softmax import InfoNCELoss, NPairLoss, NTXentLoss, SupervisedContrastiveLoss
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.combined import ThresholdConsistentLoss
+from training.losses.pairs import ContrastiveLoss, MarginLoss
+from training.losses.proxies import ArcFaceLoss, ProxyAnchorLoss
+from training.losses.similarity import CircleLoss, MultiSimilarityLoss
+from training.losses.softmax import InfoNCELoss, NPairLoss, NTXentLoss, SupervisedContrastiveLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
 
 WIDTH, IMAGES_PER_IDENTITY = 128, 4

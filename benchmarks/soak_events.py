@@ -18,8 +18,8 @@ from google.longrunning import operations_pb2
 from benchmarks.soak_load import FULL_METHODS, GALLERY, Load
 from benchmarks.soak_load import TIMEOUT as CALL_TIMEOUT
 from lookalike.v1 import gallery_pb2, match_pb2, model_pb2, upkeep_pb2
-from service.key_ring import KeyRing
-from service.watched import LOOK_SECONDS
+from service.access.key_ring import KeyRing
+from service.access.watched import LOOK_SECONDS
 from tests.authority import Authority
 
 TIMEOUT = 120.0

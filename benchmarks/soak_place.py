@@ -17,7 +17,7 @@ from benchmarks.soak_events import Events
 from benchmarks.soak_load import CHURNED, GALLERY, Load, random_vectors
 from embedding.bundle import Bundle, recalibrated
 from lookalike.v1 import common_pb2, gallery_pb2
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
 from tests.authority import Authority
 
 MODEL, OTHER = "mnist", "soak-other"

@@ -26,7 +26,7 @@ from embedding.networks import Architecture, NetworkName, build
 from embedding.runtime import tune_malloc
 from training.config import load_recipe
 from training.datasets import load
-from training.losses_softmax import SupervisedContrastiveLoss
+from training.losses.softmax import SupervisedContrastiveLoss
 from training.splits import split
 from training.trainer import Trainer
 

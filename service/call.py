@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from service.passed_on import peer_of
-from service.principal import ANYBODY, Principal, Scope
+from service.access.principal import ANYBODY, Principal, Scope
+from service.workers.passed_on import peer_of
 
 if TYPE_CHECKING:
     from service.admission import Room

@@ -17,9 +17,9 @@ import structlog
 from google.protobuf.message import DecodeError, Message
 
 from embedding.errors import InvalidInput, ResponseTooLarge
-from service import logs
 from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
+from service.telemetry import logs
 
 _log = structlog.get_logger(__name__)
 

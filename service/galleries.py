@@ -13,12 +13,12 @@ from index.items import name_of_page_token
 from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
 from service import pages, parse, wire, writes
+from service.access.principal import Principal
 from service.call import principal
 from service.engine import Engine
 from service.errors import translated_errors
 from service.gallery_items import ItemMethods
 from service.once import gone_already, keeps_receipts, token_of
-from service.principal import Principal
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -14,13 +14,13 @@ from embedding.encoder import Encoder
 from embedding.errors import LookalikeError
 from service import standing
 from service.engine import Engine
-from service.line_up import Named
 from service.serving import AsyncEngine
 from service.settings import Settings
 from service.standing import Standing
 from service.stock import Choice, Stock
 from service.storage import catalog_of
 from service.workers import Part
+from service.workers.line_up import Named
 
 _log = structlog.get_logger(__name__)
 

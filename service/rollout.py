@@ -1,7 +1,7 @@
 """Hot swap: a model is loaded and warmed beside what serves, checked against the galleries, and put in one step.
 
 Only the event loop changes who answers, so that no call sees half a change. Of several workers the one that writes
-decides, and the others prepare and put what it tells them; see `worker_models.py`.
+decides, and the others prepare and put what it tells them; see `service.workers.models`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from embedding.bundle import Bundle, Described
 from embedding.errors import GalleriesIncompatible, ModelActive, NotFound
 from embedding.runtime import trim_malloc
 from service.engine import Engine
-from service.line_up import LineUp, Named, digest_of
 from service.loading import Loading
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
 from service.stock import Choice, Model
-from service.worker_models import Followers, Prepared
 from service.workers import Part
+from service.workers.line_up import LineUp, Named, digest_of
+from service.workers.models import Followers, Prepared
 
 NAMED = 5
 """Galleries that the message of an error names."""

@@ -21,17 +21,17 @@ from embedding.errors import (
     PermissionDenied,
     ScopeMissing,
 )
+from service.access.keys import PREFIX, Keys
+from service.access.principal import ANYBODY, Principal, Scope
+from service.access.rate_limits import RateLimits
+from service.access.rights import RULES, Rule, elements, named
+from service.access.tokens import Tokens
 from service.call import Call
 from service.calls import Hook
-from service.keys import PREFIX, Keys
 from service.operations import Operations
-from service.passed_on import certificate_names
-from service.principal import ANYBODY, Principal, Scope
-from service.rate_limits import RateLimits
-from service.rights import RULES, Rule, elements, named
 from service.serving import Serving
 from service.settings import Settings
-from service.tokens import Tokens
+from service.workers.passed_on import certificate_names
 
 MAX_NAMES = 16
 """Most resources of one call that are kept for the audit log."""

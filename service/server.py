@@ -37,38 +37,39 @@ from lookalike.v1 import (
     upkeep_pb2,
     upkeep_pb2_grpc,
 )
-from service import logs, workers
+from service import workers
+from service.access.audit import Audit
 from service.admission import Admission
 from service.alias import AliasService
-from service.audit import Audit
 from service.call import Limits, StreamBytes
 from service.calls import Calls
 from service.feedback import FeedbackService
 from service.feedback_store import FeedbackStore
-from service.forwarding import Forwarding
 from service.galleries import GalleryService
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
-from service.metrics import Metrics
-from service.metrics_collected import Collected
 from service.models import ModelService
 from service.once import Once
 from service.operations import Operations
-from service.probes import Probes
 from service.rollout import Rollout
 from service.search import SearchService
 from service.security import Security
 from service.serving import Serving
 from service.settings import Settings
 from service.settings_sources import Origins
+from service.telemetry import logs
+from service.telemetry.collected import Collected
+from service.telemetry.metrics import Metrics
+from service.telemetry.probes import Probes
 from service.tls import Certificates, certificates, is_loopback
 from service.transport import channel_options
-from service.worker_follower import Follower
-from service.worker_models import Followers
 from service.workers import Part
+from service.workers.follower import Follower
+from service.workers.forwarding import Forwarding
+from service.workers.models import Followers
 
 if TYPE_CHECKING:
-    from service.tracing import Tracing
+    from service.telemetry.tracing import Tracing
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -361,7 +362,7 @@ class Server:
 def _traced(settings: Settings) -> Tracing:
     """Raises InvalidInput where the extra is missing."""
     try:
-        from service import tracing
+        from service.telemetry import tracing
     except ModuleNotFoundError as error:
         raise InvalidInput(
             f"traces need {error.name}: run pip install 'lookalike[otel]', or leave otlp_endpoint unset",

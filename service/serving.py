@@ -20,8 +20,8 @@ from service.questions import Search, is_quick
 from service.settings import Settings
 from service.sources import Source, StoredItem, distinct_images
 from service.stages import Work
+from service.telemetry.watch import ModelWatch
 from service.together import Form, Together
-from service.watch import ModelWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")

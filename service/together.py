@@ -20,7 +20,7 @@ from service.engine import Engine
 from service.questions import Search, SearchBatch
 from service.quiet import Quiet
 from service.stages import Work
-from service.watch import ModelWatch
+from service.telemetry.watch import ModelWatch
 
 MOST = 32
 """Searches answered between two turns of the event loop; more would hold up other calls and save little."""

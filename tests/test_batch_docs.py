@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from index.batch_answers import Answer, Answered
-from index.batch_shards import FOOTER, SCHEMA, ShardWriter
+from index.batch.answers import Answer, Answered
+from index.batch.shards import FOOTER, SCHEMA, ShardWriter
 from lookalike.__main__ import main
 from tests.index.test_batch_shards import EVIDENCE, STATED
 from tests.service.harness import make_bundle, png

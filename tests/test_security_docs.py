@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lookalike.__main__ import main
-from service.rights import RULES
+from service.access.rights import RULES
 from tests.processes import serving
 from tests.service.harness import make_bundle
 from tests.transcripts import blocks

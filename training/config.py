@@ -19,7 +19,7 @@ from embedding.errors import NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
 from training.datasets_config import DataConfig
-from training.losses_config import LossConfig, outlives_a_batch
+from training.losses.config import LossConfig, outlives_a_batch
 from training.searches import EvaluationConfig
 from training.sections import Section, error_at, parse_toml, read_toml, refuse_unknown_keys, validated
 

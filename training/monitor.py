@@ -18,8 +18,8 @@ from torch import Tensor
 
 from embedding.errors import TrainingDiverged
 from training.losses import LossOutput, MetricLoss
-from training.losses_combined import JointLoss
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.combined import JointLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
 
 COLLAPSED_SPREAD = 0.05

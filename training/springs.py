@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.distances import euclidean_rows
-from training.losses_pairs import contrastive_loss
+from training.losses.pairs import contrastive_loss
 from training.mining import same_identity
 
 PairEnergy = Callable[[Tensor, Tensor], Tensor]

@@ -32,7 +32,7 @@ from training.datasets import ImageSet
 from training.distributed import ALONE, Ranks
 from training.early_stopping import best_step, is_over
 from training.events import EventWriter
-from training.losses_build import build_loss
+from training.losses.build import build_loss
 from training.monitor import CollapseWatch, Meter
 from training.prefetch import prefetched
 from training.progress import TrainingDisplay

@@ -19,8 +19,8 @@ from embedding.errors import InvalidDataset, LookalikeError
 from embedding.runtime import settled
 from index.batch import Answering, Done, Queries
 from index.batch import run as run_job
-from index.batch_folder import Conditions, read_manifest
-from index.batch_queries import queries_of
+from index.batch.folder import Conditions, read_manifest
+from index.batch.queries import queries_of
 from index.engine import Progress
 from index.filters import parse_filter
 from lookalike import Client
@@ -182,8 +182,8 @@ def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries,
 
     if not isinstance(backend, LocalBackend):
         raise LookalikeError("a job is run here or on a server")
-    from index.batch_queries import GalleryItems
-    from index.batch_search import GalleryAnswering, Wanted
+    from index.batch.queries import GalleryItems
+    from index.batch.search import GalleryAnswering, Wanted
 
     engine = backend.engine
     searched = engine.gallery(job.gallery)

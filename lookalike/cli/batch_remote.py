@@ -18,9 +18,9 @@ import numpy as np
 from embedding.decision import VERDICTS, Vectors
 from embedding.errors import Busy, InvalidInput, LookalikeError
 from index.batch import Query, batch_size
-from index.batch_answers import Answer, Answered, Evidence, Failure
-from index.batch_queries import gallery_digest
-from index.batch_search import EMBEDDINGS, IMAGES, failure, image_bytes
+from index.batch.answers import Answer, Answered, Evidence, Failure
+from index.batch.queries import gallery_digest
+from index.batch.search import EMBEDDINGS, IMAGES, failure, image_bytes
 from lookalike import Client
 from lookalike._calls.items import list_items
 from lookalike.errors import CallFailed, InvalidRequest

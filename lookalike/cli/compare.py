@@ -29,7 +29,7 @@ def compare(
     """Compare losses with several seeds each, and write tables and pictures. Stopped, it goes on where it stopped."""
     from lookalike.cli.recipes import find_study
     from training.study import compare as run
-    from training.study_config import load_study
+    from training.study.config import load_study
 
     loaded = load_study(find_study(study))
     if quick:

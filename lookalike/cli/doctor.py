@@ -15,7 +15,7 @@ from rich.text import Text
 from lookalike.cli import options, show
 
 if TYPE_CHECKING:
-    from service.finding import Finding
+    from service.doctor.finding import Finding
 
 UNWELL = 1
 
@@ -51,9 +51,9 @@ def doctor(
     import structlog
 
     from embedding.errors import LookalikeError
-    from service.doctor import looked_at
-    from service.doctor_server import asked
-    from service.finding import Finding
+    from service.doctor.deployment import looked_at
+    from service.doctor.finding import Finding
+    from service.doctor.server import asked
     from service.server import SERVICES
     from service.settings_sources import Flag, Origins, set_flags
 

@@ -14,8 +14,8 @@ import typer
 from lookalike.cli import show
 
 if TYPE_CHECKING:
-    from service.keys import Record
-    from service.principal import Scope
+    from service.access.keys import Record
+    from service.access.principal import Scope
 
 app = typer.Typer(
     help="Make and manage the API keys of a server; a running one takes changes over within a second.",
@@ -67,7 +67,7 @@ def create(
     ] = "",
 ) -> None:
     """Make a key and print it; only its hash is kept, so that nobody can print it again."""
-    from service.key_ring import KeyRing
+    from service.access.key_ring import KeyRing
 
     record, key = KeyRing(file).create(
         name,
@@ -87,7 +87,7 @@ def list_(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the keys and their rights."""
-    from service.key_ring import KeyRing
+    from service.access.key_ring import KeyRing
 
     records = KeyRing(file).all()
     if json:
@@ -120,7 +120,7 @@ def rotate(
     days: Days = None,
 ) -> None:
     """Make another key with the same rights, and let the old one expire; it lives as long as the old one was to."""
-    from service.key_ring import KeyRing
+    from service.access.key_ring import KeyRing
 
     record, key = KeyRing(file).rotate(which, overlap=timedelta(hours=overlap), days=days)
     _tell(f"key {record.id} of {record.name}: {_rights(record)}; the old one counts for {overlap:g} h more", key)
@@ -129,7 +129,7 @@ def rotate(
 @app.command()
 def revoke(which: Which, file: KeyFile = DEFAULT_FILE) -> None:
     """Take a key away at once; by the name of its holder, all that they have."""
-    from service.key_ring import KeyRing
+    from service.access.key_ring import KeyRing
 
     for record in KeyRing(file).revoke(which):
         print(f"revoked {record.id} of {record.name}")

@@ -210,7 +210,7 @@ class TestServe:
     ) -> None:
         # The log is configured for a process of its own; here it is to stay out of the output.
         quiet = structlog.ReturnLoggerFactory()
-        monkeypatch.setattr("service.logs.configure", lambda **_: structlog.configure(logger_factory=quiet))
+        monkeypatch.setattr("service.telemetry.logs.configure", lambda **_: structlog.configure(logger_factory=quiet))
         port = target.rpartition(":")[2]
         run("serve", "--bundle", bundle.path, "--port", "70000").failed_with("port")
         run("serve", "--bundle", bundle.path, "--data", tmp_path / "g", "--port", port).failed_with("in use")

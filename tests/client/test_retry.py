@@ -16,7 +16,7 @@ from lookalike._retry import HEDGED, Budget, Patience, service_config
 from lookalike.errors import from_call
 from lookalike.types import Neighbors
 from lookalike.v1 import match_pb2
-from service.rights import RULES
+from service.access.rights import RULES
 from tests.client.flaky import Context, Flaky, refuse, serving
 from tests.service.harness import Loop
 

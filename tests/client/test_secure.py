@@ -14,7 +14,7 @@ import pytest
 from lookalike import AccessDenied, AsyncClient, Client, NewItem, Tls, Unavailable
 from lookalike.__main__ import main
 from lookalike._secure import is_loopback
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
 from service.settings import Settings
 from tests.authority import Authority, Pair, replace
 from tests.service.harness import Loop, make_bundle, png, served

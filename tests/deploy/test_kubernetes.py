@@ -11,8 +11,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from service.probes import Probes
 from service.settings import Settings
+from service.telemetry.probes import Probes
 from tests.deploy.test_container_image import ROOT, accepted, instructions, only
 
 Manifest = dict[str, Any]

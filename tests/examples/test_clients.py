@@ -23,7 +23,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from lookalike import Client, NewItem, Tls
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
 from service.settings import Settings
 from tests.authority import Authority, replace
 from tests.service.harness import Loop, make_bundle, png, served

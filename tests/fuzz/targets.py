@@ -31,7 +31,7 @@ from index.segments import MANIFEST, open_segment, segment_path, write_segment
 from index.structures import Plan
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, search_pb2, upkeep_pb2
 from service import parse
-from service.rights import RULES, elements, named
+from service.access.rights import RULES, elements, named
 from tests.service.harness import DIM, encoded, make_bundle, stored, unit
 
 MAX_PIXELS = 100_000

@@ -18,9 +18,9 @@ import numpy as np
 from embedding.decision import Judge, OperatingPoint
 from index import Catalog
 from index.batch import run
-from index.batch_queries import Array
-from index.batch_search import GalleryAnswering, Wanted
-from index.batch_shards import ShardWriter
+from index.batch.queries import Array
+from index.batch.search import GalleryAnswering, Wanted
+from index.batch.shards import ShardWriter
 from tests.index.calibrations import calibration
 
 K = 5

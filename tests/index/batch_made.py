@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 from embedding.decision import Judge, Vectors, distance
 from index import Gallery, Progress
 from index.batch import Done, Queries, run
-from index.batch_folder import Conditions
-from index.batch_search import GalleryAnswering, Wanted
-from index.batch_shards import SCHEMA
+from index.batch.folder import Conditions
+from index.batch.search import GalleryAnswering, Wanted
+from index.batch.shards import SCHEMA
 from tests.index.batch_killed import SHARD_QUERIES
 
 

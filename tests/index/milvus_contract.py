@@ -22,11 +22,11 @@ from embedding.errors import (
     StorageFailed,
 )
 from index import Deadline, GalleryCatalog, GalleryEngine, IndexSettings, Item, ModelRef
-from index import milvus_search as searching
 from index.filters import parse_filter
 from index.milvus import MilvusCatalog
-from index.milvus_gallery import MilvusGallery
-from index.milvus_rows import MAX_THUMBNAIL
+from index.milvus import search as searching
+from index.milvus.gallery import MilvusGallery
+from index.milvus.rows import MAX_THUMBNAIL
 from tests.index.contract import GalleryContract, items_of, pairs, ranked
 from tests.index.test_filters import FILTERS
 
@@ -145,7 +145,7 @@ class MilvusContract(GalleryContract):
         link, store = engine._store.link, engine._store
         lost = store.named(store.record, ["item-00", "item-01"], ("key", "name"))
         link.delete(store.record.collection, f"key in {[row['key'] for row in lost.values()]}")
-        monkeypatch.setattr("index.milvus_store._PAUSE", 0.0)
+        monkeypatch.setattr("index.milvus.store._PAUSE", 0.0)
         for found in (
             engine.search(pool[0], k=3, judge=judge),
             engine.search(pool[0], k=1000, judge=judge),
@@ -195,7 +195,7 @@ class MilvusContract(GalleryContract):
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr("index.milvus_rows._BATCH_ROWS", 10)
+            patch.setattr("index.milvus.rows._BATCH_ROWS", 10)
             for name in ("upsert", "delete"):
                 patch.setattr(link, name, failing(name))
             broken = 0
@@ -250,8 +250,8 @@ class MilvusContract(GalleryContract):
         self, engine: GalleryEngine, pool: Vectors, judge: Judge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Rows that die while a reader goes through the gallery stay until it is done."""
-        monkeypatch.setattr("index.milvus_store._TIDY_FROM", 0)
-        monkeypatch.setattr("index.milvus_store._TIDY_SHARE", 0.0)
+        monkeypatch.setattr("index.milvus.store._TIDY_FROM", 0)
+        monkeypatch.setattr("index.milvus.store._TIDY_SHARE", 0.0)
         reading = engine.iterate()
         first = next(reading)
         engine.upsert([Item(name=item.name, embedding=pool[1]) for item in items_of(pool)])

@@ -14,8 +14,8 @@ from embedding.errors import (
     InvalidInput,
 )
 from index import Exact, Gallery, Item
-from index.batch_queries import Array, GalleryItems
-from index.batch_search import GalleryAnswering, Wanted
+from index.batch.queries import Array, GalleryItems
+from index.batch.search import GalleryAnswering, Wanted
 from index.filters import parse_filter
 from tests.index.batch_killed import SHARD_QUERIES
 from tests.index.batch_made import ran, rows, told, truth
@@ -88,7 +88,7 @@ def test_all_pairs_of_a_gallery_leave_each_item_out_of_its_own(
 def test_many_matches_are_all_found(
     tmp_path: Path, gallery: Gallery, pool: Vectors, array: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index.batch_search._FIRST", 2)
+    monkeypatch.setattr("index.batch.search._FIRST", 2)
     gallery.upsert([Item(name=f"item-{i:02}", embedding=vector) for i, vector in enumerate(pool)])
     queries = [(str(i), query, "") for i, query in enumerate(pool[::-1])]
     for effort in (None, Exact()):

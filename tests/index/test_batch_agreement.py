@@ -19,8 +19,8 @@ from embedding.errors import Cancelled
 from index import Catalog, Exact, Gallery, IndexSettings, Item, ModelRef, Progress, Recall
 from index import batch as jobs
 from index.batch import run
-from index.batch_queries import Array
-from index.batch_search import GalleryAnswering, Wanted
+from index.batch.queries import Array
+from index.batch.search import GalleryAnswering, Wanted
 from index.engine import Effort
 
 WIDTH, ROWS = 16, 2000

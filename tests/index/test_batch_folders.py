@@ -19,9 +19,9 @@ from embedding.errors import (
 )
 from index import Gallery
 from index import batch as jobs
-from index.batch_folder import MANIFEST, JobFolder
-from index.batch_queries import Array
-from index.batch_search import GalleryAnswering, Wanted
+from index.batch.folder import MANIFEST, JobFolder
+from index.batch.queries import Array
+from index.batch.search import GalleryAnswering, Wanted
 from tests.index.batch_made import ran, shards
 
 
@@ -71,7 +71,7 @@ class TestFolders:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patched:
-            patched.setattr("index.batch_shards.sync_folder", full)
+            patched.setattr("index.batch.shards.sync_folder", full)
             with pytest.raises(StorageFailed, match="No space"):
                 ran(tmp_path / "job", filled, Array(array), judge)
         assert not list((tmp_path / "job").glob(".partial-*"))

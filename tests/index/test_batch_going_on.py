@@ -17,8 +17,8 @@ from embedding.errors import (
 )
 from index import Catalog, Gallery, Item, Progress
 from index import batch as jobs
-from index.batch_folder import MANIFEST
-from index.batch_queries import Array, GalleryItems
+from index.batch.folder import MANIFEST
+from index.batch.queries import Array, GalleryItems
 from tests.index.batch_killed import SHARD_QUERIES, job
 from tests.index.batch_made import ran, rows, shards
 from tests.processes import piped

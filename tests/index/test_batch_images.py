@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from index import batch_images
-from index.batch_images import ImageFolder
+from index.batch import images as batch_images
+from index.batch.images import ImageFolder
 
 NAMES = (
     *(f"a/{number:02}.png" for number in range(7)),

@@ -20,9 +20,9 @@ from embedding.errors import (
 )
 from index import Gallery
 from index.batch import run
-from index.batch_images import ImageFolder
-from index.batch_queries import Array, EmbeddingTable, PathTable, queries_of
-from index.batch_search import GalleryAnswering, Wanted, checked_apart, failure
+from index.batch.images import ImageFolder
+from index.batch.queries import Array, EmbeddingTable, PathTable, queries_of
+from index.batch.search import GalleryAnswering, Wanted, checked_apart, failure
 from tests.index.batch_made import ran, rows
 
 
@@ -63,7 +63,7 @@ class TestQueries:
         assert set(expected) == set(spoiled)
 
     def test_a_block_is_checked_at_once(self, pool: Vectors, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delattr("index.batch_search.checked_embedding")
+        monkeypatch.delattr("index.batch.search.checked_embedding")
         assert len(checked_apart(list(pool), 6)[0]) == len(pool)
 
     def test_a_table_of_embeddings_is_read_from_any_row(self, tmp_path: Path, pool: Vectors) -> None:

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index import batch_shards
-from index.batch_answers import Answer, Answered, Evidence, Failure
-from index.batch_folder import Conditions
-from index.batch_shards import SCHEMA, ShardWriter
+from index.batch import shards as batch_shards
+from index.batch.answers import Answer, Answered, Evidence, Failure
+from index.batch.folder import Conditions
+from index.batch.shards import SCHEMA, ShardWriter
 from index.texts import Texts
 
 EVIDENCE = Evidence(threshold=0.5, far=0.01, far_upper95=0.02, frr=0.1, model="m", calibration=1)

@@ -16,7 +16,7 @@ from embedding.decision import Judge, Vectors
 from embedding.errors import DamagedData
 from index import Gallery, Item
 from index.batch import Query
-from index.batch_search import GalleryAnswering, Wanted
+from index.batch.search import GalleryAnswering, Wanted
 from index.entries import NamedEntries
 from index.items import Entry
 from index.names import Names

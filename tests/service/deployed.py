@@ -10,7 +10,7 @@ import pytest
 
 from embedding.bundle import Bundle
 from index import Catalog, ModelRef
-from service.finding import Finding
+from service.doctor.finding import Finding
 from service.settings import Settings
 from tests.service.test_drift import referenced
 

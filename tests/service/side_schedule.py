@@ -23,8 +23,8 @@ from embedding.feedback import Feedback
 from index.aliases import Aliases
 from index.receipts import Token
 from service import standing
+from service.access.key_ring import KeyRing
 from service.feedback_store import FeedbackStore, Kept
-from service.key_ring import KeyRing
 from service.once import Ledger
 from service.standing import Standing
 from service.stock import Choice

@@ -25,8 +25,8 @@ from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
-from service.audit import Audit
-from service.key_ring import KeyRing
+from service.access.audit import Audit
+from service.access.key_ring import KeyRing
 from service.server import Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, png, served, stored, unit
@@ -228,7 +228,7 @@ def test_a_line_that_a_full_disk_cut_off_spoils_no_other(tmp_path: Path, monkeyp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return whole(descriptor, data[:left])
 
-    monkeypatch.setattr("service.audit.os.write", write)
+    monkeypatch.setattr("service.access.audit.os.write", write)
     with capture_logs() as logs:
         for number in range(7):
             audit._lines.put(json.dumps({"number": number}))
@@ -244,7 +244,7 @@ def test_a_line_that_a_full_disk_cut_off_spoils_no_other(tmp_path: Path, monkeyp
 def test_lines_that_a_disk_that_hangs_does_not_take_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.audit.MOST_WAITING", 3)
+    monkeypatch.setattr("service.access.audit.MOST_WAITING", 3)
     audit, whole, hangs = Audit(tmp_path / "audit.jsonl"), os.write, threading.Event()
 
     def write(descriptor: int, data: bytes) -> int:
@@ -259,7 +259,7 @@ def test_lines_that_a_disk_that_hangs_does_not_take_are_bounded(
         )  # fmt: skip
         audit.ended(call, grpc.StatusCode.OK)
 
-    monkeypatch.setattr("service.audit.os.write", write)
+    monkeypatch.setattr("service.access.audit.os.write", write)
     ended()
     while audit._lines.qsize():
         pass  # the writer has taken it, and hangs

@@ -28,10 +28,11 @@ from index.schema import SCHEMA_VERSION
 from index.shelf import FOLDER, Shelf
 from lookalike.__main__ import main
 from lookalike.v1 import gallery_pb2, model_pb2
-from service import doctor, feedback_store, once, standing
-from service.certificate_dates import NotValid, expiry
-from service.doctor import looked_at
-from service.doctor_server import asked
+from service import feedback_store, once, standing
+from service.doctor import deployment as doctor
+from service.doctor.certificate_dates import NotValid, expiry
+from service.doctor.deployment import looked_at
+from service.doctor.server import asked
 from service.feedback_store import FeedbackStore
 from service.once import Ledger
 from service.server import SERVICES

@@ -20,11 +20,11 @@ from index import Catalog, ModelRef
 from index.catalog import LOCK
 from index.items import Item
 from index.live import SEGMENTS
-from service import doctor_access
-from service.doctor import looked_at
-from service.doctor_server import asked
-from service.finding import Finding
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
+from service.doctor import access as doctor_access
+from service.doctor.deployment import looked_at
+from service.doctor.finding import Finding
+from service.doctor.server import asked
 from service.settings import Settings
 from tests.authority import Authority
 from tests.processes import COMMAND, environment
@@ -153,7 +153,7 @@ def test_milvus_that_is_not_there(whole: Settings, monkeypatch: pytest.MonkeyPat
 
 
 def test_traces_without_their_extra(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "service.tracing", raising=False)
+    monkeypatch.delitem(sys.modules, "service.telemetry.tracing", raising=False)
     monkeypatch.delattr(service, "tracing", raising=False)  # where another test has imported it
     for name in [each for each in sys.modules if each.partition(".")[0] == "opentelemetry"]:
         monkeypatch.delitem(sys.modules, name)

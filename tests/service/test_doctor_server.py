@@ -9,8 +9,8 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from lookalike.v1 import search_pb2
-from service.doctor_server import asked
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
+from service.doctor.server import asked
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.authority import Authority

@@ -17,8 +17,8 @@ from embedding.encoder import Encoder
 from embedding.errors import DamagedData
 from embedding.reference import Reference
 from lookalike.v1 import common_pb2, match_pb2
-from service.drift import LEAST_SAMPLES, SLICES, Drift, Window, match_share, psi
 from service.settings import Settings
+from service.telemetry.drift import LEAST_SAMPLES, SLICES, Drift, Window, match_share, psi
 from tests.service.harness import DIM, Loop, connected, png, served
 from tests.service.test_metrics import Series, get, scraped
 from training.reference import reference_of

@@ -9,8 +9,8 @@ import grpc
 import pytest
 
 from lookalike.v1 import gallery_pb2
-from service.forwarding import Forwarding
 from service.settings import Settings
+from service.workers.forwarding import Forwarding
 from tests.service.harness import Loop, connected, info, refused, rich
 
 IMPORT = gallery_pb2.ImportItemsRequest()

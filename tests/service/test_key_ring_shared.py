@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from embedding.errors import Busy, StorageFailed
-from service import key_ring
-from service.key_ring import KeyRing
+from service.access import key_ring
+from service.access.key_ring import KeyRing
 from tests.processes import COMMAND, environment
 
 HOLD = """
 import os, sys
 from pathlib import Path
-from service.key_ring import _held
+from service.access.key_ring import _held
 with _held(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

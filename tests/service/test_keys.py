@@ -21,10 +21,10 @@ from structlog.testing import capture_logs
 from embedding.errors import AlreadyExists, CredentialsInvalid, DamagedData, InvalidInput, NotFound, RateLimited
 from lookalike.__main__ import main
 from lookalike.v1 import model_pb2
-from service.key_ring import KeyRing
-from service.keys import Keys, read
-from service.principal import Principal
-from service.rate_limits import RateLimits
+from service.access.key_ring import KeyRing
+from service.access.keys import Keys, read
+from service.access.principal import Principal
+from service.access.rate_limits import RateLimits
 from service.server import Server
 from service.settings import Settings
 from tests.authority import Authority, replace
@@ -41,7 +41,7 @@ def ring(tmp_path: Path) -> KeyRing:
 @pytest.fixture(autouse=True)
 def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are looked at by each call, and not once a second."""
-    monkeypatch.setattr("service.watched.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("service.access.watched.LOOK_SECONDS", 0.0)
 
 
 def made(ring: KeyRing, name: str = "shop", **rights: Any) -> str:
@@ -177,9 +177,9 @@ def test_a_file_that_others_may_write_is_refused(ring: KeyRing, tmp_path: Path) 
 def test_a_new_key_counts_at_once_and_a_revocation_within_a_second(
     ring: KeyRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.watched.LOOK_SECONDS", 1.0)
+    monkeypatch.setattr("service.access.watched.LOOK_SECONDS", 1.0)
     now = [100.0]
-    monkeypatch.setattr("service.watched.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("service.access.watched.time.monotonic", lambda: now[0])
     first = made(ring)
     keys = Keys(tmp_path / "keys.json")
     second = made(ring, "second")

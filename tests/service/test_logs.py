@@ -15,8 +15,8 @@ import structlog
 from structlog.testing import capture_logs
 
 from lookalike.v1 import match_pb2
-from service import logs
 from service.call import CURRENT, Call
+from service.telemetry import logs
 from tests.service.harness import Stubs, encoded
 
 VERIFY = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))

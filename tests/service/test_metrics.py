@@ -22,9 +22,9 @@ from embedding.bundle import Bundle
 from embedding.errors import Busy, InvalidInput
 from index.live import STORE
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
-from service import metrics_collected
 from service.server import SERVICES, Server
 from service.settings import Settings
+from service.telemetry import collected as metrics_collected
 from tests.service.harness import Loop, Stubs, connected, encoded, refused, served, stored, unit
 from tests.service.test_lifecycle import Held, fails_to_start
 

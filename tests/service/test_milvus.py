@@ -9,7 +9,7 @@ import pytest
 from pydantic import SecretStr
 
 from embedding.errors import Busy, InvalidInput
-from index.milvus_gallery import MilvusGallery
+from index.milvus.gallery import MilvusGallery
 from lookalike.v1 import alias_pb2, gallery_pb2, search_pb2, upkeep_pb2
 from service.server import Server
 from service.settings import Settings

@@ -22,9 +22,9 @@ from google.protobuf.message import Message
 
 import lookalike.v1
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
-from service.key_ring import KeyRing
-from service.principal import SCOPES
-from service.rights import IMAGE, RULES, leaves
+from service.access.key_ring import KeyRing
+from service.access.principal import SCOPES
+from service.access.rights import IMAGE, RULES, leaves
 from service.server import Server
 from service.settings import Settings
 from tests.service.harness import Loop, connected, encoded, info, rich, served, stored
@@ -247,7 +247,7 @@ def guarded(loop: Loop, settings: Settings, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_table_covers_the_contract_and_nothing_else() -> None:
-    assert RULES.keys() == METHODS.keys(), "give every method a line in service/rights.py"
+    assert RULES.keys() == METHODS.keys(), "give every method a line in service/access/rights.py"
     assert {full(short) for short in CASES} == METHODS.keys(), "and a case here"
 
 

@@ -13,8 +13,8 @@ from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, search_pb2, upkeep_pb2
-from service.key_ring import KeyRing
-from service.principal import SCOPES
+from service.access.key_ring import KeyRing
+from service.access.principal import SCOPES
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, encoded, info, refused, rich, served
 

@@ -15,8 +15,8 @@ import pytest
 
 from index.aliases import Aliases
 from service import standing
+from service.access.key_ring import KeyRing
 from service.feedback_store import FeedbackStore, read_feedback
-from service.key_ring import KeyRing
 from service.once import Ledger
 from tests.processes import piped
 from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, form, kind, said, token, truth_after

@@ -18,15 +18,15 @@ from structlog.testing import capture_logs
 
 from embedding.errors import CredentialsInvalid, InvalidInput
 from lookalike.v1 import gallery_pb2
+from service.access.tokens import Tokens
 from service.settings import Settings
-from service.tokens import Tokens
 from tests.authority import private_pem, replace
 from tests.service.harness import Loop, connected, info, rich, served
 
 
 @pytest.fixture(autouse=True)
 def _looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.watched.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("service.access.watched.LOOK_SECONDS", 0.0)
 
 
 @dataclass

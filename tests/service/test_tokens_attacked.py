@@ -20,9 +20,9 @@ from structlog.testing import capture_logs
 
 from embedding.errors import CredentialsInvalid, InvalidInput
 from lookalike.v1 import model_pb2
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
+from service.access.tokens import Tokens
 from service.settings import Settings
-from service.tokens import Tokens
 from tests.authority import replace
 from tests.service.harness import Loop, connected, info, rich, served
 
@@ -193,7 +193,7 @@ def test_a_file_that_is_no_key_set_changes_nothing_under_a_running_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     """Brackets without end stopped every call with INTERNAL."""
-    monkeypatch.setattr("service.watched.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("service.access.watched.LOOK_SECONDS", 0.0)
     made = accepting(tmp_path, jwk(RSA, "r"))
     replace(tmp_path / "jwks.json", content)
     with capture_logs() as logs:
@@ -205,7 +205,7 @@ def test_a_file_that_is_no_key_set_changes_nothing_under_a_running_server(
 
 
 def test_a_key_that_was_published_just_now_counts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.watched.LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr("service.access.watched.LOOK_SECONDS", 1000.0)
     made = accepting(tmp_path, jwk(RSA, "r"))
     replace(tmp_path / "jwks.json", json.dumps({"keys": [jwk(RSA, "r"), jwk(EC, "e")]}).encode())
     assert made.of_token(encoded(EC, "ES256", "e")).name == "jwt:anna"

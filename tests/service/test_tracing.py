@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput
 from lookalike.v1 import match_pb2
-from service import logs, tracing
 from service.engine import Engine
 from service.server import Server
 from service.settings import Settings
+from service.telemetry import logs, tracing
 from tests.service.harness import Loop, Stubs, connected, encoded, refused, served
 from tests.service.test_lifecycle import Held
 

@@ -22,13 +22,14 @@ import pytest
 from embedding.bundle import Bundle
 from embedding.errors import DamagedData
 from lookalike.v1 import model_pb2
-from service import standing, worker_words
-from service.line_up import Named
+from service import standing
 from service.loading import Loading
 from service.server import Server
 from service.settings import Settings
-from service.worker_words import Answer, Order, Peer, listen
 from service.workers import Part
+from service.workers import words as worker_words
+from service.workers.line_up import Named
+from service.workers.words import Answer, Order, Peer, listen
 from tests.service.harness import Loop, Stubs, connected, encoded, info, make_bundle, refused, rich
 from tests.service.test_rollout import ACTIVE, AVAILABLE, LOADED, activate, deactivate, decided, search, states
 

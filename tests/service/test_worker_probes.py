@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from service import worker_probes
-from service.probes import Probes
-from service.worker_probes import ParentEndpoint
+from service.telemetry.probes import Probes
+from service.workers import probes as worker_probes
+from service.workers.probes import ParentEndpoint
 from tests.service.harness import Loop
 from tests.service.test_metrics import get, scraped
 

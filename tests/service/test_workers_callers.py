@@ -14,8 +14,8 @@ import pytest
 
 from embedding.bundle import Bundle
 from lookalike.v1 import gallery_pb2
-from service import passed_on
-from service.key_ring import KeyRing
+from service.access.key_ring import KeyRing
+from service.workers import passed_on
 from tests.authority import Authority, Pair
 from tests.processes import serving
 from tests.service.harness import connected, info, rich

@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.losses import MetricLoss
-from training.losses_pairs import (
+from training.losses.pairs import (
     ContrastiveLoss,
     ContrastiveWithoutHalfLoss,
     MarginLoss,
     SquaredMarginContrastiveLoss,
 )
-from training.losses_similarity import CircleLoss, MultiSimilarityLoss
-from training.losses_softmax import (
+from training.losses.similarity import CircleLoss, MultiSimilarityLoss
+from training.losses.softmax import (
     InfoNCELoss,
     NPairLoss,
     NTXentLoss,
     SupervisedContrastiveLoss,
 )
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 
 MARGIN, TEMPERATURE, BETA = 0.7, 0.1, 1.125
 ALPHA_MS, BETA_MS, BASE_MS, EPSILON_MS = 2.0, 10.0, 0.5, 0.1

@@ -24,7 +24,7 @@ from tests.training.tiny import STEPS, first_gradients, load_images, network, re
 from training.batch_norm import normalise_over_ranks
 from training.config import Recipe
 from training.distributed import Ranks, joined
-from training.losses_softmax import SupervisedContrastiveLoss
+from training.losses.softmax import SupervisedContrastiveLoss
 from training.trainer import Trainer
 
 STRONG = {"rotation": 20.0, "elastic": 0.02, "noise": 0.05, "erase": 0.5, "fill": 0.0}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.training.tiny import STEPS, draw_images, first_gradients, load_images, recipe, trainer
 from training.cached_gradients import CachedEmbeddings
 from training.datasets import ImageSet
-from training.losses_softmax import SupervisedContrastiveLoss
+from training.losses.softmax import SupervisedContrastiveLoss
 
 LABELS_B = torch.arange(10) // 2
 

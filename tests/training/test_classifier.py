@@ -12,8 +12,8 @@ from torch import Tensor
 
 from embedding.errors import DamagedData, InvalidDataset
 from training.classifier import LinearClassifier, fit_classifier, shuffled_batches
-from training.losses_combined import JointLoss
-from training.losses_pairs import ContrastiveLoss
+from training.losses.combined import JointLoss
+from training.losses.pairs import ContrastiveLoss
 
 SETTINGS = {"identities": 4, "epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "seed": 5}
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from embedding.errors import InvalidRecipe, NotFound
 from training.config import AugmentationConfig, NetworkConfig, Recipe, load_recipe, parse_recipe
 from training.datasets_config import DigitsData
-from training.losses_config import ContrastiveConfig
+from training.losses.config import ContrastiveConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -30,7 +30,7 @@ from tests.training.loss_oracles import (
 )
 from training.distances import euclidean_matrix
 from training.losses import MetricLoss
-from training.losses_pairs import (
+from training.losses.pairs import (
     ContrastiveLoss,
     MarginLoss,
     SquaredMarginContrastiveLoss,
@@ -39,8 +39,8 @@ from training.losses_pairs import (
     margin_loss,
     squared_margin_contrastive_loss,
 )
-from training.losses_similarity import CircleLoss, MultiSimilarityLoss, threshold_consistency
-from training.losses_softmax import (
+from training.losses.similarity import CircleLoss, MultiSimilarityLoss, threshold_consistency
+from training.losses.softmax import (
     InfoNCELoss,
     NTXentLoss,
     SupervisedContrastiveLoss,
@@ -49,7 +49,7 @@ from training.losses_softmax import (
     nt_xent_loss,
     supervised_contrastive_loss,
 )
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss, soft_margin_triplet_loss, triplet_loss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss, soft_margin_triplet_loss, triplet_loss
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=9)

@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 
 from training.losses import MetricLoss
-from training.losses_build import build_loss
-from training.losses_combined import JointLoss, ThresholdConsistentLoss
-from training.losses_config import LossConfig
-from training.losses_pairs import (
+from training.losses.build import build_loss
+from training.losses.combined import JointLoss, ThresholdConsistentLoss
+from training.losses.config import LossConfig
+from training.losses.pairs import (
     ContrastiveLoss,
     ContrastiveWithoutHalfLoss,
     MarginLoss,
     SquaredMarginContrastiveLoss,
 )
-from training.losses_proxies import ArcFaceLoss, ProxyAnchorLoss
-from training.losses_similarity import CircleLoss, MultiSimilarityLoss
-from training.losses_softmax import InfoNCELoss, NPairLoss, NTXentLoss, SupervisedContrastiveLoss
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.proxies import ArcFaceLoss, ProxyAnchorLoss
+from training.losses.similarity import CircleLoss, MultiSimilarityLoss
+from training.losses.softmax import InfoNCELoss, NPairLoss, NTXentLoss, SupervisedContrastiveLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
 
 PAIR = {"name": "contrastive", "margin": 0.5}

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.losses import Comparison, MetricLoss
-from training.losses_combined import JointLoss, ThresholdConsistentLoss
-from training.losses_pairs import ContrastiveLoss, MarginLoss
-from training.losses_proxies import ArcFaceLoss, ProxyAnchorLoss, arcface_loss, proxy_anchor_loss
-from training.losses_similarity import threshold_consistency
-from training.losses_softmax import SupervisedContrastiveLoss
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.combined import JointLoss, ThresholdConsistentLoss
+from training.losses.pairs import ContrastiveLoss, MarginLoss
+from training.losses.proxies import ArcFaceLoss, ProxyAnchorLoss, arcface_loss, proxy_anchor_loss
+from training.losses.similarity import threshold_consistency
+from training.losses.softmax import SupervisedContrastiveLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
 
 LABELS_B = torch.tensor([0, 0, 1, 1, 1, 3])

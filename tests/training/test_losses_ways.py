@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.training.loss_oracles import LOSSES, gradient, off_diagonal, unit_rows
-from training import cosines, losses, losses_pairs
+from training import losses
 from training.distances import euclidean_matrix
-from training.losses import Comparison, PairLoss
-from training.losses_pairs import ContrastiveLoss, contrastive_loss
-from training.losses_softmax import SupervisedContrastiveLoss
+from training.losses import Comparison, PairLoss, cosines
+from training.losses import pairs as losses_pairs
+from training.losses.pairs import ContrastiveLoss, contrastive_loss
+from training.losses.softmax import SupervisedContrastiveLoss
 from training.mining import matching_pairs, positions, same_identity
 
 PAIR_LOSSES = {name: loss for name, loss in LOSSES.items() if isinstance(loss, PairLoss)}

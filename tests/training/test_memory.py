@@ -12,15 +12,15 @@ from torch import Tensor
 
 from tests.training.loss_oracles import unit_rows
 from training.losses import PairLoss
-from training.losses_pairs import (
+from training.losses.pairs import (
     ContrastiveLoss,
     ContrastiveWithoutHalfLoss,
     MarginLoss,
     SquaredMarginContrastiveLoss,
 )
-from training.losses_similarity import CircleLoss, MultiSimilarityLoss
-from training.losses_softmax import NTXentLoss, SupervisedContrastiveLoss
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.similarity import CircleLoss, MultiSimilarityLoss
+from training.losses.softmax import NTXentLoss, SupervisedContrastiveLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
 
 SIZE, WIDTH, STEPS = 12, 4, 4

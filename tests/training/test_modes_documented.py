@@ -12,7 +12,7 @@ import pytest
 
 from training.calibration import calibrate
 from training.config import Recipe
-from training.losses_config import LossConfig
+from training.losses.config import LossConfig
 from training.measurement import measure
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from embedding.errors import TrainingDiverged
 from training.losses import LossOutput, MetricLoss
-from training.losses_combined import JointLoss
-from training.losses_pairs import ContrastiveLoss, MarginLoss
-from training.losses_softmax import SupervisedContrastiveLoss
-from training.losses_triplets import SoftMarginTripletLoss, TripletLoss
+from training.losses.combined import JointLoss
+from training.losses.pairs import ContrastiveLoss, MarginLoss
+from training.losses.softmax import SupervisedContrastiveLoss
+from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
 from training.monitor import CollapseWatch, Meter, Report, loss_of_collapse, spread
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.losses_pairs import contrastive_loss, squared_margin_contrastive_loss
+from training.losses.pairs import contrastive_loss, squared_margin_contrastive_loss
 from training.springs import Settled, energy_of, loss_and_slope, resting_place, settle
-from training.study_pictures import example_of_springs
+from training.study.pictures import example_of_springs
 
 DISTANCES = torch.tensor([0.0, 0.1, 0.5, 0.79, 0.81, 1.5], dtype=torch.float64)
 MATCH, NON_MATCH = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)

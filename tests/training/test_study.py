@@ -21,15 +21,15 @@ from sklearn.datasets import load_digits
 from embedding.errors import AlreadyExists, InvalidDataset, InvalidRecipe, StorageFailed
 from training import study as module
 from training.classifier import LinearClassifier, fit_classifier, shuffled_batches
-from training.losses_build import build_loss
-from training.losses_config import MarginConfig
-from training.losses_pairs import contrastive_loss
+from training.losses.build import build_loss
+from training.losses.config import MarginConfig
+from training.losses.pairs import contrastive_loss
 from training.pairs import distance_block
 from training.sections import Section
 from training.study import Done, perform, runs_of
-from training.study_config import Study, load_study
-from training.study_run import ComparisonRun, ConvergenceRun, StudyRun, encode, load_images, new_encoder
-from training.study_sample import BINS, sample_of
+from training.study.config import Study, load_study
+from training.study.run import ComparisonRun, ConvergenceRun, StudyRun, encode, load_images, new_encoder
+from training.study.sample import BINS, sample_of
 
 FILE = Path(__file__).parents[2] / "studies" / "contrasting_losses.toml"
 
@@ -311,7 +311,7 @@ class TestResuming:
         path.write_text(study.model_dump_json())
         program = (
             "import json, sys, time; from pathlib import Path; from rich.console import Console\n"
-            "from training import study as module; from training.study_config import Study\n"
+            "from training import study as module; from training.study.config import Study\n"
             "from training.sections import tuples\n"
             "real = module._run\n"
             "def slow(*arguments):\n"

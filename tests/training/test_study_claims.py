@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from training.study_claims import difference, epochs_to, speed_up, speeds_said, weigh
-from training.study_config import ClaimsConfig
+from training.study.claims import difference, epochs_to, speed_up, speeds_said, weigh
+from training.study.config import ClaimsConfig
 
 CLAIMS = ClaimsConfig(
     beat_the_baseline=("good",),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
 
-from training.study_plots import apart
+from training.study.plots import apart
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 0.1, 1.0])
