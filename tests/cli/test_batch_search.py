@@ -76,7 +76,8 @@ def test_a_disk_that_refuses_leaves_nothing(run: Run, target: str, name: str, pi
         check=False,
         capture_output=True,
         text=True,
-        env={**environment(), "GRPC_VERBOSITY": "NONE"},  # gRPC's own threads may log how they end, at a loaded moment
+        # gRPC's threads may log how they end, at a loaded moment; a .pyc cut short would be kept as if it were whole.
+        env={**environment(), "GRPC_VERBOSITY": "NONE", "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)),
     )
     assert (ran.returncode, ran.stdout) == (2, ""), ran.stderr
