@@ -19,8 +19,8 @@ from service.settings import Settings
 from service.standing import Standing
 from service.stock import Choice, Stock
 from service.storage import catalog_of
-from service.workers import Part
 from service.workers.line_up import Named
+from service.workers.part import Part
 
 _log = structlog.get_logger(__name__)
 

@@ -22,9 +22,9 @@ from service.loading import Loading
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
 from service.stock import Choice, Model
-from service.workers import Part
 from service.workers.line_up import LineUp, Named, digest_of
 from service.workers.models import Followers, Prepared
+from service.workers.part import Part
 
 NAMED = 5
 """Galleries that the message of an error names."""

@@ -7,9 +7,7 @@ model is warm.
 from __future__ import annotations
 
 import asyncio
-import errno
 import signal
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -37,7 +35,6 @@ from lookalike.v1 import (
     upkeep_pb2,
     upkeep_pb2_grpc,
 )
-from service import workers
 from service.access.audit import Audit
 from service.admission import Admission
 from service.alias import AliasService
@@ -62,11 +59,12 @@ from service.telemetry.collected import Collected
 from service.telemetry.metrics import Metrics
 from service.telemetry.probes import Probes
 from service.tls import Certificates, certificates, is_loopback
-from service.transport import channel_options
-from service.workers import Part
+from service.transport import channel_options, check_free, joined
+from service.workers import parent
 from service.workers.follower import Follower
 from service.workers.forwarding import Forwarding
 from service.workers.models import Followers
+from service.workers.part import Part
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Tracing
@@ -110,7 +108,7 @@ def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, or
     told = origins or Origins(settings=settings, of={})
     _log.info("settings", **told.shown(), origins=dict(told.of))
     if settings.workers > 1:
-        workers.run(settings, on_ready)
+        parent.run(settings, run_part, on_ready)
         return
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings, on_ready))
@@ -216,7 +214,7 @@ class Server:
     @property
     def address(self) -> str:
         """`host:port` for clients of this machine."""
-        return _joined(self._settings.host, self.port)
+        return joined(self._settings.host, self.port)
 
     async def serve_until_signal(self, on_ready: Callable[[str], None] | None = None) -> None:
         """Start, and stop on SIGTERM or SIGINT; a second signal ends the process without waiting for calls."""
@@ -349,10 +347,10 @@ class Server:
             check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
             if self._certificates is not None:
-                return self._server.add_secure_port(_joined(host, port), self._certificates.credentials())
-            return self._server.add_insecure_port(_joined(host, port))
+                return self._server.add_secure_port(joined(host, port), self._certificates.credentials())
+            return self._server.add_insecure_port(joined(host, port))
         except RuntimeError as error:
-            raise Busy(f"cannot listen on {_joined(host, port)}; choose another port, or 0 for any free one") from error
+            raise Busy(f"cannot listen on {joined(host, port)}; choose another port, or 0 for any free one") from error
 
     async def _say(self, status: int) -> None:
         for service in ("", *SERVICES, OPERATIONS):
@@ -369,25 +367,3 @@ def _traced(settings: Settings) -> Tracing:
             field="otlp_endpoint",
         ) from error
     return tracing.Tracing(tracing.processor(settings), share=settings.trace_share)
-
-
-def check_free(host: str, port: int) -> None:
-    """Raises Busy when another process listens there, InvalidInput when this machine has no such address."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, port), family=family).close()
-    except PermissionError as error:
-        raise InvalidInput(f"port {port} needs privileges; choose one above 1023", field="port") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise Busy(
-                f"port {port} of {host} is in use by another process; choose another port, or 0 for any free one",
-                field="port",
-            ) from error
-        raise InvalidInput(
-            f"cannot listen on {host}: {error.strerror}; give an address of this machine", field="host"
-        ) from error
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

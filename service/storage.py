@@ -9,7 +9,7 @@ from pathlib import Path
 from embedding.errors import InvalidInput
 from index import Catalog, GalleryCatalog
 from service.settings import Settings
-from service.workers import Part
+from service.workers.part import Part
 
 
 def catalog_of(settings: Settings, part: Part | None = None) -> Callable[[Path], GalleryCatalog] | None:

@@ -1,7 +1,11 @@
-"""What gRPC itself is told: how much a connection may carry, and when one that does nothing is closed."""
+"""Where gRPC listens and what it is told: how much a connection may carry, and when one that does nothing is closed."""
 
 from __future__ import annotations
 
+import errno
+import socket
+
+from embedding.errors import Busy, InvalidInput
 from service.settings import Settings
 
 
@@ -33,6 +37,29 @@ def channel_options(settings: Settings, *, shares_port: bool = False) -> list[tu
         *_if_any("grpc.max_connection_age_ms", settings.max_connection_age_seconds),
         *_if_any("grpc.max_connection_age_grace_ms", settings.max_connection_age_seconds),
     ]
+
+
+def check_free(host: str, port: int) -> None:
+    """Raises Busy when another process listens there, InvalidInput when this machine has no such address."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except PermissionError as error:
+        raise InvalidInput(f"port {port} needs privileges; choose one above 1023", field="port") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Busy(
+                f"port {port} of {host} is in use by another process; choose another port, or 0 for any free one",
+                field="port",
+            ) from error
+        raise InvalidInput(
+            f"cannot listen on {host}: {error.strerror}; give an address of this machine", field="host"
+        ) from error
+
+
+def joined(host: str, port: int) -> str:
+    """An address as gRPC and people write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _if_any(name: str, seconds: float) -> list[tuple[str, int]]:

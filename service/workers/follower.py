@@ -9,9 +9,9 @@ import structlog
 from embedding.errors import Busy, LookalikeError
 from service.engine import Engine
 from service.rollout import Rollout
-from service.workers import Part
 from service.workers import words as worker_words
 from service.workers.line_up import LineUp
+from service.workers.part import Part
 from service.workers.words import Answer, Gone, Order, Peer, Silent, listen
 
 _log = structlog.get_logger(__name__)

@@ -26,9 +26,9 @@ from service import standing
 from service.loading import Loading
 from service.server import Server
 from service.settings import Settings
-from service.workers import Part
 from service.workers import words as worker_words
 from service.workers.line_up import Named
+from service.workers.part import Part
 from service.workers.words import Answer, Order, Peer, listen
 from tests.service.harness import Loop, Stubs, connected, encoded, info, make_bundle, refused, rich
 from tests.service.test_rollout import ACTIVE, AVAILABLE, LOADED, activate, deactivate, decided, search, states

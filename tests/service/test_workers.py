@@ -23,8 +23,9 @@ from embedding.bundle import Bundle
 from embedding.errors import InvalidInput
 from lookalike import Client, NewItem
 from lookalike.errors import CallFailed
-from service import workers
+from service.server import run_part
 from service.settings import Settings
+from service.workers import parent as workers
 from tests.processes import serving
 from tests.service.harness import DIM, Stubs, connected, encoded, make_bundle, png
 from tests.service.test_metrics import get, scraped
@@ -190,7 +191,7 @@ def test_the_parent_ends_what_the_writer_cannot_tell_of_a_change(tmp_path: Path)
         def kill(self) -> None:
             self.killed = True
 
-    parent = workers._Workers(Settings.checked(bundle=tmp_path, workers=3), 0, tmp_path)
+    parent = workers._Workers(Settings.checked(bundle=tmp_path, workers=3), run_part, 0, tmp_path)
     processes = [Process() for _ in range(3)]
     pipe, theirs = multiprocessing.Pipe()
     for part, process in zip(parent._parts, processes, strict=True):
