@@ -104,8 +104,8 @@ def test_the_asynchronous_client_keeps_a_window_full_and_no_more(loop: Loop, kin
 
 def test_a_stream_left_with_its_window_full_leaves_no_thread_behind(loop: Loop) -> None:
     slow, pairs = Slow(ANSWER.SerializeToString()), Pairs(1000)
-    before = set(threading.enumerate())
     with serving(loop, slow) as address, Client(address, window=WINDOW) as client:
+        before = set(threading.enumerate())  # among them gRPC's poller, which lives while any server on asyncio does
         answers = client.verify_stream(Plain(pairs))
         told(loop, slow, 1)
         next(answers)
