@@ -39,7 +39,7 @@ class Readers:
     def check_open(self) -> None:
         """Raises NotFound once closed."""
         if self._closed:
-            raise NotFound(f"the gallery in {self._path.parent} has been deleted or closed")
+            raise NotFound(f"gallery {self._path.parent.name!r} has been deleted or closed")
 
     @contextmanager
     def lend(self) -> Iterator[sqlite3.Connection]:

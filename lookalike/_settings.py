@@ -34,6 +34,9 @@ _ELEMENT_BYTES = 8
 
 _MOST_CONNECTIONS = 64
 
+_LONGEST = 1_000_000_000
+"""Seconds; gRPC counts nanoseconds in 64 bits, and takes what is beyond, infinity too, for a time that has passed."""
+
 _DEFAULT_RETRY = Retry()
 
 
@@ -65,8 +68,8 @@ class Configured:
         connections: int = 1,
         window: int = DEFAULT_WINDOW,
     ) -> None:
-        if timeout <= 0:
-            raise ValueError(f"timeout must be positive, in seconds; got {timeout}")
+        if not 0 < timeout <= _LONGEST:
+            raise ValueError(f"timeout must be positive and at most {_LONGEST:,}, in seconds; got {timeout}")
         if max_message_bytes <= 2 * _ENVELOPE_BYTES:
             raise ValueError(f"max_message_bytes must be above {2 * _ENVELOPE_BYTES}; got {max_message_bytes}")
         if not 1 <= connections <= _MOST_CONNECTIONS:

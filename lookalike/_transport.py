@@ -10,6 +10,7 @@ import itertools
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -21,7 +22,7 @@ from lookalike._calls.models import is_serving
 from lookalike._retry import is_final
 from lookalike._settings import DEFAULT_TIMEOUT, Configured
 from lookalike._window import AsyncWindow, Window
-from lookalike.errors import ResourceExhausted
+from lookalike.errors import Cancelled, ResourceExhausted
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
@@ -180,7 +181,8 @@ class AsyncTransport(Configured):
         give_up = time.monotonic() + self.timeout
         for attempt in itertools.count(1):
             try:
-                response = await self._answer(call, max(give_up - time.monotonic(), 0.001))
+                with _closing():
+                    response = await self._answer(call, max(give_up - time.monotonic(), 0.001))
             except grpc.aio.AioRpcError as error:
                 failed = self._failed(error)
                 pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
@@ -208,7 +210,8 @@ class AsyncTransport(Configured):
         made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
         try:
             responses = made(call.request, timeout=self.timeout, metadata=self._access.metadata)
-            parts = [data async for data in responses]
+            with _closing():
+                parts = [data async for data in responses]
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
         return call.parse(parts)
@@ -218,9 +221,10 @@ class AsyncTransport(Configured):
         made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
         responses = made(window.messages(), metadata=self._access.metadata)
         try:
-            async for data in responses:
-                for result in window.parsed(data):
-                    yield result
+            with _closing():
+                async for data in responses:
+                    for result in window.parsed(data):
+                        yield result
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
         finally:
@@ -293,6 +297,19 @@ class AsyncTransport(Configured):
         except grpc.aio.AioRpcError as error:
             return error.details() or ""
         return ""
+
+
+@contextmanager
+def _closing() -> Iterator[None]:
+    """A call that ends because its client is closed raises Cancelled, as one that blocks does: asyncio's own error says
+    that the caller was cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise Cancelled("the client was closed while the call lasted", code=grpc.StatusCode.CANCELLED) from None
 
 
 def _answers(copy: asyncio.Task[bytes]) -> bool:

@@ -48,6 +48,10 @@ class CallFailed(Exception):
         self.retry_after = retry_after
         """Seconds to wait before trying again, when the server said so."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """As it is, to whoever awaits it in another process: an exception would be made anew of its message alone."""
+        return type(self).__new__, (type(self), *self.args), self.__dict__
+
 
 class InvalidRequest(CallFailed):
     pass

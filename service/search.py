@@ -54,7 +54,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> Any:
         async with translated_errors(context):
-            scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
+            scope, fields, k = self._parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
             resolve = serving.engine.aliases.resolve
             question = questions.Search(
@@ -65,7 +65,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             )
             return await serving.search(
                 question,
-                encoded.search_responses(resolve(scope.gallery), fields, most_bytes=limits().message_bytes),
+                encoded.search_responses(scope.gallery, fields, most_bytes=limits().message_bytes),
                 deadline=scope.deadline,
             )
 
@@ -73,9 +73,8 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
             parse.layout(request.layout, "layout")
-            scope, fields, k = _parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
+            scope, fields, k = self._parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
             serving = await self._serving.of(scope.gallery)
-            gallery_id = serving.engine.aliases.resolve(scope.gallery)
             in_columns = request.layout == pb.BATCH_LAYOUT_COLUMNS
             question = questions.SearchBatch(
                 scope=replace(scope, many=in_columns),
@@ -84,7 +83,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             )
             form = partial(
                 columns.batch_response if in_columns else encoded.batch_response,
-                gallery_id=gallery_id,
+                gallery_id=scope.gallery,
                 fields=fields,
                 most_bytes=limits().message_bytes,
             )
@@ -92,7 +91,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def SearchMatches(self, request: pb.SearchMatchesRequest, context: Context) -> AsyncIterator[Any]:
         async with translated_errors(context):
-            scope, fields, limit = _parsed(
+            scope, fields, limit = self._parsed(
                 request, context, request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"
             )
             scope = replace(scope, most_bytes=_most_matched())
@@ -111,7 +110,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                     some = found.neighbors[start : start + MATCHES_AT_ONCE]
                     # Formed as they are sent: a slow reader holds some back, not the messages of a hundred thousand.
                     form = partial(encoded.match_responses, most_bytes=MATCHES_BYTES)
-                    for response in await serving.run(form, some, resolve(scope.gallery), fields):
+                    for response in await serving.run(form, some, scope.gallery, fields):
                         yield response
                 yield pb.SearchMatchesResponse(summary=wire.matches_summary(found))
 
@@ -136,26 +135,30 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
                 async for response in searching.answers(some):
                     yield response
 
+    def _parsed(
+        self,
+        request: pb.SearchRequest | pb.BatchSearchRequest | pb.SearchMatchesRequest,
+        context: Context,
+        wanted: int,
+        *,
+        default: int,
+        most: int,
+        path: str,
+    ) -> tuple[questions.Scope, frozenset[str], int]:
+        """Where to search, which fields to return, and how many; all that is wrong with these is raised together.
 
-def _parsed(
-    request: pb.SearchRequest | pb.BatchSearchRequest | pb.SearchMatchesRequest,
-    context: Context,
-    wanted: int,
-    *,
-    default: int,
-    most: int,
-    path: str,
-) -> tuple[questions.Scope, frozenset[str], int]:
-    """Where to search, which fields to return, and how many; all that is wrong with these is raised together."""
-    wrong = parse.Violations()
-    with wrong:
-        scope = parse.scope(request, deadline=_deadline(context))
-    with wrong:
-        fields = parse.neighbor_mask(request.read_mask)
-    with wrong:
-        count = parse.count(wanted, default=default, most=most, path=path)
-    wrong.check()
-    return scope, fields, count
+        An alias is looked up here, once: it may move while the call lasts, and items are named as what was searched.
+        """
+        wrong = parse.Violations()
+        with wrong:
+            scope = parse.scope(request, deadline=_deadline(context))
+        with wrong:
+            fields = parse.neighbor_mask(request.read_mask)
+        with wrong:
+            count = parse.count(wanted, default=default, most=most, path=path)
+        wrong.check()
+        gallery = self._serving.current.engine.aliases.resolve(scope.gallery)
+        return replace(scope, gallery=gallery), fields, count
 
 
 def _most_matched() -> int | None:

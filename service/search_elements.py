@@ -83,7 +83,7 @@ class Searching:
         gallery_id = self.serving.engine.aliases.resolve(self.scope.gallery)
         deadline, most = Deadline(), limits().message_bytes
         question = questions.SearchBatch(
-            scope=replace(self.scope, deadline=deadline),
+            scope=replace(self.scope, gallery=gallery_id, deadline=deadline),
             queries=[source for element in elements for source in element.sources],
             k=self.k,
         )

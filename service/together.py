@@ -11,7 +11,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embedding.errors import LookalikeError, ResponseTooLarge
@@ -120,7 +120,7 @@ class Together:
     def _outcomes(self, alike: Sequence[_Asked]) -> Sequence[bytes | Exception]:
         first = alike[0].question
         batch = SearchBatch(
-            scope=first.scope,
+            scope=replace(first.scope, deadline=None),  # it would be one caller's, and the work is short
             queries=[asked.question.query for asked in alike],
             k=first.k,
             exclude=[asked.question.exclude for asked in alike],

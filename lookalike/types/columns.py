@@ -6,7 +6,7 @@ Shapes: Q queries, P neighbours of all queries: those of the first, nearest firs
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,11 @@ class NeighborColumns:
     """Whether a part of the gallery could not be asked."""
     errors: Mapping[int, CallFailed]
     """Why queries, by their places, could not be searched."""
+    _ends: NDArray[np.int64] = field(init=False, repr=False)
+    """Where the neighbours of each query end [Q]."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", np.cumsum(self.counts))
 
     def __len__(self) -> int:
         """How many queries there are."""
@@ -78,7 +83,7 @@ class NeighborColumns:
     def rows(self, query: int) -> slice:
         """Where the neighbours of a query stand in columns of length P. Raises IndexError."""
         query = range(len(self.counts))[query]
-        end = int(self.counts[: query + 1].sum())
+        end = int(self._ends[query])
         return slice(end - int(self.counts[query]), end)
 
     def neighbors(self, query: int) -> Neighbors:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 """What may be asked for: signatures by a private key. `none`, and HMAC, whose key is no public one, never count."""
 
+_KINDS = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
+"""Of keys, by how their algorithms begin."""
+
 MAX_TOKEN = 8192
 """Longest token, in characters."""
 MAX_KNOWN = 4096
@@ -114,10 +117,10 @@ class Tokens:
 
     def _key(self, header: Mapping[str, Any]) -> _Key:
         """The key that a token names, or the only one for a token that names none. Raises CredentialsInvalid."""
-        kid = str(header.get("kid", ""))
-        if kid not in self._keys:
+        named = _KINDS.get(str(header.get("alg"))[:2], ""), str(header.get("kid", ""))
+        if named not in self._keys:
             self._look(at_once=True)  # it may have been published just now
-        key = self._keys.get(kid)
+        key = self._keys.get(named)
         if key is None and len(self._keys) == 1 and "kid" not in header:
             key = next(iter(self._keys.values()))
         if key is None:
@@ -146,8 +149,9 @@ class Tokens:
             _log.info("keys of tokens read", file=str(self._jwks.path), keys=len(self._keys))
 
 
-def _read(path: Path) -> dict[str, _Key]:
-    """The keys for signatures by id. Raises InvalidInput."""
+def _read(path: Path) -> dict[tuple[str, str], _Key]:
+    """The keys for signatures by kind and id: RFC 7517, section 4.5, has keys of several kinds share an id. Raises
+    InvalidInput."""
     try:
         import jwt
     except ImportError as error:
@@ -161,9 +165,9 @@ def _read(path: Path) -> dict[str, _Key]:
             f'jwt_keys: {path} is no JWK set ({type(error).__name__}); it is JSON: {{"keys": [KEY, …]}}',
             field="jwt_keys",
         ) from error
-    keys: dict[str, _Key] = {}
+    keys: dict[tuple[str, str], _Key] = {}
     for each in listed if isinstance(listed, list) else []:
-        if not isinstance(each, dict) or each.get("kty") not in {"RSA", "EC", "OKP"} or not _signs(each):
+        if not isinstance(each, dict) or each.get("kty") not in _KINDS.values() or not _signs(each):
             continue
         kid = str(each.get("kid") or "")
         if "d" in each:
@@ -180,8 +184,15 @@ def _read(path: Path) -> dict[str, _Key]:
         if bits < MIN_RSA_BITS:
             _log.warning("a key of tokens is too short to be safe, and does not count", kid=kid[:80], bits=bits)
             continue
+        named = each["kty"], kid
+        if named in keys:
+            raise InvalidInput(
+                f"jwt_keys: {path} holds two {each['kty']} keys of the kid {kid[:80]!r}, and tokens could mean either; "
+                "give each a kid of its own, or leave out the one that signs no more",
+                field="jwt_keys",
+            )
         # PyJWT would take one that names no algorithm for a key of RS256 alone.
-        keys[kid] = key.key if key.key_type == "RSA" and not each.get("alg") else key
+        keys[named] = key.key if key.key_type == "RSA" and not each.get("alg") else key
     if not keys:
         raise InvalidInput(f"jwt_keys: {path} holds no public key of type RSA, EC or OKP", field="jwt_keys")
     return keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
@@ -274,10 +275,47 @@ def test_only_what_reads_is_hedged() -> None:
     assert not any("Wait" in name or "Stream" in name for name in HEDGED)
 
 
-@pytest.mark.parametrize("settings", [{"hedge_after": 0}, {"connections": 0}, {"connections": 65}, {"window": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"hedge_after": 0},
+        {"connections": 0},
+        {"connections": 65},
+        {"window": 0},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},  # ended every call at once
+    ],
+)
 def test_senseless_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Client("127.0.0.1:1", **settings)
+
+
+@pytest.mark.parametrize("hedge_after", [None, 0.01])
+def test_calls_of_a_client_that_is_closed_end_as_cancelled_and_not_their_callers(
+    loop: Loop, hedge_after: float | None
+) -> None:
+    async def never(before: int, request: bytes, context: Context) -> bytes:
+        came.release()
+        await asyncio.Event().wait()
+        return b""
+
+    async def ask(address: str) -> None:
+        client = AsyncClient(address, hedge_after=hedge_after)
+        calls = [asyncio.create_task(client.search("g", b"image")) for _ in range(2)]
+        for _ in calls:
+            assert await asyncio.to_thread(came.acquire, timeout=10)
+        calls[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[0]
+        await client.close()
+        with pytest.raises(Cancelled, match="closed"):
+            await calls[1]
+
+    came = threading.Semaphore(0)
+    with serving(loop, Flaky(never)) as address:
+        asyncio.run(ask(address))
 
 
 def test_one_connection_serves_all_calls_and_more_share_them(loop: Loop) -> None:

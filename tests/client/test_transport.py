@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 import threading
@@ -238,6 +239,8 @@ def test_a_rich_status_becomes_a_typed_error() -> None:
         {"a.b": "too long"},
         1.5,
     )
+    elsewhere = pickle.loads(pickle.dumps(error))
+    assert (type(elsewhere), str(elsewhere), vars(elsewhere)) == (type(error), str(error), vars(error))
 
 
 def test_a_status_of_an_unknown_code_is_a_server_error() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lookalike import AsyncClient, CallFailed, Client, Imported, NewItem
+from lookalike import AsyncClient, CallFailed, Cancelled, Client, Imported, NewItem
 from lookalike.types import Decision
 from lookalike.v1 import gallery_pb2, match_pb2
 from tests.client.flaky import Slow, serving
@@ -104,8 +104,8 @@ def test_the_asynchronous_client_keeps_a_window_full_and_no_more(loop: Loop, kin
 
 def test_a_stream_left_with_its_window_full_leaves_no_thread_behind(loop: Loop) -> None:
     slow, pairs = Slow(ANSWER.SerializeToString()), Pairs(1000)
-    before = set(threading.enumerate())
     with serving(loop, slow) as address, Client(address, window=WINDOW) as client:
+        before = set(threading.enumerate())  # among them gRPC's poller, which lives while any server on asyncio does
         answers = client.verify_stream(Plain(pairs))
         told(loop, slow, 1)
         next(answers)
@@ -115,6 +115,22 @@ def test_a_stream_left_with_its_window_full_leaves_no_thread_behind(loop: Loop) 
             thread.join(10)
         assert set(threading.enumerate()) <= before
     assert pairs.number <= 2 + WINDOW
+
+
+def test_a_stream_of_a_client_that_is_closed_ends_as_cancelled(loop: Loop) -> None:
+    slow, pairs = Slow(ANSWER.SerializeToString()), Pairs(1000)
+
+    async def ask(address: str) -> None:
+        client = AsyncClient(address, window=WINDOW)
+        answers = client.verify_stream(Plain(pairs))
+        await asyncio.to_thread(told, loop, slow, 1)
+        await anext(answers)
+        await client.close()
+        with pytest.raises(Cancelled, match="closed"):
+            await anext(answers)
+
+    with serving(loop, slow) as address:
+        asyncio.run(ask(address))
 
 
 def test_an_import_counts_what_is_acknowledged(loop: Loop) -> None:

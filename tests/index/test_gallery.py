@@ -244,7 +244,7 @@ def test_a_closed_gallery_says_so(filled: Gallery, pool: Vectors, judge: Judge) 
         filled.seal,
     ]
     for call in calls:
-        with pytest.raises(NotFound, match="deleted or closed"):
+        with pytest.raises(NotFound, match=r"^gallery 'shapes' has been deleted or closed"):  # and no place on a disk
             call()
     assert len(list(iterator)) == len(pool) - 1  # a listing that had begun may end
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import grpc
 import pytest
 
-from lookalike.v1 import alias_pb2, gallery_pb2, search_pb2
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, search_pb2
+from service.serving import AsyncEngine
 from tests.service.harness import (
     Stubs,
     encoded,
@@ -57,6 +61,49 @@ def test_an_alias_moves_in_one_step_and_is_deleted_without_its_gallery(stubs: St
     error = refused(stubs.aliases.GetAlias, alias_pb2.GetAliasRequest(name=f"aliases/{alias}"))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert names_found(stubs, other, encoded(1))
+
+
+def searched(stubs: Stubs, gallery: str) -> list[Any]:
+    return list(stubs.search.Search(search_pb2.SearchRequest(gallery=gallery, query=encoded(1))).neighbors)
+
+
+def batched(stubs: Stubs, gallery: str) -> list[Any]:
+    response = stubs.search.BatchSearch(search_pb2.BatchSearchRequest(gallery=gallery, queries=[encoded(1)]))
+    return list(response.results[0].neighbors.neighbors)
+
+
+def matched(stubs: Stubs, gallery: str) -> list[Any]:
+    point = common_pb2.OperatingPoint(threshold=2)
+    request = search_pb2.SearchMatchesRequest(gallery=gallery, query=encoded(1), operating_point=point)
+    return [neighbor for response in stubs.search.SearchMatches(request) for neighbor in response.neighbors]
+
+
+def streamed(stubs: Stubs, gallery: str) -> list[Any]:
+    config = search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery=gallery))
+    (response,) = stubs.search.StreamSearch(iter([config, search_pb2.StreamSearchRequest(query=encoded(1))]))
+    return list(response.neighbors.neighbors)
+
+
+@pytest.mark.parametrize("ask", [searched, batched, matched, streamed])
+def test_what_an_alias_stood_for_is_searched_and_named_though_it_moves_meanwhile(
+    stubs: Stubs, filled: str, ask: Callable[[Stubs, str], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items of one gallery were named as the other's."""
+    alias, other = f"{filled}-now", f"{filled}-other"
+    stubs.fill(other, {"only": encoded(1)})
+    put_alias(stubs, alias, filled)
+
+    def moves_first(function: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(self: AsyncEngine, *args: Any, **options: Any) -> Any:
+            self.engine.put_alias(alias, other)
+            return function(self, *args, **options)
+
+        return moved
+
+    for name in ("ask", "search"):
+        monkeypatch.setattr(AsyncEngine, name, moves_first(getattr(AsyncEngine, name)))
+    found = ask(stubs, f"galleries/{alias}")
+    assert sorted(each.item for each in found) == [f"galleries/{filled}/items/item-{i}" for i in range(5)]
 
 
 def test_aliases_are_listed_page_by_page(stubs: Stubs, filled: str) -> None:

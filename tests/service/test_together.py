@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from index import Found
+from index import Deadline, Found
 from lookalike.v1 import common_pb2, search_pb2
 from service.questions import Scope, Search, SearchBatch
 from service.sources import GivenEmbedding
@@ -22,6 +22,22 @@ POINTS = (None, common_pb2.OperatingPoint(threshold=0.5), common_pb2.OperatingPo
 
 
 FOUND = cast("Found", object())  # whatever it is
+
+
+class Fake:
+    """An engine, and what watches it."""
+
+    def ask(self, batch: SearchBatch) -> list[Found]:
+        if batch.scope.deadline is not None:
+            batch.scope.deadline.check()
+        return [FOUND for _ in batch.queries]
+
+    def answered(self, answer: list[Found]) -> list[Found]:
+        return answer
+
+
+def form(found: Sequence[Found]) -> list[bytes]:
+    return [b"answer"] * len(found)
 
 
 def query(seed: int) -> common_pb2.ImageInput:
@@ -70,20 +86,9 @@ def test_searches_in_flight_at_once_are_answered_as_each_alone(stubs: Stubs, fil
 def test_calls_that_the_event_loop_hands_over_one_by_one_find_together(groups: list[int]) -> None:
     """As gRPC hands them over where nothing interrupts the loop: the next one some turns after the first."""
 
-    class Fake:
-        def ask(self, batch: SearchBatch) -> list[Found]:
-            return [FOUND for _ in batch.queries]
-
-        def answered(self, answer: list[Found]) -> list[Found]:
-            return answer
-
     async def pairs() -> None:
         together = Together(Fake(), Fake())  # type: ignore[arg-type]
         question = Search(scope=Scope(gallery="g"), query=GivenEmbedding(values=b""))
-
-        def form(found: Sequence[Found]) -> list[bytes]:
-            return [b"answer"] * len(found)
-
         for _ in range(100):
             first = asyncio.create_task(together.ask(question, form))
             for _ in range(4):
@@ -94,6 +99,25 @@ def test_calls_that_the_event_loop_hands_over_one_by_one_find_together(groups: l
     asyncio.run(pairs())
     assert groups.index(2) < 2 * LOOK_EVERY
     assert set(groups[groups.index(2) :]) == {2}
+
+
+def test_the_time_limit_of_one_caller_is_none_of_the_others(groups: list[int]) -> None:
+    """All that were answered together ended with the first one's."""
+
+    async def both() -> None:
+        together = Together(Fake(), Fake())  # type: ignore[arg-type]
+        over, patient = (
+            Search(scope=Scope(gallery="g", deadline=Deadline(seconds)), query=GivenEmbedding(values=b""))
+            for seconds in (0, 60)
+        )
+        for _ in range(2 * LOOK_EVERY):
+            _, answer = await asyncio.gather(
+                together.ask(over, form), together.ask(patient, form), return_exceptions=True
+            )
+            assert answer == b"answer"
+
+    asyncio.run(both())
+    assert 2 in groups
 
 
 def test_a_bad_query_fails_alone(stubs: Stubs, filled: str) -> None:

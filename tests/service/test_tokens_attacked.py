@@ -28,6 +28,7 @@ from tests.service.harness import Loop, connected, info, rich, served
 
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 SMALL = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC = ec.generate_private_key(ec.SECP256R1())
 ED = ed25519.Ed25519PrivateKey.generate()
 
@@ -160,6 +161,25 @@ def test_keys_for_other_uses_do_not_sign(tmp_path: Path) -> None:
             made.of_token(encoded(key, algorithm, kid))
     with pytest.raises(InvalidInput, match="no public key"):
         accepting(tmp_path, *others)
+
+
+@pytest.mark.parametrize("kid", ["r", ""])
+def test_two_keys_of_one_kid_are_refused_unless_their_kinds_differ(tmp_path: Path, kid: str) -> None:
+    """The last counted, silently."""
+    made = accepting(tmp_path, jwk(RSA, kid), jwk(EC, kid), jwk(ED, kid))
+    kinds = ((RSA, "RS256"), (EC, "ES256"), (ED, "EdDSA"))
+    for key, algorithm in kinds:
+        made.of_token(encoded(key, algorithm, kid))
+    with capture_logs() as logs:
+        (tmp_path / "jwks.json").write_text(json.dumps({"keys": [jwk(ED, kid), jwk(RSA, kid), jwk(OTHER, kid)]}))
+        with pytest.raises(CredentialsInvalid, match="does not know"):
+            made.of_token(encoded(RSA, "RS256", "new"))
+    assert [line["reason"] for line in logs if "two RSA keys" in line["reason"]]
+    for key, algorithm in kinds:
+        made.of_token(encoded(key, algorithm, kid))
+    with pytest.raises(InvalidInput, match="a kid of its own") as caught:
+        accepting(tmp_path, jwk(RSA, kid), jwk(OTHER, kid))
+    assert caught.value.field == "jwt_keys"
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "RS512", "PS256"])
