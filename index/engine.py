@@ -296,13 +296,20 @@ class GalleryEngine(Protocol):
     def origins(self, names: Sequence[str]) -> Mapping[str, str]:
         """The origins, by name, of those of these items that were written with one."""
 
-    def list(self, *, page_size: int = 100, page_token: str = "", allowed: Filter | None = None) -> tuple[Items, str]:
+    def list(
+        self,
+        *,
+        page_size: int = 100,
+        page_token: str = "",
+        allowed: Filter | None = None,
+        deadline: Deadline | None = None,
+    ) -> tuple[Items, str]:
         """One page of the accepted items by rising name, and the token of the next page, "" after the last."""
 
     def iterate(self, *, allowed: Filter | None = None) -> Iterator[Item]:
         """Every accepted item by rising name, all of one generation."""
 
-    def count(self, allowed: Filter) -> int:
+    def count(self, allowed: Filter, *, deadline: Deadline | None = None) -> int:
         """How many items are accepted."""
 
     # Writing: all or nothing, durable when it returns.

@@ -244,10 +244,17 @@ class Gallery:
         """The origins, by name, of those of these items that were written with one."""
         return self._live.store.origins(names)
 
-    def list(self, *, page_size: int = 100, page_token: str = "", allowed: Filter | None = None) -> tuple[Items, str]:
+    def list(
+        self,
+        *,
+        page_size: int = 100,
+        page_token: str = "",
+        allowed: Filter | None = None,
+        deadline: Deadline | None = None,
+    ) -> tuple[Items, str]:
         """One page of items by rising name, and the token of the next page, "" after the last."""
         check_count(page_size, MAX_PAGE, field="page_size")
-        items = self._live.store.page(name_of_page_token(page_token), page_size + 1, allowed)
+        items = self._live.store.page(name_of_page_token(page_token), page_size + 1, allowed, deadline)
         if len(items) <= page_size:
             return items, ""
         return items[:page_size], page_token_after(items[page_size - 1].name)
@@ -256,9 +263,9 @@ class Gallery:
         """Every accepted item by rising name, all of one generation."""
         return self._live.store.iterate(allowed)
 
-    def count(self, allowed: Filter) -> int:
+    def count(self, allowed: Filter, *, deadline: Deadline | None = None) -> int:
         """How many items are accepted."""
-        return self._live.store.count(allowed)
+        return self._live.store.count(allowed, deadline)
 
     # Writing
 

@@ -151,10 +151,10 @@ class Reading:
         with self._readers.lend() as connection:
             return find(connection, token)
 
-    def page(self, after: str, size: int, allowed: Filter | None = None) -> list[Item]:
+    def page(self, after: str, size: int, allowed: Filter | None, deadline: Deadline | None) -> list[Item]:
         """Up to `size` items by rising name, those after `after`."""
         condition, parameters = allowed.sql() if allowed else ("1", ())
-        with self._readers.lend() as connection:
+        with self._lent(deadline) as connection:
             rows = connection.execute(
                 f"SELECT {_ITEM} FROM items WHERE {LIVING} AND name > ? AND ({condition}) ORDER BY name LIMIT ?",
                 (after, *parameters, size),
@@ -170,9 +170,9 @@ class Reading:
             ):
                 yield self._item(row)
 
-    def count(self, allowed: Filter) -> int:
+    def count(self, allowed: Filter, deadline: Deadline | None) -> int:
         condition, parameters = allowed.sql()
-        with self._readers.lend() as connection:
+        with self._lent(deadline) as connection:
             row = connection.execute(f"SELECT count(*) FROM items WHERE {LIVING} AND ({condition})", parameters)
             count: int = row.fetchone()[0]
         return count
@@ -229,7 +229,7 @@ class Reading:
     def accepted(self, allowed: Filter, generation: int, deadline: Deadline | None) -> Keys:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
         condition, parameters = allowed.sql()
-        with self._readers.lend() as connection, interrupted_by(None if self._is_pinned else deadline, connection):
+        with self._lent(deadline) as connection:
             rows = connection.execute(
                 f"SELECT key FROM items WHERE generation <= ? AND (died IS NULL OR died > ?) AND ({condition})",
                 (generation, generation, *parameters),
@@ -237,6 +237,14 @@ class Reading:
             keys_R = np.fromiter((key for (key,) in rows), np.int64)
         keys_R.sort()
         return keys_R
+
+    @contextmanager
+    def _lent(self, deadline: Deadline | None) -> Iterator[sqlite3.Connection]:
+        """A connection whose statements end soon after the deadline has passed."""
+        if deadline:
+            deadline.check()
+        with self._readers.lend() as connection, interrupted_by(None if self._is_pinned else deadline, connection):
+            yield connection
 
     def embeddings(self, keys_R: Keys) -> Vectors:
         """The vectors [R, D] of these item versions, which may repeat; the dead ones while a snapshot shows them."""

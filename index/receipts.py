@@ -59,12 +59,17 @@ def find(connection: sqlite3.Connection, token: Token) -> bytes | None:
     if row is None:
         return None
     if row[0] != token.digest:
-        raise RequestIdReused(
-            f"request_id {token.id} was given with another request; make a new one for every request, and repeat it "
-            "only with the same request",
-            field="request_id",
-        )
+        raise reused(token)
     return unpacked(row[1])
+
+
+def reused(token: Token) -> RequestIdReused:
+    """What is raised where the id of this request was another's."""
+    return RequestIdReused(
+        f"request_id {token.id} was given with another request; make a new one for every request, and repeat it only "
+        "with the same request",
+        field="request_id",
+    )
 
 
 class Book:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from embedding.decision import VERDICTS, Decisions, Judge
 from embedding.errors import LookalikeError, ResponseTooLarge
-from index import Entry, Filter, Found, GalleryEngine, Neighbors
+from index import Deadline, Entry, Filter, Found, GalleryEngine, Neighbors
 from index.items import page_token_after
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service import errors, wire
@@ -138,6 +138,7 @@ def item_page(
     fields: frozenset[str],
     *,
     most_bytes: int,
+    deadline: Deadline | None = None,
 ) -> bytes:
     """A ListItemsResponse of `size` items, or of as many as `most_bytes` hold, at least one. Raises InvalidInput."""
     message = gallery_pb2.ListItemsResponse
@@ -145,7 +146,7 @@ def item_page(
     taken, following = 0, page_token
     while True:
         at_once = min(size - len(pieces), _LISTED_AT_ONCE)
-        items, following = gallery.list(page_size=at_once, page_token=following, allowed=allowed)
+        items, following = gallery.list(page_size=at_once, page_token=following, allowed=allowed, deadline=deadline)
         for item in items:
             said = wire.item_fields(item, gallery.id, fields).SerializeToString()
             piece = field(message.ITEMS_FIELD_NUMBER, said)

@@ -67,12 +67,18 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                 fields = parse.item_mask(request.read_mask, listing=True)
             wrong.check()
             serving, most = self._serving.current, pages.most_bytes()
+            deadline = Deadline(context.time_remaining())
 
             def read() -> bytes:
                 gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
-                return encoded.item_page(gallery, size, request.page_token, allowed, fields, most_bytes=most)
+                return encoded.item_page(
+                    gallery, size, request.page_token, allowed, fields, most_bytes=most, deadline=deadline
+                )
 
-            return await serving.run(read)
+            try:
+                return await serving.run(read)
+            finally:
+                deadline.cancel()  # a filter may take long to find nothing, and a caller that has gone waits for none
 
     async def BatchUpdateItems(
         self, request: pb.BatchUpdateItemsRequest, context: Context

@@ -23,10 +23,10 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar
 import structlog
 from google.protobuf.message import Message
 
-from embedding.errors import InvalidInput, LookalikeError, NotFound, RequestIdReused, StorageFailed
+from embedding.errors import InvalidInput, LookalikeError, NotFound, StorageFailed
 from index import GalleryEngine, receipts
 from index.engine import Receipting
-from index.receipts import Book, Token, find
+from index.receipts import Book, Token, find, reused
 from index.schema import now_us
 from service.serving import AsyncEngine
 from service.side_store import RECEIPTS_IF_NEEDED, SideStore
@@ -98,7 +98,7 @@ class Ledger:
         _, answer = unnoted = self._unnoted.get(token.id, (token, None))
         if answer is not None:
             if unnoted[0].digest != token.digest:
-                raise _reused(token)
+                raise reused(token)
             return answer, False
         has_failed = token.id in self._unnoted
 
@@ -113,7 +113,7 @@ class Ledger:
                 connection.execute("INSERT OR REPLACE INTO begun VALUES (?, ?, ?)", (token.id, token.digest, now))
                 return None, False
             if row[0] != token.digest:
-                raise _reused(token)
+                raise reused(token)
             return None, True
 
         found = self._store.renewed(look, lost=_LOST)
@@ -168,12 +168,6 @@ class Ledger:
                     book.keep(token, answer)
 
         self._store.renewed(note, lost=_LOST)
-
-
-def _reused(token: Token) -> RequestIdReused:
-    return RequestIdReused(
-        f"request_id {token.id} was given with another request; make a new one for every request", field="request_id"
-    )
 
 
 class Once:

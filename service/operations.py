@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from embedding.errors import Busy, Cancelled, LookalikeError, NotFound, RequestIdReused
+from embedding.errors import Busy, Cancelled, LookalikeError, NotFound
 from embedding.runtime import trim_malloc
 from index import Progress
 from index.engine import OnProgress
-from index.receipts import Token
+from index.receipts import Token, reused
 
 R = TypeVar("R")
 
@@ -115,10 +115,7 @@ class Operations:
         """The operation that this very request has begun; None when it has not. Raises RequestIdReused."""
         digest, operation_id = self._asked.get(token.id, (b"", "")) if token is not None else (b"", "")
         if token is not None and digest not in {b"", token.digest}:
-            raise RequestIdReused(
-                f"request_id {token.id} was given with another request; make a new one for every request",
-                field="request_id",
-            )
+            raise reused(token)
         return self._operations.get(operation_id)
 
     def start(

@@ -250,8 +250,9 @@ class PurgeItems:
             with engine.written(self.gallery, path="parent", any_model=True) as gallery:
                 return Purged(gallery=gallery.id, count=self._purged(gallery), sample=())
         gallery = engine.gallery(self.gallery, path="parent", any_model=True)
-        items, _ = gallery.list(page_size=SAMPLE, allowed=self.allowed)
-        return Purged(gallery=gallery.id, count=gallery.count(self.allowed), sample=[item.name for item in items])
+        items, _ = gallery.list(page_size=SAMPLE, allowed=self.allowed, deadline=self.deadline)
+        count = gallery.count(self.allowed, deadline=self.deadline)
+        return Purged(gallery=gallery.id, count=count, sample=[item.name for item in items])
 
     def _purged(self, gallery: GalleryEngine) -> int:
         if self.token is None:

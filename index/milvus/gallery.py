@@ -176,10 +176,17 @@ class MilvusGallery:
         with self._store.view() as record:
             return self._store.origins(record, names)
 
-    def list(self, *, page_size: int = 100, page_token: str = "", allowed: Filter | None = None) -> tuple[Items, str]:
+    def list(
+        self,
+        *,
+        page_size: int = 100,
+        page_token: str = "",
+        allowed: Filter | None = None,
+        deadline: Deadline | None = None,
+    ) -> tuple[Items, str]:
         check_count(page_size, MAX_PAGE, field="page_size")
         items: Items = []
-        with closing(self._items(name_of_page_token(page_token), allowed, page_size + 1)) as accepted:
+        with closing(self._items(name_of_page_token(page_token), allowed, page_size + 1, deadline)) as accepted:
             for item in accepted:
                 items.append(item)
                 if len(items) > page_size:
@@ -189,13 +196,13 @@ class MilvusGallery:
     def iterate(self, *, allowed: Filter | None = None) -> Iterator[Item]:
         return self._items("", allowed, _WIDEST_PAGE)
 
-    def count(self, allowed: Filter) -> int:
+    def count(self, allowed: Filter, *, deadline: Deadline | None = None) -> int:
         asked = expression(allowed)
         with self._store.view() as record:
-            self._store.whole(record, list)
+            self._store.whole(record, list, deadline)
             if asked.whole:
                 return self._store.count(record, asked.text)
-            return sum(map(len, self._store.accepted(record, allowed, WHOLE)))
+            return sum(map(len, self._store.accepted(record, allowed, WHOLE, deadline)))
 
     # Writing
 
@@ -305,10 +312,14 @@ class MilvusGallery:
 
     # Within
 
-    def _items(self, after: str, allowed: Filter | None, size: int) -> Generator[Item]:
+    def _items(
+        self, after: str, allowed: Filter | None, size: int, deadline: Deadline | None = None
+    ) -> Generator[Item]:
         asked = expression(allowed)
         with self._store.view() as record:
             for rows in self._store.by_name(record, after, asked, size):
+                if deadline:
+                    deadline.check()
                 for row in rows:
                     item = record.item(row)
                     if asked.whole or (allowed is not None and allowed.accepts(item)):

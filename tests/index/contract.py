@@ -203,7 +203,7 @@ class GalleryContract:
             engine.search(pool[0], k=1, judge=Judge(judge.calibration, model=other_model.name))
 
     @pytest.mark.parametrize("error", [DeadlineExceeded, Cancelled])
-    def test_a_deadline_ends_every_search(
+    def test_a_deadline_ends_whatever_may_take_long(
         self, engine: GalleryEngine, pool: Vectors, judge: Judge, error: type[Exception]
     ) -> None:
         deadline = Deadline(0 if error is DeadlineExceeded else None)
@@ -213,6 +213,8 @@ class GalleryContract:
             lambda: engine.search(pool[0], k=3, judge=judge, deadline=deadline),
             lambda: engine.search_batch(pool, k=3, judge=judge, deadline=deadline),
             lambda: engine.matches(pool[0], judge=judge, deadline=deadline),
+            lambda: engine.list(allowed=MetadataIs("parity", 1), deadline=deadline),
+            lambda: engine.count(MetadataIs("parity", 1), deadline=deadline),
             lambda: engine.purge(MetadataIs("parity", 1), deadline=deadline),
         ]
         for call in calls:

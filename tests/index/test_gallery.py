@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from embedding.decision import Judge, Vectors, distance
 from embedding.errors import (
+    DeadlineExceeded,
     InvalidInput,
     InvalidVector,
     LookalikeError,
@@ -24,7 +26,8 @@ from embedding.errors import (
     StaleEtag,
     StorageFailed,
 )
-from index import MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, Catalog, Gallery, Item, ModelRef
+from index import MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, Catalog, Deadline, Gallery, Item, ModelRef
+from index.filters import ItemFilter, parse_filter
 
 
 def test_distances_and_verdicts_are_those_of_a_pair(filled: Gallery, pool: Vectors, judge: Judge) -> None:
@@ -247,6 +250,33 @@ def test_a_closed_gallery_says_so(filled: Gallery, pool: Vectors, judge: Judge) 
         with pytest.raises(NotFound, match=r"^gallery 'shapes' has been deleted or closed"):  # and no place on a disk
             call()
     assert len(list(iterator)) == len(pool) - 1  # a listing that had begun may end
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda gallery, nothing, deadline: gallery.list(allowed=nothing, deadline=deadline),
+        lambda gallery, nothing, deadline: gallery.count(nothing, deadline=deadline),
+    ],
+)
+def test_what_a_filter_looks_for_in_vain_ends_with_the_deadline(
+    filled: Gallery, read: Callable[[Gallery, ItemFilter, Deadline], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the midst of SQLite's work; it went on to the end, for nobody."""
+    nothing = parse_filter('metadata.tags:"nothing"')
+    assert nothing is not None
+    monkeypatch.setattr("index.reading._LOOK_EVERY", 1)
+    looks = itertools.count()
+    deadline = Deadline(60)
+
+    def passes_meanwhile() -> None:
+        if next(looks) > 2:
+            raise DeadlineExceeded("passed")
+
+    monkeypatch.setattr(deadline, "check", passes_meanwhile)
+    with pytest.raises(DeadlineExceeded):
+        read(filled, nothing, deadline)
+    assert filled.count(nothing) == 0
 
 
 def test_a_closed_gallery_opens_anew_from_its_catalog(catalog: Catalog, filled: Gallery) -> None:

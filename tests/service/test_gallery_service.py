@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -11,7 +13,8 @@ from google.protobuf import json_format
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
-from index import Catalog, Item, ModelRef
+from embedding.errors import Cancelled
+from index import Catalog, Deadline, Gallery, Item, ModelRef
 from lookalike.v1 import common_pb2, match_pb2, search_pb2
 from lookalike.v1 import gallery_pb2 as pb
 from service.settings import Settings
@@ -325,3 +328,33 @@ def test_all_are_described(troubled: Stubs) -> None:
 def test_a_damaged_gallery_is_deleted_only_by_force(troubled: Stubs) -> None:
     request = pb.DeleteGalleryRequest(name="galleries/damaged")
     assert refused(troubled.galleries.DeleteGallery, request).code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda stubs, name: stubs.galleries.ListItems.future(pb.ListItemsRequest(parent=name, filter="identity:*")),
+        lambda stubs, name: stubs.galleries.PurgeItems.future(pb.PurgeItemsRequest(parent=name, filter="identity:*")),
+    ],
+)
+def test_what_is_looked_for_in_a_gallery_is_given_up_with_its_caller(
+    stubs: Stubs, filled: str, look: Callable[[Stubs, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters that find nothing in large galleries held the threads of all for minutes."""
+    begun, given_up = threading.Event(), threading.Event()
+
+    def list_forever(self: Gallery, *, deadline: Deadline | None = None, **_: object) -> object:
+        begun.set()
+        while deadline is not None:
+            try:
+                deadline.check()
+            except Cancelled:
+                given_up.set()
+                raise
+        return [], ""
+
+    monkeypatch.setattr(Gallery, "list", list_forever)
+    call = look(stubs, f"galleries/{filled}")
+    assert begun.wait(20)
+    call.cancel()
+    assert given_up.wait(20)
