@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-import service
+import service.telemetry
 from embedding.bundle import Bundle
 from index import Catalog, ModelRef
 from index.catalog import LOCK
@@ -154,7 +154,7 @@ def test_milvus_that_is_not_there(whole: Settings, monkeypatch: pytest.MonkeyPat
 
 def test_traces_without_their_extra(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "service.telemetry.tracing", raising=False)
-    monkeypatch.delattr(service, "tracing", raising=False)  # where another test has imported it
+    monkeypatch.delattr(service.telemetry, "tracing", raising=False)  # where another test has imported it
     for name in [each for each in sys.modules if each.partition(".")[0] == "opentelemetry"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)

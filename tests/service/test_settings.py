@@ -225,7 +225,7 @@ def test_what_is_printed_is_a_settings_file(tmp_path: Path) -> None:
 
 def test_several_workers_log_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.logs, "configure", lambda **_: None)
-    monkeypatch.setattr(server.workers, "run", lambda *_: None)
+    monkeypatch.setattr(server.parent, "run", lambda *_: None)
     with capture_logs() as logs:
         server.run(Settings(bundle=Path("b"), workers=2))
     assert [line["event"] for line in logs] == ["settings"]
