@@ -84,6 +84,7 @@ class Configured:
         self._window = window
         self._access = Access(target, tls, api_key, allow_insecure_key)
         self._patience = Patience(retry, hedge_after)
+        self._closed = False
         self._open()
 
     @classmethod
@@ -100,6 +101,10 @@ class Configured:
 
     def _open(self) -> None:
         raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the client is closed; make another one, or close it after its last call")
 
     def _channel_options(self) -> list[tuple[str, Any]]:
         options = [

@@ -81,8 +81,8 @@ class Transport(Configured):
         return call.parse(parts)
 
     def stream(self, call: Stream[R]) -> Iterator[R]:
-        window = Window(call, self._window)
         made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
+        window = Window(call, self._window)
         responses = made(window, metadata=self._access.metadata)
         try:
             for data in responses:
@@ -103,10 +103,12 @@ class Transport(Configured):
             time.sleep(_POLL_SECONDS)
 
     def close(self) -> None:
+        self._closed = True
         for channel in self._channels:
             channel.close()
 
     def _channel(self) -> grpc.Channel:
+        self._check_open()
         return next(self._turns)
 
     def _method(self, call: Call[R]) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
@@ -217,8 +219,8 @@ class AsyncTransport(Configured):
         return call.parse(parts)
 
     async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
-        window = AsyncWindow(call, self._window)
         made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
+        window = AsyncWindow(call, self._window)
         responses = made(window.messages(), metadata=self._access.metadata)
         try:
             with _closing():
@@ -241,10 +243,12 @@ class AsyncTransport(Configured):
             await asyncio.sleep(_POLL_SECONDS)
 
     async def close(self) -> None:
+        self._closed = True
         for channel in self._channels:
             await channel.close()
 
     def _channel(self) -> grpc.aio.Channel:
+        self._check_open()
         return next(self._turns)
 
     def _method(self, call: Call[R]) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:

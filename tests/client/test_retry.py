@@ -292,6 +292,24 @@ def test_senseless_settings_are_refused(settings: dict[str, Any]) -> None:
         Client("127.0.0.1:1", **settings)
 
 
+def test_calls_after_the_client_was_closed_are_an_error_of_the_caller() -> None:
+    with Client("127.0.0.1:1") as client:
+        pass
+    for call in (lambda: client.search("g", b"image"), lambda: list(client.verify_stream([(b"a", b"b")]))):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+
+    async def ask() -> None:
+        async with AsyncClient("127.0.0.1:1") as client:
+            pass
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.search("g", b"image")
+        with pytest.raises(RuntimeError, match="closed"):
+            await anext(client.verify_stream([(b"a", b"b")]))
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize("hedge_after", [None, 0.01])
 def test_calls_of_a_client_that_is_closed_end_as_cancelled_and_not_their_callers(
     loop: Loop, hedge_after: float | None
