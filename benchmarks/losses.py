@@ -27,6 +27,7 @@ from benchmarks.measure import (
     Bar,
     Step,
     alternating_medians,
+    apart,
     give_back_what_is_freed,
     limit_memory,
     machine,
@@ -256,23 +257,15 @@ def steps_of_miner(ours: Miner, make_peer: Callable[[], Any], size: int) -> tupl
 
 
 def measure(*, quick: bool) -> list[Row]:
-    """Memory first, in a process that gives it back, then time as training has it."""
+    """Memory first, where it is given back, then time as training has it; each row in a process of its own."""
     timed = SIZES[:2] if quick else SIZES
-    at = [(name, size) for name in (*LOSSES, *MINERS) for size in SIZES]
-    memory: dict[tuple[str, int], tuple[int | None, int | None]] = {}
-    give_back_what_is_freed()
-    for name, size in at:
-        if size > SIZES[0]:
-            ours, peer = steps_of(name, size)
-            # A peer's slowest calls are made once, to time them.
-            memory[name, size] = peak_bytes(ours), None if quick or size > SIZES[1] else peak_bytes(peer)
-    tune_malloc()
     rows = []
-    for name, size in at:
+    memory = apart(_memory, quick=quick)
+    tune_malloc()
+    for name, size in _all():
         ours_s, peer_s = None, None
         if size in timed or (name, size) == RUNS_WHERE_THE_PEER_DOES_NOT:
-            seconds, least = (0.05, 5) if quick else (0.6, 9)
-            ours_s, peer_s = alternating_medians(list(steps_of(name, size)), seconds=seconds, least=least)
+            ours_s, peer_s = apart(_times, name, size, quick=quick)
         ours_bytes, peer_bytes = memory.get((name, size), (None, None))
         row = Row(
             name=name,
@@ -286,6 +279,28 @@ def measure(*, quick: bool) -> list[Row]:
         rows.append(row)
         print(_line(row), flush=True)
     return rows
+
+
+def _all() -> list[tuple[str, int]]:
+    return [(name, size) for name in (*LOSSES, *MINERS) for size in SIZES]
+
+
+def _memory(*, quick: bool) -> dict[tuple[str, int], tuple[int | None, int | None]]:
+    """Bytes of ours and of the peer's, by row."""
+    found: dict[tuple[str, int], tuple[int | None, int | None]] = {}
+    give_back_what_is_freed()
+    for name, size in _all():
+        if size > SIZES[0]:
+            ours, peer = steps_of(name, size)
+            # A peer's slowest calls are made once, to time them.
+            found[name, size] = peak_bytes(ours), None if quick or size > SIZES[1] else peak_bytes(peer)
+    return found
+
+
+def _times(name: str, size: int, *, quick: bool) -> list[float | None]:
+    """Seconds of ours and of the peer's."""
+    seconds, least = (0.05, 5) if quick else (0.6, 9)
+    return alternating_medians(list(steps_of(name, size)), seconds=seconds, least=least)
 
 
 def steps_of(name: str, size: int) -> tuple[Step, Step]:
