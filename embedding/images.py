@@ -199,7 +199,8 @@ class Preprocessing(BaseModel):
     def _one_value_a_channel(self) -> Self:
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in {1, self.channels}:
-                raise ValueError(f"{name} takes 1 or {self.channels} values; got {len(getattr(self, name))}")
+                takes = "1 value" if self.channels == 1 else f"1 or {self.channels} values"
+                raise ValueError(f"{name} takes {takes}; got {len(getattr(self, name))}")
         return self
 
     def embedding_dim(self, width: int) -> int:

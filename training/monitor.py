@@ -115,12 +115,12 @@ class Meter:
         self._steps.append(torch.stack([figure.detach().float() for figure in figures]))
         self._images += len(emb_BD)
 
-    def report(self, step: int, *, learning_rate: float) -> Report:
-        """The figures since the last call. Raises TrainingDiverged when a loss was NaN or infinite."""
-        figures_S5 = torch.stack(self._steps).cpu()  # waits for the device, so that the time below is whole
-        seconds, cpu_seconds = (now - began for now, began in zip(_clocks(), self._began, strict=True))
-        images = self._images
-        self._steps, self._images, self._began = [], 0, _clocks()
+    def checked(self, step: int) -> Tensor:
+        """The figures of the S steps since the last report, [S, 5] on the CPU; `step` is the last of them.
+
+        Raises TrainingDiverged when a loss was NaN or infinite.
+        """
+        figures_S5 = torch.stack(self._steps).cpu()
         is_bad_S = ~figures_S5[:, 0].isfinite()
         if is_bad_S.any():
             first = step - len(figures_S5) + int(is_bad_S.int().argmax()) + 1
@@ -129,6 +129,14 @@ class Meter:
                 "optimizer.learning_rate, more warmup_steps, optimizer.gradient_clip = 1.0, or training.precision = "
                 '"fp32"'
             )
+        return figures_S5
+
+    def report(self, step: int, *, learning_rate: float) -> Report:
+        """The figures since the last call. Raises TrainingDiverged when a loss was NaN or infinite."""
+        figures_S5 = self.checked(step)  # waits for the device, so that the time below is whole
+        seconds, cpu_seconds = (now - began for now, began in zip(_clocks(), self._began, strict=True))
+        images = self._images
+        self._steps, self._images, self._began = [], 0, _clocks()
         loss, active_fraction, d_ap, d_an, spread_ = figures_S5.nanmean(0).tolist()
         return Report(
             step=step,

@@ -74,18 +74,25 @@ class Distances:
 def fit_match_probability(table: PairTable, *, seed: int) -> MatchProbability | IsotonicProbability:
     """The kind of less log-loss on identities left out of the fit (K-fold), fitted to all pairs.
 
+    It is logistic where the folds cannot tell: too few identities, classes apart, or a fold whose rest has no margin.
     Raises InvalidDataset when matching pairs are no nearer than non-matching ones.
     """
     matching, impostor = Distances.of(table.matching), Distances.of(table.impostor)
     logistic = fit_logistic(matching, impostor)
     if matching.highest < impostor.lowest or (table.sizes > 1).sum() < LEAST_IDENTITIES:
         return logistic
-    losses = held_out_losses(table, seed=seed)
+    try:
+        losses = held_out_losses(table, seed=seed)
+    except InvalidDataset:  # of the identities left by one fold, not of all: the choice would be chance here too
+        return logistic
     return fit_isotonic(matching, impostor) if losses["isotonic"] < losses["logistic"] else logistic
 
 
 def held_out_losses(table: PairTable, *, seed: int) -> dict[str, float]:
-    """Mean log-loss of each kind, in nats at equal priors, on the pairs of K folds of identities not fitted to."""
+    """Mean log-loss of each kind, in nats at equal priors, on the pairs of K folds of identities not fitted to.
+
+    Raises InvalidDataset when without some fold matching pairs are no nearer than non-matching ones.
+    """
     count_2KKC = _fold_counts(table, _folds(table, seed))
     totals = {"logistic": 0.0, "isotonic": 0.0}
     for fold in range(FOLDS):

@@ -160,6 +160,7 @@ class Trainer:
                 self._display.step()
                 metrics = None
                 if self._evaluate is not None and _is_due(result.steps, training.evaluate_every):
+                    meter.checked(result.steps)  # what has diverged cannot be evaluated
                     with meter.paused():
                         metrics = self._measure(self._evaluate)
                 is_last = result.steps == training.steps or self._is_over()

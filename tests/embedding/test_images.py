@@ -158,6 +158,8 @@ def test_stretching_uses_the_whole_image(picture: Image.Image) -> None:
 def test_mean_must_fit_the_channels() -> None:
     with pytest.raises(ValueError, match="mean takes 1 or 3 values"):
         Preprocessing(image_size=20, channels=3, mean=(0.5, 0.5))
+    with pytest.raises(ValueError, match="std takes 1 value; got 3"):
+        Preprocessing(image_size=20, channels=1, std=(0.5, 0.5, 0.5))
 
 
 def drawing(size: int, *boxes: tuple[int, int, int, int]) -> Image.Image:

@@ -124,6 +124,19 @@ def test_the_kind_that_predicts_better_is_chosen() -> None:
     assert isinstance(fit_match_probability(table_of(normal), seed=0), MatchProbability)
 
 
+def test_a_fold_whose_rest_has_no_margin_refuses_no_table_that_has_one() -> None:
+    label = np.repeat(np.arange(LEAST_IDENTITIES), 2)
+    first, second = np.triu_indices(len(label), k=1)
+    is_match = label[first] == label[second]
+    # One identity's images coincide; of the others, matching pairs lie a little farther apart than the rest.
+    dist = np.where(is_match, np.float32(1.1), np.float32(1.0))
+    dist[is_match & (label[first] == 0)] = 0
+    table = PairTable(np.full(LEAST_IDENTITIES, 2), dist.astype(np.float32))
+    with pytest.raises(InvalidDataset, match="no nearer"):
+        held_out_losses(table, seed=0)
+    assert isinstance(fit_match_probability(table, seed=0), MatchProbability)
+
+
 def test_few_identities_and_classes_apart_are_logistic() -> None:
     few = table_of(plateau, identities=LEAST_IDENTITIES - 1, images=12)
     assert isinstance(fit_match_probability(few, seed=0), MatchProbability)

@@ -296,6 +296,21 @@ def test_a_diverged_run_stops_in_words_and_keeps_the_last_good_checkpoint(images
     assert all(tensor.isfinite().all() for tensor in weights(resumed).values())
 
 
+def test_a_run_that_diverged_is_not_evaluated(images: ImageSet) -> None:
+    evaluated: list[bool] = []
+
+    def poison(network: EmbeddingNetwork) -> dict[str, float]:
+        evaluated.append(bool(network.projection.weight.isfinite().all()))
+        with torch.no_grad():
+            network.projection.weight.fill_(torch.nan)
+        return {}
+
+    run = trainer(recipe(training={"evaluate_every": 2, "log_every": STEPS}), images, evaluate=poison)
+    with pytest.raises(TrainingDiverged, match="the loss became nan at step 3; try"):
+        run.fit()
+    assert evaluated == [True]
+
+
 def test_an_image_that_vanishes_ends_the_run_with_its_error(images: ImageSet) -> None:
     class Vanishing(ImageSet):
         def pixels(self, indices: Indices, preprocessing: Preprocessing) -> Pixels:
