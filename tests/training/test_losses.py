@@ -131,6 +131,14 @@ def test_a_loss_scaled_has_its_gradient_scaled(loss: MetricLoss) -> None:
     torch.testing.assert_close(thrice_BD, 3 * gradient(loss, emb_BD, labels_B))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_changes_nothing(name: str) -> None:
+    emb_BD, labels_B = unit_rows(12, width=16, dtype=torch.float32), torch.arange(12) // 3
+    alone = LOSSES[name](emb_BD, labels_B).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(LOSSES[name](emb_BD, labels_B).loss, alone)
+
+
 RISING = {"triplet hard", *(name for name in LOSSES if "semi-hard" in name)}
 """Losses that choose pairs by where the matches lie: a match that moves closer can change the choice."""
 

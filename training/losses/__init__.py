@@ -2,7 +2,7 @@
 
 Distances are Euclidean between unit vectors, hence in [0, 2]; margins share that unit. A batch without a single valid
 pair, triplet or anchor has a loss of 0 with a zero gradient. Embeddings of any floating dtype are accepted and the
-loss is computed in float32, or in float64 for float64 embeddings; call it outside autocast.
+loss is computed in float32, or in float64 for float64 embeddings, within autocast too.
 
 Losses stand by family in `pairs`, `softmax`, `similarity`, `triplets`, `proxies` and
 `combined`. To add one: a pure function, a module, a section in `config`, its case in `build`.
@@ -171,7 +171,11 @@ class MetricLoss(nn.Module, ABC):
             )
         if labels_B.is_floating_point():
             raise ValueError(f"identities must be integers, which compare exactly; got {labels_B.dtype}")
-        return self.measure(emb_BD.to(torch.promote_types(emb_BD.dtype, torch.float32)), labels_B)
+        emb_BD = emb_BD.to(torch.promote_types(emb_BD.dtype, torch.float32))
+        if not torch.is_autocast_enabled(emb_BD.device.type):
+            return self.measure(emb_BD, labels_B)
+        with torch.autocast(emb_BD.device.type, enabled=False):
+            return self.measure(emb_BD, labels_B)
 
     @abstractmethod
     def measure(self, emb_BD: Tensor, labels_B: Tensor) -> LossOutput:
