@@ -18,6 +18,7 @@ from service.doctor.finding import Finding
 from service.doctor.galleries import holder
 from service.settings import Settings
 from service.stock import Choice, Stock
+from service.transport import joined
 
 _SECONDS = 5.0
 
@@ -71,7 +72,7 @@ def asked(settings: Settings, *, target: str | None = None, services: tuple[str,
 
 
 def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...]) -> Iterator[Finding]:
-    with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
+    with grpc.insecure_channel(joined(host, port)) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs lack the methods
         for service in ("", *services):
             name = service or "server"
