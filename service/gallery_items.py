@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -67,18 +68,15 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                 fields = parse.item_mask(request.read_mask, listing=True)
             wrong.check()
             serving, most = self._serving.current, pages.most_bytes()
-            deadline = Deadline(context.time_remaining())
 
-            def read() -> bytes:
+            def read(deadline: Deadline) -> bytes:
                 gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
                 return encoded.item_page(
                     gallery, size, request.page_token, allowed, fields, most_bytes=most, deadline=deadline
                 )
 
-            try:
-                return await serving.run(read)
-            finally:
-                deadline.cancel()  # a filter may take long to find nothing, and a caller that has gone waits for none
+            with _while_asked(context) as deadline:  # a filter may take long to find nothing
+                return await serving.run(read, deadline)
 
     async def BatchUpdateItems(
         self, request: pb.BatchUpdateItemsRequest, context: Context
@@ -181,12 +179,11 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             with wrong:
                 allowed = parse.purge_filter(request.filter)
             wrong.check()
-            deadline = Deadline(context.time_remaining())
-            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force, deadline=deadline)
+            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force)
             serving = self._serving.current
 
-            def answer(token: Token | None) -> pb.PurgeItemsResponse:
-                asked = replace(purge, token=token, form=_purged)
+            def answer(token: Token | None, deadline: Deadline) -> pb.PurgeItemsResponse:
+                asked = replace(purge, deadline=deadline, token=token, form=_purged)
                 purged = asked.write(serving.engine)
                 if asked.answered:
                     return pb.PurgeItemsResponse.FromString(asked.answered[0])
@@ -195,12 +192,14 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                     purge_sample=[wire.item_name(purged.gallery, name) for name in purged.sample],
                 )
 
-            try:
+            with _while_asked(context) as deadline:
                 return await self._once.written(
-                    request, pb.PurgeItemsResponse, serving, purge.gallery, lambda token: serving.run(answer, token)
+                    request,
+                    pb.PurgeItemsResponse,
+                    serving,
+                    purge.gallery,
+                    lambda token: serving.run(answer, token, deadline),
                 )
-            finally:
-                deadline.cancel()  # a caller that has gone wants nothing deleted
 
     async def BatchDeleteItems(
         self, request: pb.BatchDeleteItemsRequest, context: Context
@@ -303,3 +302,13 @@ def _batch_response(outcomes: Sequence[writes.Stored], gallery_id: str) -> pb.Ba
             for outcome in outcomes
         ]
     )
+
+
+@contextmanager
+def _while_asked(context: Context) -> Iterator[Deadline]:
+    """A deadline that ends with the call: a caller that has gone waits for no list, and wants nothing deleted."""
+    deadline = Deadline(context.time_remaining())
+    try:
+        yield deadline
+    finally:
+        deadline.cancel()
