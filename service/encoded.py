@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from embedding.decision import VERDICTS, Decisions, Judge
 from embedding.errors import LookalikeError, ResponseTooLarge
 from index import Deadline, Entry, Filter, Found, GalleryEngine, Neighbors
-from index.items import page_token_after
+from index.items import name_of_page_token, page_token_after
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 from service import errors, wire
 from service.parse import NEIGHBOR_FIELDS
@@ -137,27 +137,36 @@ def item_page(
     allowed: Filter | None,
     fields: frozenset[str],
     *,
+    kind: str,
     most_bytes: int,
     deadline: Deadline | None = None,
 ) -> bytes:
-    """A ListItemsResponse of `size` items, or of as many as `most_bytes` hold, at least one. Raises InvalidInput."""
+    """A ListItemsResponse of `size` items, or of as many as `most_bytes` hold, at least one.
+
+    Raises InvalidInput where the token is not one of a list of this `kind`.
+    """
     message = gallery_pb2.ListItemsResponse
     pieces: list[bytes] = []
-    taken, following = 0, page_token
-    while True:
+    taken, last = 0, name_of_page_token(page_token, kind)
+    is_left = True
+    while is_left and len(pieces) < size:
         at_once = min(size - len(pieces), _LISTED_AT_ONCE)
-        items, following = gallery.list(page_size=at_once, page_token=following, allowed=allowed, deadline=deadline)
+        token = page_token_after(last) if last else ""
+        items, following = gallery.list(page_size=at_once, page_token=token, allowed=allowed, deadline=deadline)
+        is_left = bool(following)
         for item in items:
             said = wire.item_fields(item, gallery.id, fields).SerializeToString()
             piece = field(message.ITEMS_FIELD_NUMBER, said)
             taken += len(piece)
             if pieces and taken > most_bytes:
-                return b"".join([*pieces, field(message.NEXT_PAGE_TOKEN_FIELD_NUMBER, page_token.encode())])
+                return b"".join([*pieces, _next_page(last, kind)])
             pieces.append(piece)
-            page_token = page_token_after(item.name)
-        if not following or len(pieces) == size:
-            end = message(next_page_token=following).SerializeToString()
-            return b"".join([*pieces, end])
+            last = item.name
+    return b"".join([*pieces, _next_page(last, kind)] if is_left else pieces)
+
+
+def _next_page(last: str, kind: str) -> bytes:
+    return field(gallery_pb2.ListItemsResponse.NEXT_PAGE_TOKEN_FIELD_NUMBER, page_token_after(last, kind).encode())
 
 
 class _Answers:

@@ -71,8 +71,9 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
 
             def read(deadline: Deadline) -> bytes:
                 gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
+                kind = pages.within("items", f"galleries/{gallery.id}", request.filter)
                 return encoded.item_page(
-                    gallery, size, request.page_token, allowed, fields, most_bytes=most, deadline=deadline
+                    gallery, size, request.page_token, allowed, fields, kind=kind, most_bytes=most, deadline=deadline
                 )
 
             with _while_asked(context) as deadline:  # a filter may take long to find nothing

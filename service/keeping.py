@@ -122,11 +122,12 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
         async with translated_errors(context):
             serving = self._serving.current
             gallery_id = serving.engine.aliases.resolve(parse.gallery_name(request.parent, "parent"))
-            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, "snapshots")
+            kind = pages.within("snapshots", f"galleries/{gallery_id}")
+            size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, kind)
             copies = await serving.run(serving.engine.shelf.list, gallery_id)
             found = [copy for copy in copies if copy.id > after]
             shown, following = pages.page(
-                "snapshots", found, size, wire.snapshot, lambda copy: copy.id, most=pages.most_bytes()
+                kind, found, size, wire.snapshot, lambda copy: copy.id, most=pages.most_bytes()
             )
             return pb.ListSnapshotsResponse(snapshots=shown, next_page_token=following)
 
@@ -197,14 +198,15 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
             if spelling not in wanted:
                 raise InvalidInput("filter is `done = true`, `done = false` or empty", field="filter")
             done, size = wanted[spelling], parse.page_size(request.page_size)
-            after, caller = _created_after(request.page_token), principal()
+            kind = pages.within("operations", "this server", spelling)
+            after, caller = _created_after(request.page_token, kind), principal()
             found = [
                 each
                 for each in self._operations.all()
                 if each.created > after and done in {None, each.done} and caller.allows(each.target)
             ]
             shown, following = pages.page(
-                "operations", found, size, _told, lambda each: str(as_us(each.created)), most=pages.most_bytes()
+                kind, found, size, _told, lambda each: str(as_us(each.created)), most=pages.most_bytes()
             )
             return operations_pb2.ListOperationsResponse(operations=shown, next_page_token=following)
 
@@ -238,9 +240,9 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):  # type: ignore
         return self._operations.get(parse.operation_name(name, "name"))
 
 
-def _created_after(page_token: str) -> datetime:
+def _created_after(page_token: str, kind: str) -> datetime:
     """When the last operation of the page before was created, which may be forgotten by now."""
-    name = name_of_page_token(page_token, "operations")
+    name = name_of_page_token(page_token, kind)
     if not name:
         return datetime.min.replace(tzinfo=UTC)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -20,6 +21,12 @@ PAGE_BYTES = 4 * 2**20 - 64 * 1024
 def most_bytes() -> int:
     """Of the page that the current call answers with; asked on the event loop."""
     return min(PAGE_BYTES, limits().message_bytes * 15 // 16)  # the token of the next page needs room too
+
+
+def within(plural: str, parent: str, condition: str = "") -> str:
+    """The kind of a list whose tokens hold for one parent and one filter alone, as https://google.aip.dev/158 asks."""
+    asked = f", filter {hashlib.sha256(condition.encode()).hexdigest()[:12]}" if condition else ""
+    return f"{plural} of {parent}{asked}"
 
 
 def page(

@@ -31,7 +31,7 @@ def lists(stubs: Stubs, gallery: str) -> dict[str, Ask]:
         stubs.feedback.RecordFeedback(feedback_pb2.RecordFeedbackRequest(feedback=[case]))
 
     def ask(call: Any, request: type, **always: Any) -> Ask:
-        return lambda **options: call(request(**always, **options))
+        return lambda **options: call(request(**{**always, **options}))
 
     return {
         "items": ask(stubs.galleries.ListItems, gallery_pb2.ListItemsRequest, parent=name),
@@ -55,6 +55,31 @@ def test_a_list_takes_its_own_tokens_alone(lists: dict[str, Ask]) -> None:
                 status = rich(refused(lambda request, ask=ask: ask(**request), {"page_token": token}))  # type: ignore[misc, arg-type]
                 assert fields(status) == ["page_token"]
                 assert kind in status.message
+
+
+def test_a_token_holds_for_one_parent_and_one_filter_alone(stubs: Stubs, lists: dict[str, Ask], gallery: str) -> None:
+    stubs.fill(f"{gallery}-3", {"a": encoded(1), "b": encoded(2)})
+    begun = stubs.upkeep.CreateSnapshot(
+        upkeep_pb2.CreateSnapshotRequest(parent=f"galleries/{gallery}-3", snapshot_id="a")
+    )
+    finished(stubs, begun.operation)
+    elsewhere = {"parent": f"galleries/{gallery}-3"}
+    for kind, other in {
+        "items": elsewhere,
+        "snapshots": elsewhere,
+        "operations": {"filter": "done = true"},
+    }.items():
+        token = lists[kind](page_size=1).next_page_token
+        asked = {"page_token": token, **other}
+        status = rich(refused(lambda request, ask=lists[kind]: ask(**request), asked))  # type: ignore[misc, arg-type]
+        assert fields(status) == ["page_token"]
+    filtered = lists["items"](page_size=1, filter="name >= 'a'")
+    again = {"page_token": filtered.next_page_token}
+    assert [item.name[-2:] for item in lists["items"](filter="name >= 'a'", **again).items] == ["/b"]
+    status = rich(refused(lambda request: lists["items"](**request), again))  # type: ignore[arg-type]
+    assert fields(status) == ["page_token"]
+    by_alias = lists["items"](parent=f"galleries/{gallery}-a", page_token=lists["items"](page_size=1).next_page_token)
+    assert len(by_alias.items) == 1, "an alias is another name of the same list"
 
 
 def test_pages_end_by_bytes(lists: dict[str, Ask], monkeypatch: pytest.MonkeyPatch) -> None:
