@@ -248,7 +248,8 @@ class TrainingConfig(Section):
     checkpoint_every: Steps = 500
     """Steps between two checkpoints that `--resume` continues from; 0 for none."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the network's arithmetic; losses and distances are always float32. "auto" picks for the device."""
+    """Of the network's arithmetic; losses and distances are always float32. "auto" is bf16 or fp16 on a GPU and fp32
+    elsewhere; "bf16" is that wherever the device has instructions for it, and "auto" where it has none."""
     channels_last: bool = True
     """Memory layout of images and feature maps, faster on most devices."""
     whitening: Annotated[float, Field(ge=0, le=100)] | None = None

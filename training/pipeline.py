@@ -106,6 +106,9 @@ def train(
             evaluate=lambda current: _watch(current, watched, recipe, device),
             ranks=ranks,
         )
+        if (precision := trainer.step.precision) != recipe.training.precision != "auto":
+            lacks = f"this {trainer.device.type} has no {recipe.training.precision} instructions"
+            console.print(f"training in {precision}: {lacks}", highlight=False, soft_wrap=True)
         initial = (
             {}
             if recipe.network.weights == "random" or not ranks.is_first
@@ -163,7 +166,7 @@ def train(
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
         metrics={**measurement.metrics(), **learned_metrics(result.learned)},
-        environment=_environment(trainer.device, result),
+        environment=_environment(trainer, result),
     )
     card = model_card(
         name=recipe.name,
@@ -328,12 +331,14 @@ def _modes(recipe: Recipe, result: TrainingResult) -> dict[str, str]:
     return facts
 
 
-def _environment(device: torch.device, result: TrainingResult) -> dict[str, str]:
+def _environment(trainer: Trainer, result: TrainingResult) -> dict[str, str]:
+    device = trainer.device
     return {
         "lookalike": version("lookalike"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}, {usable_cores()} cores",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": trainer.step.precision,
         "training": result.summary(),
     }

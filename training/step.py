@@ -26,7 +26,7 @@ from training.checkpoint import load_optimizer_tensors, optimizer_tensors, with_
 from training.config import Recipe
 from training.distributed import Ranks
 from training.losses import LossOutput, MetricLoss
-from training.precision import autocast_dtype
+from training.precision import autocast_dtype, used
 from training.schedule import build_optimizer, set_learning_rate
 
 STATISTICS_BATCHES = 20
@@ -35,6 +35,8 @@ STATISTICS_BATCHES = 20
 
 class TrainingStep:
     """Trains `network` in place, a step a call; keeps the optimizer and, where the recipe wants one, the average.
+
+    `precision` is what it computes in.
 
     Raises InvalidRecipe when the device lacks the precision, or when the network cannot be compiled.
     """
@@ -55,7 +57,8 @@ class TrainingStep:
         self._memory_format = torch.channels_last if recipe.training.channels_last else torch.contiguous_format
         network.to(memory_format=self._memory_format)
         self.optimizer = build_optimizer(network, self.loss, recipe.optimizer)
-        self._dtype = autocast_dtype(recipe.training.precision, device)
+        self.precision = used(recipe.training.precision, device)
+        self._dtype = autocast_dtype(self.precision)
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
         decay = recipe.training.ema_decay
         self._average = None if decay is None else averaged(network, decay)

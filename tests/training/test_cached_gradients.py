@@ -107,6 +107,7 @@ def test_no_more_than_a_micro_batch_is_kept_for_a_backward_pass(
     ],
     ids=["bf16, averaged", "classifier", "compiled"],
 )
+@pytest.mark.usefixtures("bf16")
 def test_it_goes_with_the_rest(images: ImageSet, sections: dict[str, dict[str, Any]]) -> None:
     training = {"micro_batch": 5, "steps": 40, "log_every": 10, **sections.get("training", {})}
     history = trainer(recipe(**{**sections, "training": training}), images).fit().history

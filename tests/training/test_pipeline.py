@@ -274,6 +274,22 @@ def test_the_same_recipe_gives_the_same_model(trained: Bundle, data: Path, tmp_p
     assert again.calibration == trained.calibration
 
 
+@pytest.mark.parametrize(
+    ("asked", "has_bf16", "used"), [("bf16", True, "bf16"), ("bf16", False, "fp32"), ("auto", False, "fp32")]
+)
+def test_a_precision_that_the_processor_lacks_is_told(
+    asked: str, has_bf16: bool, used: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.precision.has_bf16", lambda device: has_bf16)
+    told = io.StringIO()
+    recipe = parse_recipe(RECIPE.replace("steps = 40", f'steps = 10, precision = "{asked}"'))
+    bundle = train(recipe, out=tmp_path / "out", data_root=data, console=Console(file=told))
+    assert bundle is not None
+    assert bundle.lineage.environment["precision"] == used
+    is_told = "training in fp32: this cpu has no bf16 instructions" in told.getvalue()
+    assert is_told == (asked == "bf16" and used == "fp32")
+
+
 def test_an_existing_bundle_is_refused_before_any_work(trained: Bundle) -> None:
     with pytest.raises(AlreadyExists):
         train(parse_recipe(RECIPE), out=trained.path, data_root=Path("/nowhere"), console=Console(quiet=True))

@@ -79,6 +79,7 @@ GIVEN = {"weights": "given.pt"}
     ids=["plain", "averaged, frozen, clipped", "bf16", "learned boundaries, drawn negatives", "memory", "classifier"],
 )
 @pytest.mark.parametrize("killed", [5, 8])
+@pytest.mark.usefixtures("bf16")
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     images: ImageSet, tmp_path: Path, sections: dict[str, dict[str, Any]], killed: int
 ) -> None:
@@ -149,6 +150,7 @@ def test_training_leaves_the_callers_random_numbers_alone(images: ImageSet) -> N
     ids=lambda loss: "-".join(str(value) for value in loss.values()),
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.usefixtures("bf16")
 def test_every_loss_pulls_matches_together(images: ImageSet, loss: dict[str, Any], precision: str) -> None:
     run = trainer(recipe(loss=loss, training={"steps": 40, "log_every": 10, "precision": precision}), images)
     history = run.fit().history
