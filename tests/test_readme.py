@@ -17,8 +17,3 @@ def test_its_quick_start_is_in_the_makefile() -> None:
     assert targets == ["demo", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
-
-
-def test_its_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
