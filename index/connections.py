@@ -15,6 +15,10 @@ from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
 BUSY_SECONDS = 10.0
 """How long to wait for another process that holds the file."""
 
+LOG_KEPT_BYTES = 64 * 2**20
+"""What the write-ahead log keeps of the disk once it has been folded into the file: it grows beyond while a reader holds
+an old state, and SQLite would keep the longest that it ever was."""
+
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _COPY = "restore it from a copy"
@@ -104,6 +108,8 @@ def connect(
     with translated(path, advice=advice):
         connection = sqlite3.connect(uri, uri=True, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA synchronous = FULL")
+        if not read_only:
+            connection.execute(f"PRAGMA journal_size_limit = {LOG_KEPT_BYTES}")
     return connection
 
 

@@ -6,13 +6,14 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from embedding.decision import Judge, Vectors, distance
-from index import Catalog, Gallery, ModelRef
+from index import Catalog, Gallery, Item, ModelRef
 from index.connections import connect
 
 PRELUDE = """
@@ -70,6 +71,28 @@ def test_commits_are_synced(catalog: Catalog, gallery: Gallery) -> None:
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
+
+
+def test_the_log_gives_back_what_it_grew_to_beside_a_reader(
+    tmp_path: Path, model: ModelRef, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take the disk, and raise LookalikeWalLarge, until the server is restarted."""
+    monkeypatch.setattr("index.connections.LOG_KEPT_BYTES", 2**20)
+    folded = 8 * 2**20
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", model)
+
+        def write(until: Callable[[int], bool]) -> int:
+            for _ in range(200):
+                gallery.upsert([Item(name=f"{i}", embedding=pool[i % 48]) for i in range(2000)])
+                if until(gallery.stats().wal_bytes):
+                    break
+            return gallery.stats().wal_bytes
+
+        with Catalog(tmp_path, read_only=True) as reading:
+            reading.get("g")
+            assert write(lambda size: size > folded) > folded
+        assert write(lambda size: size < folded) < folded
 
 
 @pytest.fixture
