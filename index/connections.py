@@ -16,8 +16,8 @@ BUSY_SECONDS = 10.0
 """How long to wait for another process that holds the file."""
 
 LOG_KEPT_BYTES = 64 * 2**20
-"""What the write-ahead log keeps of the disk once it has been folded into the file: it grows beyond while a reader holds
-an old state, and SQLite would keep the longest that it ever was."""
+"""What the write-ahead log keeps of the disk once it is folded into the file: it grows beyond while a reader holds an
+old state, and SQLite would keep the longest that it ever was."""
 
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}

@@ -116,6 +116,7 @@ _FIELDS: dict[str, Field] = {
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _UNREACHABLE = re.compile(r'["\\\x00-\x1f]')
+_INT64 = range(-(2**63), 2**63)
 _ORDERS = {Operator.LESS, Operator.AT_MOST, Operator.MORE, Operator.AT_LEAST}
 
 
@@ -261,7 +262,9 @@ def _bare(literal: Token, at: int) -> Value:
 def _number(literal: Token, at: int) -> int | float | None:
     if not _NUMBER.fullmatch(literal):
         return None
-    value: int | float = int(literal) if re.fullmatch(r"[+-]?\d{1,18}", literal) else float(literal)
+    if re.fullmatch(r"[+-]?\d{1,19}", literal) and (whole := int(literal)) in _INT64:
+        return whole
+    value = float(literal)
     if not math.isfinite(value):
         raise _Wrong(at, "this number is too large for float64")
     return value

@@ -82,6 +82,10 @@ def accepts(filter_text: str, each: Item) -> bool:
         ("metadata.a = red", {"a": "red"}, True),
         ("metadata.a = -1.5e1", {"a": -15}, True),
         ("metadata.a = 9007199254740993", {"a": 9007199254740992}, False),
+        ("metadata.a = 9223372036854775807", {"a": 2**63 - 1}, True),
+        ("metadata.a = 9223372036854775806", {"a": 2**63 - 1}, False),
+        ("metadata.a = -9223372036854775808", {"a": -(2**63)}, True),
+        ("metadata.a = 9223372036854775808", {"a": 2**63}, True),
         # another type is unequal, a missing or null field is neither
         ("metadata.a != 5", {"a": "5"}, True),
         ("metadata.a != 5", {"a": [5]}, True),
