@@ -45,9 +45,9 @@ OF_OTHERS = frozenset(
 )
 """Variables that clients, training, tests and benchmarks read: known, and no settings of a server."""
 
-# Kubernetes sets these for a Service named `lookalike`, LOOKALIKE_PORT=tcp://… among them.
-_SERVICE_LINK = re.compile(r"LOOKALIKE_(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
-_SERVICE_LINK_PORT = re.compile(r"LOOKALIKE_PORT=(tcp|udp)://.*")
+# Kubernetes sets these for Services named `lookalike` or `lookalike-…`, LOOKALIKE_PORT=tcp://… among them.
+_SERVICE_LINK = re.compile(r"LOOKALIKE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
+_SERVICE_LINK_PORT = re.compile(r"LOOKALIKE_(\w+_)?PORT=(tcp|udp)://.*")
 
 _MASK = "**********"
 

@@ -164,8 +164,13 @@ def test_kubernetes_service_links_are_no_settings() -> None:
         "LOOKALIKE_PORT_50051_TCP_ADDR": "10.0.0.1",
         "LOOKALIKE_SERVICE_HOST": "10.0.0.1",
         "LOOKALIKE_SERVICE_PORT_GRPC": "50051",
+        # Of a further Service, `lookalike-metrics`; one of these is a setting's variable.
+        "LOOKALIKE_METRICS_PORT": "tcp://10.0.0.2:9464",
+        "LOOKALIKE_METRICS_PORT_9464_TCP_PROTO": "tcp",
+        "LOOKALIKE_METRICS_SERVICE_HOST": "10.0.0.2",
     }
-    assert Origins.read(environment=links).settings.port == 50051
+    settings = Origins.read(environment=links).settings
+    assert (settings.port, settings.metrics_port) == (50051, None)
 
 
 def test_variables_of_clients_and_training_are_known() -> None:
