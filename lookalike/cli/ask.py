@@ -26,7 +26,7 @@ def verify(
     threshold: options.Threshold = None,
     point: options.Point = None,
     uncertain_within: options.UncertainWithin = 0.0,
-    device: options.Device = "auto",
+    device: options.DeviceHere = "auto",
     json: options.Json = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 unless the images match.")] = False,
 ) -> None:
@@ -59,7 +59,7 @@ def search(
     threshold: options.Threshold = None,
     point: options.Point = None,
     uncertain_within: options.UncertainWithin = 0.0,
-    device: options.Device = "auto",
+    device: options.DeviceHere = "auto",
     json: options.Json = False,
 ) -> None:
     """Find the items of a gallery that are nearest to an image, each with its decision."""

@@ -24,6 +24,8 @@ BATCH_IMAGES = 256
 """Most images that are read, embedded and searched at once; their neighbours make one row group."""
 BATCH_ROWS = 100_000
 """Most rows of a row group, so that memory does not grow with k."""
+MOST_MATCHES, SHARD_QUERIES = 1000, 10_000
+"""What --limit and --shard-queries are unless given."""
 
 
 def batch_search(
@@ -35,7 +37,9 @@ def batch_search(
             "Parquet column, of embeddings.",
         ),
     ] = None,
-    gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.")] = "",
+    gallery: Annotated[
+        str | None, typer.Option("--gallery", help="The gallery to search.", parser=options.gallery_id)
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="One Parquet file: one row a query and neighbour.")
     ] = None,
@@ -45,7 +49,12 @@ def batch_search(
     ] = None,
     from_gallery: Annotated[
         str | None,
-        typer.Option("--from-gallery", metavar="GALLERY", help="With --shards: search with the items of this gallery."),
+        typer.Option(
+            "--from-gallery",
+            metavar="GALLERY",
+            help="With --shards: search with the items of this gallery.",
+            parser=options.gallery_id,
+        ),
     ] = None,
     embeddings: Annotated[
         str, typer.Option("--embeddings", metavar="COLUMN", help="With --shards: the Parquet column of embeddings.")
@@ -55,8 +64,11 @@ def batch_search(
         bool, typer.Option("--within", help="With --shards: find all items within the threshold instead of k.")
     ] = False,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, max=100_000, help="With --within: the most matches of one query.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            "--limit", min=1, max=100_000, help="With --within: the most matches of one query. [default: 1000]"
+        ),
+    ] = None,
     filter: options.Filter = "",
     effort: options.EffortWanted = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --out: replace the file.")] = False,
@@ -64,8 +76,14 @@ def batch_search(
         bool, typer.Option("--restart", help="With --shards: delete the shards that are there and begin anew.")
     ] = False,
     shard_queries: Annotated[
-        int, typer.Option("--shard-queries", min=1, max=1_000_000, help="With --shards: the most queries of a shard.")
-    ] = 10_000,
+        int | None,
+        typer.Option(
+            "--shard-queries",
+            min=1,
+            max=1_000_000,
+            help="With --shards: the most queries of a shard. [default: 10000]",
+        ),
+    ] = None,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -73,7 +91,7 @@ def batch_search(
     threshold: options.Threshold = None,
     point: options.Point = None,
     uncertain_within: options.UncertainWithin = 0.0,
-    device: options.Device = "auto",
+    device: options.DeviceHere = "auto",
 ) -> None:
     """Find the neighbours of every image of a folder and write them as tables; bad images are listed, and the others
     searched. With --shards it takes any number of queries, and goes on where it was stopped; see docs/batch.md.
@@ -86,12 +104,15 @@ def batch_search(
         raise typer.BadParameter("Give the queries: a path, or a gallery with --from-gallery.")
     wanted = options.operating_point(target_far, threshold, point, uncertain_within)
     if shards is None:
-        if within or from_gallery or embeddings or restart:
+        if within or from_gallery or embeddings or restart or shard_queries:
             raise typer.BadParameter(
-                "--within, --from-gallery, --embeddings and --restart go with --shards DIR, not with --out."
+                "--within, --from-gallery, --embeddings, --restart and --shard-queries go with --shards DIR, not with "
+                "--out."
             )
     elif overwrite:
         raise typer.BadParameter("--overwrite goes with --out; --restart begins a folder of shards anew.")
+    if limit and not within:
+        raise typer.BadParameter("--limit goes with --within; -k says how many of the nearest to find.")
     with open_backend(target, bundle, data, device=device) as backend:
         ask = Asked(gallery, k, wanted, filter, options.effort(effort))
         if out is not None and queries is not None:
@@ -104,12 +125,12 @@ def batch_search(
                 from_gallery=from_gallery,
                 embeddings=embeddings,
                 gallery=gallery,
-                k=limit if within else k,
+                k=(limit or MOST_MATCHES) if within else k,
                 within=within,
                 point=wanted,
                 filter=filter,
                 effort=options.effort(effort),
-                shard_queries=shard_queries,
+                shard_queries=shard_queries or SHARD_QUERIES,
             )
             run(backend, job, shards, restart=restart)
 

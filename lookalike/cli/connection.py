@@ -55,7 +55,7 @@ def choose(
             "--api-key-file",
             metavar="FILE",
             envvar="LOOKALIKE_API_KEY_FILE",
-            help="The file that holds the API key. [env: or the key itself in LOOKALIKE_API_KEY]",
+            help="The file that holds the API key; without it LOOKALIKE_API_KEY is the key itself.",
         ),
     ] = None,
     allow_insecure_key: Annotated[

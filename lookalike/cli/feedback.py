@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,7 +37,9 @@ def export(
     """Write all recorded feedback of a server, or of a folder of galleries, to a file."""
     from embedding.feedback import write_lines
 
-    if (target is None) == (data is None):
+    if data is None:
+        target = target or os.environ.get("LOOKALIKE_TARGET")
+    if (not target) == (data is None):
         raise InvalidInput("give --target to ask a server, or --data to read its folder of galleries")
     count = write_lines(out, _of_server(target) if target else _of_folder(data or Path()))
     print(f"wrote {count} cases to {out}")

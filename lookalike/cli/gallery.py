@@ -59,7 +59,7 @@ def add(
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
-    device: options.Device = "auto",
+    device: options.DeviceHere = "auto",
     thumbnails: options.Thumbnails = 0,
 ) -> None:
     """Store every image of a folder or of a CSV or Parquet manifest; bad images are listed and skipped.
@@ -116,6 +116,8 @@ def list_(
     json: options.Json = False,
 ) -> None:
     """List the galleries, or the items of one; as JSON, one line each."""
+    if filter and gallery is None:
+        raise typer.BadParameter("--filter chooses items: give the gallery whose items to list.")
     out = show.console()
     with open_backend(target, bundle, data) as backend:
         if gallery is None:

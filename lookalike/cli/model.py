@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -34,10 +35,12 @@ def show_(
     json: options.Json = False,
 ) -> None:
     """Describe a model: what it is, its learned margin, and the error rates of its named operating points."""
-    if (bundle is None) == (target is None):
+    if bundle is None:
+        target = target or os.environ.get("LOOKALIKE_TARGET")
+    if (bundle is None) == (not target):
         raise typer.BadParameter("Give a bundle, or --target HOST:PORT.")
     learned: Mapping[str, float] = {}
-    if target is not None:
+    if target:
         with connect(target) as client:
             described = client.get_model()
     else:

@@ -22,6 +22,7 @@ Galleries: TypeAlias = Annotated[
     typer.Option("--data", metavar="DIR", envvar="LOOKALIKE_GALLERIES", help="With --bundle: the folder of galleries."),
 ]
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+DeviceHere: TypeAlias = Annotated[str, typer.Option("--device", help="With --bundle: auto, cpu, cuda or mps.")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Neighbors: TypeAlias = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Nearest items to return.")]
 

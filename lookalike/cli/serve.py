@@ -42,18 +42,27 @@ def serve(
     ] = None,
     other_bundle: Annotated[
         list[Path] | None,
-        typer.Option("--other-bundle", metavar="DIR", help="A further bundle, for galleries of its model; may repeat."),
+        typer.Option(
+            "--other-bundle",
+            metavar="DIR",
+            help="A further bundle, for galleries of its model; may repeat. [env: LOOKALIKE_OTHER_BUNDLES]",
+        ),
     ] = None,
     thumbnails: Annotated[
         int | None,
         typer.Option(
             "--thumbnails",
-            help="Store small images of this side, in pixels, so that another model can embed them. [default: 0]",
+            help="Store small images of this side, in pixels, so that another model can embed them. "
+            "[env: LOOKALIKE_THUMBNAILS] [default: 0]",
         ),
     ] = None,
     models: Annotated[
         Path | None,
-        typer.Option("--models", metavar="DIR", help="A folder of bundles that can be activated while it runs."),
+        typer.Option(
+            "--models",
+            metavar="DIR",
+            help="A folder of bundles that can be activated while it runs. [env: LOOKALIKE_MODELS]",
+        ),
     ] = None,
     tls_certificate: Annotated[
         Path | None,

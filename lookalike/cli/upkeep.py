@@ -221,7 +221,7 @@ def migrate(
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
-    device: options.Device = "auto",
+    device: options.DeviceHere = "auto",
 ) -> None:
     """Embed a gallery's stored thumbnails with another model into a new gallery; the old one answers until it is whole.
 

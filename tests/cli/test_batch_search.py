@@ -42,6 +42,18 @@ def test_one_row_a_query_and_neighbour(
     assert [path.name for path in out.parent.iterdir()] == ["neighbours.parquet"]
 
 
+def test_galleries_have_their_full_names_and_what_has_no_effect_is_refused(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
+) -> None:
+    out, asked = tmp_path / "out", ["batch-search", pictures, "--gallery", f"galleries/{filled}", *where]
+    assert run(*asked, "--out", out).code == 0
+    of_gallery = ["batch-search", "--from-gallery", f"galleries/{filled}", "--gallery", filled, *where]
+    assert run(*of_gallery, "--shards", tmp_path / "shards").code == 0
+    run(*asked, "--out", out, "--overwrite", "--shard-queries", 7).failed_with("--shard-queries", "--shards")
+    run(*asked, "--shards", tmp_path / "shards", "--limit", 7).failed_with("--limit", "--within")
+    run("gallery", "list", "--filter", "name:*", *where).failed_with("--filter", "gallery")
+
+
 def test_nothing_is_left_of_a_failed_run(
     run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
 ) -> None:

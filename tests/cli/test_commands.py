@@ -91,6 +91,14 @@ class TestModelShow:
         assert (here.pop("loaded"), there.pop("loaded")) == (False, True)
         assert here == there
 
+    def test_the_server_of_the_environment_is_asked_where_no_bundle_is_given(
+        self, run: Run, bundle: Bundle, target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        other = make_bundle(tmp_path / "other", seed=1)
+        monkeypatch.setenv("LOOKALIKE_TARGET", target)
+        assert json.loads(run("model", "show", "--json").out)["id"] == bundle.name
+        assert json.loads(run("model", "show", other.path, "--json").out)["id"] == other.name
+
     def test_for_people(self, run: Run, bundle: Bundle) -> None:
         out = run("model", "show", bundle.path).out
         for words in (bundle.name, bundle.fingerprint, f"{MARGIN:.4f}", "strict", "0.1250", "20 identities"):

@@ -40,7 +40,7 @@ def feedback(decision: Decision) -> list[Feedback]:
 
 
 def test_a_margin_learned_anew_is_activated_without_touching_galleries(
-    run: Run, calibrated: Bundle, tmp_path: Path
+    run: Run, calibrated: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = tmp_path / "models"
     models.mkdir()
@@ -56,6 +56,10 @@ def test_a_margin_learned_anew_is_activated_without_touching_galleries(
         assert run("feedback", "export", "--target", target, "--out", file).out == f"wrote 299 cases to {file}\n"
         assert run("feedback", "export", "--data", tmp_path / "galleries", "--out", tmp_path / "same").code == 0
         assert (tmp_path / "same").read_text() == file.read_text()
+        monkeypatch.setenv("LOOKALIKE_TARGET", target)
+        assert run("feedback", "export", "--out", tmp_path / "by the environment").code == 0
+        assert (tmp_path / "by the environment").read_text() == file.read_text()
+        monkeypatch.delenv("LOOKALIKE_TARGET")
 
         rates = ["--accepted-rate", "1", "--rejected-rate", "0.5"]
         out = run("calibrate", calibrated.path, "--feedback", file, "--out", models / "second", *rates).out
