@@ -96,7 +96,7 @@ def _gallery(gallery: Gallery, models: dict[str, str], *, full: bool) -> Iterato
                 check=check,
                 state="fail",
                 what=f"{problem.path}: {problem.what}",
-                do="stop the server and start it again, which writes segments anew from the store; "
+                do=f"run lookalike gallery verify {gallery.id} --repair, which makes segments again from the store; "
                 "where the store itself is damaged, restore a snapshot",
             )
         if problems:
