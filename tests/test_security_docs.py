@@ -15,6 +15,7 @@ import pytest
 
 from lookalike.__main__ import main
 from service.access.rights import RULES
+from service.settings import Settings
 from tests.processes import serving
 from tests.service.harness import make_bundle
 from tests.transcripts import blocks
@@ -72,4 +73,25 @@ def test_it_names_every_reason_of_a_refusal_and_no_unknown_file() -> None:
         assert f"| {kind.reason} |" in DOCUMENT
     for link in re.findall(r"\]\(([^)#]+)", DOCUMENT):
         assert (Path(__file__).parents[1] / "docs" / link).exists()
-    assert {rule.scope for rule in RULES.values()} == set(re.findall(r"^\| `(\w+)` \|", DOCUMENT, flags=re.MULTILINE))
+    scopes = DOCUMENT.partition("| scope | what |")[2].partition("\n\n")[0]
+    assert {rule.scope for rule in RULES.values()} == set(re.findall(r"^\| `(\w+)` \|", scopes, flags=re.MULTILINE))
+
+
+def test_its_settings_of_tokens_have_these_defaults() -> None:
+    table = DOCUMENT.partition("| setting | default | |")[2].partition("\n\n")[0]
+    told = dict[str, str]()
+    for row in table.splitlines()[2:]:
+        names, defaults = row.split("|")[1:3]
+        values = defaults.split(",") if "," in names else [defaults]
+        told |= zip(re.findall(r"`(\w+)`", names), (value.strip(" `") for value in values), strict=True)
+    fields = {name: field for name, field in Settings.model_fields.items() if name.startswith("jwt_")}
+    assert told.keys() == fields.keys() - {"jwt_keys", "jwt_issuer", "jwt_audience"}
+    for name, shown in told.items():
+        default = fields[name].default
+        assert shown == (
+            ", ".join(default) or "none"
+            if isinstance(default, tuple)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else default
+        ), name
