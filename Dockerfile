@@ -13,7 +13,7 @@ RUN python requirements.py serve onnx < pyproject.toml > requirements.txt
 # ---- Everything that lookalike depends on. ----
 FROM ${PYTHON_IMAGE} AS dependencies
 
-# The wheels here carry no CUDA; docs/deployment.md names an index whose wheels do.
+# The wheels here carry no CUDA; docs/deployment.md says how to have some that do.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 
 ENV PIP_NO_CACHE_DIR=1 \

@@ -46,7 +46,7 @@ def verify(
 def search(
     image: Annotated[str, typer.Argument(help="An image file, or galleries/GALLERY/items/ITEM.")],
     gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.", parser=options.gallery_id)],
-    k: options.Neighbors = 10,
+    k: options.Neighbors = None,
     within: Annotated[
         bool, typer.Option("--within", help="Find all items within the threshold, however many, instead of k.")
     ] = False,
@@ -64,6 +64,7 @@ def search(
 ) -> None:
     """Find the items of a gallery that are nearest to an image, each with its decision."""
     wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    nearest = options.nearest(k, within=within)
     query = image_argument(image)
     with open_backend(target, bundle, data, device=device) as backend, _naming(query=image):
         if within:
@@ -72,7 +73,7 @@ def search(
             )
         else:
             neighbors = backend.search(
-                gallery, query, k=k, operating_point=wanted, filter=filter, effort=options.effort(effort)
+                gallery, query, k=nearest, operating_point=wanted, filter=filter, effort=options.effort(effort)
             )
     if json:
         print(show.as_json(neighbors))

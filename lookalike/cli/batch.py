@@ -59,7 +59,7 @@ def batch_search(
     embeddings: Annotated[
         str, typer.Option("--embeddings", metavar="COLUMN", help="With --shards: the Parquet column of embeddings.")
     ] = "",
-    k: options.Neighbors = 10,
+    k: options.Neighbors = None,
     within: Annotated[
         bool, typer.Option("--within", help="With --shards: find all items within the threshold instead of k.")
     ] = False,
@@ -111,10 +111,11 @@ def batch_search(
             )
     elif overwrite:
         raise typer.BadParameter("--overwrite goes with --out; --restart begins a folder of shards anew.")
+    nearest = options.nearest(k, within=within)
     if limit and not within:
         raise typer.BadParameter("--limit goes with --within; -k says how many of the nearest to find.")
     with open_backend(target, bundle, data, device=device) as backend:
-        ask = Asked(gallery, k, wanted, filter, options.effort(effort))
+        ask = Asked(gallery, nearest, wanted, filter, options.effort(effort))
         if out is not None and queries is not None:
             _into_one_file(backend, ask, queries, out, overwrite=overwrite)
         elif shards is not None:
@@ -125,7 +126,7 @@ def batch_search(
                 from_gallery=from_gallery,
                 embeddings=embeddings,
                 gallery=gallery,
-                k=(limit or MOST_MATCHES) if within else k,
+                k=(limit or MOST_MATCHES) if within else nearest,
                 within=within,
                 point=wanted,
                 filter=filter,

@@ -10,6 +10,8 @@ import typer
 
 from lookalike.types import Effort, IndexSettings, OperatingPoint
 
+DEFAULT_K = 10
+
 Target: TypeAlias = Annotated[
     str | None, typer.Option("--target", metavar="HOST:PORT", help="Ask this server. [env: LOOKALIKE_TARGET]")
 ]
@@ -24,7 +26,9 @@ Galleries: TypeAlias = Annotated[
 Device: TypeAlias = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 DeviceHere: TypeAlias = Annotated[str, typer.Option("--device", help="With --bundle: auto, cpu, cuda or mps.")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Neighbors: TypeAlias = Annotated[int, typer.Option("-k", min=1, max=10_000, help="Nearest items to return.")]
+Neighbors: TypeAlias = Annotated[
+    int | None, typer.Option("-k", min=1, max=10_000, help=f"Nearest items to return. [default: {DEFAULT_K}]")
+]
 
 TargetFar: TypeAlias = Annotated[
     float | None, typer.Option("--target-far", help="Threshold by wanted false-accept rate, in (0, 1].")
@@ -81,6 +85,13 @@ def gallery_id(name: str) -> str:
     raise typer.BadParameter(
         f"{name[:80]!a} names no gallery: give 1 to 63 lower-case letters, digits and inner hyphens, or galleries/ID."
     )
+
+
+def nearest(k: int | None, *, within: bool) -> int:
+    """How many of the nearest to find. Raises BadParameter where all within the threshold are wanted."""
+    if k is not None and within:
+        raise typer.BadParameter("-k takes the nearest, --within all within the threshold; give one of them.")
+    return k or DEFAULT_K
 
 
 def effort(text: str | None) -> Effort | None:

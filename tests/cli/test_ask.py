@@ -55,6 +55,10 @@ def test_search_lists_the_nearest_first(run: Run, where: list[str], name: str, p
     assert "threshold 0.2500" in table
 
 
+def test_a_number_and_all_within_the_threshold_are_not_asked_for_at_once(run: Run, where: list[str]) -> None:
+    run("search", "a.png", "--gallery", "g", "--within", "-k", 3, *where).failed_with("-k", "--within")
+
+
 def test_an_error_names_the_image_that_it_is_about(run: Run, where: list[str], pictures: Path, tmp_path: Path) -> None:
     good, bad = pictures / "loose.png", tmp_path / "bad.png"
     bad.write_bytes(b"no image")
