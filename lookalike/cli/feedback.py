@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from embedding.calibration import Calibration
     from embedding.feedback import Feedback
 
-app = typer.Typer(help="What decisions turned out to be.", no_args_is_help=True)
+app = typer.Typer(help="Feedback on decisions: what they turned out to be.", no_args_is_help=True)
 
 
 @app.callback()
 def feedback() -> None:
-    """What decisions turned out to be."""
+    """Feedback on decisions: what they turned out to be."""
 
 
 @app.command()

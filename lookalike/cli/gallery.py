@@ -1,4 +1,4 @@
-"""`lookalike gallery`: create, fill, list, export and delete galleries."""
+"""`lookalike gallery`: create, fill, list, export and delete galleries; `upkeep` has the other commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH_IMAGES = 256
 
 _CALLS_IN_FLIGHT = 8
 
-app = typer.Typer(help="Create, fill, list, export and delete galleries.", no_args_is_help=True)
+app = typer.Typer(help="Create, fill, list, look after and delete galleries.", no_args_is_help=True)
 
 GalleryName = Annotated[
     str,

@@ -119,7 +119,7 @@ def rotate(
     ] = 24.0,
     days: Days = None,
 ) -> None:
-    """Make another key with the same rights, and let the old one expire; it lives as long as the old one was to."""
+    """Make another key with the same rights, and let the old one expire; without --days it lives as long."""
     from service.access.key_ring import KeyRing
 
     record, key = KeyRing(file).rotate(which, overlap=timedelta(hours=overlap), days=days)

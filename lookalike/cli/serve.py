@@ -66,7 +66,11 @@ def serve(
     ] = None,
     tls_certificate: Annotated[
         Path | None,
-        typer.Option("--tls-certificate", metavar="FILE", help="PEM; serves TLS. [env: LOOKALIKE_TLS_CERTIFICATE]"),
+        typer.Option(
+            "--tls-certificate",
+            metavar="FILE",
+            help="The server's certificate (PEM); with it, TLS is served. [env: LOOKALIKE_TLS_CERTIFICATE]",
+        ),
     ] = None,
     tls_key: Annotated[
         Path | None, typer.Option("--tls-key", metavar="FILE", help="Its key, PEM. [env: LOOKALIKE_TLS_KEY]")
@@ -112,7 +116,7 @@ def serve(
         typer.Option(
             "--audit-log",
             metavar="FILE",
-            help="Append who wrote, administered, was refused. [env: LOOKALIKE_AUDIT_LOG]",
+            help="Append a line for each write, administration and refusal. [env: LOOKALIKE_AUDIT_LOG]",
         ),
     ] = None,
 ) -> None:

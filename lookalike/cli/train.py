@@ -60,7 +60,7 @@ def evaluate(
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Measure a bundle on labelled images, best of identities that it never saw."""
+    """Measure a bundle on labelled images. Take identities that training never saw: of others the figures flatter."""
     from embedding.bundle import Bundle
     from training.pipeline import evaluate as measure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
@@ -176,8 +177,16 @@ def verify(
     gallery: GalleryName,
     repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, where the store can.")] = False,
     target: options.Target = None,
-    bundle: options.BundleFolder = None,
-    data: options.Galleries = options.DEFAULT_GALLERIES,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="DIR", help="Look into the folder, whatever LOOKALIKE_TARGET says; not read."),
+    ] = None,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", metavar="DIR", envvar="LOOKALIKE_GALLERIES", help="Without --target: the folder of galleries."
+        ),
+    ] = options.DEFAULT_GALLERIES,
     json: options.Json = False,
 ) -> None:
     """Check every file, sum and vector of a gallery, one that cannot be opened too; exit with 1 when damage stays.
