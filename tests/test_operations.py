@@ -154,17 +154,3 @@ def test_a_line_that_is_not_printed_is_noticed() -> None:
 def test_every_setting_it_names_is_one() -> None:
     (toml,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
     assert set(re.findall(r"^(\w+) =", toml, flags=re.MULTILINE)) <= set(Settings.model_fields)
-
-
-def test_its_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", PAGE):
-        file, _, anchor = link.partition("#")
-        target = ROOT / "docs" / (file or "operations.md")
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target.read_text()), link
-
-
-def anchors(page: str) -> set[str]:
-    """What links to its sections end with."""
-    titles = re.findall(r"^##+ (.+)$", page, flags=re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
