@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypedDict
@@ -334,6 +335,7 @@ def _read_verified(path: Path, only: Sequence[str] | None = None) -> dict[str, b
 def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     """Write all files into a new directory beside `path`, make them durable, and rename it into place."""
     partial: Path | None = None
+    replaced: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
@@ -344,16 +346,17 @@ def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         if path.exists():
             replaced = partial.with_name(f"{partial.name}.replaced")
             path.rename(replaced)
-            partial.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(path)
+        partial.rename(path)
         sync_folder(path.parent)
     except OSError as error:
         raise StorageFailed(
             f"cannot write the bundle to {path}: {error.strerror or error}; nothing was left there"
         ) from error
     finally:
+        if replaced is not None:
+            with suppress(OSError):  # where the new one, or another's, stands there
+                replaced.rename(path)
+            shutil.rmtree(replaced, ignore_errors=True)
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
 

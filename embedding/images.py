@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,9 +178,9 @@ class Preprocessing(BaseModel):
     """For drawings and cut-out things on a plain background: what stands out from it is moved to the middle and brought
     near to one size, its longer side four fifths of the image's: all the way at 1, by the square root of that factor
     at 0.5, not at all at 0. It takes the place of `fit`. None leaves images as they are."""
-    mean: tuple[float, ...] = (0.5,)
+    mean: tuple[Annotated[float, Field(ge=-100, le=100)], ...] = (0.5,)
     """Per channel, subtracted after scaling to [0, 1]; a single value serves every channel."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] = (0.5,)
+    std: tuple[Annotated[float, Field(ge=1e-4, le=1e4)], ...] = (0.5,)
     """Per channel, divided by after the mean is subtracted; a single value serves every channel."""
 
     views: Annotated[tuple[View, ...], Field(min_length=1)] = ("as-is",)
@@ -188,6 +188,14 @@ class Preprocessing(BaseModel):
     join_views: Literal["mean", "concatenate"] = "mean"
     """How the embeddings of several views become one: "mean" for views that show the same identity, as a face in a
     mirror; "concatenate", V times as wide, for views that training tells apart (sampling.turned_identities)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, table: Any) -> Any:
+        for name, value in table.items() if isinstance(table, Mapping) else ():
+            if any(isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else (value,))):
+                raise ValueError(f"{name} takes no true or false; got {value!r}")
+        return table
 
     @model_validator(mode="after")
     def _views_once(self) -> Self:

@@ -171,6 +171,11 @@ def _load_backbone(network: EmbeddingNetwork, state: dict[str, Tensor], source: 
                 f"{list(tensor.shape)}: {_remedy(key, state[key])}",
                 field="network.weights",
             )
+        if key in state and not state[key].isfinite().all():
+            raise InvalidRecipe(
+                f"{source} has NaN or infinity in {key}; give weights of a training that did not diverge",
+                field="network.weights",
+            )
     target.load_state_dict({key: state[key] for key in wanted if key in state}, strict=False)
 
 

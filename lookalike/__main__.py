@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        if arguments is None:  # this process ends: Python would answer an interrupt from here on with a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _failed(message: str) -> int:

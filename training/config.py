@@ -32,7 +32,8 @@ WEIGHTS_VARIABLE = "LOOKALIKE_WEIGHTS"
 Side = Literal["train", "calibration", "test"]
 Protocol = Literal["identity-disjoint", "closed-set"]
 Share = Annotated[float, Field(ge=0, le=1)]
-Steps = Annotated[int, Field(ge=0)]
+MOST_STEPS = 10**9
+Steps = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 Turn = Literal[
     "rotate-90", "rotate-180", "rotate-270", "mirror", "mirror-rotate-90", "mirror-rotate-180", "mirror-rotate-270"
 ]
@@ -62,7 +63,7 @@ class SplitConfig(Section):
     test: Share = 0.15
     by: Literal["identity", "super"] = "identity"
     """With "super", identities of one super-class (ALPHABET of ALPHABET/character) stay on one side."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Another seed gives another split; more images of known identities leave an identity-disjoint one as it was."""
 
     @model_validator(mode="after")
@@ -228,20 +229,20 @@ class EarlyStoppingConfig(Section):
 
     metric: Literal["recall@1", "EER"] = "recall@1"
     """What is watched at every evaluation: recall@1 is to rise, EER to fall."""
-    patience: Annotated[int, Field(ge=1)] = 5
+    patience: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 5
     """Evaluations in a row without a new best after which training stops."""
 
 
 class TrainingConfig(Section):
     """How long, how precise, and what is written on the way."""
 
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)]
     """Optimizer steps."""
     mode: Literal["supervised", "self-supervised"] = "supervised"
     """What the loss calls a match: two images of one identity, or two views of one image. With "self-supervised" labels
     are unused: a batch holds sampling.identities_per_batch images, each an identity of its own, in
     sampling.images_per_identity (2, as a rule) random changes by [augmentation]; an epoch sees each image once."""
-    log_every: Annotated[int, Field(ge=1)] = 20
+    log_every: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
     """Steps between two log lines."""
     evaluate_every: Steps = 0
     """Steps between two evaluations on the calibration side; 0 for none before the end."""
@@ -285,9 +286,9 @@ class ClassifierConfig(Section):
     split.protocol = "closed-set", where the test side has identities that the classifier knows.
     """
 
-    epochs: Annotated[int, Field(ge=1)] = 20
+    epochs: Annotated[int, Field(ge=1, le=2**20)] = 20
     """Times that each training image is seen."""
-    batch_size: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1, le=2**31)] = 256
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-2
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -124,11 +124,7 @@ class Meter:
         is_bad_S = ~figures_S5[:, 0].isfinite()
         if is_bad_S.any():
             first = step - len(figures_S5) + int(is_bad_S.int().argmax()) + 1
-            raise TrainingDiverged(
-                f"the loss became {figures_S5[is_bad_S][0, 0].item()} at step {first}; try a lower "
-                "optimizer.learning_rate, more warmup_steps, optimizer.gradient_clip = 1.0, or training.precision = "
-                '"fp32"'
-            )
+            raise _diverged(f"the loss became {figures_S5[is_bad_S][0, 0].item()} at step {first}")
         return figures_S5
 
     def report(self, step: int, *, learning_rate: float) -> Report:
@@ -155,6 +151,23 @@ class Meter:
 def _clocks() -> list[float]:
     """Wall time and processor time, in seconds."""
     return [time.perf_counter(), time.process_time()]
+
+
+def _diverged(what: str) -> TrainingDiverged:
+    return TrainingDiverged(
+        f"{what}; try a lower optimizer.learning_rate, more warmup_steps, optimizer.gradient_clip = 1.0, or "
+        'training.precision = "fp32"'
+    )
+
+
+def check_weights(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Raises TrainingDiverged when a weight or a batch statistic is NaN or infinite after `step` steps.
+
+    The loss of a step is that of the weights before it: only the next one would show what it did to them.
+    """
+    floating = [tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.numel()]
+    if not torch.stack([tensor.isfinite().all().cpu() for tensor in floating]).all():
+        raise _diverged(f"weights became NaN or infinite by step {step}")
 
 
 class CollapseWatch:

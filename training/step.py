@@ -133,12 +133,14 @@ class TrainingStep:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the next step depends on, by name."""
-        tensors = with_prefix("network.", self.network.state_dict())
-        tensors |= with_prefix("optimizer.", optimizer_tensors(self.optimizer))
-        tensors |= with_prefix("loss.", self.loss.state_dict())
+        tensors = self.weights() | with_prefix("optimizer.", optimizer_tensors(self.optimizer))
         if self._average is not None:
             tensors |= with_prefix("average.", self._average.state_dict())
         return tensors
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the network and the loss have learned, by name."""
+        return with_prefix("network.", self.network.state_dict()) | with_prefix("loss.", self.loss.state_dict())
 
     def state(self) -> dict[str, Any]:
         """The rest that the next step depends on, as JSON."""

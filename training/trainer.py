@@ -33,7 +33,7 @@ from training.distributed import ALONE, Ranks
 from training.early_stopping import best_step, is_over
 from training.events import EventWriter
 from training.losses.build import build_loss
-from training.monitor import CollapseWatch, Meter
+from training.monitor import CollapseWatch, Meter, check_weights
 from training.prefetch import prefetched
 from training.progress import TrainingDisplay
 from training.result import TrainingResult
@@ -121,8 +121,8 @@ class Trainer:
 
         The network is left in evaluation mode: with the averaged weights where the recipe keeps an average, and with
         those of the best evaluation where it stops early.
-        Raises TrainingDiverged when the loss is no longer a number; when resuming, NotFound, DamagedData, or
-        InvalidRecipe when the checkpoint belongs to another recipe or to other images.
+        Raises TrainingDiverged when the loss or a weight is no longer a number; when resuming, NotFound, DamagedData,
+        or InvalidRecipe when the checkpoint belongs to another recipe or to other images.
         """
         if resume:
             if self._out_dir is None:
@@ -138,6 +138,7 @@ class Trainer:
             self._loop(events)
             self._say_which_weights_ship()
             shipped = self._best or self.step.settle(self._result.steps, self.load_batch).state_dict()
+        check_weights(shipped, self._result.steps)
         self.network.load_state_dict(shipped)
         self.network.requires_grad_(True).eval()
         self._result.learned = dict(self.step.loss.learned())
@@ -169,6 +170,8 @@ class Trainer:
                 )
                 if is_last or is_checkpoint or _is_due(result.steps, training.log_every):
                     self._report(meter, watch, events)
+                if is_last or is_checkpoint:
+                    check_weights(self.step.weights(), result.steps)
                 if metrics is not None:
                     self._show(metrics, events)
                 if is_checkpoint and self._out_dir is not None:
@@ -240,6 +243,7 @@ class Trainer:
         """Evaluate the network as it would ship now, and keep its weights when it is the best so far."""
         result = self._result
         shipped = self.step.settle(result.steps, self.load_batch)
+        check_weights(shipped.state_dict(), result.steps)
         own = dict(evaluate(shipped)) if self._ranks.is_first else {}
         result.evaluations[result.steps] = metrics = self._ranks.from_first(own)
         stopping = self.recipe.training.early_stopping

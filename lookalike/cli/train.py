@@ -23,22 +23,17 @@ def train(
     device: options.Device = "auto",
 ) -> None:
     """Train as a recipe says, learn the margin on held-out identities, and write a bundle with its model card."""
-    from lookalike.cli.recipes import find_recipe
-    from training.config import load_recipe
-    from training.pipeline import train as run
-
-    loaded = load_recipe(find_recipe(recipe))
+    stood = _written(out)
     try:
+        from lookalike.cli.recipes import find_recipe
+        from training.config import load_recipe
+        from training.pipeline import train as run
+
+        loaded = load_recipe(find_recipe(recipe))
         bundle = run(loaded, out=out, data_root=data, device=device, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        is_kept = any(out.with_name(f"{out.name}.checkpoint").glob("*.safetensors"))
-        how = (
-            "the same command with --resume continues from the last checkpoint"
-            if is_kept
-            else "there is no checkpoint to continue from"
-        )
-        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":  # it alone writes checkpoints
-            print(f"lookalike: stopped; {how}", file=sys.stderr)
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":  # it alone writes
+            print(f"lookalike: stopped; {_left(out, stood=stood)}", file=sys.stderr)
         raise
     if bundle is None:  # another process of this training writes and talks
         return
@@ -48,6 +43,23 @@ def train(
         f"learned margin {calibration.learned_margin:.4f}, from {calibration.identities} identities "
         f"({calibration.protocol})"
     )
+
+
+def _written(out: Path) -> int | None:
+    """Tells one bundle in this place from another; None where there is none."""
+    try:
+        return (out / "bundle.json").stat().st_ino
+    except OSError:
+        return None
+
+
+def _left(out: Path, *, stood: int | None) -> str:
+    """What an interrupted training left behind, `stood` having been in its place before."""
+    if _written(out) not in {None, stood}:
+        return f"the bundle had been written to {out}"
+    if any(out.with_name(f"{out.name}.checkpoint").glob("*.safetensors")):
+        return "the same command with --resume continues from the last checkpoint"
+    return "there is no checkpoint to continue from"
 
 
 def evaluate(

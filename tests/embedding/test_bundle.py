@@ -94,6 +94,24 @@ def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path, make_bun
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, OSError])
+def test_stopped_between_the_old_bundle_and_the_new_the_old_one_stays(
+    tmp_path: Path, make_bundle: MakeBundle, monkeypatch: pytest.MonkeyPatch, stopped_by: type[BaseException]
+) -> None:
+    old, rename = make_bundle(tmp_path / "b"), Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name.startswith(".b.partial-") and not self.name.endswith(".replaced"):
+            raise stopped_by
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(StorageFailed if stopped_by is OSError else stopped_by):
+        make_bundle(tmp_path / "b", seed=1, overwrite=True)
+    assert Bundle.load(tmp_path / "b") == old
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits file sizes through resource.setrlimit")
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, make_bundle: MakeBundle) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

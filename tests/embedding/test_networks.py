@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_weights_of_another_width_of_embedding_say_which_key_to_set(tmp_path: Pa
     )
     with pytest.raises(InvalidRecipe, match=r"set network\.embedding_dim to 16"):
         build(Architecture(network="small_cnn", image_size=32, embedding_dim=8), weights=tmp_path / "w.pt")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    state = build(arch("small_cnn")).state_dict()
+    state["projection.weight"][0, 0] = math.nan
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InvalidRecipe, match=r"NaN or infinity in projection\.weight"):
+        build(arch("small_cnn"), weights=tmp_path / "w.pt")
 
 
 class Payload:

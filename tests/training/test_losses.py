@@ -306,6 +306,14 @@ def test_coinciding_embeddings_have_a_finite_gradient(loss: MetricLoss) -> None:
 
 
 @every_loss
+@pytest.mark.parametrize("rows", [1, 6])
+def test_embeddings_that_are_no_numbers_have_no_finite_loss(loss: MetricLoss, rows: int) -> None:
+    emb_BD, labels_B = unit_rows(6), torch.arange(6) // 2
+    emb_BD[:rows] = math.nan
+    assert loss(emb_BD, labels_B).loss.isnan()  # by which training tells that it diverged
+
+
+@every_loss
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
 def test_lower_precision_embeddings_give_a_float32_loss(loss: MetricLoss, dtype: torch.dtype, near: float) -> None:
     emb_BD, labels_B = unit_rows(8), torch.arange(8) // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,41 @@ def test_a_run_that_diverged_is_not_evaluated(images: ImageSet) -> None:
     with pytest.raises(TrainingDiverged, match="the loss became nan at step 3; try"):
         run.fit()
     assert evaluated == [True]
+
+
+def test_gradients_that_are_no_numbers_are_told_at_the_last_step_too(images: ImageSet, tmp_path: Path) -> None:
+    run = trainer(recipe(training={"log_every": 1, "checkpoint_every": 1}), images, tmp_path)
+
+    def poison(gradient_DF: torch.Tensor) -> torch.Tensor:
+        return gradient_DF * math.nan if len(run._result.history) == STEPS - 1 else gradient_DF
+
+    run.network.projection.weight.register_hook(poison)  # type: ignore[no-untyped-call]
+    with pytest.raises(TrainingDiverged, match=f"weights became NaN or infinite by step {STEPS}; try"):
+        run.fit()
+    assert trainer(recipe(), images, tmp_path).fit(resume=True).steps == STEPS  # from the step before
+
+
+def test_weights_are_looked_at_before_they_are_evaluated(images: ImageSet) -> None:
+    evaluated: list[EmbeddingNetwork] = []
+
+    def note(network: EmbeddingNetwork) -> dict[str, float]:
+        evaluated.append(network)
+        return {}
+
+    run = trainer(recipe(training={"evaluate_every": 1}), images, evaluate=note)
+    run.network.projection.weight.register_hook(lambda gradient_DF: gradient_DF * math.inf)  # type: ignore[no-untyped-call]
+    with pytest.raises(TrainingDiverged, match="weights became NaN or infinite by step 1; try"):
+        run.fit()
+    assert evaluated == []
+
+
+def test_batch_statistics_that_overflow_are_told(images: ImageSet) -> None:
+    run = trainer(recipe(), images)
+    norm = next(module for module in run.network.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    assert norm.running_var is not None
+    norm.running_var.fill_(math.inf)  # training goes by the statistics of its batch
+    with pytest.raises(TrainingDiverged, match="weights became NaN or infinite by step 4; try"):
+        run.fit()
 
 
 def test_an_image_that_vanishes_ends_the_run_with_its_error(images: ImageSet) -> None:
