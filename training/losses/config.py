@@ -207,7 +207,7 @@ class CrossBatchMemoryConfig(Section):
     """Embeddings remembered, those of earlier steps of an image of the batch too: they count as its matches."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Of the loss against the memory."""
-    start: Annotated[int, Field(ge=0)] = 100
+    start: Annotated[int, Field(ge=0, le=10**9)] = 100
     """First step that looks into the memory: before it, embeddings change too fast."""
 
 
