@@ -39,11 +39,17 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping
         ) from error
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the state. Raises NotFound when there is none, DamagedData when it is not whole."""
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint's file. Raises NotFound when there is none."""
     path = folder / FILE
     if not path.is_file():
         raise NotFound(f"no checkpoint {path} to resume from; train without --resume")
+    return path
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the state. Raises NotFound when there is none, DamagedData when it is not whole."""
+    path = checkpoint_in(folder)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

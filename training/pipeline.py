@@ -28,6 +28,7 @@ from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
 from embedding.seen import Seen
 from training.calibration import calibrate
+from training.checkpoint import checkpoint_in
 from training.config import Recipe
 from training.datasets import ImageSet, load, load_path
 from training.distributed import joined
@@ -70,18 +71,22 @@ def train(
     Under `torchrun`, all processes train together; the first one alone does the rest, and the others get None.
     Checkpoints go to a folder beside `out` and are removed once the bundle stands.
     Before any work, raises AlreadyExists unless `overwrite` takes the place of a bundle, StorageFailed where `out`
-    cannot be written, and InvalidRecipe when resuming a recipe that writes no checkpoints; then whatever the recipe,
-    its data or the disk give cause for: see `embedding.errors`.
+    cannot be written, InvalidInput for a device that is not there, and InvalidRecipe or NotFound when there is no
+    checkpoint to resume from; then whatever the recipe, its data or the disk give cause for: see `embedding.errors`.
     """
     check_destination(out, overwrite=overwrite)
-    if resume and not recipe.training.checkpoint_every:
-        raise InvalidRecipe(
-            "the recipe writes no checkpoints (training.checkpoint_every = 0), so there is none to resume from; train "
-            "without --resume",
-            field="training.checkpoint_every",
-        )
+    checkpoints = out.with_name(f"{out.name}.checkpoint")
+    if resume:
+        if not recipe.training.checkpoint_every:
+            raise InvalidRecipe(
+                "the recipe writes no checkpoints (training.checkpoint_every = 0), so there is none to resume from; "
+                "train without --resume",
+                field="training.checkpoint_every",
+            )
+        checkpoint_in(checkpoints)
     tune_malloc()
     with joined(device) as ranks:
+        ranks.device(device)  # told before the images are read, which may take long
         console = (console or Console(stderr=True)) if ranks.is_first else Console(quiet=True)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
             torch.manual_seed(recipe.seed)
@@ -94,7 +99,6 @@ def train(
         searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 
         watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
-        checkpoints = out.with_name(f"{out.name}.checkpoint")
         trainer = Trainer(
             recipe,
             network,

@@ -96,6 +96,8 @@ def delete(
     data: options.Galleries = options.DEFAULT_GALLERIES,
 ) -> None:
     """Delete items of a gallery, all or none, or a whole gallery."""
+    if items and force:
+        raise typer.BadParameter("--force is for a whole gallery; items are deleted without it.")
     with open_backend(target, bundle, data, read_only=False) as backend:
         if items:
             print(f"deleted {backend.delete_items(gallery, items)} items of gallery {gallery}")

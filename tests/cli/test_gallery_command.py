@@ -99,6 +99,7 @@ def test_deleting_items_and_galleries(run: Run, where: list[str], name: str, pic
     run("gallery", "add", name, pictures, *where)
     run("gallery", "delete", name, "loose.png", "none", *where).failed_with("none")
     assert len(items(run, name, where)) == 7
+    run("gallery", "delete", name, "loose.png", "--force", *where).failed_with("--force is for a whole gallery")
     assert run("gallery", "delete", name, "loose.png", *where).code == 0
     assert len(items(run, name, where)) == 6
     run("gallery", "delete", name, *where).failed_with("6 items")

@@ -21,6 +21,7 @@ from embedding.errors import (
     AlreadyExists,
     DamagedData,
     InvalidDataset,
+    InvalidInput,
     InvalidRecipe,
     LookalikeError,
     NotFound,
@@ -317,6 +318,28 @@ def test_resuming_without_checkpoints_is_refused_in_words(tmp_path: Path) -> Non
     recipe = parse_recipe(RECIPE.replace("checkpoint_every = 20", "checkpoint_every = 0"))
     with pytest.raises(InvalidRecipe, match="checkpoint_every = 0"):
         train(recipe, out=tmp_path / "b", resume=True, data_root=Path("/nowhere"), console=Console(quiet=True))
+
+
+def test_a_checkpoint_that_is_not_there_is_missed_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no checkpoint"):
+        train(
+            parse_recipe(RECIPE),
+            out=tmp_path / "b",
+            resume=True,
+            data_root=Path("/nowhere"),
+            console=Console(quiet=True),
+        )
+
+
+def test_a_device_that_is_not_there_is_missed_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="device 'tpu' is not available"):
+        train(
+            parse_recipe(RECIPE),
+            out=tmp_path / "b",
+            device="tpu",
+            data_root=Path("/nowhere"),
+            console=Console(quiet=True),
+        )
 
 
 def test_a_recipe_has_a_name_that_a_bundle_can_have() -> None:
