@@ -25,7 +25,7 @@ _SPARE = 4
 """How many of the refined candidates are measured beyond the k-th, so that what ties with it is nearly always there."""
 
 _QUERIES_AT_ONCE, _MOST_AT_ONCE = 32, 256
-_MICROSECONDS_AT_ONCE = 10_000.0  # between two looks at the deadline, by what was measured of one query
+_MICROSECONDS_AT_ONCE = 25_000.0  # between two looks at the deadline, by what one query takes alone
 _PAIRS_AT_ONCE = 512  # whose vectors stay in the cache, and in memory that need not be asked for anew
 _FIRST_MATCHES = 128
 _MOST_MATCHES = 2**17

@@ -120,6 +120,13 @@ def resolve(plan: Plan, effort: Effort, k: int | None) -> tuple[Raw, float] | No
             return asked, max((point.match_recall if k is None else point.recall for point in below), default=0.0)
 
 
+def microseconds(plan: Plan, effort: Raw, k: int | None) -> float:
+    """What one query of this effort took when it was measured, for as many neighbours where these were; endless where
+    nothing was."""
+    measured = {point.k: point.microseconds for point in plan.curve if point.effort == effort}
+    return measured.get(_measured(k or KS[0]) or 0, max(measured.values(), default=math.inf))
+
+
 def _measured(k: int) -> int | None:
     """The least measured number of neighbours that k is within; the query itself may be one more."""
     return next((measured for measured in KS if k <= measured + 1), None)

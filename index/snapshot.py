@@ -24,7 +24,7 @@ from index.exact import Keys, Rows, Span, gather
 from index.halves import HalfRows, Stored, Take
 from index.hits import Hit, Hits, merged
 from index.living import Living
-from index.planner import resolve
+from index.planner import microseconds, resolve
 from index.room import room
 from index.segments import Segment
 from index.structures import Structure
@@ -126,6 +126,8 @@ class _Way:
     take: Take
     effort: Raw
     living: Living | None
+    microseconds: float
+    """See `planner.microseconds`."""
 
     def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Hits:
         return approximate.nearest(
@@ -136,19 +138,13 @@ class _Way:
             self.effort,
             living=self.living,
             deadline=deadline,
-            microseconds=self.microseconds if len(queries_QD) > 1 else math.inf,
+            microseconds=self.microseconds,
         )
 
     def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None) -> Hit:
         return approximate.within(
             self.structure, self.take, query_D, threshold, self.effort, living=self.living, deadline=deadline
         )
-
-    @property
-    def microseconds(self) -> float:
-        """What was measured; endless where nothing was."""
-        measured = [point.microseconds for point in self.structure.plan.curve if point.effort == self.effort]
-        return max(measured, default=math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +288,8 @@ class Snapshot:
                 raw, recall = way
                 missed += (1 - recall) * here / size
                 living = part.living if allowed is None else allowed.living(at)
-                ways.append(_Way(structure, part.keys_N, part.take, raw, living))
+                taken = microseconds(structure.plan, raw, k)
+                ways.append(_Way(structure, part.keys_N, part.take, raw, living, taken))
         return Search(generation=self.generation, expected_recall=1 - missed, spans=spans, keys=keys, ways=ways)
 
 
