@@ -19,7 +19,7 @@ from embedding.bundle import Bundle
 from embedding.decision import Vectors
 from embedding.errors import InvalidInput
 from embedding.images import MAX_PIXELS, Pixels, Preprocessing, decode
-from embedding.networks import ROWS_OF_A_TILE, EmbeddingNetwork
+from embedding.networks import EmbeddingNetwork
 from embedding.onnx_road import Disagrees, OnnxNetwork, is_available
 from embedding.runtime import Precision, Runtime
 from embedding.views import joined, split_views, views_of
@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 
 _TOKEN_NETWORKS = {"vit_b_16", "convnext_tiny"}
 """Networks whose inner matrix products have rows that depend on the batch size."""
+
+_TILE = 16
+"""Their batches are filled up to a multiple of this: with eight images some processors take other kernels."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -79,7 +82,7 @@ class PixelEncoder:
         self._precision = torch.bfloat16 if precision == "bfloat16" and self.device.type == "cuda" else torch.float32
         self._mean_C11 = torch.tensor(preprocessing.mean, device=self.device).reshape(-1, 1, 1)
         self._std_C11 = torch.tensor(preprocessing.std, device=self.device).reshape(-1, 1, 1)
-        self._tile = ROWS_OF_A_TILE if network.architecture.network in _TOKEN_NETWORKS else 2
+        self._tile = _TILE if network.architecture.network in _TOKEN_NETWORKS else 2
         self._unnormalised: Callable[[Tensor], Tensor]
         self._memory_format = torch.contiguous_format
         onnx = _on_onnx(network, self.device, runtime, threads or torch.get_num_threads())

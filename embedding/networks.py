@@ -37,9 +37,6 @@ NetworkName = Literal[
 _OWN_NETWORKS = frozenset({"small_cnn", "residual_cnn"})
 """Networks of this file: they take one channel as it is, and have no pretrained weights."""
 
-ROWS_OF_A_TILE = 8
-"""Row counts of a matrix product are padded to a multiple of this wherever the result must not depend on the batch."""
-
 
 class Architecture(BaseModel):
     """What `build` needs to make a network; part of a bundle's fingerprint."""
@@ -92,16 +89,19 @@ class EmbeddingNetwork(nn.Module):
     def unnormalised(self, images_BCHW: Tensor) -> Tensor:
         """The embeddings [B, D] before they are divided by their length."""
         features_BF = self.features(images_BCHW)
-        emb_BD = self.projection(self.dropout(features_BF)) if self.training else self._project_whole_tiles(features_BF)
+        emb_BD = self.projection(self.dropout(features_BF)) if self.training else self._project_each(features_BF)
         return emb_BD.float()
 
-    def _project_whole_tiles(self, features_BF: Tensor) -> Tensor:
-        # A matrix product sums the rows of an incomplete tile in another order, so that an image's embedding would
-        # depend on the size of its batch in the last bits. Whole tiles keep it the same, bit for bit.
+    def _project_each(self, features_BF: Tensor) -> Tensor:
+        # The order in which a matrix product sums depends on its rows and the threads, so that an image's embedding
+        # would depend on its batch in the last bits. A product for each image is the same among any others.
+        if features_BF.device.type != "cpu":
+            emb_BD: Tensor = self.projection(features_BF)
+            return emb_BD
         size = len(features_BF)
-        whole_BF = F.pad(features_BF, (0, 0, 0, -size % ROWS_OF_A_TILE))
-        emb_BD: Tensor = self.projection(whole_BF)[:size]
-        return emb_BD
+        bias_B1D = self.projection.bias.expand(size, 1, -1)
+        weight_BFD = self.projection.weight.t().expand(size, -1, -1)
+        return torch.baddbmm(bias_B1D, features_BF[:, None, :], weight_BFD)[:, 0]
 
 
 def build(architecture: Architecture, *, weights: str | Path = "random") -> EmbeddingNetwork:

@@ -37,6 +37,25 @@ def test_our_networks_take_every_size(network: str, size: int) -> None:
     assert build(arch(network, size, 1))(torch.randn(2, 1, size, size)).shape == (2, 128)
 
 
+@pytest.mark.parametrize(("network", "size", "dim"), [("small_cnn", 16, 16), ("residual_cnn", 64, 512)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_embedding_is_the_same_among_any_others(network: str, size: int, dim: int, threads: int) -> None:
+    """Matrix products of two threads split the sums of wide projections, by the number of rows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        architecture = Architecture(network=network, image_size=size, channels=1, embedding_dim=dim, width=24)  # type: ignore[arg-type]
+        net = build(architecture).eval().to(memory_format=torch.channels_last)
+        images_BCHW = torch.randn(70, 1, size, size).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            whole_BD = net(images_BCHW)
+            for count in (2, 5, 8, 16, 33, 64):
+                assert torch.equal(net(images_BCHW[:count]), whole_BD[:count]), count
+                assert torch.equal(net(images_BCHW[-count:]), whole_BD[-count:]), count
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_every_parameter_learns() -> None:
     net = build(arch("small_cnn"))
     net(torch.randn(4, 3, 32, 32))[:, 0].sum().backward()
