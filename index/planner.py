@@ -123,8 +123,8 @@ def resolve(plan: Plan, effort: Effort, k: int | None) -> tuple[Raw, float] | No
 def microseconds(plan: Plan, effort: Raw, k: int | None) -> float:
     """What one query of this effort took when it was measured, for as many neighbours where these were; endless where
     nothing was."""
-    measured = {point.k: point.microseconds for point in plan.curve if point.effort == effort}
-    return measured.get(_measured(k or KS[0]) or 0, max(measured.values(), default=math.inf))
+    taken: dict[int | None, float] = {point.k: point.microseconds for point in plan.curve if point.effort == effort}
+    return taken.get(_measured(k or KS[0]), max(taken.values(), default=math.inf))
 
 
 def _measured(k: int) -> int | None:

@@ -126,8 +126,8 @@ class _Way:
     take: Take
     effort: Raw
     living: Living | None
-    microseconds: float
-    """See `planner.microseconds`."""
+    k: int | None
+    """Neighbours that are asked for; None for all matches."""
 
     def nearest(self, queries_QD: Vectors, k: int, deadline: Deadline | None) -> Hits:
         return approximate.nearest(
@@ -138,13 +138,18 @@ class _Way:
             self.effort,
             living=self.living,
             deadline=deadline,
-            microseconds=self.microseconds,
+            microseconds=self.microseconds if len(queries_QD) > 1 else math.inf,
         )
 
     def within(self, query_D: Vectors, threshold: float, deadline: Deadline | None) -> Hit:
         return approximate.within(
             self.structure, self.take, query_D, threshold, self.effort, living=self.living, deadline=deadline
         )
+
+    @cached_property
+    def microseconds(self) -> float:
+        """What was measured; endless where nothing was."""
+        return microseconds(self.structure.plan, self.effort, self.k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,8 +293,7 @@ class Snapshot:
                 raw, recall = way
                 missed += (1 - recall) * here / size
                 living = part.living if allowed is None else allowed.living(at)
-                taken = microseconds(structure.plan, raw, k)
-                ways.append(_Way(structure, part.keys_N, part.take, raw, living, taken))
+                ways.append(_Way(structure, part.keys_N, part.take, raw, living, k))
         return Search(generation=self.generation, expected_recall=1 - missed, spans=spans, keys=keys, ways=ways)
 
 
