@@ -133,13 +133,16 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     """The processes that `torchrun` has started, joined until the block ends; without `torchrun`, one alone.
 
     They talk through NCCL where `device` means CUDA, and else through Gloo. Processes that the caller has joined, by
-    `torch.distributed.init_process_group`, are taken as they are and stay joined.
+    `torch.distributed.init_process_group`, are taken as they are and stay joined. Raises what `Ranks.device` does.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if dist.is_initialized():
-        yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
+        ranks = Ranks(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank)
+        ranks.device(device)
+        yield ranks
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        ALONE.device(device)
         yield ALONE
         return
     ranks = Ranks(

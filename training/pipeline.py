@@ -86,7 +86,6 @@ def train(
         checkpoint_in(checkpoints)
     tune_malloc()
     with joined(device) as ranks:
-        ranks.device(device)  # told before the images are read, which may take long
         console = (console or Console(stderr=True)) if ranks.is_first else Console(quiet=True)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
             torch.manual_seed(recipe.seed)
