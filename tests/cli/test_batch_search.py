@@ -84,7 +84,7 @@ def test_a_table_that_exists_is_kept_unless_asked(
 _ON_A_SMALL_DISK = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
@@ -94,7 +94,7 @@ def test_a_disk_that_refuses_leaves_nothing(run: Run, target: str, name: str, pi
     out = tmp_path / "tables" / "neighbours.parquet"
     asked = ["batch-search", str(pictures), "--gallery", name, "--out", str(out), "--target", target]
     ran = subprocess.run(
-        [sys.executable, "-c", _ON_A_SMALL_DISK, *COMMAND[1:], *asked],
+        [sys.executable, "-c", _ON_A_SMALL_DISK, *COMMAND, *asked],
         check=False,
         capture_output=True,
         text=True,

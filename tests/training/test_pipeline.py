@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,55 +292,42 @@ def test_a_precision_that_the_processor_lacks_is_told(
     assert is_told == (asked == "bf16" and used == "fp32")
 
 
+def begin(recipe: Recipe, out: Path, **options: Any) -> None:
+    """Train on images that are nowhere: what is refused must be so before any work."""
+    train(recipe, out=out, data_root=Path("/nowhere"), console=Console(quiet=True), **options)
+
+
 def test_an_existing_bundle_is_refused_before_any_work(trained: Bundle) -> None:
     with pytest.raises(AlreadyExists):
-        train(parse_recipe(RECIPE), out=trained.path, data_root=Path("/nowhere"), console=Console(quiet=True))
+        begin(parse_recipe(RECIPE), trained.path)
 
 
 def test_what_is_no_bundle_is_not_overwritten(data: Path) -> None:
     with pytest.raises(AlreadyExists, match="no bundle"):
-        train(
-            parse_recipe(RECIPE),
-            out=data / "shapes",
-            overwrite=True,
-            data_root=Path("/nowhere"),
-            console=Console(quiet=True),
-        )
+        begin(parse_recipe(RECIPE), data / "shapes", overwrite=True)
     assert len(list((data / "shapes").glob("*/*.png"))) == 72
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageFailed, match="choose another place"):
-        train(parse_recipe(RECIPE), out=tmp_path / "file/b", data_root=Path("/nowhere"), console=Console(quiet=True))
+        begin(parse_recipe(RECIPE), tmp_path / "file/b")
 
 
 def test_resuming_without_checkpoints_is_refused_in_words(tmp_path: Path) -> None:
     recipe = parse_recipe(RECIPE.replace("checkpoint_every = 20", "checkpoint_every = 0"))
     with pytest.raises(InvalidRecipe, match="checkpoint_every = 0"):
-        train(recipe, out=tmp_path / "b", resume=True, data_root=Path("/nowhere"), console=Console(quiet=True))
+        begin(recipe, tmp_path / "b", resume=True)
 
 
 def test_a_checkpoint_that_is_not_there_is_missed_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no checkpoint"):
-        train(
-            parse_recipe(RECIPE),
-            out=tmp_path / "b",
-            resume=True,
-            data_root=Path("/nowhere"),
-            console=Console(quiet=True),
-        )
+        begin(parse_recipe(RECIPE), tmp_path / "b", resume=True)
 
 
 def test_a_device_that_is_not_there_is_missed_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="device 'tpu' is not available"):
-        train(
-            parse_recipe(RECIPE),
-            out=tmp_path / "b",
-            device="tpu",
-            data_root=Path("/nowhere"),
-            console=Console(quiet=True),
-        )
+        begin(parse_recipe(RECIPE), tmp_path / "b", device="tpu")
 
 
 def test_a_recipe_has_a_name_that_a_bundle_can_have() -> None:
