@@ -28,6 +28,9 @@ COLLAPSED_SPREAD = 0.05
 STUCK_WITHIN = 0.01
 """How near, relatively, a loss must come to that of a collapsed embedding to count as stuck there."""
 
+LEAST_LOSS_SCALE = 1e-4
+"""Below this factor of the loss fp16 has no step left to take, as in fairseq; it begins at 65,536."""
+
 PATIENCE = 3
 """Reports in a row that must agree before a warning is given."""
 
@@ -168,6 +171,15 @@ def check_weights(tensors: Mapping[str, Tensor], step: int) -> None:
     floating = [tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.numel()]
     if not torch.stack([tensor.isfinite().all().cpu() for tensor in floating]).all():
         raise _diverged(f"weights became NaN or infinite by step {step}")
+
+
+def check_loss_scale(scale: float, step: int) -> None:
+    """Raises TrainingDiverged when fp16's factor of the loss has fallen below `LEAST_LOSS_SCALE` after `step` steps.
+
+    Each step whose gradients overflow is left out and halves it: by then dozens were, and no weight has moved.
+    """
+    if scale < LEAST_LOSS_SCALE:
+        raise _diverged(f"gradients overflow float16 however little the loss is scaled ({scale:.1e} at step {step})")
 
 
 class CollapseWatch:

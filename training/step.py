@@ -83,6 +83,12 @@ class TrainingStep:
         rate: float = self.optimizer.param_groups[-1]["lr"]
         return rate
 
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 multiplies the loss by, so that gradients stay in its range; 1 in other precisions."""
+        scale: float = self._scaler.get_scale()
+        return scale
+
     def settle(self, step: int, load: Callable[[int], tuple[Tensor, Tensor]]) -> EmbeddingNetwork:
         """`shipped` after `step` steps, ready for use: in evaluation mode, an average with batch statistics of its own.
 

@@ -33,7 +33,7 @@ from training.distributed import ALONE, Ranks
 from training.early_stopping import best_step, is_over
 from training.events import EventWriter
 from training.losses.build import build_loss
-from training.monitor import CollapseWatch, Meter, check_weights
+from training.monitor import CollapseWatch, Meter, check_loss_scale, check_weights
 from training.prefetch import prefetched
 from training.progress import TrainingDisplay
 from training.result import TrainingResult
@@ -232,6 +232,7 @@ class Trainer:
 
     def _report(self, meter: Meter, watch: CollapseWatch, events: EventWriter) -> None:
         report = meter.report(self._result.steps, learning_rate=self.step.learning_rate)
+        check_loss_scale(self.step.loss_scale, report.step)
         self._result.history.append(report)
         self._display.report(report)
         events.report(report)

@@ -42,12 +42,18 @@ def whitening(
     np.add.at(means_IF, identity_N, x_NF)
     within_NF = x_NF - (means_IF / sizes_I[:, None])[identity_N]
     covariance_FF = within_NF.T @ within_NF / len(x_NF)
+    if np.abs(within_NF).max() <= 8 * np.finfo(np.float64).eps * np.abs(x_NF).max():  # but for the mean's rounding
+        raise InvalidDataset(
+            "the images of each identity have the same features, so that nothing tells what to whiten; leave "
+            "training.whitening out, and see whether the images are copies or the network has collapsed",
+            field="training.whitening",
+        )
     covariance_FF[np.diag_indices(features)] += shrinkage * np.trace(covariance_FF) / features
     variances_F, axes_FF = np.linalg.eigh(covariance_FF)
     if variances_F[0] <= variances_F[-1] * features * np.finfo(np.float64).eps:
         raise InvalidDataset(
             "images of one identity do not differ in every feature, so that their covariance has no inverse; give "
-            "training.whitening a value above 0",
+            f"training.whitening a value above {shrinkage:g}, such as 1.0",
             field="training.whitening",
         )
     whiten_FF = axes_FF / np.sqrt(variances_F)

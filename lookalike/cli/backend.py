@@ -125,7 +125,7 @@ def open_backend(
 ) -> Iterator[Backend]:
     """The server at `target`, or the engine over `bundle` and `galleries`; options go before the environment.
 
-    Raises InvalidInput when neither or both are given.
+    Raises InvalidInput when neither or both are given, and a device with a server.
     """
     if target and bundle:
         raise InvalidInput("give --target to ask a server, or --bundle to answer here, not both")
@@ -138,6 +138,10 @@ def open_backend(
             )
         bundle = None if target else Path(named or "")
     if target:
+        if device != "auto":
+            raise InvalidInput(
+                f"--device goes with --bundle: the server at {target} embeds where its own --device says; leave it out"
+            )
         with connect(target) as client:
             yield client
     elif bundle:

@@ -115,5 +115,6 @@ def test_who_answers_must_be_clear(run: Run, bundle: Bundle, target: str, pictur
     a = pictures / "loose.png"
     run("verify", a, a).failed_with("--target", "--bundle")
     run("verify", a, a, "--target", target, "--bundle", bundle.path).failed_with("not both")
+    run("verify", a, a, "--target", target, "--device", "cpu").failed_with("--device goes with --bundle")
     run("verify", a, a, "--target", "127.0.0.1:1").failed_with("127.0.0.1:1", "lookalike serve")
     run("verify", a, a, "--bundle", tmp_path / "none").failed_with("no bundle", "lookalike train")

@@ -17,7 +17,7 @@ from training.losses.pairs import ContrastiveLoss, MarginLoss
 from training.losses.softmax import SupervisedContrastiveLoss
 from training.losses.triplets import SoftMarginTripletLoss, TripletLoss
 from training.memory import CrossBatchMemoryLoss
-from training.monitor import CollapseWatch, Meter, Report, loss_of_collapse, spread
+from training.monitor import CollapseWatch, Meter, Report, check_loss_scale, loss_of_collapse, spread
 
 LABELS_B = torch.arange(8) // 2
 REPORT = Report(
@@ -141,3 +141,16 @@ def test_a_run_that_recovers_or_warms_up_is_left_alone() -> None:
     reports = [replace(REPORT, spread=0.01)] * 2 + [REPORT] + [replace(REPORT, spread=0.01)] * 2
     assert [watching.warning(report) for report in reports] == [None] * 5
     assert [watching.warning(replace(REPORT, spread=0.01, step=step)) for step in range(1, 11)] == [None] * 10
+
+
+def test_gradients_that_always_overflow_are_told() -> None:
+    scaler, weight = torch.amp.GradScaler("cpu"), torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    for step in range(29):
+        weight.grad = torch.full((1,), math.inf) * scaler.scale(torch.ones(1))
+        scaler.step(optimizer)
+        scaler.update()
+        check_loss_scale(scaler.get_scale(), step)
+    assert weight.item() == 1
+    with pytest.raises(TrainingDiverged, match=r"gradients overflow float16 .* at step 30\); .*fp32"):
+        check_loss_scale(scaler.get_scale() / 2, 30)

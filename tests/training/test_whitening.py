@@ -110,5 +110,7 @@ def test_what_cannot_be_whitened_is_refused() -> None:
     with pytest.raises(InvalidDataset, match="no training identity has two"):
         whitening(x_NF, np.arange(6), width=4, shrinkage=1.0)
     x_NF[:, 2] = 0  # a dead feature
-    with pytest.raises(InvalidDataset, match="above 0"):
+    with pytest.raises(InvalidDataset, match="above 0, such as"):
         whitening(x_NF, np.repeat([0, 1], 3), width=4, shrinkage=0.0)
+    with pytest.raises(InvalidDataset, match="collapsed"):
+        whitening(np.repeat(x_NF[:2], 3, axis=0), np.repeat([0, 1], 3), width=4, shrinkage=1.0)
