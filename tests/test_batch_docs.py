@@ -1,4 +1,4 @@
-"""docs/batch.md is run: its commands in order, and its columns are the shards'."""
+"""docs/batch.md and docs/galleries.md are run: their commands in order; the columns of batch jobs are the shards'."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "batch.md").read_text()
 
 
+@pytest.mark.parametrize(("page", "commands"), [("batch.md", 4), ("galleries.md", 5)])
 def test_its_commands_print_what_it_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: str, commands: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for variable in ("TARGET", "BUNDLE", "GALLERIES"):
         monkeypatch.delenv(f"LOOKALIKE_{variable}", raising=False)
@@ -33,14 +34,16 @@ def test_its_commands_print_what_it_shows(
     for seed in range(6):
         (tmp_path / "images" / f"{seed}.png").write_bytes(png(seed))
     ran = 0
-    for block in re.findall(r"^```console\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^```console\n(.*?)^```$", (ROOT / "docs" / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    ):
         for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, shown = part.partition("\n")
             capfd.readouterr()
             assert main(shlex.split(command)[1:]) == 0
             assert missing_line(shown, capfd.readouterr().out) == ""
             ran += 1
-    assert ran == 4
+    assert ran == commands
 
 
 def test_its_columns_are_those_of_the_shards() -> None:
@@ -68,8 +71,3 @@ def test_its_footer_is_that_of_the_shards(tmp_path: Path) -> None:
     table = PAGE.partition("| name |")[2].partition("\n\n")[0]
     named = {name for row in table.splitlines() if "|" in row for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert named == set(json.loads(pq.read_metadata(tmp_path / "part-00000.parquet").metadata[FOOTER]))
-
-
-def test_its_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)", PAGE):
-        assert (ROOT / "docs" / link).exists(), link

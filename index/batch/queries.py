@@ -24,7 +24,8 @@ from index.items import page_token_after
 
 EMBEDDING = "embedding"
 """The column of embeddings, unless another is named."""
-_IDS = ("id", "item", "path")  # columns that may name a row of embeddings, the first that is there
+IDS = ("id", "item", "path")
+"""Columns that may name a row of embeddings: the first that is there does."""
 _PAGE = 1000
 _ROWS_AT_ONCE = 1024
 
@@ -42,17 +43,26 @@ def queries_of(source: Path, embeddings: str = "") -> Queries:
     suffix = source.suffix.lower()
     if suffix == ".npy":
         return Array(source)
-    if suffix == ".parquet":
-        names = _columns(source)
-        if embeddings or (EMBEDDING in names and "path" not in names):
-            return EmbeddingTable(source, embeddings or EMBEDDING)
-    elif embeddings:
-        raise InvalidDataset(f"{source} is no .parquet table, which alone has a column of embeddings")
+    if column := embeddings_column(source, embeddings):
+        return EmbeddingTable(source, column)
     if suffix in {".csv", ".parquet"}:
         return PathTable(source)
     raise InvalidDataset(
         f"{source} is neither a folder, nor a .csv or .parquet table, nor a .npy array; give one of these"
     )
+
+
+def embeddings_column(table: Path, named: str = "") -> str:
+    """The column of embeddings: that `named`, else "embedding" where there is one and no column "path"; "" where the
+    table is none of embeddings. Raises InvalidDataset where it is none and a column is named."""
+    if table.suffix.lower() != ".parquet":
+        if named:
+            raise InvalidDataset(f"{table} is no .parquet table, which alone has a column of embeddings")
+        return ""
+    names = columns_of(table)
+    if named and named not in names:
+        raise InvalidDataset(f"{table} has no column {named!r}; it has {', '.join(map(repr, names))}")
+    return named or (EMBEDDING if EMBEDDING in names and "path" not in names else "")
 
 
 class PathTable:
@@ -122,11 +132,9 @@ class EmbeddingTable:
     def __init__(self, table: Path, column: str) -> None:
         import pyarrow.parquet as pq
 
-        names = _columns(table)
-        if column not in names:
-            raise InvalidDataset(f"{table} has no column {column!r}; it has {', '.join(map(repr, names))}")
+        names = columns_of(table)
         self._table, self._column = table, column
-        self._id = next((name for name in _IDS if name in names), None)
+        self._id = next((name for name in IDS if name in names), None)
         self.digest = f"{_stamp(table)} {column}"
         with pq.ParquetFile(table) as file:
             self.total = int(file.metadata.num_rows)
@@ -149,7 +157,7 @@ class EmbeddingTable:
             at = row - skip
             wanted = [self._column, *([self._id] if self._id else [])]
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=wanted):
-                vectors = _vectors(batch.column(self._column))
+                vectors = vectors_of(batch.column(self._column))
                 ids = batch.column(self._id).to_pylist() if self._id else [None] * len(vectors)
                 for vector, given in zip(vectors, ids, strict=True):
                     if at >= row:
@@ -193,8 +201,8 @@ def _stamp(path: Path) -> str:
     return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
 
 
-def _vectors(column: Any) -> list[Vectors] | Vectors:
-    """Whatever stands in the column; what is no embedding is refused with its query."""
+def vectors_of(column: Any) -> list[Vectors] | Vectors:
+    """Whatever stands in an Arrow column, as float32; what is no embedding has another shape."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -226,7 +234,7 @@ def _csv_column(table: Path) -> Iterator[Any]:
 def _parquet_column(table: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    if "path" not in _columns(table):
+    if "path" not in columns_of(table):
         yield None
         return
     with pq.ParquetFile(table) as file:
@@ -234,7 +242,8 @@ def _parquet_column(table: Path) -> Iterator[Any]:
             yield from batch.column("path").to_pylist()
 
 
-def _columns(table: Path) -> list[str]:
+def columns_of(table: Path) -> list[str]:
+    """The columns of a Parquet table. Raises InvalidDataset."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

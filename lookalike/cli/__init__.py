@@ -24,6 +24,7 @@ from lookalike.cli import (
     one_shot,
     serve,
     train,
+    transfer,
     upkeep,
 )
 
@@ -41,6 +42,7 @@ app.command()(train.evaluate)
 app.command()(feedback.calibrate)
 app.command()(compare.compare)
 app.add_typer(one_shot.app, name="one-shot")
+transfer.add_commands(gallery.app)
 upkeep.add_commands(gallery.app)
 app.add_typer(gallery.app, name="gallery")
 app.command()(serve.serve)

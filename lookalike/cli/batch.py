@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import track
 
 from embedding.errors import InvalidDataset, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
+from lookalike.cli.told import told
 from lookalike.types import Effort, Neighbor, OperatingPoint
 
 if TYPE_CHECKING:
@@ -137,21 +138,16 @@ def batch_search(
 
 
 def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, overwrite: bool) -> None:
-    from lookalike.cli.images import in_batches, list_images
+    from lookalike.cli.images import list_images
     from lookalike.cli.tables import ParquetTable
 
     queries = list_images(images)
     console = show.console(stderr=True)
-    searched = 0
-    with ParquetTable(out, _schema(), overwrite=overwrite) as table:
-        batches = track(
-            list(in_batches(queries, max(1, min(BATCH_IMAGES, BATCH_ROWS // ask.k)))),
-            "batch-search",
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        for batch in batches:
+    searched = done = 0
+    at_once = max(1, min(BATCH_IMAGES, BATCH_ROWS // ask.k))
+    with ParquetTable(out, _schema(), overwrite=overwrite) as table, told(console, "batch-search", "images") as tell:
+        left = iter(queries)
+        while batch := list(islice(left, at_once)):
             rows: list[dict[str, Any]] = []
             for query, outcome in _searched(backend, ask, batch):
                 if isinstance(outcome, Exception):
@@ -160,6 +156,8 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
                     searched += 1
                     rows += _rows(query.name, outcome)
             table.append(rows)
+            done += len(batch)
+            tell(done, len(queries))
         if not searched:
             raise InvalidDataset(f"none of the {len(queries)} images of {images} could be searched; {out} not written")
     skipped = len(queries) - searched

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from embedding.errors import InvalidDataset, LookalikeError
 from embedding.runtime import settled
@@ -21,16 +17,15 @@ from index.batch import Answering, Done, Queries
 from index.batch import run as run_job
 from index.batch.folder import Conditions, read_manifest
 from index.batch.queries import queries_of
-from index.engine import Progress
 from index.filters import parse_filter
 from lookalike import Client
 from lookalike.cli import show
 from lookalike.cli.backend import Backend
 from lookalike.cli.batch_remote import RemoteItems, ServerAnswering
+from lookalike.cli.told import told
 from lookalike.errors import ResourceExhausted, Unavailable
 from lookalike.types import Effort, OperatingPoint
 
-_SAY_SECONDS = 30.0
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0)
 """Seconds before a job goes on after a server could not answer, from the first again once a shard was written; then it
 ends, and is run again by whoever wants it."""
@@ -77,7 +72,7 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
     )
     if not queries.total:
         raise InvalidDataset(f"there is nothing to search for in {job.source or job.from_gallery}; nothing was written")
-    with settled(), _told(show.console(stderr=True)) as tell:
+    with settled(), told(show.console(stderr=True), "batch-search", "queries") as tell:
         try:
             done = _patiently(
                 lambda anew: run_job(
@@ -87,7 +82,7 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
                     conditions,
                     shard_queries=job.shard_queries,
                     restart=anew,
-                    on_progress=tell,
+                    on_progress=lambda progress: tell(progress.done, progress.total),
                 ),
                 lambda: _answered(folder),
                 restart=restart,
@@ -204,40 +199,3 @@ def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries,
         leave_out=leave_out,
     )
     return found, answering, answering.conditions(found, job.parameters(leave_out=leave_out))
-
-
-@contextmanager
-def _told(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """Tells progress: a bar on a terminal, else a line now and then."""
-    began, first, said = time.monotonic(), -1, time.monotonic()
-
-    def line(progress: Progress) -> None:
-        nonlocal first, said
-        now = time.monotonic()
-        first = progress.done if first < 0 else first
-        if now - said < _SAY_SECONDS:
-            return
-        said, rate = now, (progress.done - first) / (now - began)
-        left = f", {(progress.total - progress.done) / rate / 60:,.0f} min left" if rate else ""
-        console.print(f"{progress.done:,} of {progress.total:,} queries, {rate:,.0f} a second{left}", markup=False)
-
-    if not console.is_terminal:
-        yield line
-        return
-    columns = (
-        TextColumn("batch-search"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("batch-search", rate="")
-
-        def draw(progress: Progress) -> None:
-            nonlocal first
-            first = progress.done if first < 0 else first
-            rate = (progress.done - first) / max(1e-3, time.monotonic() - began)
-            bar.update(task, completed=progress.done, total=progress.total, rate=f"{rate:,.0f} a second")
-
-        yield draw

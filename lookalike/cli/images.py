@@ -6,16 +6,15 @@ import csv
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from embedding.errors import InvalidDataset
 from embedding.images import IMAGE_SUFFIXES
-from lookalike.types import JSON
+from lookalike.cli.rows import identity_in, is_empty, metadata_in
+from lookalike.types import JSON, NewItem
 
 MAX_IMAGE_BYTES = 32 * 2**20
 """A larger file is not read: two of them would not fit in one message of the server's default limit."""
-
-Element = TypeVar("Element")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,10 @@ class ImageFile:
         if size > MAX_IMAGE_BYTES:
             raise InvalidDataset(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
         return self.path.read_bytes()
+
+    def item(self) -> NewItem:
+        """The image as an item to store. Raises what `read` does."""
+        return NewItem(id=self.item_id, image=self.read(), identity=self.identity, metadata=self.metadata)
 
     @property
     def item_id(self) -> str:
@@ -63,17 +66,6 @@ def list_images(source: Path) -> list[ImageFile]:
     return images
 
 
-def in_batches(elements: Iterable[Element], size: int) -> Iterator[list[Element]]:
-    batch: list[Element] = []
-    for element in elements:
-        batch.append(element)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _folder(root: Path) -> Iterator[ImageFile]:
     for path in sorted(root.rglob("*")):
         relative = path.relative_to(root)
@@ -91,19 +83,26 @@ def _manifest(table: Path) -> Iterator[ImageFile]:
         if not isinstance(name, str) or not name:
             raise InvalidDataset(f"{table}, row {number}: the column path must name an image; got {name!r}")
         identity, given_id = row.pop("identity", None), row.pop("id", None)
-        yield ImageFile(
-            table.parent / name,
-            name,
-            identity=None if identity in {None, ""} else str(identity),
-            metadata={"path": name, **{key: value for key, value in row.items() if value not in {None, ""}}},
-            id=None if given_id in {None, ""} else str(given_id),
-        )
+        try:
+            image = ImageFile(
+                table.parent / name,
+                name,
+                identity=identity_in(identity),
+                metadata={"path": name, **metadata_in(row)},
+                id=None if is_empty(given_id) else str(given_id),
+            )
+        except InvalidDataset as error:
+            raise InvalidDataset(f"{table}, row {number}: {error}") from error
+        yield image
 
 
 def _csv_rows(table: Path) -> Iterator[dict[str, Any]]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file, strict=True)
+            for number, row in enumerate(csv.DictReader(file, strict=True), start=1):
+                if None in row:  # where csv puts what no column is there for
+                    raise InvalidDataset(f"{table}, row {number} has more values than the header has columns")
+                yield row
     except (csv.Error, UnicodeDecodeError) as error:
         raise InvalidDataset(f"{table} is not a CSV table in UTF-8 ({error})") from error
 

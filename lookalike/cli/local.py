@@ -162,11 +162,12 @@ class LocalBackend:
         found = self._engine.gallery(name.gallery, any_model=True)
         return messages.item(wire.item_fields(found.get(name.id), found.id, parse.ITEM_FIELDS))
 
-    def list_items(self, gallery: str, *, filter: str = "") -> Iterator[Item]:
-        """The accepted items of a gallery, by name, here with their embeddings."""
+    def list_items(self, gallery: str, *, filter: str = "", embedding: bool = False) -> Iterator[Item]:
+        """The accepted items of a gallery, by name."""
         found = self._engine.gallery(gallery, any_model=True)
+        fields = parse.ITEM_FIELDS if embedding else parse.ITEM_FIELDS - {"embedding"}
         for item in found.iterate(allowed=parse_filter(filter)):
-            yield messages.item(wire.item_fields(item, found.id, parse.ITEM_FIELDS))
+            yield messages.item(wire.item_fields(item, found.id, fields))
 
     def update_items(
         self, gallery: str, items: Iterable[NewItem], *, allow_missing: bool = True

@@ -37,7 +37,7 @@ class Item:
     """The gallery's generation that stored this version."""
     update_time: datetime
     embedding: Embedding | None = field(default=None, repr=False)
-    """Only where one item is asked for; None in listings."""
+    """None in answers that leave it out, as listings do unless asked for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,33 @@ def test_a_manifest_names_items_identities_and_metadata(
     first, loose = items(run, name, where)
     assert (first["identity"], first["metadata"]) == ("ann", {"path": "class-0/0.png", "year": "1999"})
     assert (loose["identity"], loose["metadata"]) == (None, {"path": "loose.png"})
+
+
+def test_a_table_may_hold_more_than_text(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    columns = {
+        "path": ["loose.png"],
+        "taken": [datetime(1999, 12, 31, 23, 59)],
+        "price": [Decimal("1.25")],
+        "tags": [["a", "b"]],
+        "size": [{"width": 3, "on": date(2000, 1, 1)}],
+        "weight": [float("nan")],
+    }
+    run("gallery", "create", name, *where)
+    pq.write_table(pa.table(columns), pictures / "manifest.parquet")
+    assert run("gallery", "add", name, pictures / "manifest.parquet", *where).code == 0
+    (stored,) = items(run, name, where)
+    assert stored["metadata"] == {
+        "path": "loose.png",
+        "taken": "1999-12-31T23:59:00",
+        "price": 1.25,
+        "tags": ["a", "b"],
+        "size": {"width": 3, "on": "2000-01-01"},
+    }
+    for column, value in {"thumbnail": b"bytes", "identity": ["a"]}.items():
+        pq.write_table(pa.table({"path": ["loose.png"], column: [value]}), pictures / "manifest.parquet")
+        run("gallery", "add", name, pictures / "manifest.parquet", *where).failed_with("row 1", column)
+    (pictures / "manifest.csv").write_text("path,year\nloose.png,1999,2000\n")
+    run("gallery", "add", name, pictures / "manifest.csv", *where).failed_with("row 1", "more values")
 
 
 def test_an_export_holds_every_item_with_its_embedding(
