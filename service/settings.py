@@ -21,6 +21,12 @@ MiB = 2**20
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _cores_of_a_worker(settings: dict[str, Any]) -> int:
+    """Threads by default, so that several processes do not start as many threads each as there are cores."""
+    workers: int = settings.get("workers", 1)
+    return -(-_CORES // workers)
+
+
 class Settings(BaseModel):
     """Settings of one server process; `Settings.checked` names the one that is wrong in one line."""
 
@@ -61,18 +67,20 @@ class Settings(BaseModel):
     """Where the encoder runs: auto, cpu, cuda or mps."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most images embedded in one forward pass."""
-    decode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
-    """Images decoded at the same time; small ones are decoded by the thread that embeds them."""
-    encode_threads: Annotated[int, Field(ge=1, le=256)] = _CORES
-    """Threads of one forward pass on the CPU."""
-    batch_scheduling: bool = True
-    """Threads of the server do not interrupt one another (Linux's SCHED_BATCH): up to 1.9 times the calls."""
-    gallery_threads: Annotated[int, Field(ge=1, le=256)] = 2 * _CORES
-    """Searches, reads and writes of galleries made at the same time; each uses one thread."""
-    thumbnails: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Processes that share the port: one writes, the others answer searches and matches from the same galleries."""
+    decode_threads: Annotated[int, Field(ge=1, le=256, default_factory=_cores_of_a_worker)]
+    """Images decoded at the same time; small ones are decoded by the thread that embeds them. Unless set, each worker's
+    share of the cores."""
+    encode_threads: Annotated[int, Field(ge=1, le=256, default_factory=_cores_of_a_worker)]
+    """Threads of one forward pass on the CPU, likewise."""
+    batch_scheduling: bool = True
+    """Threads of the server do not interrupt one another (Linux's SCHED_BATCH): up to 1.9 times the calls."""
+    gallery_threads: Annotated[int, Field(ge=1, le=256, default_factory=lambda data: 2 * _cores_of_a_worker(data))]
+    """Searches, reads and writes of galleries made at the same time; each uses one thread. Unless set, twice the share
+    of the cores."""
+    thumbnails: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Side, in pixels, of the small images stored with new items, so that another model can embed them; 0 for none."""
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls in flight may take to finish once the server is told to stop."""
     tls_certificate: Path | None = None

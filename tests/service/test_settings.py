@@ -140,6 +140,18 @@ def test_what_does_nothing_without_another_is_refused(name: str, text: str, need
     assert name in Origins.read(environment={**without, variable: text, **whole}).of
 
 
+@pytest.mark.parametrize(("workers", "threads"), [("1", 12), ("5", 3), ("64", 1)])
+def test_each_worker_takes_its_share_of_the_cores(
+    workers: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings_module, "_CORES", 12)
+    given = {"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_WORKERS": workers}
+    shared = read(variables=given, folder=tmp_path).settings
+    assert (shared.decode_threads, shared.encode_threads, shared.gallery_threads) == (threads, threads, 2 * threads)
+    chosen = read("decode_threads = 7", given, folder=tmp_path).settings
+    assert (chosen.decode_threads, chosen.encode_threads) == (7, threads)
+
+
 def test_every_need_is_tried_and_defaults_written_down_are_no_need() -> None:
     tried = next(
         mark.args[1]
