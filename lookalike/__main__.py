@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if not _speaks():
         logging.disable(logging.WARNING)
+    if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):  # stderr has it from the start
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         from lookalike.cli import run  # typer comes with an extra, whose absence must be said in words
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from embedding.durable import replace_file
-from embedding.errors import DamagedData, NotFound, StorageFailed
+from embedding.errors import Busy, DamagedData, NotFound, StorageFailed
 
 FILE = "checkpoint.safetensors"
 
@@ -37,6 +39,33 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping
         raise StorageFailed(
             f"cannot write the checkpoint {path} ({error.strerror}); free space, or set training.checkpoint_every to 0"
         ) from error
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder of checkpoints, made if absent, from other runs until the block ends; then it goes if empty.
+
+    Raises Busy when another run holds it, and StorageFailed when the disk refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StorageFailed(f"the disk refused {folder}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                f"another training holds {folder}; wait for it, or choose another place for the bundle"
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # of a run that wrote none; one with a checkpoint stays, or is gone
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 def checkpoint_in(folder: Path) -> Path:

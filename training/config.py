@@ -276,6 +276,8 @@ class TrainingConfig(Section):
     def _stops_by_evaluations(self) -> Self:
         if self.early_stopping is not None and not self.evaluate_every:
             raise error_at("evaluate_every", "early stopping looks at evaluations; give the steps between two")
+        if self.early_stopping is not None and self.evaluate_every > self.steps:
+            raise error_at("evaluate_every", f"early stopping looks at evaluations, and {self.steps} steps have none")
         return self
 
 

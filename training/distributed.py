@@ -108,6 +108,15 @@ class Ranks:
         received: Value = box[0]
         return received
 
+    def total(self, number: float) -> float:
+        """The sum of the numbers of all processes."""
+        if self.size == 1:
+            return number
+        numbers: list[float] = [0.0] * self.size
+        with _others_there():
+            dist.all_gather_object(numbers, number)
+        return sum(numbers)
+
     def device(self, name: str) -> torch.device:
         """The device of this process, `name` being that of all. Raises InvalidInput when there are too few."""
         if self.size == 1:
@@ -128,6 +137,17 @@ ALONE = Ranks()
 """One process."""
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that are about to join, or have joined."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return _starts_alone() or int(os.environ["RANK"]) == 0
+
+
+def _starts_alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ
+
+
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """The processes that `torchrun` has started, joined until the block ends; without `torchrun`, one alone.
@@ -141,7 +161,7 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         ranks.device(device)
         yield ranks
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if _starts_alone():
         ALONE.device(device)
         yield ALONE
         return

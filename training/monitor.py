@@ -79,7 +79,7 @@ class Report:
     seconds: float
     """Wall time, without that of evaluations and checkpoints."""
     cpu_seconds: float
-    """Time of all of this process's threads on all cores together, in the same span."""
+    """Time of all threads on all cores together, in the same span; in the record of a run, of all its processes."""
 
     @property
     def images_per_second(self) -> float:

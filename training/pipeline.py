@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,10 +29,10 @@ from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
 from embedding.seen import Seen
 from training.calibration import calibrate
-from training.checkpoint import checkpoint_in
+from training.checkpoint import checkpoint_in, held
 from training.config import Recipe
 from training.datasets import ImageSet, load, load_path
-from training.distributed import joined
+from training.distributed import Ranks, is_first, joined
 from training.embedded import embed, say_skipped
 from training.evaluation import evaluate as evaluate_embeddings
 from training.initial import initial_recall
@@ -71,8 +72,9 @@ def train(
     Under `torchrun`, all processes train together; the first one alone does the rest, and the others get None.
     Checkpoints go to a folder beside `out` and are removed once the bundle stands.
     Before any work, raises AlreadyExists unless `overwrite` takes the place of a bundle, StorageFailed where `out`
-    cannot be written, InvalidInput for a device that is not there, and InvalidRecipe or NotFound when there is no
-    checkpoint to resume from; then whatever the recipe, its data or the disk give cause for: see `embedding.errors`.
+    cannot be written, Busy while another training writes there, InvalidInput for a device that is not there, and
+    InvalidRecipe or NotFound when there is no checkpoint to resume from; then whatever the recipe, its data or the disk
+    give cause for: see `embedding.errors`.
     """
     check_destination(out, overwrite=overwrite)
     checkpoints = out.with_name(f"{out.name}.checkpoint")
@@ -84,9 +86,24 @@ def train(
                 field="training.checkpoint_every",
             )
         checkpoint_in(checkpoints)
+    console = (console or Console(stderr=True)) if is_first() else Console(quiet=True)
+    with held(checkpoints) if is_first() else nullcontext():
+        return _train(recipe, out, checkpoints, data_root, device, console, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    checkpoints: Path,
+    data_root: Path | None,
+    device: str,
+    console: Console,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Bundle | None:
     tune_malloc()
     with joined(device) as ranks:
-        console = (console or Console(stderr=True)) if ranks.is_first else Console(quiet=True)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
             torch.manual_seed(recipe.seed)
             network = build(recipe.architecture, weights=recipe.network.initial_weights(data_root))
@@ -121,6 +138,8 @@ def train(
     if not ranks.is_first:
         return None
     console.print(f"trained: {result.summary()}", highlight=False, soft_wrap=True)
+    for warning in result.warnings:  # again, where it is not lost among the lines of the steps
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
     if recipe.training.whitening is not None:
         whiten(
@@ -169,7 +188,7 @@ def train(
         recipe=recipe.model_dump(mode="json"),
         data=_data_summary(images, sides),
         metrics={**measurement.metrics(), **learned_metrics(result.learned)},
-        environment=_environment(trainer, result),
+        environment=_environment(trainer, result, ranks),
     )
     card = model_card(
         name=recipe.name,
@@ -331,10 +350,12 @@ def _modes(recipe: Recipe, result: TrainingResult) -> dict[str, str]:
             f"weights of step {result.kept_step} of {result.steps}, whose {stopping.metric} on the calibration side, "
             f"{best:.4f}, was the best: the calibration side has chosen among these weights"
         )
+    if result.warnings:
+        facts["warnings in training"] = "; ".join(result.warnings)
     return facts
 
 
-def _environment(trainer: Trainer, result: TrainingResult) -> dict[str, str]:
+def _environment(trainer: Trainer, result: TrainingResult, ranks: Ranks) -> dict[str, str]:
     device = trainer.device
     return {
         "lookalike": version("lookalike"),
@@ -343,5 +364,6 @@ def _environment(trainer: Trainer, result: TrainingResult) -> dict[str, str]:
         "platform": f"{sys.platform} {platform.machine()}, {usable_cores()} cores",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": trainer.step.precision,
+        **({"processes": str(ranks.size)} if ranks.size > 1 else {}),
         "training": result.summary(),
     }

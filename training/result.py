@@ -35,7 +35,7 @@ class TrainingResult:
 
     @property
     def cpu_seconds(self) -> float:
-        """Time of this process's threads on all cores together during the steps."""
+        """Time of all processes' threads on all cores together during the steps."""
         return sum(report.cpu_seconds for report in self.history)
 
     @property

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class Trainer:
 
     `step` is what it takes step after step, `load_batch` what it gives it.
 
-    Raises InvalidDataset when the images cannot fill a batch, InvalidRecipe when the device lacks the precision.
+    Raises InvalidDataset when the images cannot fill a batch, InvalidRecipe when the device lacks the precision or a
+    process would have no image of a batch.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Trainer:
         self.device = ranks.device(device)
         self.network = network.to(self.device)
         self._ranks = ranks
+        self._images = train_set
         self._train_set = TurnedImages(train_set, recipe.sampling.turned_identities)
         self._is_supervised = recipe.training.mode == "supervised"
         self._labels_N = self._train_set.labels_N if self._is_supervised else np.arange(len(self._train_set.names))
@@ -106,6 +109,13 @@ class Trainer:
             parts_N=self._train_set.parts_N if recipe.sampling.images_from == "every-part" else None,
             called="identities" if self._is_supervised else "images",
         )
+        sampling = recipe.sampling
+        if (size := sampling.identities_per_batch * sampling.images_per_identity) < ranks.size:
+            raise InvalidRecipe(
+                f"a batch of {size} images leaves some of {ranks.size} processes without one; start fewer, or raise "
+                "sampling.identities_per_batch",
+                field="sampling.identities_per_batch",
+            )
         loss = build_loss(
             recipe.loss,
             identities=int(self._labels_N.max()) + 1,
@@ -132,7 +142,7 @@ class Trainer:
         with (
             torch.random.fork_rng(devices=cuda),
             self._display as display,
-            closing(EventWriter(self._events_dir, done=self._result.steps)) as events,
+            closing(EventWriter(self._events_dir, done=self._result.steps, say=self._warn)) as events,
         ):
             display.start(done=self._result.steps, total=self.recipe.training.steps)
             self._loop(events)
@@ -232,13 +242,17 @@ class Trainer:
 
     def _report(self, meter: Meter, watch: CollapseWatch, events: EventWriter) -> None:
         report = meter.report(self._result.steps, learning_rate=self.step.learning_rate)
+        report = replace(report, cpu_seconds=self._ranks.total(report.cpu_seconds))
         check_loss_scale(self.step.loss_scale, report.step)
         self._result.history.append(report)
         self._display.report(report)
         events.report(report)
         if (warning := watch.warning(report)) is not None:
-            self._result.warnings.append(warning)
-            self._display.say(f"warning: {warning}")
+            self._warn(warning)
+
+    def _warn(self, warning: str) -> None:
+        self._result.warnings.append(warning)
+        self._display.say(f"warning: {warning}")
 
     def _measure(self, evaluate: Evaluate) -> Mapping[str, float]:
         """Evaluate the network as it would ship now, and keep its weights when it is the best so far."""
@@ -282,7 +296,12 @@ class Trainer:
         if not self._ranks.is_first:
             return
         tensors = self.step.tensors() | with_prefix("best.", self._best or {})
-        state = {"run": self._run(), "result": self._result.to_json(), "step": self.step.state()}
+        state = {
+            "run": self._run(),
+            "processes": self._ranks.size,
+            "result": self._result.to_json(),
+            "step": self.step.state(),
+        }
         write_checkpoint(folder, tensors, state)
 
     def _restore(self, folder: Path) -> None:
@@ -301,12 +320,18 @@ class Trainer:
         best = without_prefix("best.", tensors)
         self._best = {name: tensor.to(self.device) for name, tensor in best.items()} or None
         self._result = TrainingResult.from_json(state["result"])
+        if state["processes"] != self._ranks.size:
+            self._warn(
+                f"step {self._result.steps}: {state['processes']} processes trained until here and {self._ranks.size} "
+                "go on: as good a run, but not the weights of one that was never stopped"
+            )
 
     def _run(self) -> dict[str, Any]:
         """All that the weights depend on, as JSON."""
         images = hashlib.sha256()
         for name, label in zip(self._train_set.names, self._train_set.labels_N, strict=True):
             images.update(f"{label} {name}\n".encode())
+        images.update(self._images.pixel_digests.tobytes())
         return {**self.recipe.model_dump(mode="json"), "training images": images.hexdigest()}
 
 

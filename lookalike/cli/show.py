@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,8 +74,8 @@ def table(columns: Iterable[str]) -> Table:
 
 
 def as_json(value: object) -> str:
-    """One JSON document."""
-    return json.dumps(_plain(value), ensure_ascii=False)
+    """One JSON document, in ASCII where the output cannot take more."""
+    return json.dumps(_plain(value), ensure_ascii=(sys.stdout.encoding or "").lower() not in {"utf-8", "utf8"})
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from lookalike import Client
 from lookalike.__main__ import main
 from tests.cli.conftest import Run
 from tests.processes import serving
-from tests.service.harness import MARGIN, connected, make_bundle
+from tests.service.harness import MARGIN, connected, make_bundle, png
 
 
 def python(program: str) -> str:
@@ -51,6 +52,22 @@ def test_help_is_printed_without_importing_anything_heavy() -> None:
         ),
     ):
         assert f"  {command} " in out
+
+
+def test_an_output_that_takes_no_unicode_is_written(run: Run, target: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "für ☃.png").write_bytes(png(0))
+    run("gallery", "create", name, "--target", target)
+    run("gallery", "add", name, tmp_path / "images", "--target", target)
+    for option, shown in (("--json", "f\\u00fcr \\u2603.png"), ("", "f\\xfcr \\u2603.png")):
+        command = [sys.executable, "-m", "lookalike", "gallery", "list", name, "--target", target, option]
+        ended = subprocess.run(
+            [argument for argument in command if argument],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=True,
+        )
+        assert shown in ended.stdout.decode("ascii")
 
 
 @pytest.mark.parametrize("arguments", [[], ["feedback"], ["gallery"], ["model"], ["one-shot"]])

@@ -101,6 +101,7 @@ def train_by_the_command(data: Path, out: Path) -> None:
 
 def take_gradients(data: Path, out: Path) -> None:
     with joined("cpu") as ranks:
+        assert ranks.total(ranks.rank + 0.5) == 2.0
         images = load_images(data)
         for name, each in {**CASES, "micro": MICRO}.items():
             write(first_gradients(each, images, ranks), out / f"{name}.{ranks.rank}")

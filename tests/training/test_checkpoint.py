@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from embedding.errors import DamagedData, StorageFailed
+from embedding.errors import Busy, DamagedData, InvalidRecipe, StorageFailed
 from training.checkpoint import (
     FILE,
+    checkpoint_in,
     differing_keys,
+    held,
     load_optimizer_tensors,
     optimizer_tensors,
     read_checkpoint,
@@ -81,3 +83,17 @@ def test_prefixes_are_undone() -> None:
 )
 def test_differing_keys_are_dotted(theirs: dict[str, object], keys: list[str]) -> None:
     assert differing_keys({"a": 1, "b": {"c": 2, "d": {"e": 3}}}, theirs) == keys
+
+
+def test_a_folder_is_held_by_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run.checkpoint"
+    with held(folder):
+        with pytest.raises(Busy, match="another training holds"), held(folder):
+            pass
+        write_checkpoint(folder, {}, {})
+    with pytest.raises(InvalidRecipe), held(folder):
+        raise InvalidRecipe("whatever")
+    assert checkpoint_in(folder).exists()
+    with held(tmp_path / "none"):
+        pass
+    assert not (tmp_path / "none").exists()

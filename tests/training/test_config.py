@@ -123,6 +123,12 @@ def test_several_parts_keep_their_order_and_roles() -> None:
         ("steps = 200", 'steps = 200\nmode = "unsupervised"', "training.mode", "did you mean 'supervised'?"),
         ("steps = 200", 'steps = 200\nmode = "self-supervised"', "augmentation", "give some"),
         ("steps = 200", "steps = 200\nearly_stopping = {patience = 3}", "training.evaluate_every", "between two"),
+        (
+            "steps = 200",
+            "steps = 200\nevaluate_every = 201\nearly_stopping = {patience = 3}",
+            "training.evaluate_every",
+            "200 steps have none",
+        ),
         ("steps = 200", "steps = 200\nearly_stopping = {patience = 0}", "training.early_stopping.patience", "got 0"),
         ("steps = 200", 'steps = 200\nearly_stopping = {metric = "F1"}', "training.early_stopping.metric", "recall@1"),
         ("steps = 200", "steps = 200\nmicro_batch = 1", "training.micro_batch", "greater than or equal to 2"),

@@ -233,6 +233,17 @@ def test_unlabelled_training_that_stops_early_is_told_on_the_card(data: Path, tm
     assert re.search(r"6 steps in \d+ s \(\d+ s of processor time on \d+ cores\), .*the network busy \d+%", summary)
 
 
+def test_warnings_stand_on_the_card_and_curves_that_the_disk_refuses_end_no_run(data: Path, tmp_path: Path) -> None:
+    text = RECIPE.replace("steps = 40, checkpoint_every = 20", "steps = 6, tensorboard = true")
+    (tmp_path / "b.tensorboard").write_text("no folder")
+    said = io.StringIO()
+    bundle = train(parse_recipe(text), out=tmp_path / "b", data_root=data, device="cpu", console=Console(file=said))
+    warning = f"no more curves: the disk refused {tmp_path / 'b.tensorboard'} (File exists)"
+    assert f"| warnings in training | {warning} |" in (bundle.path / "README.md").read_text()
+    after_steps = said.getvalue().replace("\n", " ").partition("trained: ")[2]
+    assert f"warning: {warning}" in after_steps
+
+
 def test_a_split_by_super_class_has_bounds_that_resample_super_classes(tmp_path: Path) -> None:
     for super_class in range(8):
         draw_shapes(tmp_path / f"shapes/{super_class}", identities=3, images=3, seed=super_class)

@@ -27,8 +27,9 @@ from tests.training.tiny import (
     trainer,
     weights,
 )
-from training.checkpoint import FILE
+from training.checkpoint import FILE, read_checkpoint, write_checkpoint
 from training.datasets import ImageSet, Indices
+from training.distributed import Ranks
 from training.progress import TrainingDisplay
 from training.trainer import Evaluate, Trainer
 
@@ -404,6 +405,27 @@ def test_a_checkpoint_of_another_recipe_names_the_keys(images: ImageSet, stopped
 def test_a_checkpoint_of_other_images_is_refused(images: ImageSet, stopped: Path) -> None:
     with pytest.raises(InvalidRecipe, match=r"\(training images differ\)"):
         trainer(recipe(), images.subset(range(29)), stopped).fit(resume=True)
+
+
+def test_images_that_changed_under_their_names_are_refused(images: ImageSet, stopped: Path, tmp_path: Path) -> None:
+    draw_images(tmp_path / "others", seed=1)
+    others = load_images(tmp_path / "others")
+    assert others.names == images.names
+    with pytest.raises(InvalidRecipe, match="training images differ"):
+        trainer(recipe(), others, stopped).fit(resume=True)
+
+
+def test_another_number_of_processes_is_told(images: ImageSet, stopped: Path) -> None:
+    tensors, state = read_checkpoint(stopped)
+    write_checkpoint(stopped, tensors, {**state, "processes": 2})
+    (warning,) = trainer(recipe(), images, stopped).fit(resume=True).warnings
+    assert "2 processes trained until here and 1 go on" in warning
+
+
+def test_more_processes_than_images_of_a_batch_are_refused(images: ImageSet) -> None:
+    few = recipe(sampling={"identities_per_batch": 2, "images_per_identity": 2})
+    with pytest.raises(InvalidRecipe, match="4 images leaves some of 5 processes without one"):
+        Trainer(few, network(few), images, device="cpu", ranks=Ranks(size=5))
 
 
 def test_there_must_be_a_checkpoint_to_resume(images: ImageSet, tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def recipe(**sections: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(merged, strict=False)
 
 
-def draw_images(root: Path) -> None:
+def draw_images(root: Path, seed: int = 0) -> None:
     """Five identities in `root`/images: a bright square at a place of its own, on noise."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for identity in range(5):
         (root / "images" / str(identity)).mkdir(parents=True)
         for item in range(6):
