@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from index.batch.answers import Answer, Answered
-from index.batch.shards import FOOTER, SCHEMA, ShardWriter
+from index.batch.folder import FOOTER
+from index.batch.shards import SCHEMA, ShardWriter
 from lookalike.__main__ import main
 from tests.index.test_batch_shards import EVIDENCE, STATED
 from tests.service.harness import make_bundle, png

@@ -29,6 +29,8 @@ from index.catalog import HeldFolder, holder
 from index.sums import FileSum
 
 MANIFEST = "_job.json"
+FOOTER = b"lookalike"
+"""The key of the footer's JSON object among the metadata of a Parquet file."""
 PARTIAL = ".partial-"
 _SHARD = re.compile(r"part-\d{5,}\.parquet")  # no looser: what others put beside them is not ours to delete
 

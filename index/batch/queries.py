@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from embedding.decision import Vectors
-from embedding.errors import InvalidDataset
+from embedding.errors import InvalidDataset, InvalidInput
 from index.batch import Queries, Query
+from index.batch.folder import FOOTER
 from index.batch.images import ImageFolder
 from index.engine import Filter, GalleryEngine
 from index.items import page_token_after
@@ -63,6 +64,22 @@ def embeddings_column(table: Path, named: str = "") -> str:
     if named and named not in names:
         raise InvalidDataset(f"{table} has no column {named!r}; it has {', '.join(map(repr, names))}")
     return named or (EMBEDDING if EMBEDDING in names and "path" not in names else "")
+
+
+def check_model(table: Path, model: str) -> None:
+    """Raises InvalidInput where the footer of a table, as `lookalike gallery export` writes it, names another model."""
+    import pyarrow.parquet as pq
+
+    try:
+        said = json.loads((pq.read_metadata(table).metadata or {}).get(FOOTER, b"{}"))
+    except ValueError:
+        return
+    made_by = said.get("model", model) if isinstance(said, dict) else model
+    if made_by != model:
+        raise InvalidInput(
+            f"{table} holds embeddings of model {made_by}, and the gallery's are of {model}: distances between them "
+            "mean nothing; give a gallery of that model, or the images themselves"
+        )
 
 
 class PathTable:
@@ -133,19 +150,19 @@ class EmbeddingTable:
         import pyarrow.parquet as pq
 
         names = columns_of(table)
-        self._table, self._column = table, column
+        self.table, self._column = table, column
         self._id = next((name for name in IDS if name in names), None)
         self.digest = f"{_stamp(table)} {column}"
         with pq.ParquetFile(table) as file:
             self.total = int(file.metadata.num_rows)
 
     def now(self) -> str:
-        return f"{_stamp(self._table)} {self._column}"
+        return f"{_stamp(self.table)} {self._column}"
 
     def since(self, row: int, after: str) -> Iterator[Query]:
         import pyarrow.parquet as pq
 
-        with pq.ParquetFile(self._table) as file:
+        with pq.ParquetFile(self.table) as file:
             groups: list[int] = []
             skip = row
             for group in range(file.num_row_groups):

@@ -30,15 +30,12 @@ from numpy.typing import NDArray
 from embedding.decision import VERDICTS, Verdict
 from embedding.durable import sync_folder
 from index.batch.answers import Answered, Column, Evidence, Failure
-from index.batch.folder import PARTIAL, Conditions, Shard, refused
+from index.batch.folder import FOOTER, PARTIAL, Conditions, Shard, refused
 from index.sums import FileSum
 from index.texts import Texts
 
 GROUP_ROWS = 65_536
 """Rows that are held in memory until they are written as a row group."""
-
-FOOTER = b"lookalike"
-"""The key of the footer's JSON object among the metadata of a shard's file."""
 
 SCHEMA = pa.schema(
     [

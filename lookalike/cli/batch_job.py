@@ -16,7 +16,7 @@ from embedding.runtime import settled
 from index.batch import Answering, Done, Queries
 from index.batch import run as run_job
 from index.batch.folder import Conditions, read_manifest
-from index.batch.queries import queries_of
+from index.batch.queries import EmbeddingTable, check_model, queries_of
 from index.filters import parse_filter
 from lookalike import Client
 from lookalike.cli import show
@@ -70,6 +70,8 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
     queries, answering, conditions = (
         _on_server(backend, job, queries) if isinstance(backend, Client) else _here(backend, job, queries)
     )
+    if isinstance(queries, EmbeddingTable):
+        check_model(queries.table, conditions.model)
     if not queries.total:
         raise InvalidDataset(f"there is nothing to search for in {job.source or job.from_gallery}; nothing was written")
     with settled(), told(show.console(stderr=True), "batch-search", "queries") as tell:

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from embedding.decision import Vectors
 from embedding.errors import InvalidDataset
 from index.batch.queries import IDS, columns_of, vectors_of
-from index.batch.shards import FOOTER
 from lookalike.cli.rows import identity_in, metadata_in
 from lookalike.types import JSON, NewItem
 
@@ -60,8 +59,6 @@ class EmbeddedItems:
             raise InvalidDataset(f"{table} has no column that names its items; give it one: {', '.join(IDS)}")
         self._table, self._column, self._id = table, column, found
         with pq.ParquetFile(table) as file:
-            self.model = _model(file.metadata.metadata or {})
-            """Which model made them; "" where the table does not say."""
             self._check_names(file.read([found]).column(0))
             self._rows = int(file.metadata.num_rows)
 
@@ -95,12 +92,3 @@ def _object(metadata: Any) -> dict[str, JSON]:
     if not isinstance(metadata, dict | None):
         raise InvalidDataset(f"its metadata is no JSON object but {type(metadata).__name__}")
     return metadata or {}
-
-
-def _model(footer: Mapping[bytes, bytes]) -> str:
-    """Which model made the embeddings, where the table says so."""
-    try:
-        said = json.loads(footer.get(FOOTER, b"{}"))
-    except ValueError:
-        return ""
-    return str(said.get("model", "")) if isinstance(said, dict) else ""

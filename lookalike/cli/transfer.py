@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeAlias
 
 import typer
 
-from embedding.errors import InvalidDataset, InvalidInput, LookalikeError
+from embedding.errors import InvalidDataset, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
 from lookalike.cli.gallery import GalleryName
@@ -85,17 +85,19 @@ def add(
         from lookalike.cli.embeddings import EmbeddedItems
 
         candidates = EmbeddedItems(source, column)
-        at_once, things, made_by = BATCH_EMBEDDINGS, "embeddings", candidates.model
+        at_once, things = BATCH_EMBEDDINGS, "embeddings"
     else:
         from lookalike.cli.images import list_images
 
         candidates = list_images(source)
-        at_once, things, made_by = BATCH_IMAGES, "images", ""
+        at_once, things = BATCH_IMAGES, "images"
     console, total = show.console(stderr=True), len(candidates)
     done = stored = 0
     with open_backend(target, bundle, data, read_only=False, device=device, thumbnails=thumbnails) as backend:
-        if made_by:
-            _check_model(backend.get_gallery(gallery), made_by, source)
+        if column:
+            from index.batch.queries import check_model
+
+            check_model(source, backend.get_gallery(gallery).model)
         batches = _stored(backend, gallery, candidates, at_once)
         with closing(batches), told(console, "add", things) as tell:
             for outcomes in batches:
@@ -147,14 +149,6 @@ def _column_of_embeddings(source: Path, named: str) -> str:
     return embeddings_column(source, named)
 
 
-def _check_model(gallery: Gallery, made_by: str, table: Path) -> None:
-    if gallery.model != made_by:
-        raise InvalidInput(
-            f"{table} holds embeddings of model {made_by}, and gallery {gallery.id} is of {gallery.model}, whose "
-            "distances are others; give a gallery of that model, or add the images themselves"
-        )
-
-
 def _stored(
     backend: Backend, gallery: str, candidates: Iterable[Candidate], at_once: int
 ) -> Generator[list[Outcome], None, None]:
@@ -200,7 +194,7 @@ def _schema(exported: Gallery) -> pa.Schema:
     """Of a table whose footer says which model made the embeddings."""
     import pyarrow as pa
 
-    from index.batch.shards import FOOTER
+    from index.batch.folder import FOOTER
 
     said = {"lookalike": version("lookalike"), "model": exported.model, "gallery": exported.id}
     return pa.schema(

@@ -132,6 +132,9 @@ def test_embeddings_of_another_model_are_refused(run: Run, where: list[str], nam
     run("gallery", "create", name, *where)
     run("gallery", "add", name, tmp_path / "rows.parquet", *where).failed_with("other-0123456789ab", "the images")
     assert listed(run, name, where) == {}
+    search = ["batch-search", tmp_path / "rows.parquet", "--gallery", name, "--shards", tmp_path / "shards"]
+    run(*search, *where).failed_with("other-0123456789ab", "the images")
+    assert not (tmp_path / "shards").exists()
 
 
 def test_how_far_it_is_is_told_in_lines_or_as_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
