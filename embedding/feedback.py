@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,16 +45,12 @@ class Feedback(BaseModel):
     """When it was recorded last."""
 
 
-def write_lines(path: Path, feedback: Iterable[Feedback]) -> int:
-    """Write a file of feedback and return how much it holds. Raises StorageFailed."""
+def write_lines(file: IO[bytes], feedback: Iterable[Feedback]) -> int:
+    """Write feedback, a line each, and return how much it is. Raises OSError."""
     count = 0
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            for each in feedback:
-                file.write(each.model_dump_json() + "\n")
-                count += 1
-    except OSError as error:
-        raise StorageFailed(f"the disk refused {path}: {error.strerror or error}") from error
+    for each in feedback:
+        file.write(each.model_dump_json().encode() + b"\n")
+        count += 1
     return count
 
 

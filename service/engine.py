@@ -317,7 +317,7 @@ class Engine:
                 f"gallery {gallery_id!r} is damaged and may hold items; set force to delete it all the same"
             ) from error
         if size:
-            raise GalleryNotEmpty(f"gallery {gallery_id!r} holds {size} items; set force to delete them with it")
+            raise GalleryNotEmpty(f"gallery {gallery_id!r} holds {size} items; delete them with it by force (--force)")
 
     def _given(self, sources: Sequence[Source]) -> Vectors | None:
         """The embeddings [N, D] where all sources are just that, sent as bytes; None where one is not, or is wrong."""

@@ -39,10 +39,10 @@ def queries_of(source: Path, embeddings: str = "") -> Queries:
     """
     if not source.exists():
         raise InvalidDataset(f"no such folder or file: {source}; check the path")
-    if source.is_dir():
-        return ImageFolder(source)
     suffix = source.suffix.lower()
-    if suffix == ".npy":
+    if source.is_dir() and not embeddings:
+        return ImageFolder(source)
+    if suffix == ".npy" and not embeddings:
         return Array(source)
     if column := embeddings_column(source, embeddings):
         return EmbeddingTable(source, column)

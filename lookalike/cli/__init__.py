@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -69,6 +70,10 @@ def run(arguments: Sequence[str]) -> int:
         raise KeyboardInterrupt from None
     except _Misuse as error:
         return _say_misuse(error)
+    except SystemExit as ended:  # typer ends with 1, which here says no, where the reader of the output has left
+        if isinstance(ended.__context__, OSError) and ended.__context__.errno == errno.EPIPE:
+            raise BrokenPipeError(errno.EPIPE, "the reader of the output has left") from None
+        raise
     return code if isinstance(code, int) else 0
 
 

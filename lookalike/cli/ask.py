@@ -78,7 +78,7 @@ def search(
     if json:
         print(show.as_json(neighbors))
     else:
-        show.neighbors(neighbors, show.console(), within=within)
+        show.neighbors(neighbors, show.console(), within=within, filtered=bool(filter))
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
             rows: list[dict[str, Any]] = []
             for query, outcome in _searched(backend, ask, batch):
                 if isinstance(outcome, Exception):
-                    console.print(f"skipped {query.name}: {outcome}", markup=False)
+                    console.print(f"skipped {show.printable(query.name)}: {outcome}")
                 else:
                     searched += 1
                     rows += _rows(query.name, outcome)

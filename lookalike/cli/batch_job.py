@@ -88,12 +88,17 @@ def run(backend: Backend, job: Job, folder: Path, *, restart: bool) -> None:
                 ),
                 lambda: _answered(folder),
                 restart=restart,
-                say=lambda text: show.console(stderr=True).print(text, markup=False),
+                say=lambda text: show.console(stderr=True).print(text),
             )
         except KeyboardInterrupt:
-            show.console(stderr=True).print(f"stopped; run the same command again to go on in {folder}", markup=False)
+            show.console(stderr=True).print(f"stopped; run the same command again to go on in {folder}")
             raise
     print(summary(done, folder))
+    if done.totals.errors == done.totals.queries:
+        raise InvalidDataset(
+            f"no query could be answered, the first because {_first_error(folder)}; the column error of the shards has "
+            "the reason of each"
+        )
 
 
 def _patiently(
@@ -120,6 +125,13 @@ def _patiently(
             say(f"the server cannot answer now ({error}); going on from the last whole shard in {wait:,.0f} s")
             restart = False
             time.sleep(wait * random.uniform(1, 1.25))  # not all who wait come back at once
+
+
+def _first_error(folder: Path) -> str:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(folder / "part-00000.parquet") as shard:
+        return str(next(shard.iter_batches(1, columns=["error"]))["error"][0])
 
 
 def _answered(folder: Path) -> int:

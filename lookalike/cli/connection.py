@@ -93,8 +93,15 @@ def _access(chosen: Mapping[str, Any], environment: Mapping[str, str]) -> dict[s
     if any(value is not None for value in given.values()):
         tls = Tls(**given)
     path: Path | None = chosen.get("api_key_file")
-    api_key = environment.get("LOOKALIKE_API_KEY") if path is None else path.read_text(encoding="utf-8").strip()
+    api_key = environment.get("LOOKALIKE_API_KEY") if path is None else _key_in(path)
     return {"tls": tls, "api_key": api_key or None, "allow_insecure_key": bool(chosen.get("allow_insecure_key"))}
+
+
+def _key_in(path: Path) -> str:
+    key = path.read_bytes().strip()
+    if not key or not key.isascii():
+        raise InvalidInput(f"{path} holds no API key; give the file that `lookalike keys create` was written to")
+    return key.decode()
 
 
 def _as_options(message: str) -> str:

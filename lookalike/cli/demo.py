@@ -88,11 +88,11 @@ def demo(
 
     _say(f"Done in {time.monotonic() - started:.0f} s. Each step by hand:", console)
     for command in _commands(out, a, other):
-        console.print(command, soft_wrap=True, markup=False)
+        console.print(command, soft_wrap=True)
 
 
 def _say(step: str, console: Console) -> None:
-    console.print(f"\n[bold]{step}[/bold]")
+    console.print(f"\n{step}", style="bold")
 
 
 def _prepare(out: Path) -> None:

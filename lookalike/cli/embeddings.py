@@ -54,7 +54,7 @@ class EmbeddedItems:
 
     def __init__(self, table: Path, column: str) -> None:
         names = columns_of(table)
-        found = next((name for name in IDS if name in names), None)
+        found = next((name for name in IDS if name in names and name != column), None)
         if found is None:
             raise InvalidDataset(f"{table} has no column that names its items; give it one: {', '.join(IDS)}")
         self._table, self._column, self._id = table, column, found
@@ -74,6 +74,9 @@ class EmbeddedItems:
                     yield EmbeddedItem(str(columns.pop(self._id)), emb_D, columns)
 
     def _check_names(self, names: pa.ChunkedArray) -> None:
+        kind = names.type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+            raise InvalidDataset(f"{self._table}: {self._id} holds {kind}; items are named by text or whole numbers")
         if names.null_count:
             raise InvalidDataset(f"{self._table}: {names.null_count:,} rows have no {self._id}; name each item")
         counts = pc.value_counts(names)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding.errors import InvalidInput
+from embedding.errors import InvalidInput, NotFound
 from lookalike.cli import options
 from lookalike.cli.connection import connect
+from lookalike.cli.whole_file import WholeFile
 
 if TYPE_CHECKING:
     from embedding.bundle import Bundle
@@ -29,6 +30,7 @@ def feedback() -> None:
 @app.command()
 def export(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write it, one JSON object a line.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     target: options.Target = None,
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="The folder of galleries it was recorded beside.")
@@ -41,7 +43,8 @@ def export(
         target = target or os.environ.get("LOOKALIKE_TARGET")
     if (not target) == (data is None):
         raise InvalidInput("give --target to ask a server, or --data to read its folder of galleries")
-    count = write_lines(out, _of_server(target) if target else _of_folder(data or Path()))
+    with WholeFile(out, overwrite=overwrite) as whole, whole.refusals():
+        count = write_lines(whole.file, _of_server(target) if target else _of_folder(data or Path()))
     print(f"wrote {count} cases to {out}")
 
 
@@ -204,6 +207,8 @@ def _holds_images(folder: Path) -> bool:
 def _of_folder(data: Path) -> Iterator[Feedback]:
     from service.feedback_store import read_feedback
 
+    if not data.is_dir():
+        raise NotFound(f"there is no folder of galleries at {data}; check the path")
     return read_feedback(data)
 
 

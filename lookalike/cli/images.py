@@ -80,7 +80,7 @@ def _manifest(table: Path) -> Iterator[ImageFile]:
     rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _parquet_rows(table)
     for number, row in enumerate(rows, start=1):
         name = row.pop("path", None)
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or "\0" in name:
             raise InvalidDataset(f"{table}, row {number}: the column path must name an image; got {name!r}")
         identity, given_id = row.pop("identity", None), row.pop("id", None)
         try:

@@ -51,7 +51,7 @@ EffortWanted: TypeAlias = Annotated[
     typer.Option("--effort", help="exact, a recall such as 0.95, or parameters such as nprobe=8,rescore=4."),
 ]
 MinRecall: TypeAlias = Annotated[
-    float | None, typer.Option("--min-recall", min=0, max=1, help="Recall that searches reach by default.")
+    float | None, typer.Option("--min-recall", min=0.01, max=1, help="Recall that searches reach by default.")
 ]
 Structure: TypeAlias = Annotated[
     str | None, typer.Option("--structure", help="auto, exact, hnsw, ivf-flat, ivf-sq8 or ivf-pq.")
@@ -105,12 +105,12 @@ def effort(text: str | None) -> Effort | None:
             return Effort(recall=float(text))
         pairs = [part.split("=", 1) for part in text.split(",")]
         raw = {name.strip().replace("-", "_"): int(value) for name, value in pairs}
-        if raw.keys() <= {"nprobe", "ef_search", "rescore"}:
+        if raw.keys() <= {"nprobe", "ef_search", "rescore"} and all(0 < value < 2**31 for value in raw.values()):
             return Effort(nprobe=raw.get("nprobe"), ef_search=raw.get("ef_search"), rescore=raw.get("rescore"))
     except ValueError:
         pass
     raise typer.BadParameter(
-        f"--effort is exact, a recall such as 0.95, or parameters such as nprobe=8,rescore=4; got {text!r}."
+        f"--effort is exact, a recall such as 0.95, or parameters from 1 on such as nprobe=8,rescore=4; got {text!r}."
     )
 
 

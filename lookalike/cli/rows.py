@@ -11,6 +11,9 @@ from typing import Any
 from embedding.errors import InvalidDataset
 from lookalike.types import JSON
 
+_WHOLE = 2**53
+"""Numbers of metadata travel as float64, which has all whole ones up to this."""
+
 
 def identity_in(value: Any) -> str | None:
     """The identity that a value of the column `identity` stands for. Raises InvalidDataset for lists and the like."""
@@ -44,6 +47,8 @@ def _json(value: Any, name: str) -> JSON:
             return [_json(element, name) for element in value]
         case dict():
             return {key: _json(element, name) for key, element in value.items()}
+        case int() if abs(value) > _WHOLE:
+            raise InvalidDataset(f"the column {name} holds {value}, more than metadata keeps exactly; give it as text")
         case str() | int() | float() | None:
             return value
     raise InvalidDataset(f"the column {name} holds {type(value).__name__}, which metadata cannot; leave it out")

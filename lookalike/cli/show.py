@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 from collections.abc import Iterable
@@ -15,13 +16,21 @@ from rich.text import Text
 from lookalike.types import Decision, ItemName, Neighbors, Verdict
 
 _STYLES = {Verdict.MATCH: "bold green", Verdict.NON_MATCH: "bold red", Verdict.UNCERTAIN: "bold yellow"}
-_WIDTH_OF_A_FILE = 160
+_WIDTH_OF_A_FILE = 1_000_000
+
+
+class _Plain(Console):
+    """Prints names as they are, and lets whoever runs the command hear that its reader has left."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "the reader of the output has left")
 
 
 def console(*, stderr: bool = False) -> Console:
     """A console that wraps at a terminal's width and, written to a file or pipe, leaves lines whole."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_WIDTH_OF_A_FILE)
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    made = _Plain(**plain)
+    return made if made.is_terminal else _Plain(**plain, width=_WIDTH_OF_A_FILE)
 
 
 def decision(found: Decision, out: Console) -> None:
@@ -45,10 +54,11 @@ def rates(found: Decision) -> str:
     )
 
 
-def neighbors(found: Neighbors, out: Console, *, within: bool = False) -> None:
+def neighbors(found: Neighbors, out: Console, *, within: bool = False, filtered: bool = False) -> None:
     """A table of neighbours, and under it the threshold that they share."""
     if not found:
-        out.print("nothing in the gallery matches" if within else "the gallery holds nothing else")
+        what = "the filter accepts" if filtered else "the gallery holds"
+        out.print("nothing in the gallery matches" if within else f"{what} nothing else")
         return
     shown = table(["rank", "item", "identity", "verdict", "distance", "probability"])
     for rank, neighbor in enumerate(found, start=1):
@@ -70,7 +80,15 @@ def neighbors(found: Neighbors, out: Console, *, within: bool = False) -> None:
 
 
 def table(columns: Iterable[str]) -> Table:
-    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def printable(name: str) -> str:
+    """A name from outside, on one line and without control characters."""
+    return name if name.isprintable() else ascii(name)
 
 
 def as_json(value: object) -> str:

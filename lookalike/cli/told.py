@@ -33,7 +33,7 @@ def told(console: Console, command: str, things: str) -> Iterator[Tell]:
             return
         said = time.monotonic()
         left = f", {(total - done) / each_second / 60:,.0f} min left" if each_second else ""
-        console.print(f"{done:,} of {total:,} {things}, {each_second:,.0f} a second{left}", markup=False)
+        console.print(f"{done:,} of {total:,} {things}, {each_second:,.0f} a second{left}")
 
     if not console.is_terminal:
         yield line

@@ -103,7 +103,7 @@ def add(
             for outcomes in batches:
                 for candidate, outcome in outcomes:
                     if isinstance(outcome, Exception):
-                        console.print(f"skipped {candidate.name}: {outcome}", markup=False)
+                        console.print(f"skipped {show.printable(candidate.name)}: {outcome}")
                     else:
                         stored += 1
                 done += len(outcomes)

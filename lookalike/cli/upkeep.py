@@ -75,7 +75,7 @@ def describe(
     out = show.console()
     out.print(f"gallery {found.id}: {found.item_count:,} items of model {found.model}, generation {found.generation}")
     if found.damage:
-        out.print(f"damaged: {found.damage}", markup=False)
+        out.print(f"damaged: {found.damage}")
     if found.index:
         bound = f", at most {found.index.memory_bytes:,} bytes in memory" if found.index.memory_bytes else ""
         kept = ", vectors in float16" if found.index.vectors == "float16" else ""
@@ -87,7 +87,7 @@ def describe(
             f"sealed yet, {stats.dead_rows:,} dead rows" + (f"; {stats.busy}" if stats.busy else "")
         )
         if stats.last_failure:
-            out.print(f"background work last failed: {stats.last_failure}", markup=False)
+            out.print(f"background work last failed: {stats.last_failure}")
         table = show.table(["segment", "rows", "structure", "k", "recall", "of matches", "µs a query"])
         for number, segment in enumerate(stats.segments, start=1):
             if not segment.curve:
@@ -126,6 +126,7 @@ def configure(
         if settings is None:
             raise InvalidInput("nothing to change: give --min-recall, --structure, --memory-bytes or --vectors")
         changed = backend.update_gallery(gallery, settings, etag=found.etag)
+    settings = changed.index or settings
     print(f"gallery {changed.id} will be indexed as {settings.structure}, recall {settings.min_recall:g} or more")
 
 

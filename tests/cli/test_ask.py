@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,22 @@ def test_bad_requests_are_refused_in_one_line(run: Run, where: list[str], name: 
     run("verify", a, a, "--threshold", "3", *where).failed_with("--threshold")
     run("verify", a, a, "--threshold", "1", "--point", "strict", *where).failed_with("--threshold and --point")
     run("verify", a, f"galleries/{name}/items/none", *where).failed_with(name)
+
+
+@pytest.mark.parametrize("effort", ["nprobe=0", "nprobe=-1", "ef_search=99999999999", "rescore=x"])
+def test_an_effort_out_of_range_is_refused(run: Run, where: list[str], pictures: Path, effort: str) -> None:
+    run("search", pictures / "loose.png", "--gallery", "g", "--effort", effort, *where).failed_with("--effort", effort)
+
+
+def test_a_reader_that_has_left_is_neither_yes_nor_no(bundle: Bundle, pictures: Path) -> None:
+    asked = ["verify", str(pictures / "loose.png"), str(pictures / "loose.png"), "--bundle", str(bundle.path)]
+    for more in (["--exit-code"], ["--exit-code", "--json"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "wb") as out:
+            command = [sys.executable, "-m", "lookalike", *asked, *more]
+            ended = subprocess.run(command, check=False, stdout=out, stderr=subprocess.PIPE)
+        assert (ended.returncode, ended.stderr) == (2, b"")
 
 
 def test_who_answers_must_be_clear(run: Run, bundle: Bundle, target: str, pictures: Path, tmp_path: Path) -> None:

@@ -184,17 +184,18 @@ def test_here_and_on_a_server_bad_queries_and_items_of_a_gallery_are_the_same(
     pq.write_table(pa.table({"embedding": [unit[0].tolist(), [], None, [1.0]]}), tmp_path / "ragged.parquet")
     sources = [[pictures], [tmp_path / "some.npy"], [tmp_path / "narrow.npy"], [tmp_path / "ragged.parquet"]]
     for at, source in enumerate([*sources, ["--from-gallery", name]]):
-        out = tmp_path / f"job-{at}"
+        out, code = tmp_path / f"job-{at}", 2 if source == [tmp_path / "narrow.npy"] else 0  # all queries fail
         for more in ([], ["--within", "--limit", 3]):
             job = ["batch-search", *source, "--gallery", name, "--shards", out, "--shard-queries", 3, *more]
             ran = run(*job, "--restart", "--target", target)
-            assert ran.code == 0, (source, ran.err)
+            assert ran.code == code, (source, ran.err)
             whole = shards(out)
             (out / "part-00000.parquet").unlink()
             ran = run(*job, "--bundle", bundle.path, "--data", data)
-            assert ran.code == 0, ran.err
+            assert ran.code == code, ran.err
             again = run(*job, "--restart", "--bundle", bundle.path, "--data", data)
-            assert again.code == 0, again.err
+            assert again.code == code, again.err
+            assert code == 0 or "no query could be answered, the first because" in again.err
             mine = rows(out)
             run(*job, "--restart", "--target", target)
             assert shards(out) == whole

@@ -118,6 +118,14 @@ def test_images_and_feedback_are_told_apart(run: Run, calibrated: Bundle, tmp_pa
 
 
 def test_bad_input(run: Run, calibrated: Bundle, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("earlier")
+    run("feedback", "export", "--data", tmp_path, "--out", tmp_path / "kept").failed_with("exists", "--overwrite")
+    away = ["feedback", "export", "--target", "127.0.0.1:1", "--out"]
+    run(*away, tmp_path / "kept", "--overwrite").failed_with("no server answers")
+    run(*away, tmp_path / "new").failed_with("no server answers")
+    run("feedback", "export", "--data", tmp_path / "none", "--out", tmp_path / "new").failed_with("no folder")
+    assert (tmp_path / "kept").read_text() == "earlier"
+    assert not (tmp_path / "new").exists()
     run("feedback", "export", "--out", tmp_path / "f").failed_with("--target", "--data")
     run("feedback", "export", "--data", tmp_path, "--out", tmp_path / "f").failed_with("no feedback was recorded")
     arguments = ["--out", tmp_path / "out"]

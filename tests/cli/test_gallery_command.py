@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -97,11 +98,29 @@ def test_a_table_may_hold_more_than_text(run: Run, where: list[str], name: str, 
         "tags": ["a", "b"],
         "size": {"width": 3, "on": "2000-01-01"},
     }
-    for column, value in {"thumbnail": b"bytes", "identity": ["a"]}.items():
+    for column, value in {"thumbnail": b"bytes", "identity": ["a"], "sku": 2**53 + 1}.items():
         pq.write_table(pa.table({"path": ["loose.png"], column: [value]}), pictures / "manifest.parquet")
         run("gallery", "add", name, pictures / "manifest.parquet", *where).failed_with("row 1", column)
     (pictures / "manifest.csv").write_text("path,year\nloose.png,1999,2000\n")
     run("gallery", "add", name, pictures / "manifest.csv", *where).failed_with("row 1", "more values")
+    (pictures / "manifest.csv").write_text("path\na\0b.png\n")
+    run("gallery", "add", name, pictures / "manifest.csv", *where).failed_with("row 1", "path")
+
+
+def test_names_are_shown_as_they_are(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    long = "l" * 200
+    identities = ["[/x]", "[bold]b", ":fire:", long]
+    lines = [f"loose.png,{at}:a:b,{identity}" for at, identity in enumerate(identities)]
+    (pictures / "manifest.csv").write_text("\n".join(["path,id,identity", *lines]))
+    (pictures / "a\nb.png").write_bytes(b"no image")
+    run("gallery", "create", name, *where)
+    assert run("gallery", "add", name, pictures / "manifest.csv", *where).code == 0
+    for command in (["gallery", "list", name], ["search", pictures / "loose.png", "--gallery", name]):
+        shown = run(*command, *where).out
+        for at, identity in enumerate(identities):
+            assert f"{at}:a:b" in shown
+            assert identity in shown
+    assert "skipped 'a\\nb.png': not an image" in run("gallery", "add", name, pictures, *where).err
 
 
 def test_an_export_holds_every_item_with_its_embedding(
@@ -121,6 +140,14 @@ def test_an_export_holds_every_item_with_its_embedding(
     np.testing.assert_allclose(rows["class-0:0.png"]["embedding"], expected, atol=1e-6)
     run("gallery", "export", name, "--out", out, *where).failed_with("exists", "--overwrite")
     assert run("gallery", "export", name, "--out", out, "--overwrite", *where).code == 0
+    (tmp_path / "link").symlink_to(out)
+    out.write_bytes(b"old")
+    assert run("gallery", "export", name, "--out", tmp_path / "link", "--overwrite", *where).code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert pq.read_table(out).num_rows == 7
+    os.mkfifo(tmp_path / "pipe")
+    run("gallery", "export", name, "--out", tmp_path / "pipe", "--overwrite", *where).failed_with("no file")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_deleting_items_and_galleries(run: Run, where: list[str], name: str, pictures: Path) -> None:

@@ -164,6 +164,10 @@ def test_the_command_takes_them_from_options_and_the_environment(
     assert "LOOKALIKE_API_KEY" in capsys.readouterr().err
     replace(tmp_path / "key", f"{guarded.key}\n".encode())
     assert main([*options, "--api-key-file", str(tmp_path / "key"), *ask]) == 0
+    for content in (b"", b"\xff\xd8"):
+        replace(tmp_path / "no-key", content)
+        assert main([*options, "--api-key-file", str(tmp_path / "no-key"), *ask]) == 2
+        assert "holds no API key" in capsys.readouterr().err
     assert main([*options, "health", "--target", guarded.address]) == 0
     assert main(["health", "--target", guarded.address, "--timeout", "1"]) == 1
     monkeypatch.setenv("LOOKALIKE_API_KEY", guarded.key)

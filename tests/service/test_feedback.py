@@ -82,7 +82,8 @@ def test_feedback_is_kept_with_its_decision_and_read_back(
         exported = list(read_feedback(own.galleries))
         assert [each.case_id for each in exported] == ["a", *(f"c{i}" for i in range(5))]
         assert exported[0].distance == decision.distance
-        assert write_lines(tmp_path / "feedback.jsonl", exported) == 6
+        with (tmp_path / "feedback.jsonl").open("wb") as file:
+            assert write_lines(file, exported) == 6
         assert list(read_lines(tmp_path / "feedback.jsonl")) == exported
 
 
