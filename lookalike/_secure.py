@@ -33,7 +33,7 @@ class Tls:
     """The name that the server's certificate must have, where it is not the one in the target."""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises OSError for a file that cannot be read, ValueError for half a pair."""
+        """Raises OSError for a file that cannot be read, ValueError for one without PEM and for half a pair."""
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a client certificate needs its key, and a key its certificate: give both")
         return grpc.ssl_channel_credentials(_content(self.ca), _content(self.key), _content(self.certificate))
@@ -95,7 +95,13 @@ def is_loopback(target: str) -> bool:
 
 
 def _content(pem: Pem | None) -> bytes | None:
-    return pem if pem is None or isinstance(pem, bytes) else Path(pem).read_bytes()
+    if pem is None:
+        return None
+    content = pem if isinstance(pem, bytes) else Path(pem).read_bytes()
+    if b"-----BEGIN " not in content:  # gRPC would say that no server answers
+        what = "what was given as PEM" if isinstance(pem, bytes) else str(pem)
+        raise ValueError(f"{what} holds no certificate and no key in PEM, which begin with -----BEGIN")
+    return content
 
 
 def from_environment(environment: Mapping[str, str]) -> Server:

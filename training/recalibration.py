@@ -40,6 +40,9 @@ from training.bounds import Bounds, Rates, Resampled, bounded, degrees_of_freedo
 from training.pairs import Floats, Ints
 from training.probability import Distances, fit_isotonic, fit_logistic
 
+LEAST_REVIEW_RATE = 1e-6
+"""Of a case; one reviewed in a million stands for as many pairs as most services ever decide."""
+
 LEAST_PAIRS = 20
 """Fewer reviewed pairs of either truth, or on either side of the thresholds they were decided at, are refused."""
 
@@ -97,6 +100,11 @@ def reviewed(
                 raise InvalidDataset(
                     f"case {each.case_id!r} does not say which share of decisions like it was reviewed; record "
                     "feedback with its review_rate, or say it here: --accepted-rate and --rejected-rate"
+                )
+            if rate < LEAST_REVIEW_RATE:
+                raise InvalidDataset(
+                    f"case {each.case_id!r} was reviewed at a rate of {rate:g}; at least {LEAST_REVIEW_RATE:g} is "
+                    "taken, or one case would outweigh all others"
                 )
             kept.append((each, 1 / rate))
     is_match_F = np.array([each.is_match for each, _ in kept], np.bool_)

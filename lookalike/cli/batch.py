@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedding.errors import InvalidDataset, LookalikeError
+from embedding.errors import InvalidDataset, InvalidInput, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
 from lookalike.cli.told import told
@@ -141,6 +141,8 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
     from lookalike.cli.images import list_images
     from lookalike.cli.tables import ParquetTable
 
+    if _holds_embeddings(images):
+        raise InvalidInput(f"{images} holds embeddings, which are searched with --shards DIR in the place of --out")
     queries = list_images(images)
     console = show.console(stderr=True)
     searched = done = 0
@@ -162,6 +164,14 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
             raise InvalidDataset(f"none of the {len(queries)} images of {images} could be searched; {out} not written")
     skipped = len(queries) - searched
     print(f"wrote the neighbours of {searched:,} images to {out}" + (f" ({skipped:,} skipped)" if skipped else ""))
+
+
+def _holds_embeddings(source: Path) -> bool:
+    if source.suffix.lower() != ".parquet" or not source.is_file():
+        return source.suffix.lower() == ".npy"
+    from index.batch.queries import embeddings_column
+
+    return bool(embeddings_column(source))
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,8 @@ def choose(
 
 def connect(target: str, *, timeout: float = DEFAULT_TIMEOUT) -> Client:
     """A client by what was chosen. Raises InvalidInput."""
+    if not target.strip():
+        raise InvalidInput("the server's address is empty; give --target HOST:PORT")
     try:
         return Client(target, timeout=timeout, **_access(_chosen, os.environ))
     except OSError as error:

@@ -71,6 +71,10 @@ class LocalBackend:
                 backend = cls(engine)
                 try:
                     yield backend
+                except NotFound as error:
+                    if galleries.exists():
+                        raise
+                    raise NotFound(f"{error}: there is no folder of galleries at {galleries}; check --data") from error
                 finally:
                     backend._operations.close()
 

@@ -137,3 +137,6 @@ def test_who_answers_must_be_clear(run: Run, bundle: Bundle, target: str, pictur
     run("verify", a, a, "--target", target, "--device", "cpu").failed_with("--device goes with --bundle")
     run("verify", a, a, "--target", "127.0.0.1:1").failed_with("127.0.0.1:1", "lookalike serve")
     run("verify", a, a, "--bundle", tmp_path / "none").failed_with("no bundle", "lookalike train")
+    run("health", "--target", "").failed_with("address is empty")
+    here = ["--bundle", bundle.path, "--data", tmp_path / "nowhere"]
+    run("search", a, "--gallery", "g", *here).failed_with("no folder of galleries", "nowhere")

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -77,6 +79,14 @@ def test_a_table_that_exists_is_kept_unless_asked(
     assert out.read_bytes() == b"precious"
     assert run("batch-search", pictures, "--gallery", filled, "--out", out, "--overwrite", *where).code == 0
     assert pq.read_table(out).num_rows == 7 * 7
+
+
+def test_embeddings_are_for_shards(run: Run, where: list[str], filled: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"item": ["a"], "embedding": [[1.0, 0.0]]}), tmp_path / "rows.parquet")
+    np.save(tmp_path / "rows.npy", np.eye(2, dtype=np.float32))
+    for name in ("rows.parquet", "rows.npy"):
+        asked = ["batch-search", tmp_path / name, "--gallery", filled, "--out", tmp_path / "out.parquet", *where]
+        run(*asked).failed_with("holds embeddings", "--shards")
 
 
 # By the process itself: what `preexec_fn` does runs between a fork and the program, where gRPC's threads of the tests,

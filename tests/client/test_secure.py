@@ -123,7 +123,7 @@ def test_which_targets_are_this_machine(target: str, expected: bool) -> None:
     assert is_loopback(target) is expected
 
 
-def test_a_key_does_not_travel_in_plain_text_to_another_machine() -> None:
+def test_a_key_does_not_travel_in_plain_text_to_another_machine(tmp_path: Path) -> None:
     for made in (Client, AsyncClient):
         with pytest.raises(ValueError, match="plain text") as caught:
             made("example.com:50051", api_key="lk_secret")
@@ -138,6 +138,10 @@ def test_a_key_does_not_travel_in_plain_text_to_another_machine() -> None:
     with pytest.raises(ValueError, match="give both"):
         Client("localhost:1", tls=Tls(certificate=b"x"))
     assert "secret" not in repr(Tls(certificate=b"x", key=b"secret"))
+    (tmp_path / "text").write_text("no certificate")
+    for ca in (tmp_path / "text", b"no certificate"):
+        with pytest.raises(ValueError, match="holds no certificate and no key in PEM"):
+            Client("127.0.0.1:1", tls=Tls(ca=ca))
 
 
 def test_a_proxy_does_not_see_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,8 @@ def test_what_cannot_be_learned_from_is_named(base: Calibration) -> None:
         reviewed(unknown, PRINT, accepted_rate=1, rejected_rate=20)
     with pytest.raises(InvalidDataset, match=r"in \(0, 1\]; got 2"):
         reviewed(cases, PRINT, accepted_rate=2)  # though every case says its own
+    with pytest.raises(InvalidDataset, match=r"reviewed at a rate of 1e-300; at least 1e-06 is taken"):
+        reviewed(unknown, PRINT, accepted_rate=1e-300, rejected_rate=1)
     same = reviewed(unknown, PRINT, accepted_rate=1, rejected_rate=0.2)
     assert np.array_equal(same.weight_F, reviewed(cases, PRINT).weight_F)
 
