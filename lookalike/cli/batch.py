@@ -139,7 +139,7 @@ def batch_search(
 
 def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, overwrite: bool) -> None:
     from lookalike.cli.images import list_images
-    from lookalike.cli.tables import ParquetTable
+    from lookalike.cli.tables import parquet_table
 
     if _holds_embeddings(images):
         raise InvalidInput(f"{images} holds embeddings, which are searched with --shards DIR in the place of --out")
@@ -147,7 +147,7 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
     console = show.console(stderr=True)
     searched = done = 0
     at_once = max(1, min(BATCH_IMAGES, BATCH_ROWS // ask.k))
-    with ParquetTable(out, _schema(), overwrite=overwrite) as table, told(console, "batch-search", "images") as tell:
+    with parquet_table(out, _schema(), overwrite=overwrite) as append, told(console, "batch-search", "images") as tell:
         left = iter(queries)
         while batch := list(islice(left, at_once)):
             rows: list[dict[str, Any]] = []
@@ -157,7 +157,7 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
                 else:
                     searched += 1
                     rows += _rows(query.name, outcome)
-            table.append(rows)
+            append(rows)
             done += len(batch)
             tell(done, len(queries))
         if not searched:

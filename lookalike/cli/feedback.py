@@ -12,7 +12,7 @@ import typer
 from embedding.errors import InvalidInput, NotFound
 from lookalike.cli import options
 from lookalike.cli.connection import connect
-from lookalike.cli.whole_file import WholeFile
+from lookalike.cli.whole_file import refusals, whole_file
 
 if TYPE_CHECKING:
     from embedding.bundle import Bundle
@@ -43,8 +43,8 @@ def export(
         target = target or os.environ.get("LOOKALIKE_TARGET")
     if (not target) == (data is None):
         raise InvalidInput("give --target to ask a server, or --data to read its folder of galleries")
-    with WholeFile(out, overwrite=overwrite) as whole, whole.refusals():
-        count = write_lines(whole.file, _of_server(target) if target else _of_folder(data or Path()))
+    with whole_file(out, overwrite=overwrite) as file, refusals(out):
+        count = write_lines(file, _of_server(target) if target else _of_folder(data or Path()))
     print(f"wrote {count} cases to {out}")
 
 

@@ -123,18 +123,18 @@ def export(
     data: options.Galleries = options.DEFAULT_GALLERIES,
 ) -> None:
     """Write a gallery's items with their embeddings as a Parquet table, which `gallery add` takes."""
-    from lookalike.cli.tables import ParquetTable
+    from lookalike.cli.tables import parquet_table
 
     written = 0
     with open_backend(target, bundle, data) as backend:
         exported = backend.get_gallery(gallery)
         with (
-            ParquetTable(out, _schema(exported), overwrite=overwrite) as table,
+            parquet_table(out, _schema(exported), overwrite=overwrite) as append,
             told(show.console(stderr=True), "export", "items") as tell,
         ):
             items = backend.list_items(gallery, embedding=True)
             while batch := list(islice(items, BATCH_EXPORTED)):
-                table.append([_row(item) for item in batch])
+                append([_row(item) for item in batch])
                 written += len(batch)
                 tell(written, exported.item_count)
     print(f"wrote {written:,} items of gallery {gallery} to {out}")
