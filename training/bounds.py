@@ -16,7 +16,8 @@ identities, Σ cᵢ⁴ − V²/G.
 
 The bootstrap's variance is had in closed form. For weights w_i of mean 1 and variance 1, and e_ij the errors of the
 identity pair ij beyond the mean rate (errors_ij − rate·pairs_ij), the variance of Σ w_i w_j e_ij over i < j is
-Σ_i (Σ_j e_ij)² + Σ_{i<j} e_ij². For e_i within an identity, that of Σ w_i e_i is Σ_i e_i².
+Σ_i (Σ_j e_ij)² + Σ_{i<j} e_ij². For e_i within an identity, that of Σ w_i e_i is Σ_i e_i², where each e_i is taken
+against the rate of the others: an identity with most of the matching pairs makes the rate its own.
 
 Where the split keeps whole super-classes apart (alphabets, not characters), unseen identities come with unseen
 super-classes, and these are what is resampled: i and j above are super-classes then, e_ii the errors between
@@ -89,6 +90,8 @@ def far_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
         units = int(table.groups[-1]) + 1
         # A variance of few super-classes can be small by chance.
         found = group_across_variance(table, table.groups, thresholds_T, accepted_T / n).at_least(found)
+    if units == 2:
+        units = 1  # the one pair that two form says nothing about how pairs differ
     # The support falls with the threshold; `_bounds` takes it the other way round.
     falling = Resampled(found.variance_T[::-1], found.erring_T[::-1], found.freedom_T[::-1])
     bounds = bounded(accepted_T[::-1] / n, n, falling, units=units, most=n / max(units // 2, 1))
@@ -97,14 +100,16 @@ def far_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
 
 def frr_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
     """`frr_upper_bounds`, with the design effects."""
-    units, m = int((table.sizes > 1).sum()), len(table.matching)
+    m = len(table.matching)
     rejected_T = m - np.searchsorted(table.matching, thresholds_T, side="right")
+    pairs_U = matching_pairs(table)
     found = within_variance(table, thresholds_T, rejected_T / m)
     if table.groups is not None:
-        units = len(np.unique(table.groups[table.sizes > 1]))
+        pairs_U = matching_pairs(table, table.groups)
         of_groups = within_variance(table, thresholds_T, rejected_T / m, groups_G=table.groups)
         found = of_groups.at_least(found)
-    bounds = bounded(rejected_T / m, m, found, units=units, most=m / units)
+    most = float((pairs_U**2).sum()) / m  # where nothing errs: the pairs of a pair's own unit, on average
+    bounds = bounded(rejected_T / m, m, found, units=len(pairs_U), most=most)
     return Bounds(np.maximum.accumulate(bounds.upper_T[::-1])[::-1], bounds.effect_T)
 
 
@@ -227,9 +232,33 @@ def within_variance(
         rejected_T = len(within_P) - np.searchsorted(within_P, thresholds_T, side="right")
         error_UT[unit] += rejected_T - rate_T * len(within_P)
         rejected_UT[unit] += rejected_T
-    unbiased = len(units) / max(len(units) - 1, 1)
-    variance_T = unbiased * (error_UT**2).sum(axis=0) / len(table.matching) ** 2
-    return Resampled(variance_T, (rejected_UT > 0).sum(axis=0), degrees_of_freedom(error_UT**2))
+    share_U = matching_pairs(table, groups_G) / len(table.matching)
+    return of_units(error_UT / len(table.matching), share_U, (rejected_UT > 0).sum(axis=0))
+
+
+def of_units(error_UT: Rates, share_U: Rates, erring_T: Ints) -> Resampled:
+    """Of the mean of trials of independent units: `error_UT` is what each adds to it beyond its share, `share_U`.
+
+    A unit with much more than a U-th of the trials has moved the mean that it is measured against towards its own.
+    Against the mean of the others (the jackknife) it errs 1/(1 − share) times as much; `bounded` does so for shares of
+    1/U. And such units tell no more about the variance than 1 / Σ share² like ones (Kish 1965).
+    """
+    units = len(share_U)
+    if units < 2:
+        return Resampled((error_UT**2).sum(axis=0), erring_T, np.ones(len(erring_T)))
+    square_UT = (error_UT * np.maximum((1 - 1 / units) / (1 - share_U), 1)[:, None]) ** 2
+    variance_T = units / (units - 1) * square_UT.sum(axis=0)
+    return Resampled(variance_T, erring_T, np.minimum(degrees_of_freedom(square_UT), 1 / (share_U**2).sum() - 1))
+
+
+def matching_pairs(table: PairTable, groups_G: Ints | None = None) -> Ints:
+    """Matching pairs [U] of each identity that has some, or, with `groups_G`, of each super-class that has some."""
+    several = table.sizes > 1
+    pairs_U = (table.sizes * (table.sizes - 1) // 2)[several]
+    if groups_G is None:
+        return pairs_U
+    _, unit_U = np.unique(groups_G[several], return_inverse=True)
+    return np.bincount(unit_U, weights=pairs_U).astype(np.int64)
 
 
 def degrees_of_freedom(square_UT: Rates) -> Rates:

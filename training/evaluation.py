@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from embedding.calibration import MAX_DISTANCE, SUPPORTING_PAIRS
-from embedding.errors import InvalidDataset
+from embedding.errors import InvalidDataset, InvalidVector
 from training.pairs import Floats, HeldOut, Ints, distance_block, held_out, require_pairs, row_blocks
 
 RECALL_AT = (1, 5, 10)
@@ -97,11 +97,16 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of N labelled unit embeddings, each against all others, or against a gallery (embeddings, labels) of K.
 
-    Raises InvalidVector for rows that are not finite unit vectors, InvalidDataset without a matching and a
-    non-matching pair.
+    Raises InvalidVector for rows that are not finite unit vectors, or of another width than the gallery's,
+    InvalidDataset without a matching and a non-matching pair.
     """
     queries = held_out(emb_ND, labels_N)
     items = None if gallery is None else held_out(*gallery)
+    if items is not None and items.embeddings.shape[1] != queries.embeddings.shape[1]:
+        raise InvalidVector(
+            f"queries are {queries.embeddings.shape[1]} wide and the gallery {items.embeddings.shape[1]}; "
+            "embed both with one model"
+        )
     return evaluation_of(verification_curve(queries, items), queries, items)
 
 
@@ -300,6 +305,5 @@ def _pair_blocks(data: HeldOut, gallery: HeldOut | None) -> Iterator[tuple[Float
 
 def _count_of(wanted_N: Ints, among_K: Ints) -> Ints:
     """How often each wanted identity occurs among the others."""
-    values, counts = np.unique(among_K, return_counts=True)
-    at_N = np.minimum(np.searchsorted(values, wanted_N), len(values) - 1)
-    return np.where(values[at_N] == wanted_N, counts[at_N], 0)
+    rising_K = np.sort(among_K)
+    return np.searchsorted(rising_K, wanted_N, side="right") - np.searchsorted(rising_K, wanted_N, side="left")

@@ -85,7 +85,18 @@ def fit_match_probability(table: PairTable, *, seed: int) -> MatchProbability | 
         losses = held_out_losses(table, seed=seed)
     except InvalidDataset:  # of the identities left by one fold, not of all: the choice would be chance here too
         return logistic
-    return fit_isotonic(matching, impostor) if losses["isotonic"] < losses["logistic"] else logistic
+    return fit_falling(matching, impostor) if losses["isotonic"] < losses["logistic"] else logistic
+
+
+def fit_falling(matching: Distances, impostor: Distances) -> MatchProbability | IsotonicProbability:
+    """`fit_isotonic`, or `fit_logistic` where no step says that a match is likely, or none that it is not.
+
+    Raises InvalidDataset when matching pairs are no nearer than non-matching ones.
+    """
+    try:
+        return fit_isotonic(matching, impostor)
+    except InvalidDataset:
+        return fit_logistic(matching, impostor)
 
 
 def held_out_losses(table: PairTable, *, seed: int) -> dict[str, float]:
@@ -147,7 +158,8 @@ def fit_isotonic(matching: Distances, impostor: Distances) -> IsotonicProbabilit
 
     The pool-adjacent-violators steps are joined by lines between their centres (centred isotonic regression, Oron
     and Flournoy 2017); beyond the first and last centre the line goes half the way to certainty.
-    Raises InvalidDataset when matching pairs are no nearer than non-matching ones.
+    Raises InvalidDataset when no step lies on either side of one half: matching pairs are no nearer than non-matching
+    ones, or so few that their smoothed target alone is as low.
     """
     dist_C, weight_C, target_C = _stacked(matching, impostor)
     cell_C = (dist_C * _CELLS_PER_UNIT).astype(np.int64)
@@ -165,7 +177,7 @@ def fit_isotonic(matching: Distances, impostor: Distances) -> IsotonicProbabilit
     weight_B = np.add.reduceat(weight_S, start_B)
     dist_B = (np.add.reduceat(dist_S, start_B) / weight_B).astype(np.float32)
     probability_B = level_S[start_B]
-    if len(probability_B) < 2:
+    if not probability_B[0] >= 0.5 > probability_B[-1]:
         raise InvalidDataset(
             "matching pairs lie no nearer than non-matching pairs, so there is no margin to learn; check the labels, "
             "or train longer"

@@ -36,9 +36,9 @@ from embedding.calibration import (
 )
 from embedding.errors import InvalidDataset
 from embedding.feedback import Feedback
-from training.bounds import Bounds, Rates, Resampled, bounded, degrees_of_freedom
+from training.bounds import Bounds, Rates, Resampled, bounded, of_units
 from training.pairs import Floats, Ints
-from training.probability import Distances, fit_isotonic, fit_logistic
+from training.probability import Distances, fit_falling, fit_logistic
 
 LEAST_REVIEW_RATE = 1e-6
 """Of a case; one reviewed in a million stands for as many pairs as most services ever decide."""
@@ -168,7 +168,7 @@ def recalibrate(base: Calibration, found: Reviewed) -> Calibration:
     matching = _mixed(base.held_out.matching, found, of_matches=True)
     impostor = _mixed(base.held_out.impostor, found, of_matches=False)
     is_isotonic = isinstance(base.probability, IsotonicProbability)
-    probability = fit_isotonic(matching, impostor) if is_isotonic else fit_logistic(matching, impostor)
+    probability = fit_falling(matching, impostor) if is_isotonic else fit_logistic(matching, impostor)
     margin = probability.midpoint
     own = base.held_out.curve or base.curve
     curve = _worse_of_both(base.model_copy(update={"curve": own}), found, margin)
@@ -213,21 +213,19 @@ def _rate(found: Reviewed, thresholds_T: Floats, *, of_matches: bool) -> tuple[R
     weight_F, distance_F = found.weight_F[of_truth_F], found.distance_F[of_truth_F]
     _, subject_F = np.unique(found.subject_F[of_truth_F], return_inverse=True)
     subjects, pairs, total = int(subject_F.max()) + 1, len(weight_F), weight_F.sum()
-    rate_T, variance_T, freedom_T = (np.empty(len(thresholds_T)) for _ in range(3))
-    erring_T = np.empty(len(thresholds_T), np.int64)
+    rate_T, erring_T = np.empty(len(thresholds_T)), np.empty(len(thresholds_T), np.int64)
+    beyond_ST = np.empty((subjects, len(thresholds_T)))
     for t, threshold in enumerate(thresholds_T):
         error_F = (distance_F > threshold) if of_matches else (distance_F <= threshold)
         rate_T[t] = (weight_F @ error_F) / total
-        beyond_S: Rates = np.bincount(subject_F, weights=weight_F * (error_F - rate_T[t]), minlength=subjects).astype(
-            np.float64
-        )
-        variance_T[t] = subjects / max(subjects - 1, 1) * (beyond_S**2).sum() / total**2
-        freedom_T[t] = degrees_of_freedom((beyond_S**2)[:, None])[0]
+        beyond_ST[:, t] = np.bincount(subject_F, weights=weight_F * (error_F - rate_T[t]), minlength=subjects)
         erring_T[t] = len(np.unique(subject_F[error_F]))
+    share_S = np.bincount(subject_F, weights=weight_F) / total
+    resampled = of_units(beyond_ST / total, share_S, erring_T)
     # Where nothing errs, as little is known as the unevenness of weights and subjects leaves.
     most = max(1.0, pairs / effective_pairs(found, of_matches=of_matches))
     order = slice(None) if of_matches else slice(None, None, -1)  # in which the rate falls
-    falling = Resampled(variance_T[order], erring_T[order], freedom_T[order])
+    falling = Resampled(*(each_T[order] for each_T in resampled))
     bounds = bounded(rate_T[order], pairs, falling, units=subjects, most=most)
     upper_T = np.maximum.accumulate(bounds.upper_T[::-1])[::-1]  # of falling rates bounds fall too
     return rate_T, Bounds(upper_T[order], bounds.effect_T[order])

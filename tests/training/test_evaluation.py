@@ -252,3 +252,17 @@ def test_disjoint_queries_and_gallery_are_refused() -> None:
     emb, labels = noisy_identities([3, 3])
     with pytest.raises(InvalidDataset, match="0 matching"):
         evaluate(emb, labels, gallery=(emb, labels + 2))
+
+
+@pytest.mark.parametrize(
+    ("gallery", "error", "message"),
+    [
+        ((np.empty((0, 3)), np.empty(0, int)), InvalidDataset, "0 matching and 0 non-matching"),
+        ((np.eye(4), np.arange(4)), InvalidVector, "queries are 3 wide and the gallery 4"),
+    ],
+)
+def test_a_gallery_that_cannot_be_searched_is_named(
+    gallery: tuple[Array, Labels], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(np.eye(3), np.array([0, 0, 1]), gallery=gallery)

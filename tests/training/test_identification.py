@@ -9,19 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training.populations import random_effects
 from training.calibration import calibrate
 from training.identification import expected_over_galleries, false_identification_rate, identification_table
 from training.pairs import HeldOut, distance_block, held_out
 
 
 def population(identities: int, images: int, *, seed: int, variety: float = 0.5) -> HeldOut:
-    """Identities with a centre and a spread of their own, so that some are taken for others far more easily."""
-    rng = np.random.default_rng(seed)
-    centres = np.repeat(rng.normal(size=(identities, 8)), images, axis=0)
-    spreads = np.repeat(0.5 * np.exp(variety * rng.normal(size=(identities, 1))), images, axis=0)
-    emb = centres + spreads * rng.normal(size=centres.shape)
-    emb /= np.linalg.norm(emb, axis=1, keepdims=True)
-    return held_out(emb, np.repeat(np.arange(identities), images))
+    return held_out(*random_effects(identities, images, spread=0.5, variety=variety, seed=seed))
 
 
 @pytest.mark.parametrize("gallery", [1, 2, 3, 5])

@@ -18,6 +18,7 @@ from training.probability import (
     FOLDS,
     LEAST_IDENTITIES,
     Distances,
+    fit_falling,
     fit_isotonic,
     fit_logistic,
     fit_match_probability,
@@ -135,6 +136,37 @@ def test_a_fold_whose_rest_has_no_margin_refuses_no_table_that_has_one() -> None
     with pytest.raises(InvalidDataset, match="no nearer"):
         held_out_losses(table, seed=0)
     assert isinstance(fit_match_probability(table, seed=0), MatchProbability)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 5000), st.floats(0, 0.3), st.floats(0.05, 0.5), st.integers(0, 10**6))
+def test_a_margin_lies_among_the_distances_or_there_is_none(
+    matches: int, impostors: int, apart: float, spread: float, seed: int
+) -> None:
+    """Classes that hardly differ, few against many: smoothed targets alone can put every step below one half."""
+    rng = np.random.default_rng(seed)
+    matching, impostor = (
+        np.clip(rng.normal(centre, spread, size), 0, 2).astype(np.float32)
+        for centre, size in ((0.9, matches), (0.9 + apart, impostors))
+    )
+    try:
+        fitted = fit_falling(Distances.of(matching), Distances.of(impostor))
+    except InvalidDataset:
+        assert np.float64(matching).mean() > np.float64(impostor).mean() - 0.02
+        return
+    if isinstance(fitted, IsotonicProbability):
+        either = np.concatenate([matching, impostor])
+        assert either.min() <= fitted.midpoint <= either.max()
+        nearer, farther = fitted.over(np.array([fitted.midpoint - 1e-3, fitted.midpoint + 1e-3]))
+        assert nearer > 0.5 > farther
+
+
+def test_matches_too_few_for_a_step_above_one_half_are_logistic() -> None:
+    matching = Distances.of(np.array([0.5, 1.0], np.float32))  # smoothed, a share of 3/4 each
+    impostor = Distances.of(np.repeat(np.array([0.5, 1.0], np.float32), [4_900, 5_100]))
+    with pytest.raises(InvalidDataset, match="no nearer"):
+        fit_isotonic(matching, impostor)
+    assert fit_falling(matching, impostor) == fit_logistic(matching, impostor)
 
 
 def test_few_identities_and_classes_apart_are_logistic() -> None:

@@ -14,7 +14,7 @@ from embedding.decision import distances
 from embedding.errors import InvalidDataset
 from embedding.feedback import Feedback
 from training.calibration import calibrate
-from training.recalibration import effective_pairs, feedback_rates, recalibrate, reviewed
+from training.recalibration import Reviewed, effective_pairs, feedback_rates, recalibrate, reviewed
 
 PRINT = "a" * 64
 WHEN = datetime(2026, 1, 1, tzinfo=UTC)
@@ -187,6 +187,31 @@ def test_cases_of_one_subject_are_not_independent(base: Calibration) -> None:
     (far, alone_bounds, *_), (same, one_bounds, *_) = (feedback_rates(each, thresholds_T) for each in (alone, one))
     assert far == same
     assert one_bounds.upper_T[0] > 1.5 * alone_bounds.upper_T[0]
+
+
+def test_a_subject_with_most_of_the_cases_tells_little_more_than_one(base: Calibration) -> None:
+    """Simulated users, one of whom makes 90 % of the cases: another such lot keeps to the bound."""
+    threshold = np.array([base.learned_margin], np.float32)
+
+    def lot(seed: int) -> tuple[float, float]:
+        rng = np.random.default_rng(seed)
+        subject_F = np.repeat(np.arange(31), [900] + [10] * 30)
+        easily_S = rng.beta(1, 5, size=31)  # accepted though they do not match
+        is_accepted_F = rng.random(len(subject_F)) < easily_S[subject_F]
+        distance_F = np.where(is_accepted_F, threshold - 0.1, threshold + 0.1).astype(np.float32)
+        found = Reviewed(
+            distance_F=distance_F,
+            is_match_F=np.arange(len(subject_F)) % 10 == 0,
+            weight_F=np.ones(len(subject_F)),
+            subject_F=subject_F,
+            skipped={},
+        )
+        far_T, far, *_ = feedback_rates(found, threshold)
+        return float(far_T[0]), float(far.upper_T[0])
+
+    rates, uppers = np.array([lot(seed) for seed in range(60)]).T
+    kept = (uppers[:, None] >= rates)[~np.eye(60, dtype=bool)]
+    assert kept.mean() >= 0.93
 
 
 def test_the_next_calibration_begins_with_the_held_out_pairs_again(base: Calibration) -> None:
