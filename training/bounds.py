@@ -60,6 +60,10 @@ class Resampled(NamedTuple):
         """This, with the other's variance where it is larger."""
         return self._replace(variance_T=np.maximum(self.variance_T, other.variance_T))
 
+    def backwards(self) -> Resampled:
+        """The same, from the last threshold to the first."""
+        return Resampled(self.variance_T[::-1], self.erring_T[::-1], self.freedom_T[::-1])
+
 
 class Bounds(NamedTuple):
     """Upper bounds at T thresholds."""
@@ -92,9 +96,8 @@ def far_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
         found = group_across_variance(table, table.groups, thresholds_T, accepted_T / n).at_least(found)
     if units == 2:
         units = 1  # the one pair that two form says nothing about how pairs differ
-    # The support falls with the threshold; `_bounds` takes it the other way round.
-    falling = Resampled(found.variance_T[::-1], found.erring_T[::-1], found.freedom_T[::-1])
-    bounds = bounded(accepted_T[::-1] / n, n, falling, units=units, most=n / max(units // 2, 1))
+    # The support falls with the threshold; `bounded` takes it the other way round.
+    bounds = bounded(accepted_T[::-1] / n, n, found.backwards(), units=units, most=n / max(units // 2, 1))
     return Bounds(np.maximum.accumulate(bounds.upper_T[::-1]), bounds.effect_T[::-1])
 
 

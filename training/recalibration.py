@@ -36,7 +36,7 @@ from embedding.calibration import (
 )
 from embedding.errors import InvalidDataset
 from embedding.feedback import Feedback
-from training.bounds import Bounds, Rates, Resampled, bounded, of_units
+from training.bounds import Bounds, Rates, bounded, of_units
 from training.pairs import Floats, Ints
 from training.probability import Distances, fit_falling, fit_logistic
 
@@ -225,7 +225,7 @@ def _rate(found: Reviewed, thresholds_T: Floats, *, of_matches: bool) -> tuple[R
     # Where nothing errs, as little is known as the unevenness of weights and subjects leaves.
     most = max(1.0, pairs / effective_pairs(found, of_matches=of_matches))
     order = slice(None) if of_matches else slice(None, None, -1)  # in which the rate falls
-    falling = Resampled(*(each_T[order] for each_T in resampled))
+    falling = resampled if of_matches else resampled.backwards()
     bounds = bounded(rate_T[order], pairs, falling, units=subjects, most=most)
     upper_T = np.maximum.accumulate(bounds.upper_T[::-1])[::-1]  # of falling rates bounds fall too
     return rate_T, Bounds(upper_T[order], bounds.effect_T[order])
