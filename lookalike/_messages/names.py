@@ -12,6 +12,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lookalike.types import JSON, ItemName
 
+WHOLE = 2**53
+"""Up to here a Struct's numbers, which are doubles, hold whole ones exactly."""
+
 
 def gallery_name(gallery: str) -> str:
     return f"galleries/{gallery}"
@@ -44,7 +47,19 @@ def struct(metadata: Mapping[str, JSON]) -> Struct:
 
 
 def dictionary(struct: Struct) -> dict[str, JSON]:
-    return cast("dict[str, JSON]", MessageToDict(struct)) if struct.fields else {}
+    """Whole numbers are ints, as they were given: JSON tells 5 and 5.0 no more apart than Struct does."""
+    return cast("dict[str, JSON]", _with_whole_numbers(MessageToDict(struct))) if struct.fields else {}
+
+
+def _with_whole_numbers(value: JSON) -> JSON:
+    match value:
+        case float() if value.is_integer() and abs(value) <= WHOLE:
+            return int(value)
+        case dict():
+            return {key: _with_whole_numbers(each) for key, each in value.items()}
+        case list():
+            return [_with_whole_numbers(each) for each in value]
+    return value
 
 
 def moment(timestamp: Timestamp) -> datetime:

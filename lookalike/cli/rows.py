@@ -9,10 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 from embedding.errors import InvalidDataset
+from lookalike._messages.names import WHOLE
 from lookalike.types import JSON
-
-_WHOLE = 2**53
-"""Numbers of metadata travel as float64, which has all whole ones up to this."""
 
 
 def identity_in(value: Any) -> str | None:
@@ -47,7 +45,7 @@ def _json(value: Any, name: str) -> JSON:
             return [_json(element, name) for element in value]
         case dict():
             return {key: _json(element, name) for key, element in value.items()}
-        case int() if abs(value) > _WHOLE:
+        case int() if abs(value) > WHOLE:
             raise InvalidDataset(f"the column {name} holds {value}, more than metadata keeps exactly; give it as text")
         case str() | int() | float() | None:
             return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import grpc
@@ -146,12 +147,13 @@ class TestGalleries:
             client.get_gallery("life")
 
     def test_an_item_comes_back_as_it_was_stored(self, client: Client, gallery: str) -> None:
-        metadata = {"source": "scan", "page": 3, "tags": ["a", None, True], "nested": {"x": 0.5}}
+        metadata = {"source": "scan", "page": 3, "tags": ["a", None, True, 2**53], "nested": {"x": 0.5, "y": [-7]}}
         (stored,) = client.update_items(gallery, [NewItem(id="ä b", image=png(1), identity="x", metadata=metadata)])
         assert isinstance(stored, Item)
         assert stored.embedding is None
         item = client.get_item(ItemName(gallery, "ä b"))
         assert (item.identity, item.metadata, item.etag) == ("x", metadata, stored.etag)
+        assert json.dumps(item.metadata, sort_keys=True) == json.dumps(metadata, sort_keys=True)  # 3, and not 3.0
         assert item.update_time.tzinfo is not None
         assert item.embedding is not None
         np.testing.assert_array_equal(item.embedding, client.embed(png(1)))
