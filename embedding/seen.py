@@ -65,6 +65,11 @@ class Seen(BaseModel):
             identity_digests=_encoded(digests_of_names(identities)),
         )
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether some images trained on are not known by their digests."""
+        return self.images > MAX_DIGESTS
+
     def has_images(self, digests_n: Digests) -> NDArray[np.bool_]:
         """[n], whether each is the digest of an image trained on."""
         return np.isin(digests_n, self._images)

@@ -64,7 +64,8 @@ class SplitConfig(Section):
     by: Literal["identity", "super"] = "identity"
     """With "super", identities of one super-class (ALPHABET of ALPHABET/character) stay on one side."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Another seed gives another split; more images of known identities leave an identity-disjoint one as it was."""
+    """Another seed gives another split; more images of identities of two or more leave an identity-disjoint one as it
+    was."""
 
     @model_validator(mode="after")
     def _sums_to_one(self) -> Self:
@@ -190,8 +191,8 @@ class SamplingConfig(Section):
     images_per_identity: Annotated[int, Field(ge=2, le=512)] = 4
     """K; an identity with fewer images repeats some."""
     by: Literal["identity", "super"] = "identity"
-    """With "super", a batch takes its identities from one super-class (the first folder of ALPHABET/character) as far
-    as it has enough: harder non-matches."""
+    """With "super", a batch takes its identities from one super-class (ALPHABET of ALPHABET/character) as far as it has
+    enough: harder non-matches."""
     images_from: Literal["any-part", "every-part"] = "any-part"
     """With "every-part", an identity's images come from its data parts in turn, so that each batch holds, say, the one
     product picture beside the many photos. With K at or above an identity's images there is nothing to choose."""

@@ -145,6 +145,7 @@ def load(
     identities = [identity for part in parts for identity in part.identities]
     _refuse_repeated(names)
     _refuse_unlabelled(names, identities)
+    _refuse_undecodable(names)
     store = PixelStore(ChainedImages([part.images for part in parts]), names, preprocessing, cache_bytes=cache_bytes)
     bad = store.check(on_progress)
     places = [f"data.{i}" for i in range(len(data))] if len(data) > 1 else ["data"]
@@ -167,6 +168,7 @@ def load(
     _check_identities(images)
     images = replace(images, copies=_copies(images))
     _warn_of_copies(images)
+    _warn_of_repeats(images)
     return images
 
 
@@ -245,6 +247,17 @@ def _refuse_repeated(names: list[str]) -> None:
             )
 
 
+def _refuse_undecodable(names: list[str]) -> None:
+    """File systems take names that are no text, which neither a card nor a message can hold."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidDataset(
+                f"the name {os.fsencode(name)!r} is not UTF-8; rename that file or folder", field="data.path"
+            ) from error
+
+
 def _refuse_unlabelled(names: list[str], identities: list[str]) -> None:
     bare = [name for name, identity in zip(names, identities, strict=True) if not identity]
     if bare:
@@ -309,6 +322,22 @@ def _warn_of_copies(images: ImageSet) -> None:
             "%s are the same file, byte for byte%s: training pulls such images together and pushes them apart, and "
             "tests count them as errors; keep each under one identity, or make one identity of those that share images",
             " and ".join(images.described(at) for at in pair), _and_more(len(images.copies) - 1, "such images"),
+        )  # fmt: skip
+
+
+def _warn_of_repeats(images: ImageSet) -> None:
+    digests = [images.store.digests[row] for row in images.rows_N]
+    first_of: dict[tuple[int, bytes], int] = {}
+    repeats = []
+    for at, known in enumerate(zip(images.labels_N.tolist(), digests, strict=True)):
+        if first_of.setdefault(known, at) != at:
+            repeats.append(at)
+    if repeats:
+        first = first_of[int(images.labels_N[repeats[0]]), digests[repeats[0]]]
+        _log.warning(
+            "%d of %d images are copies, byte for byte, of others of their identity, such as %s of %s: each matches "
+            "its copy at distance 0, so that figures of them flatter; keep one of each",
+            len(repeats), len(images), images.described(repeats[0]), images.names[first],
         )  # fmt: skip
 
 

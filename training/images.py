@@ -51,6 +51,10 @@ class Images(Protocol):
         ...
 
 
+_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+"""What reading a member of a zip raises; RuntimeError: encrypted; NotImplementedError: an unknown compression."""
+
+
 class FolderImages:
     """Files below a folder."""
 
@@ -96,8 +100,7 @@ class ZipImages:
             return self._archive().read(member)
         except KeyError as error:
             raise InvalidImage("the zip has no such member") from error
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-            # RuntimeError: encrypted; NotImplementedError: a compression that Python does not know.
+        except _UNREADABLE as error:
             raise InvalidImage(f"the member cannot be unpacked ({error})") from error
 
     def image(self, row: int) -> Image.Image:
@@ -222,8 +225,19 @@ def zip_members(path: Path) -> list[str]:
     return sorted(name for name in names if not _is_hidden(name))
 
 
+def read_member(path: Path, name: str) -> bytes:
+    """A member of a zip that has one of this name. Raises InvalidDataset when it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except _UNREADABLE as error:
+        raise InvalidDataset(f"{path}/{name} cannot be unpacked ({error}); give a whole .zip file") from error
+
+
 def check_inside(name: str, *, where: str) -> None:
-    """Raise InvalidDataset when a relative path of an archive or manifest leads outside its root."""
+    """Raise InvalidDataset when a relative path of an archive or manifest leads outside its root, or is no path."""
+    if "\0" in name:
+        raise InvalidDataset(f"{where}: {name!r} is no path: it holds a NUL", field="data.path")
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or (parts.parts and parts.parts[0].endswith(":")):
         raise InvalidDataset(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,7 @@ class Measurement:
     """With what the model was trained on; None where that is not known, or known to be none by the split."""
 
     def metrics(self) -> dict[str, float | None]:
-        """Every figure by the name a report shows; None where the pairs are too few to support it."""
+        """Every figure by the name a report shows; None where it cannot be measured, see `figure`."""
         of_searches = {
             f"{search}: {name}": value
             for search, evaluation in self.searches.items()
@@ -72,7 +73,7 @@ class Measurement:
             ("images", f"{len(self.data.identities):,}"),
             ("identities", f"{self.evaluation.verification.identities:,}"),
         ]
-        rows += [(name, "too few pairs" if value is None else f"{value:.4f}") for name, value in self.metrics().items()]
+        rows += [(name, figure(name, value)) for name, value in self.metrics().items()]
         rows += [
             (
                 f"FAR at target {promise.target_far:g}",
@@ -107,6 +108,13 @@ class Measurement:
         }
 
 
+def figure(name: str, value: float | None) -> str:
+    """A metric as a report shows it."""
+    if value is not None:
+        return f"{value:.4f}"
+    return "too few pairs" if "TAR@FAR" in name else "not measured"
+
+
 def measure(
     emb_ND: NDArray[np.generic],
     labels_N: NDArray[np.generic],
@@ -119,8 +127,8 @@ def measure(
     """Measure N labelled embeddings and hold a calibration to its word on them.
 
     `images`, what was embedded, adds the measurements that depend on names; `searches` those of its parts.
-    In a closed set the probes are fitted to `trained_on`, training images of the same identities, otherwise to half of
-    the images.
+    `trained_on`, training images of the same identities where there are some, is what nearest neighbours are sought in
+    and the linear probe is fitted to; otherwise these are all other images and one half of the images.
     Raises InvalidVector and InvalidDataset as `evaluate` does.
     """
     data = held_out(emb_ND, labels_N)
@@ -159,10 +167,11 @@ def _further(data: HeldOut, curve: VerificationCurve, trained_on: HeldOut | None
 def _one_shot(data: HeldOut, images: ImageSet) -> dict[str, OneShot]:
     if (groups_N := images.super_class_labels) is None:
         return {}
-    try:
-        measured = {"images by lot": one_shot(data.embeddings, data.identities, groups_N)}
-        if (drawers_N := omniglot_drawers(images.names)) is not None:
-            measured["a drawer a side"] = one_shot(data.embeddings, data.identities, groups_N, drawers_N=drawers_N)
-    except InvalidDataset:  # no super-class is large enough
-        return {}
+    drawers_N = omniglot_drawers(images.names)
+    measured = {}
+    for protocol, among_N in {"images by lot": None, "a drawer a side": drawers_N}.items():
+        if protocol == "a drawer a side" and among_N is None:
+            continue
+        with suppress(InvalidDataset):  # no super-class is large enough, or none has a drawer for two of its characters
+            measured[protocol] = one_shot(data.embeddings, data.identities, groups_N, drawers_N=among_N)
     return measured

@@ -8,7 +8,6 @@ run01/class_labels.txt         lines `run01/test/item01.png run01/training/class
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ import numpy as np
 from embedding.errors import AlreadyExists, InvalidDataset
 from embedding.images import Preprocessing, decode
 from training.datasets import ImageSet, load_path
-from training.images import FolderImages, Images, ZipImages, check_inside, zip_members
+from training.images import FolderImages, Images, ZipImages, check_inside, read_member, zip_members
 from training.one_shot import Run, draw_runs, omniglot_drawers
 from training.pairs import Ints
 
@@ -115,6 +114,8 @@ def read_runs(path: Path) -> RunFolders:
         raise InvalidDataset(f"the runs of {path} have between {min(sizes)} and {max(sizes)} ways; give runs of a kind")
     images = ZipImages(path, names) if path.suffix.lower() == ".zip" else FolderImages(path, names)
     run_names = [PurePosixPath(file).parent.name for file in labels]
+    if len(set(run_names)) < len(run_names):  # in several folders of a zip
+        run_names = [PurePosixPath(file).parent.as_posix() for file in labels]
     return RunFolders(runs=runs, run_names=run_names, names=names, images=images)
 
 
@@ -127,8 +128,7 @@ def _labels_of_folder(path: Path) -> dict[str, str]:
 
 def _labels_of_zip(path: Path) -> dict[str, str]:
     members = [member for member in zip_members(path) if PurePosixPath(member).name == LABELS]
-    with zipfile.ZipFile(path) as archive:
-        return {member: _text(archive.read(member), where=f"{path}/{member}") for member in members}
+    return {member: _text(read_member(path, member), where=f"{path}/{member}") for member in members}
 
 
 def _text(data: bytes, *, where: str) -> str:

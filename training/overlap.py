@@ -21,6 +21,13 @@ class Overlap:
     images: tuple[str, ...]
     """Their names, in the order of the set."""
     identities: tuple[str, ...]
+    is_sampled: bool = False
+    """Whether of the images trained on only a sample is known, so that there may be more."""
+
+    @property
+    def counted(self) -> str:
+        """How many images, in words."""
+        return f"{'at least ' if self.is_sampled else ''}{len(self.images):,}"
 
     def json(self) -> dict[str, JsonValue]:
         return {"images trained on": len(self.images), "identities of a name trained on": len(self.identities)}
@@ -35,17 +42,17 @@ def overlap_of(bundle: Bundle, images: ImageSet) -> Overlap | None:
     return Overlap(
         images=tuple(images.described(int(row)) for row in at),
         identities=tuple(name for name, known in zip(images.identities, known_G, strict=True) if known),
+        is_sampled=bundle.seen.is_sampled,
     )
 
 
 def refuse_trained_on(overlap: Overlap | None) -> None:
     """Raises InvalidDataset when the model was trained on any of the images themselves."""
     if overlap is not None and overlap.images:
-        count = len(overlap.images)
         raise InvalidDataset(
-            f"the model was trained on {count} of these images: {_listed(overlap.images)}; it places them better than "
-            "any it has not seen, so that a margin learned from them flatters: leave them out, best with all images of "
-            "their identities"
+            f"the model was trained on {overlap.counted} of these images: {_listed(overlap.images)}; it places them "
+            "better than any it has not seen, so that a margin learned from them flatters: leave them out, best with "
+            "all images of their identities"
         )
 
 
@@ -59,7 +66,7 @@ def notes(overlap: Overlap | None, *, closed_set: bool) -> list[str]:
     found = []
     if overlap.images:
         found.append(
-            f"the model was trained on {len(overlap.images)} of these images, so that figures flatter: "
+            f"the model was trained on {overlap.counted} of these images, so that figures flatter: "
             f"{_listed(overlap.images)}"
         )
     if overlap.identities and not closed_set:

@@ -126,7 +126,7 @@ def measure_pairs(
     `groups_N` gives the super-class of each item, the same for all of an identity.
     Raises InvalidDataset when there is no matching or no non-matching pair to measure.
     """
-    kept = _sampled(data.identities, max_items, np.random.default_rng(seed))
+    kept = sampled(data.identities, max_items, np.random.default_rng(seed))
     groups_n = np.zeros(len(kept), dtype=np.int64) if groups_N is None else np.asarray(groups_N)[kept]
     order = np.lexsort((data.identities[kept], groups_n))
     kept, groups_n = kept[order], groups_n[order]
@@ -150,7 +150,7 @@ def require_pairs(sizes_G: Ints) -> None:
         )
 
 
-def _sampled(identity_N: Ints, max_items: int, rng: np.random.Generator) -> Ints:
+def sampled(identity_N: Ints, max_items: int, rng: np.random.Generator) -> Ints:
     """Rows of at most `max_items` items: as many identities as possible first, then images of each."""
     _, code_N, sizes_G = np.unique(identity_N, return_inverse=True, return_counts=True)
     if len(identity_N) <= max_items:

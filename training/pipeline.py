@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import shutil
 import sys
@@ -27,7 +26,7 @@ from embedding.encoder import Encoder, PixelEncoder
 from embedding.errors import InvalidDataset, InvalidRecipe
 from embedding.networks import EmbeddingNetwork, build
 from embedding.runtime import tune_malloc
-from embedding.seen import Seen
+from embedding.seen import Seen, digest
 from training.calibration import calibrate
 from training.checkpoint import checkpoint_in, held
 from training.config import Recipe
@@ -40,7 +39,7 @@ from training.measurement import Measurement, measure
 from training.one_shot import run_errors
 from training.one_shot_folders import RunFolders
 from training.overlap import notes, overlap_of
-from training.pairs import HeldOut, held_out
+from training.pairs import HeldOut, held_out, sampled
 from training.pixels import PixelStore
 from training.progress import TrainingDisplay
 from training.reference import reference_of
@@ -49,12 +48,12 @@ from training.result import TrainingResult, usable_cores
 from training.searches import EvaluationConfig, Search, SearchConfig, find
 from training.second_stage import FILE as CLASSIFIER
 from training.second_stage import fit_second_stage
-from training.splits import SIDES, Split, split
+from training.splits import SIDES, Split, copies_of_training, split
 from training.trainer import Trainer
 from training.whitening import whiten
 
 WATCHED_IMAGES = 2_000
-"""Calibration images, at most, on which a running training is evaluated: evenly spread over the identities."""
+"""Calibration images, at most, on which a running training is evaluated, of as many identities as can be."""
 
 
 def train(
@@ -111,10 +110,13 @@ def _train(
         say_skipped(console, images.skipped)
         sides = split(images, recipe.split)
         console.print(_describe(images, sides), highlight=False, soft_wrap=True)
+        if copies := copies_of_training(images, sides):
+            console.print(f"warning: {_told_of(copies)}", highlight=False, soft_wrap=True)
         train_set, test_set = images.subset(sides.train_N), images.subset(sides.test_N)
         searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 
-        watched = images.subset(sides.calibration_N[:: math.ceil(len(sides.calibration_N) / WATCHED_IMAGES)])
+        watched_n = sampled(images.labels_N[sides.calibration_N], WATCHED_IMAGES, np.random.default_rng(recipe.seed))
+        watched = images.subset(sides.calibration_N[watched_n])
         trainer = Trainer(
             recipe,
             network,
@@ -245,15 +247,30 @@ def evaluate(
     return replace(measured, overlap=overlap)
 
 
-def one_shot_errors(bundle: Bundle, folders: RunFolders, *, device: str = "auto") -> NDArray[np.float64]:
-    """Share of queries named wrongly in each of R one-shot runs.
+def one_shot_errors(
+    bundle: Bundle, folders: RunFolders, *, device: str = "auto", console: Console | None = None
+) -> NDArray[np.float64]:
+    """Share of queries named wrongly in each of R one-shot runs; whether the model was trained on their images is told.
 
     Raises InvalidImage or ImageTooLarge, naming the image that cannot be read.
     """
     store = PixelStore(folders.images, folders.names, bundle.preprocessing, cache_bytes=0)
     encoder = Encoder(bundle, device=device)
     rows_of_runs = [np.concatenate([run.queries_W, run.supports_W]) for run in folders.runs]  # in the order of names
-    emb_ND = np.concatenate([encoder.encode_pixels(store.pixels(rows, bundle.preprocessing)) for rows in rows_of_runs])
+    blocks, known = [], 0
+    for rows in rows_of_runs:
+        pixels_nCHW = store.pixels(rows, bundle.preprocessing)
+        blocks.append(encoder.encode_pixels(pixels_nCHW))
+        if bundle.seen is not None:
+            digests_n = np.array([digest(pixels_CHW.tobytes()) for pixels_CHW in pixels_nCHW], np.uint64)
+            known += int(bundle.seen.has_images(digests_n).sum())
+    if known:
+        total = sum(map(len, rows_of_runs))
+        (console or Console(stderr=True)).print(
+            f"the model was trained on {known:,} of these {total:,} images, so that the error flatters",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    emb_ND = np.concatenate(blocks)
     return run_errors(emb_ND, folders.runs)
 
 
@@ -305,6 +322,10 @@ def _describe(images: ImageSet, sides: Split) -> str:
     return f"identities, {sides.protocol}: {counts}"
 
 
+def _told_of(copies: int) -> str:
+    return f"{copies:,} of the images held out have the pixels of training images, so that figures of them flatter"
+
+
 def _side_counts(images: ImageSet, sides: Split) -> list[tuple[str, int, int]]:
     indices = (sides.train_N, sides.calibration_N, sides.test_N)
     return [(side, len(np.unique(images.labels_N[at])), len(at)) for side, at in zip(SIDES, indices, strict=True)]
@@ -327,6 +348,7 @@ def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage, res
         "split": sides.protocol,
         **{side: f"{identities} identities, {size} images" for side, identities, size in _side_counts(images, sides)},
         "skipped images": str(len(images.skipped)),
+        **({"copies": _told_of(copies)} if (copies := copies_of_training(images, sides)) else {}),
         **_modes(recipe, result),
         "created": f"{lineage.created:%Y-%m-%d %H:%M} UTC",
         **lineage.environment,

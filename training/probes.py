@@ -20,13 +20,18 @@ PROBED_IDENTITIES = 1_000
 def knn_accuracy(data: HeldOut, reference: HeldOut | None = None, *, neighbours: int = 5) -> float:
     """Share of items whose identity most of their K nearest neighbours have; of several such, that of the nearest.
 
-    Neighbours are sought in `reference`; without one among all other items. With fewer than K items all of them vote.
+    Neighbours are sought in `reference`; without one among all other items, for items whose identity has another. With
+    fewer than K items all of them vote.
     """
     items = reference or data
     is_self = reference is None
     neighbours = min(neighbours, len(items.identities) - is_self)
     if neighbours < 1:
         raise InvalidDataset("nearest neighbours take a reference of one item or more; got none")
+    _, identity_N, sizes_G = np.unique(data.identities, return_inverse=True, return_counts=True)
+    is_asked_N = sizes_G[identity_N] > 1 if is_self else np.ones(len(identity_N), dtype=bool)
+    if not is_asked_N.any():
+        raise InvalidDataset("nearest neighbours among all other items take an identity of two or more; got none")
     right = 0
     for block in row_blocks(len(data.identities), len(items.identities)):
         dist_MK = distance_block(data.embeddings[block], items.embeddings)
@@ -37,8 +42,8 @@ def knn_accuracy(data: HeldOut, reference: HeldOut | None = None, *, neighbours:
         voted_MK = items.identities[np.take_along_axis(nearest_MK, order_MK, axis=1)]
         votes_MK = (voted_MK[:, :, None] == voted_MK[:, None, :]).sum(axis=2)
         winner_M = voted_MK[np.arange(len(voted_MK)), votes_MK.argmax(axis=1)]  # argmax takes the nearest of equals
-        right += int((winner_M == data.identities[block]).sum())
-    return right / len(data.identities)
+        right += int((winner_M == data.identities[block])[is_asked_N[block]].sum())
+    return right / int(is_asked_N.sum())
 
 
 def linear_probe_accuracy(train: HeldOut, test: HeldOut) -> float | None:

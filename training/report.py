@@ -12,7 +12,7 @@ from embedding.decision import distance
 from training.calibration import Promise
 from training.evaluation import Evaluation, VerificationCurve
 from training.identification import FalseIdentification
-from training.measurement import Measurement
+from training.measurement import Measurement, figure
 from training.names import DrawnNames
 from training.pairs import HeldOut, distance_block, row_blocks
 from training.plots import ImageOf, distance_plot, error_plot, pair_plot, projection_plot, reliability_plot
@@ -162,7 +162,7 @@ def _summary(evaluation: Evaluation, calibration: Calibration) -> str:
 
 def _metrics_table(measurement: Measurement) -> str:
     retrieval, verification = measurement.evaluation.retrieval, measurement.evaluation.verification
-    rows = [(name, _metric(value)) for name, value in measurement.metrics_of_all().items()]
+    rows = [(name, figure(name, value)) for name, value in measurement.metrics_of_all().items()]
     return (
         _table(("metric", "value"), rows)
         + f"\n\nRetrieval: {retrieval.queries:,} queries, each against {retrieval.gallery:,} items"
@@ -189,7 +189,7 @@ def _searches_table(searches: Mapping[str, Evaluation]) -> str:
     rows = [
         ("queries", *(f"{evaluation.retrieval.queries:,}" for evaluation in searches.values())),
         ("gallery", *(f"{evaluation.retrieval.gallery:,}" for evaluation in searches.values())),
-        *((name, *(_metric(each[name]) for each in metrics)) for name in metrics[0]),
+        *((name, *(figure(name, each[name]) for each in metrics)) for name in metrics[0]),
     ]
     return (
         "\n## Searches of one part of the test side in another\n\n"
@@ -351,10 +351,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
-
-
-def _metric(value: float | None) -> str:
-    return "unsupported: too few non-matching pairs" if value is None else f"{value:.4f}"
 
 
 def _rate(rate: float) -> str:

@@ -58,8 +58,8 @@ class Search:
 def find(search: SearchConfig, names: Sequence[str], labels_N: NDArray[np.int64]) -> Search:
     """The images that a search is about, by the names and identities of N images.
 
-    Raises InvalidDataset when a pattern meets no image, when an image is on both sides, or when no query has a match
-    to find.
+    Raises InvalidDataset when a pattern meets no image, when an image is on both sides, or when there is no match to
+    find or nothing else.
     """
 
     def rows(pattern: str) -> NDArray[np.int64]:
@@ -73,12 +73,16 @@ def find(search: SearchConfig, names: Sequence[str], labels_N: NDArray[np.int64]
         _, counts = np.unique(labels_N[query_rows], return_counts=True)
         if counts.max() < 2:
             raise _unusable(search, "no two of its images have one identity, so that there is no match to find")
+        if len(counts) == 1:
+            raise _unusable(search, "all its images have one identity, so that nothing can be found but matches")
         return Search(name=search.name, query_rows=query_rows, gallery_rows=None)
     gallery_rows = rows(search.gallery)
     if len(both := np.intersect1d(query_rows, gallery_rows)):
         raise _unusable(search, f"{names[both[0]]} is a query and in the gallery, where it would find itself")
     if not np.isin(labels_N[query_rows], labels_N[gallery_rows]).any():
         raise _unusable(search, "no query's identity is in the gallery, so that there is no match to find")
+    if len(np.unique(labels_N[np.concatenate([query_rows, gallery_rows])])) == 1:
+        raise _unusable(search, "queries and gallery have one identity, so that nothing can be found but matches")
     return Search(name=search.name, query_rows=query_rows, gallery_rows=gallery_rows)
 
 

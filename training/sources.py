@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -23,6 +22,7 @@ from training.images import (
     SelectedImages,
     ZipImages,
     image_files,
+    read_member,
     zip_members,
 )
 from training.manifest import parse_manifest
@@ -189,8 +189,7 @@ def _member(path: Path, name: str) -> bytes:
         raise InvalidDataset(
             f"{path} has no member {name}; give the manifest's path inside the zip", field="data.manifest"
         )
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(name)
+    return read_member(path, name)
 
 
 def _existing(path: str, data_root: Path | None) -> Path:

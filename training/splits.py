@@ -41,13 +41,15 @@ def split(images: ImageSet, config: SplitConfig) -> Split:
     """Divide a set by the protocol; images whose side the data states keep it.
 
     Raises InvalidDataset when the stated sides put an identity on two sides of an identity-disjoint split, when one
-    image lies there on two sides under two identities, or when a side is left with fewer than two identities of two
-    images.
+    image lies there on two sides under two identities, when a closed set holds identities out that do not train, or
+    when a side is left with fewer than two identities of two images.
     """
     side_of = (
         _identity_disjoint(images, config) if config.protocol == "identity-disjoint" else _closed_set(images, config)
     )
     _check(images, side_of, config)
+    if config.protocol == "closed-set":
+        _refuse_unknown(images, side_of)
     if config.protocol == "identity-disjoint":
         _refuse_copies(images, side_of)
     train_N, calibration_N, test_N = (
@@ -144,6 +146,26 @@ def _check(images: ImageSet, side_of: Sequence[Side], config: SplitConfig) -> No
             "add identities, or change the shares of [split]",
             field="split",
         )
+
+
+def _refuse_unknown(images: ImageSet, side_of: Sequence[Side]) -> None:
+    train, *held_out = SIDES
+    known = {label for label, side in zip(images.labels_N.tolist(), side_of, strict=True) if side == train}
+    for at, side in enumerate(side_of):
+        if side in held_out and int(images.labels_N[at]) not in known:
+            raise InvalidDataset(
+                f"{images.described(at)} is of the {side} side, and none of its identity trains: a closed set has all "
+                'identities in training; give some of its images there, or ask for "identity-disjoint"',
+                field="split.protocol",
+            )
+
+
+def copies_of_training(images: ImageSet, sides: Split) -> int:
+    """Images held out whose pixels training has too, as only a closed set can have: these were seen, whatever the split
+    says of identities."""
+    digests_N = images.pixel_digests
+    held_out_N = np.concatenate([sides.calibration_N, sides.test_N])
+    return int(np.isin(digests_N[held_out_N], digests_N[sides.train_N]).sum())
 
 
 def _refuse_copies(images: ImageSet, side_of: Sequence[Side]) -> None:

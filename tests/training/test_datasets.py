@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import threading
 import zipfile
@@ -21,7 +22,7 @@ from embedding.images import Preprocessing
 from training.config import SplitConfig
 from training.datasets import ImageSet, data_root, list_images, load, load_path
 from training.datasets_config import DataConfig
-from training.splits import split
+from training.splits import copies_of_training, split
 
 GREY_8 = Preprocessing(image_size=8, channels=1)
 
@@ -388,9 +389,25 @@ class TestCopies:
         assert "bee/1.png (identity 'bee') and dog/9.png (identity 'dog') are the same file" in caplog.text
 
     def test_a_set_without_any_is_quiet(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        files = {**self.FILES, "bee/8.png": self.FILES["bee/2.png"]}  # twice under one identity
-        assert load_path(write_folder(tmp_path, files), preprocessing=GREY_8).copies == ()
+        assert load_path(write_folder(tmp_path, self.FILES), preprocessing=GREY_8).copies == ()
         assert caplog.text == ""
+
+    def test_copies_within_an_identity_are_counted(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        files = {**self.FILES, "bee/8.png": self.FILES["bee/2.png"], "bee/9.png": self.FILES["bee/2.png"]}
+        assert load_path(write_folder(tmp_path, files), preprocessing=GREY_8).copies == ()
+        assert "2 of 20 images are copies, byte for byte, of others of their identity" in caplog.text
+        assert "such as bee/8.png (identity 'bee') of bee/2.png" in caplog.text
+
+    def test_images_held_out_whose_pixels_a_closed_set_trains_on_are_counted(self, tmp_path: Path) -> None:
+        files = {f"{name}/{at}.png": png(10 * row + at // 2) for row, name in enumerate("abc") for at in range(12)}
+        images = load_path(write_folder(tmp_path, files), preprocessing=GREY_8)
+        sides = split(images, SplitConfig(protocol="closed-set"))
+        trained_on = {(images.names[at][0], int(images.names[at][2:-4]) // 2) for at in sides.train_N}
+        held_out = [images.names[at] for at in (*sides.calibration_N, *sides.test_N)]
+        expected = sum((name[0], int(name[2:-4]) // 2) in trained_on for name in held_out)
+        assert copies_of_training(images, sides) == expected > 0
+        apart = load_path(write_folder(tmp_path / "apart", self.FILES), preprocessing=GREY_8)
+        assert copies_of_training(apart, split(apart, SplitConfig())) == 0
 
     def test_a_linked_folder_on_both_sides_of_a_disjoint_split_is_refused(self, tmp_path: Path) -> None:
         write_folder(tmp_path, self.FILES)
@@ -414,3 +431,13 @@ class TestCopies:
         except InvalidDataset as error:
             return str(error) if "the same file" in str(error) else None
         return None
+
+
+def test_names_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    for folder in (b"caf\xe9", b"tea"):
+        path = tmp_path / os.fsdecode(folder)
+        path.mkdir()
+        for at in range(2):
+            (path / f"{at}.png").write_bytes(png(at))
+    with pytest.raises(InvalidDataset, match=r"the name b'caf\\xe9/0\.png' is not UTF-8; rename"):
+        load_path(tmp_path, preprocessing=GREY_8)

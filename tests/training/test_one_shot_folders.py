@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_an_existing_folder_and_a_flat_one_are_refused(drawn: Path, tmp_path: Pa
     [
         ("run01/test/item01.png", "line 1: takes a test and a training image"),
         ("a b\nc ../../d", "leads outside its root"),
+        ("a\0 b\nc d", "holds a NUL"),
         ("a b", "two images or more"),
         ("a b\nc b", "each once, with a training image of its own"),
         ("a b\nc d", "between 2 and 3 ways"),
@@ -118,3 +120,21 @@ def test_no_runs(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidDataset, match=name):
         read_runs(tmp_path / name)
+
+
+def test_runs_of_one_name_in_two_folders_of_a_zip_are_told_apart(drawn: Path, tmp_path: Path) -> None:
+    path = tmp_path / "both.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for above in ("one", "two"):
+            for file in sorted(drawn.glob("run0[12]/**/*.*")):
+                archive.write(file, f"{above}/{file.relative_to(drawn)}")
+    assert read_runs(path).run_names == ["one/run01", "one/run02", "two/run01", "two/run02"]
+
+
+def test_damaged_labels_of_a_zip_are_named(drawn: Path, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(path, "w") as archive:  # stored, not compressed
+        archive.write(drawn / "run01/class_labels.txt", "run01/class_labels.txt")
+    path.write_bytes(path.read_bytes().replace(b"item01", b"item91", 1))
+    with pytest.raises(InvalidDataset, match=r"damaged\.zip/run01/class_labels\.txt cannot be unpacked"):
+        read_runs(path)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from embedding import seen
 from embedding.bundle import Bundle, write_bundle
 from embedding.encoder import Encoder
 from embedding.errors import InvalidDataset
@@ -106,6 +107,15 @@ def test_images_that_the_model_was_trained_on_are_refused(
     Image.open(tmp_path / "other/colour-03/1.png").save(tmp_path / "mixed/colour-00/again.bmp")
     with pytest.raises(InvalidDataset, match=r"trained on 1 of these images: colour-00/again\.bmp .*leave them out"):
         learned(trained, tmp_path / "mixed", closed_set=closed_set)
+
+
+def test_where_not_all_images_trained_on_are_known_there_may_be_more(
+    bundle: Bundle, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seen, "MAX_DIGESTS", 5)
+    trained = knowing(bundle, shapes, tmp_path / "trained", identities=("somebody",))
+    with pytest.raises(InvalidDataset, match="trained on at least 5 of these images"):
+        learned(trained, shapes)
 
 
 def test_names_of_identities_trained_on_are_told_and_a_bundle_that_cannot_tell_says_so(

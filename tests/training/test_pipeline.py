@@ -28,10 +28,12 @@ from embedding.errors import (
     NotFound,
     StorageFailed,
 )
+from training import pipeline
 from training.classifier import LinearClassifier
 from training.config import Recipe, parse_recipe
 from training.datasets import load
-from training.pipeline import evaluate, train
+from training.one_shot_folders import read_runs
+from training.pipeline import evaluate, one_shot_errors, train
 from training.second_stage import FILE as CLASSIFIER
 from training.second_stage import SecondStage, read_second_stage
 from training.splits import split
@@ -390,6 +392,74 @@ def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(tmp_path
     assert isinstance(raised.value, InvalidDataset)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_running_training_is_watched_on_whole_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "WATCHED_IMAGES", 4)
+    draw_shapes(tmp_path / "shapes", images=2)  # of the calibration side's three identities, every other image
+    text = RECIPE.replace("checkpoint_every = 20", "checkpoint_every = 0, evaluate_every = 20")
+    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
+    said = io.StringIO()
+    train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(file=said, width=200))
+    assert "recall@1" in said.getvalue()
+
+
+def test_a_closed_set_whose_held_out_identities_do_not_train_is_refused(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes")
+    rows = [
+        (file.relative_to(tmp_path).as_posix(), file.parent.name, ("train", "calibration", "test")[at % 3])
+        for at, folder in enumerate(sorted((tmp_path / "shapes").iterdir()))
+        for file in sorted(folder.iterdir())
+    ]
+    (tmp_path / "m.csv").write_text("path,identity,split\n" + "".join(f"{','.join(row)}\n" for row in rows))
+    text = RECIPE.replace("identity-disjoint", "closed-set").replace(
+        '"folder", path = "shapes"', '"manifest", path = "m.csv"'
+    )
+    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
+    with pytest.raises(InvalidDataset, match="of the calibration side, and none of its identity trains"):
+        train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
+
+
+def test_copies_across_the_sides_of_a_closed_set_are_told(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes", images=3)
+    for file in sorted(tmp_path.glob("shapes/*/*.png")):
+        for copy in range(3):
+            shutil.copy(file, file.with_name(f"{file.stem}-{copy}.png"))
+    text = RECIPE.replace("identity-disjoint", "closed-set").replace("steps = 40", "steps = 5")
+    said = io.StringIO()
+    bundle = train(
+        parse_recipe(text.split("[[evaluation.search]]")[0]),
+        out=tmp_path / "b",
+        data_root=tmp_path,
+        device="cpu",
+        console=Console(file=said, width=300),
+    )
+    told = "of the images held out have the pixels of training images, so that figures of them flatter"
+    assert told in said.getvalue()
+    assert told in (bundle.path / "README.md").read_text()
+
+
+def test_one_shot_runs_of_images_trained_on_are_told(trained: Bundle, data: Path, tmp_path: Path) -> None:
+    labels = []
+    for way in range(12):
+        for number, (kind, name) in enumerate((("test", f"item{way:02}"), ("training", f"class{way:02}"))):
+            file = tmp_path / f"run01/{kind}/{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / f"shapes/colour-{way:02}/{number}.png", file)
+        labels.append(f"run01/test/item{way:02}.png run01/training/class{way:02}.png\n")
+    (tmp_path / "run01/class_labels.txt").write_text("".join(labels))
+    said = io.StringIO()
+    one_shot_errors(trained, read_runs(tmp_path), device="cpu", console=Console(file=said, width=200))
+    assert "the model was trained on 12 of these 24 images" in said.getvalue()  # six of the twelve colours train
+
+
+def test_one_shot_by_lot_does_not_take_drawers(trained: Bundle, tmp_path: Path) -> None:
+    """Files named as Omniglot's whose second number is no drawer's: no two characters have one in common."""
+    draw_shapes(tmp_path / "shapes/family", identities=22, images=3)
+    for at, file in enumerate(sorted(tmp_path.glob("shapes/family/*/*.png"))):
+        file.rename(file.with_name(f"2021_{at:02}.png"))
+    report = evaluate(trained, tmp_path / "shapes", device="cpu", console=Console(quiet=True))
+    assert set(report.one_shot) == {"images by lot"}
 
 
 def test_skipped_images_are_listed(tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ def test_five_neighbours_vote_and_none_is_the_item_itself() -> None:
     assert knn_accuracy(data) != pytest.approx(knn_accuracy(data, neighbours=1))
 
 
+def test_identities_of_one_item_are_not_asked_for_and_still_vote() -> None:
+    several, single = np.repeat(np.eye(8)[:3], 4, axis=0), np.eye(8)[3:]
+    data = held_out(np.concatenate([several, single]), np.concatenate([np.repeat([0, 1, 2], 4), [3, 4, 5, 6, 7]]))
+    assert knn_accuracy(data) == 1
+    with pytest.raises(InvalidDataset, match="identity of two or more"):
+        knn_accuracy(held_out(np.eye(3), np.arange(3)))
+
+
 def test_small_references() -> None:
     data = held_out(np.eye(3), np.array([0, 0, 1]))
     assert 0 <= knn_accuracy(data) <= 1

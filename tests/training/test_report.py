@@ -143,7 +143,7 @@ def test_the_smallest_set_has_a_card(channels: int) -> None:
     calibration = calibrate(test.embeddings, test.identities, protocol="identity-disjoint")
     files = card_of(test, calibration=calibration, channels=channels, names={0: "x" * 60 + "/字符", 1: "$_^{$"})
     text = files["README.md"].decode()
-    assert "unsupported: too few non-matching pairs" in text
+    assert "| TAR@FAR=1e-3 | too few pairs |" in text
     assert "too few non-matching pairs to promise" in text
     assert len(files) == 1 + len(PICTURES)
 

@@ -39,6 +39,8 @@ def test_without_a_gallery_queries_are_searched_among_themselves() -> None:
         ("*", "*/icon.png", "cat/icon.png is a query and in the gallery"),
         ("emu/*", "*/icon.png", "no query's identity is in the gallery"),
         ("*/icon.png", None, "no two of its images have one identity"),
+        ("cat/*", None, "all its images have one identity"),
+        ("cat/photo.png", "cat/icon.png", "queries and gallery have one identity"),
     ],
 )
 def test_a_search_that_measures_nothing_or_flatters_is_named(query: str, gallery: str | None, message: str) -> None:
