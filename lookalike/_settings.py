@@ -68,7 +68,9 @@ class Configured:
         connections: int = 1,
         window: int = DEFAULT_WINDOW,
     ) -> None:
-        if not 0 < timeout <= _LONGEST:
+        if not target:
+            raise ValueError("target must name a server, such as localhost:50051; got nothing")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
             raise ValueError(f"timeout must be positive and at most {_LONGEST:,}, in seconds; got {timeout}")
         if max_message_bytes <= 2 * _ENVELOPE_BYTES:
             raise ValueError(f"max_message_bytes must be above {2 * _ENVELOPE_BYTES}; got {max_message_bytes}")

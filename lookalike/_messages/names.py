@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import cast
 
+import numpy as np
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -41,9 +42,28 @@ def last_part(name: str) -> str:
 
 
 def struct(metadata: Mapping[str, JSON]) -> Struct:
+    """Raises TypeError naming the key that holds what JSON has no form for."""
     struct = Struct()
-    struct.update(dict(metadata))
+    struct.update({key: _sendable(value, key) for key, value in metadata.items()})
     return struct
+
+
+def _sendable(value: object, key: object) -> JSON:
+    """Lists for tuples, and Python's numbers for NumPy's."""
+    if not isinstance(key, str):
+        raise TypeError(f"metadata has strings for keys; got {key!r}")
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case np.generic():
+            return _sendable(value.item(), key)
+        case list() | tuple():
+            return [_sendable(each, key) for each in value]
+        case Mapping():
+            return {inner: _sendable(each, inner) for inner, each in value.items()}
+    raise TypeError(
+        f"metadata takes None, booleans, numbers, strings, lists and dicts; {key!r} holds a {type(value).__name__}"
+    )
 
 
 def dictionary(struct: Struct) -> dict[str, JSON]:

@@ -15,7 +15,7 @@ class NewItem:
 
     id: str
     """Unique in its gallery: 1 to 256 printable characters without "/"."""
-    image: ImageLike | None = None
+    image: ImageLike | None = field(default=None, repr=False)
     """Needed, except where an update leaves the stored one."""
     identity: str | None = None
     metadata: Mapping[str, JSON] = field(default_factory=dict)

@@ -158,6 +158,22 @@ class TestGalleries:
         assert item.embedding is not None
         np.testing.assert_array_equal(item.embedding, client.embed(png(1)))
 
+    def test_metadata_takes_numpys_numbers_and_names_what_json_has_no_form_for(
+        self, client: Client, gallery: str
+    ) -> None:
+        metadata = {"a": np.int64(3), "b": (np.float32(0.5), np.bool_(True)), "c": {"d": np.array([1, 2])[0]}}
+        (stored,) = client.update_items(gallery, [NewItem(id="n", image=png(1), metadata=metadata)])  # type: ignore[dict-item]
+        assert isinstance(stored, Item)
+        assert client.get_item(stored.name).metadata == {"a": 3, "b": [0.5, True], "c": {"d": 1}}
+        for wrong, message in (
+            ({"a": {"tags": {1, 2}}}, "'tags' holds a set"),
+            ({"a": [b"x"]}, "'a' holds a bytes"),
+            ({"a": np.zeros(2)}, "'a' holds a ndarray"),
+            ({"a": {3: 4}}, "strings for keys; got 3"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                client.update_items(gallery, [NewItem(id="n", image=png(1), metadata=wrong)])  # type: ignore[arg-type]
+
     def test_listing_goes_on_over_pages(self, client: Client, gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fill(client, gallery, 7)
         monkeypatch.setattr("lookalike._calls.items.PAGE_SIZE", 2)
@@ -239,10 +255,14 @@ class TestErrors:
         with Client("127.0.0.1:1") as client, pytest.raises(Unavailable, match="was not serving after"):
             client.wait_until_ready(0.3)
 
-    @pytest.mark.parametrize("settings", [{"timeout": 0}, {"timeout": -1.0}, {"max_message_bytes": 100}])
-    def test_senseless_settings_are_refused(self, settings: dict[str, int]) -> None:
+    @pytest.mark.parametrize(
+        "settings", [{"timeout": 0}, {"timeout": -1.0}, {"timeout": None}, {"max_message_bytes": 100}]
+    )
+    def test_senseless_settings_are_refused(self, settings: dict[str, object]) -> None:
         with pytest.raises(ValueError, match="must be"):
-            Client("127.0.0.1:1", **settings)
+            Client("127.0.0.1:1", **settings)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="must name a server"):
+            Client("")
 
 
 class TestAsync:
