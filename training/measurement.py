@@ -168,10 +168,9 @@ def _one_shot(data: HeldOut, images: ImageSet) -> dict[str, OneShot]:
     if (groups_N := images.super_class_labels) is None:
         return {}
     drawers_N = omniglot_drawers(images.names)
+    protocols = {"images by lot": None} | ({} if drawers_N is None else {"a drawer a side": drawers_N})
     measured = {}
-    for protocol, among_N in {"images by lot": None, "a drawer a side": drawers_N}.items():
-        if protocol == "a drawer a side" and among_N is None:
-            continue
-        with suppress(InvalidDataset):  # no super-class is large enough, or none has a drawer for two of its characters
-            measured[protocol] = one_shot(data.embeddings, data.identities, groups_N, drawers_N=among_N)
+    for protocol, sides_N in protocols.items():
+        with suppress(InvalidDataset):  # no super-class is large enough, or has drawers in common
+            measured[protocol] = one_shot(data.embeddings, data.identities, groups_N, drawers_N=sides_N)
     return measured

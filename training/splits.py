@@ -161,8 +161,8 @@ def _refuse_unknown(images: ImageSet, side_of: Sequence[Side]) -> None:
 
 
 def copies_of_training(images: ImageSet, sides: Split) -> int:
-    """Images held out whose pixels training has too, as only a closed set can have: these were seen, whatever the split
-    says of identities."""
+    """How many of the images held out have the pixels of a training image, and so were seen: a closed set divides the
+    images of an identity, copies among them."""
     digests_N = images.pixel_digests
     held_out_N = np.concatenate([sides.calibration_N, sides.test_N])
     return int(np.isin(digests_N[held_out_N], digests_N[sides.train_N]).sum())
