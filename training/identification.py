@@ -13,7 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from scipy.special import gammaln
 
 from embedding.calibration import Calibration
+from embedding.decision import distances
 from training.pairs import HeldOut, Ints, distance_block, row_blocks
+
+_ROUNDING = 2e-6
+"""How far `distance_block` may be from a threshold on the other side of which the service's distance lies."""
 
 _BEYOND = 2
 """Powers of ten of gallery sizes that are predicted beyond what the test side can measure."""
@@ -51,7 +55,8 @@ def false_identification_rate(far: float, gallery: int) -> float:
 def identification_table(calibration: Calibration, data: HeldOut) -> tuple[FalseIdentification, ...]:
     """Predicted against measured, at the learned margin and at the smallest false-accept rate with a name.
 
-    Distances are those of `distance_block`, within 1e-6 of the service's.
+    A pair is accepted where the service accepts it: distances are those of `distance_block`, and of
+    `embedding.decision` where these lie so near to the threshold that rounding could decide.
     """
     points = _points(calibration)
     accepted_TQ, items_Q = _accepted(data, list(points.values()))
@@ -107,5 +112,9 @@ def _accepted(data: HeldOut, thresholds: list[float]) -> tuple[Ints, Ints]:
         dist_MK[is_match_MK] = np.inf
         items_Q[block] = (~is_match_MK).sum(axis=1)
         for row, threshold in enumerate(thresholds):
+            is_near_MK = np.abs(dist_MK - np.float32(threshold)) <= _ROUNDING
+            for query in np.flatnonzero(is_near_MK.any(axis=1)):
+                near = np.flatnonzero(is_near_MK[query])
+                dist_MK[query, near] = distances(data.embeddings[block.start + query], data.embeddings[near])
             accepted_TQ[row, block] = (dist_MK <= np.float32(threshold)).sum(axis=1)
     return accepted_TQ, items_Q

@@ -67,6 +67,19 @@ def test_measured_equals_searches_of_drawn_galleries() -> None:
         assert row.measured == pytest.approx(np.mean(falsely), abs=0.01)
 
 
+def test_a_gallery_of_one_errs_as_a_comparison_does_where_distances_are_few() -> None:
+    """Binary codes: thousands of pairs lie at the threshold itself, and fall on the service's side of it."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat(np.arange(60), 4)
+        bits = rng.choice([-1.0, 1.0], size=(60, 48))[labels]
+        data = held_out(np.where(rng.random(bits.shape) < 0.08, -bits, bits) / np.sqrt(48), labels)
+        calibration = calibrate(data.embeddings, data.identities, protocol="identity-disjoint")
+        for row in identification_table(calibration, data):
+            if row.gallery == 1:
+                assert row.measured == pytest.approx(row.predicted, abs=1e-12)
+
+
 def test_a_gallery_of_one_errs_as_a_comparison_does() -> None:
     data = population(30, 5, seed=3)
     calibration = calibrate(data.embeddings, data.identities, protocol="identity-disjoint")
