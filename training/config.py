@@ -256,8 +256,8 @@ class TrainingConfig(Section):
     """Memory layout of images and feature maps, faster on most devices."""
     whitening: Annotated[float, Field(ge=0, le=100)] | None = None
     """After training, put a projection in closed form in place of the learned one: the within-identity whitening of the
-    training images, its covariance shrunk by this share of its mean variance (0.1 to 3). Helpful where training
-    identities are few: dozens, not thousands. By default the learned one stays."""
+    training images, turned identities among them, its covariance shrunk by this share of its mean variance (0.1 to
+    3). Helpful where training identities are few, or have few images each. By default the learned one stays."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights, with this decay a step, and ship that; by default not."""
     freeze_backbone_steps: Steps = 0

@@ -14,6 +14,7 @@ from embedding.images import Preprocessing, View
 from embedding.networks import EmbeddingNetwork
 from embedding.views import view_of
 from training.datasets import ImageSet
+from training.turns import TurnedImages
 
 CHUNK_IMAGES = 64
 """Images whose feature maps are in memory at once."""
@@ -22,7 +23,7 @@ CHUNK_IMAGES = 64
 @torch.inference_mode()
 def backbone_features(
     network: EmbeddingNetwork,
-    images: ImageSet,
+    images: ImageSet | TurnedImages,
     preprocessing: Preprocessing,
     *,
     device: str = "auto",

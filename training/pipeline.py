@@ -50,6 +50,7 @@ from training.second_stage import FILE as CLASSIFIER
 from training.second_stage import fit_second_stage
 from training.splits import SIDES, Split, copies_of_training, split
 from training.trainer import Trainer
+from training.turns import TurnedImages
 from training.whitening import whiten
 
 WATCHED_IMAGES = 2_000
@@ -146,7 +147,7 @@ def _train(
     if recipe.training.whitening is not None:
         whiten(
             network,
-            train_set,
+            TurnedImages(train_set, recipe.sampling.turned_identities),
             recipe.preprocessing,
             shrinkage=recipe.training.whitening,
             views=("as-is", "mirror") if recipe.augmentation.horizontal_flip else ("as-is",),

@@ -31,6 +31,9 @@ class TurnedImages:
             [images.labels_N + turn * len(images.identities) for turn in range(len(copies))]
         )
 
+    def __len__(self) -> int:
+        return len(self.names)
+
     @property
     def parts_N(self) -> NDArray[np.int64]:
         """Of each image: the number of the data part that it, or what it was turned from, comes from."""

@@ -16,6 +16,7 @@ from embedding.images import Preprocessing, View
 from embedding.networks import EmbeddingNetwork
 from training.datasets import ImageSet
 from training.features import backbone_features
+from training.turns import TurnedImages
 
 Floats = NDArray[np.float64]
 
@@ -68,7 +69,7 @@ def whitening(
 
 def whiten(
     network: EmbeddingNetwork,
-    images: ImageSet,
+    images: ImageSet | TurnedImages,
     preprocessing: Preprocessing,
     *,
     shrinkage: float,

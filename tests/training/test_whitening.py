@@ -15,6 +15,7 @@ from embedding.networks import Architecture, build
 from training.datasets import load
 from training.datasets_config import DigitsData
 from training.evaluation import evaluate
+from training.turns import TurnedImages
 from training.whitening import whiten, whitening
 
 Floats = NDArray[np.float64]
@@ -99,6 +100,25 @@ def test_a_whitened_network_projects_the_features_of_its_images_and_their_mirror
         features_NF = network.backbone(seen_NCHW).numpy()
     whiten(network, images, preprocessing, shrinkage=1.0, views=("as-is", "mirror"), device="cpu")
     weight_DF, bias_D = whitening(features_NF, np.tile(images.labels_N, 2), width=16, shrinkage=1.0)
+    expected = features_NF.astype(np.float64) @ weight_DF.T + bias_D
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    with torch.inference_mode():
+        np.testing.assert_allclose(network(seen_NCHW).numpy(), expected, atol=1e-4)
+
+
+def test_turned_identities_are_whitened_as_identities_of_their_own() -> None:
+    preprocessing = Preprocessing(image_size=8, channels=1)
+    images = load([DigitsData(source="digits")], data_root=None, preprocessing=preprocessing).subset(np.arange(200))
+    torch.manual_seed(0)
+    network = build(Architecture(network="small_cnn", image_size=8, channels=1, embedding_dim=16, width=4)).eval()
+    pixels_NCHW = images.pixels(range(len(images)), preprocessing)
+    turned_NCHW = np.rot90(pixels_NCHW, 2, axes=(2, 3))
+    seen_NCHW = torch.from_numpy(np.concatenate([pixels_NCHW, turned_NCHW])).float() / 255 * 2 - 1
+    with torch.inference_mode():
+        features_NF = network.backbone(seen_NCHW).numpy()
+    whiten(network, TurnedImages(images, ["rotate-180"]), preprocessing, shrinkage=1.0, device="cpu")
+    labels_N = np.concatenate([images.labels_N, images.labels_N + 10])
+    weight_DF, bias_D = whitening(features_NF, labels_N, width=16, shrinkage=1.0)
     expected = features_NF.astype(np.float64) @ weight_DF.T + bias_D
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     with torch.inference_mode():
