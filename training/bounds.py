@@ -111,8 +111,8 @@ def frr_bounds(table: PairTable, thresholds_T: Floats) -> Bounds:
         pairs_U = matching_pairs(table, table.groups)
         of_groups = within_variance(table, thresholds_T, rejected_T / m, groups_G=table.groups)
         found = of_groups.at_least(found)
-    most = float((pairs_U**2).sum()) / m  # where nothing errs: the pairs of a pair's own unit, on average
-    bounds = bounded(rejected_T / m, m, found, units=len(pairs_U), most=most)
+    # Where nothing errs: the pairs of a pair's own unit, on average.
+    bounds = bounded(rejected_T / m, m, found, units=len(pairs_U), most=m / effective_units(pairs_U / m))
     return Bounds(np.maximum.accumulate(bounds.upper_T[::-1])[::-1], bounds.effect_T)
 
 
@@ -244,14 +244,19 @@ def of_units(error_UT: Rates, share_U: Rates, erring_T: Ints) -> Resampled:
 
     A unit with much more than a U-th of the trials has moved the mean that it is measured against towards its own.
     Against the mean of the others (the jackknife) it errs 1/(1 − share) times as much; `bounded` does so for shares of
-    1/U. And such units tell no more about the variance than 1 / Σ share² like ones (Kish 1965).
+    1/U. And such units tell no more about the variance than `effective_units` like ones.
     """
     units = len(share_U)
     if units < 2:
         return Resampled((error_UT**2).sum(axis=0), erring_T, np.ones(len(erring_T)))
     square_UT = (error_UT * np.maximum((1 - 1 / units) / (1 - share_U), 1)[:, None]) ** 2
     variance_T = units / (units - 1) * square_UT.sum(axis=0)
-    return Resampled(variance_T, erring_T, np.minimum(degrees_of_freedom(square_UT), 1 / (share_U**2).sum() - 1))
+    return Resampled(variance_T, erring_T, np.minimum(degrees_of_freedom(square_UT), effective_units(share_U) - 1))
+
+
+def effective_units(share_U: Rates) -> float:
+    """To how many units of one size those of these shares of the trials amount: 1 / Σ share² (Kish 1965)."""
+    return float(1 / (share_U**2).sum())
 
 
 def matching_pairs(table: PairTable, groups_G: Ints | None = None) -> Ints:

@@ -166,9 +166,10 @@ def load(
         rows_N=good_N.astype(np.int64),
     )
     _check_identities(images)
-    images = replace(images, copies=_copies(images))
+    alike = _alike(images)
+    images = replace(images, copies=tuple(group for group in alike if len(set(images.labels_N[list(group)])) > 1))
     _warn_of_copies(images)
-    _warn_of_repeats(images)
+    _warn_of_repeats(images, alike)
     return images
 
 
@@ -307,11 +308,12 @@ def _check_identities(images: ImageSet) -> None:
         )  # fmt: skip
 
 
-def _copies(images: ImageSet) -> tuple[tuple[int, ...], ...]:
+def _alike(images: ImageSet) -> list[tuple[int, ...]]:
+    """Groups of two images and more of the same bytes, under whatever identities."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for at, row in enumerate(images.rows_N):
         groups[images.store.digests[row]].append(at)
-    return tuple(tuple(group) for group in groups.values() if len({int(images.labels_N[at]) for at in group}) > 1)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def _warn_of_copies(images: ImageSet) -> None:
@@ -325,19 +327,20 @@ def _warn_of_copies(images: ImageSet) -> None:
         )  # fmt: skip
 
 
-def _warn_of_repeats(images: ImageSet) -> None:
-    digests = [images.store.digests[row] for row in images.rows_N]
-    first_of: dict[tuple[int, bytes], int] = {}
-    repeats = []
-    for at, known in enumerate(zip(images.labels_N.tolist(), digests, strict=True)):
-        if first_of.setdefault(known, at) != at:
-            repeats.append(at)
-    if repeats:
-        first = first_of[int(images.labels_N[repeats[0]]), digests[repeats[0]]]
+def _warn_of_repeats(images: ImageSet, alike: Sequence[tuple[int, ...]]) -> None:
+    original_of: dict[int, int] = {}
+    for group in alike:
+        first_of: dict[int, int] = {}
+        for at in group:
+            first = first_of.setdefault(int(images.labels_N[at]), at)
+            if first != at:
+                original_of[at] = first
+    if original_of:
+        repeat = min(original_of)
         _log.warning(
             "%d of %d images are copies, byte for byte, of others of their identity, such as %s of %s: each matches "
             "its copy at distance 0, so that figures of them flatter; keep one of each",
-            len(repeats), len(images), images.described(repeats[0]), images.names[first],
+            len(original_of), len(images), images.described(repeat), images.names[original_of[repeat]],
         )  # fmt: skip
 
 

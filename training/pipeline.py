@@ -111,8 +111,9 @@ def _train(
         say_skipped(console, images.skipped)
         sides = split(images, recipe.split)
         console.print(_describe(images, sides), highlight=False, soft_wrap=True)
-        if copies := copies_of_training(images, sides):
-            console.print(f"warning: {_told_of(copies)}", highlight=False, soft_wrap=True)
+        copied = _copied(images, sides)
+        for told in copied.values():
+            console.print(f"warning: {told}", highlight=False, soft_wrap=True)
         train_set, test_set = images.subset(sides.train_N), images.subset(sides.test_N)
         searches = [find(search, test_set.names, test_set.labels_N) for search in recipe.evaluation.search]
 
@@ -196,7 +197,7 @@ def _train(
     card = model_card(
         name=recipe.name,
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
-        facts=_facts(recipe, images, sides, lineage, result),
+        facts=_facts(recipe, images, sides, lineage, result, copied),
         measurement=measurement,
         learned=result.learned,
         image_of=lambda index: test_set.pixels([index], recipe.preprocessing)[0],
@@ -323,8 +324,11 @@ def _describe(images: ImageSet, sides: Split) -> str:
     return f"identities, {sides.protocol}: {counts}"
 
 
-def _told_of(copies: int) -> str:
-    return f"{copies:,} of the images held out have the pixels of training images, so that figures of them flatter"
+def _copied(images: ImageSet, sides: Split) -> dict[str, str]:
+    """A fact for the card, where there is one."""
+    copies = copies_of_training(images, sides)
+    told = f"{copies:,} of the images held out have the pixels of training images, so that figures of them flatter"
+    return {"copies": told} if copies else {}
 
 
 def _side_counts(images: ImageSet, sides: Split) -> list[tuple[str, int, int]]:
@@ -342,14 +346,21 @@ def _data_summary(images: ImageSet, sides: Split) -> dict[str, JsonValue]:
     }
 
 
-def _facts(recipe: Recipe, images: ImageSet, sides: Split, lineage: Lineage, result: TrainingResult) -> dict[str, str]:
+def _facts(
+    recipe: Recipe,
+    images: ImageSet,
+    sides: Split,
+    lineage: Lineage,
+    result: TrainingResult,
+    copied: Mapping[str, str],
+) -> dict[str, str]:
     sources = ", ".join(f"{part.source} {getattr(part, 'path', '')}".strip() for part in recipe.data)
     return {
         "source": sources,
         "split": sides.protocol,
         **{side: f"{identities} identities, {size} images" for side, identities, size in _side_counts(images, sides)},
         "skipped images": str(len(images.skipped)),
-        **({"copies": _told_of(copies)} if (copies := copies_of_training(images, sides)) else {}),
+        **copied,
         **_modes(recipe, result),
         "created": f"{lineage.created:%Y-%m-%d %H:%M} UTC",
         **lineage.environment,

@@ -36,7 +36,7 @@ from embedding.calibration import (
 )
 from embedding.errors import InvalidDataset
 from embedding.feedback import Feedback
-from training.bounds import Bounds, Rates, bounded, of_units
+from training.bounds import Bounds, Rates, bounded, effective_units, of_units
 from training.pairs import Floats, Ints
 from training.probability import Distances, fit_falling, fit_logistic
 
@@ -195,7 +195,7 @@ def effective_pairs(found: Reviewed, *, of_matches: bool) -> float:
     """To how many independent pairs the feedback of one truth amounts: (Σw)² / Σ(w of a subject)², Kish 1965."""
     of_truth_F = found.is_match_F == of_matches
     weight_S = np.bincount(found.subject_F[of_truth_F], weights=found.weight_F[of_truth_F])
-    return float(weight_S.sum() ** 2 / (weight_S**2).sum())
+    return effective_units(weight_S / weight_S.sum())
 
 
 def feedback_rates(found: Reviewed, thresholds_T: Floats) -> tuple[Rates, Bounds, Rates, Bounds]:
@@ -223,7 +223,7 @@ def _rate(found: Reviewed, thresholds_T: Floats, *, of_matches: bool) -> tuple[R
     share_S = np.bincount(subject_F, weights=weight_F) / total
     resampled = of_units(beyond_ST / total, share_S, erring_T)
     # Where nothing errs, as little is known as the unevenness of weights and subjects leaves.
-    most = max(1.0, pairs / effective_pairs(found, of_matches=of_matches))
+    most = max(1.0, pairs / effective_units(share_S))
     order = slice(None) if of_matches else slice(None, None, -1)  # in which the rate falls
     falling = resampled if of_matches else resampled.backwards()
     bounds = bounded(rate_T[order], pairs, falling, units=subjects, most=most)

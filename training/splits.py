@@ -48,10 +48,7 @@ def split(images: ImageSet, config: SplitConfig) -> Split:
         _identity_disjoint(images, config) if config.protocol == "identity-disjoint" else _closed_set(images, config)
     )
     _check(images, side_of, config)
-    if config.protocol == "closed-set":
-        _refuse_unknown(images, side_of)
-    if config.protocol == "identity-disjoint":
-        _refuse_copies(images, side_of)
+    (_refuse_copies if config.protocol == "identity-disjoint" else _refuse_unknown)(images, side_of)
     train_N, calibration_N, test_N = (
         np.array([at for at, side in enumerate(side_of) if side == wanted], dtype=np.int64) for wanted in SIDES
     )

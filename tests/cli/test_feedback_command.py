@@ -14,7 +14,7 @@ from embedding.calibration import HeldOutPairs, Histogram
 from lookalike import Client, Decision, Feedback, Verdict
 from tests.cli.conftest import Run
 from tests.service.harness import MARGIN, make_bundle, png, serving_here
-from tests.training.test_pipeline import draw_shapes
+from tests.training.shapes import draw_shapes
 
 HELD_OUT = HeldOutPairs(
     matching=Histogram(cells=(100, 300, 500, 700), counts=(100, 150, 100, 50), effective=40.0),

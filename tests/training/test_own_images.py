@@ -16,7 +16,7 @@ from embedding.encoder import Encoder
 from embedding.errors import InvalidDataset
 from embedding.seen import Seen
 from tests.service.harness import make_bundle
-from tests.training.test_pipeline import draw_shapes
+from tests.training.shapes import draw_shapes
 from training.calibration import calibrate
 from training.datasets import load_path
 from training.own_images import OwnImages, calibrate_on_images

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
@@ -24,11 +23,10 @@ from embedding.errors import (
     InvalidDataset,
     InvalidInput,
     InvalidRecipe,
-    LookalikeError,
     NotFound,
     StorageFailed,
 )
-from training import pipeline
+from tests.training.shapes import RECIPE, draw_shapes
 from training.classifier import LinearClassifier
 from training.config import Recipe, parse_recipe
 from training.datasets import load
@@ -37,36 +35,6 @@ from training.pipeline import evaluate, one_shot_errors, train
 from training.second_stage import FILE as CLASSIFIER
 from training.second_stage import SecondStage, read_second_stage
 from training.splits import split
-
-RECIPE = """
-name = "shapes"
-seed = 1
-data = {source = "folder", path = "shapes"}
-split = {protocol = "identity-disjoint", train = 0.5, calibration = 0.25, test = 0.25}
-preprocessing = {image_size = 16, channels = 3}
-network = {name = "small_cnn", embedding_dim = 8, width = 8}
-sampling = {identities_per_batch = 6, images_per_identity = 4}
-loss = {name = "supervised-contrastive"}
-optimizer = {learning_rate = 5e-3, warmup_steps = 5}
-training = {steps = 40, checkpoint_every = 20}
-[[evaluation.search]]
-name = "later to first"
-query = "*/[1-5].png"
-gallery = "*/0.png"
-"""
-
-
-def draw_shapes(root: Path, *, identities: int = 12, images: int = 6, seed: int = 0) -> None:
-    """Each identity is a colour; its images differ in where the square stands and in noise."""
-    rng = np.random.default_rng(seed)
-    for identity in range(identities):
-        (root / f"colour-{identity:02}").mkdir(parents=True)
-        colour = rng.integers(0, 256, 3)
-        for number in range(images):
-            pixels = rng.integers(100, 156, (16, 16, 3))
-            top, left = rng.integers(0, 6, 2)
-            pixels[top : top + 10, left : left + 10] = colour
-            Image.fromarray(pixels.astype(np.uint8)).save(root / f"colour-{identity:02}" / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
@@ -375,70 +343,6 @@ def test_identities_of_super_classes_are_measured_by_one_shot(trained: Bundle, t
     assert 0.2 < accuracy <= 1  # chance is 0.05
 
 
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda root: (root / "shapes").mkdir(), "image"),
-        (lambda root: draw_shapes(root / "shapes", identities=3), "identities"),
-        (lambda root: draw_shapes(root / "shapes", images=1), "one image"),
-        (lambda root: (draw_shapes(root / "shapes"), (root / "shapes/colour-00/bad.png").write_bytes(b"x")), "bad.png"),
-    ],
-    ids=["empty folder", "too few identities", "one image each", "bad image"],
-)
-def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(tmp_path: Path, write, message: str) -> None:  # type: ignore[no-untyped-def]
-    write(tmp_path)
-    with pytest.raises(LookalikeError, match=message) as raised:
-        train(parse_recipe(RECIPE), out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
-    assert isinstance(raised.value, InvalidDataset)
-    assert "\n" not in str(raised.value)
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_running_training_is_watched_on_whole_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "WATCHED_IMAGES", 4)
-    draw_shapes(tmp_path / "shapes", images=2)  # of the calibration side's three identities, every other image
-    text = RECIPE.replace("checkpoint_every = 20", "checkpoint_every = 0, evaluate_every = 20")
-    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
-    said = io.StringIO()
-    train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(file=said, width=200))
-    assert "recall@1" in said.getvalue()
-
-
-def test_a_closed_set_whose_held_out_identities_do_not_train_is_refused(tmp_path: Path) -> None:
-    draw_shapes(tmp_path / "shapes")
-    rows = [
-        (file.relative_to(tmp_path).as_posix(), file.parent.name, ("train", "calibration", "test")[at % 3])
-        for at, folder in enumerate(sorted((tmp_path / "shapes").iterdir()))
-        for file in sorted(folder.iterdir())
-    ]
-    (tmp_path / "m.csv").write_text("path,identity,split\n" + "".join(f"{','.join(row)}\n" for row in rows))
-    text = RECIPE.replace("identity-disjoint", "closed-set").replace(
-        '"folder", path = "shapes"', '"manifest", path = "m.csv"'
-    )
-    recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
-    with pytest.raises(InvalidDataset, match="of the calibration side, and none of its identity trains"):
-        train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(quiet=True))
-
-
-def test_copies_across_the_sides_of_a_closed_set_are_told(tmp_path: Path) -> None:
-    draw_shapes(tmp_path / "shapes", images=3)
-    for file in sorted(tmp_path.glob("shapes/*/*.png")):
-        for copy in range(3):
-            shutil.copy(file, file.with_name(f"{file.stem}-{copy}.png"))
-    text = RECIPE.replace("identity-disjoint", "closed-set").replace("steps = 40", "steps = 5")
-    said = io.StringIO()
-    bundle = train(
-        parse_recipe(text.split("[[evaluation.search]]")[0]),
-        out=tmp_path / "b",
-        data_root=tmp_path,
-        device="cpu",
-        console=Console(file=said, width=300),
-    )
-    told = "of the images held out have the pixels of training images, so that figures of them flatter"
-    assert told in said.getvalue()
-    assert told in (bundle.path / "README.md").read_text()
-
-
 def test_one_shot_runs_of_images_trained_on_are_told(trained: Bundle, data: Path, tmp_path: Path) -> None:
     labels = []
     for way in range(12):
@@ -460,13 +364,3 @@ def test_one_shot_by_lot_does_not_take_drawers(trained: Bundle, tmp_path: Path) 
         file.rename(file.with_name(f"2021_{at:02}.png"))
     report = evaluate(trained, tmp_path / "shapes", device="cpu", console=Console(quiet=True))
     assert set(report.one_shot) == {"images by lot"}
-
-
-def test_skipped_images_are_listed(tmp_path: Path) -> None:
-    draw_shapes(tmp_path / "shapes")
-    (tmp_path / "shapes/colour-00/bad.png").write_bytes(b"x")
-    recipe = parse_recipe(RECIPE.replace('path = "shapes"', 'path = "shapes", max_bad_images = 1'))
-    said = io.StringIO()
-    bundle = train(recipe, out=tmp_path / "b", data_root=tmp_path, device="cpu", console=Console(file=said))
-    assert "skipped colour-00/bad.png" in said.getvalue()
-    assert "colour-00/bad.png" in str(bundle.lineage.data["skipped"])
