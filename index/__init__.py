@@ -12,7 +12,6 @@ from index.items import (
     JSON,
     MAX_K,
     MAX_MATCHES,
-    MAX_METADATA_BYTES,
     MAX_NAME,
     MAX_PAGE,
     Entry,
@@ -21,6 +20,7 @@ from index.items import (
     Neighbor,
     Neighbors,
 )
+from index.metadata import MAX_METADATA_BYTES, MAX_METADATA_DEPTH
 from index.telling import Telling, Unparsed, metadata_bytes
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "MAX_K",
     "MAX_MATCHES",
     "MAX_METADATA_BYTES",
+    "MAX_METADATA_DEPTH",
     "MAX_NAME",
     "MAX_PAGE",
     "Answers",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,9 +9,9 @@ import numpy as np
 
 from embedding.decision import UNIT_TOLERANCE, Vectors, checked_embedding
 from embedding.errors import InvalidInput, InvalidVector
-from index.items import MAX_METADATA_BYTES, MAX_NAME, Item, check_identity, check_item_name, metadata_json
+from index.items import MAX_NAME, Item, check_identity, check_item_name
+from index.metadata import metadata_json
 
-_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _SURELY = 1.9 * UNIT_TOLERANCE  # of |x|² − 1 in float32, below which |x| is within the tolerance for certain
 
 
@@ -23,9 +22,9 @@ def checked_items(items: Sequence[Item], width: int) -> tuple[Vectors, list[str]
     """
     try:
         vectors_ND = np.array([item.embedding for item in items], np.float32)
-        metadata = ["{}" if not item.metadata else _ENCODE(dict(item.metadata)) for item in items]
-        sound = _names_are_sound(items) and _are_unit(vectors_ND, width) and _are_short(metadata)
-    except (TypeError, ValueError, RecursionError):
+        metadata = [metadata_json(item.metadata) for item in items]
+        sound = _names_are_sound(items) and _are_unit(vectors_ND, width)
+    except (TypeError, ValueError, InvalidInput):
         sound = False
     if not sound:
         checked = [_checked(item, width, f"items[{i}]") for i, item in enumerate(items)]
@@ -52,10 +51,6 @@ def _are_unit(vectors_ND: Vectors, width: int) -> bool:
         return False
     lengths_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     return bool((np.abs(lengths_N - 1) < _SURELY).all())  # false for NaN and infinity too
-
-
-def _are_short(metadata: Sequence[str]) -> bool:
-    return all(4 * len(text) <= MAX_METADATA_BYTES and (text.isascii() or text.isprintable()) for text in metadata)
 
 
 def _checked(item: Item, width: int, field: str) -> tuple[Vectors, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,9 +28,6 @@ MAX_NAME = 256
 """The longest item name or identity, in characters."""
 
 GALLERY_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-MAX_METADATA_BYTES = 64 * 1024
-"""The largest metadata of one item, as UTF-8 JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,18 +143,6 @@ def check_count(value: int, most: int, *, field: str) -> None:
     """Raises InvalidInput unless `value` lies in 1..most."""
     if not 1 <= value <= most:
         raise InvalidInput(f"{field} must lie in 1..{most}; got {value}", field=field)
-
-
-def metadata_json(metadata: Mapping[str, JSON], *, field: str = "metadata") -> str:
-    """The metadata as compact JSON text, or InvalidInput."""
-    try:
-        text = json.dumps(dict(metadata), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        size = len(text.encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"metadata must be a JSON object: {error}", field=field) from error
-    if size > MAX_METADATA_BYTES:
-        raise InvalidInput(f"metadata may take {MAX_METADATA_BYTES} bytes as JSON; got {size}", field=field)
-    return text
 
 
 def page_token_after(last_name: str, kind: str = "items") -> str:

@@ -12,7 +12,8 @@ from embedding.decision import Vectors
 from embedding.errors import InvalidInput, LookalikeError, NotFound, StaleEtag
 from embedding.thumbnails import thumbnail
 from index import JSON, Deadline, Filter, GalleryEngine, IndexSettings, Item
-from index.items import check_identity, check_item_name, metadata_json
+from index.items import check_identity, check_item_name
+from index.metadata import metadata_json
 from index.receipts import Receipt, Token
 from service.engine import Engine
 from service.once import keeps_receipts, receipting

@@ -16,6 +16,10 @@ from lookalike.types import JSON, ItemName
 WHOLE = 2**53
 """Up to here a Struct's numbers, which are doubles, hold whole ones exactly."""
 
+_CARRIED = 30
+"""So many objects inside one another fit into a message, which protocol buffers read 100 levels deep. A server stores
+fewer, and refuses the others each by itself."""
+
 
 def gallery_name(gallery: str) -> str:
     return f"galleries/{gallery}"
@@ -42,28 +46,42 @@ def last_part(name: str) -> str:
 
 
 def struct(metadata: Mapping[str, JSON]) -> Struct:
-    """Raises TypeError naming the key that holds what JSON has no form for."""
+    """Raises TypeError naming the key that holds what JSON has no form for, ValueError for what no message carries."""
     struct = Struct()
-    struct.update({key: _sendable(value, key) for key, value in metadata.items()})
+    struct.update({key: _sendable(value, key, _CARRIED - 1) for key, value in metadata.items()})
     return struct
 
 
-def _sendable(value: object, key: object) -> JSON:
-    """Lists for tuples, and Python's numbers for NumPy's."""
+def _sendable(value: object, key: object, levels: int) -> JSON:
+    """Lists for tuples, and Python's numbers for NumPy's; so many `levels` may still lie inside."""
     if not isinstance(key, str):
         raise TypeError(f"metadata has strings for keys; got {key!r}")
+    if not levels:
+        raise ValueError(f"metadata is nested too deep: {key!r} lies in {_CARRIED} objects; send it as JSON text")
     match value:
-        case None | bool() | int() | float() | str():
+        case None | bool() | float() | str():
             return value
+        case int():
+            return _whole(value, key)
         case np.generic():
-            return _sendable(value.item(), key)
+            return _sendable(value.item(), key, levels)
         case list() | tuple():
-            return [_sendable(each, key) for each in value]
+            return [_sendable(each, key, levels - 1) for each in value]
         case Mapping():
-            return {inner: _sendable(each, inner) for inner, each in value.items()}
+            return {inner: _sendable(each, inner, levels - 1) for inner, each in value.items()}
     raise TypeError(
         f"metadata takes None, booleans, numbers, strings, lists and dicts; {key!r} holds a {type(value).__name__}"
     )
+
+
+def _whole(number: int, key: str) -> int:
+    try:
+        float(number)
+    except OverflowError:
+        raise ValueError(
+            f"metadata's numbers are float64; {key!r} holds one that is too large: send it as text"
+        ) from None
+    return number
 
 
 def dictionary(struct: Struct) -> dict[str, JSON]:

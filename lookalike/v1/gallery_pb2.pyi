@@ -317,7 +317,7 @@ class Item(_message.Message):
     """Little-endian float32 values, 4 × embedding_dim bytes. Output only; in ListItems only where `read_mask` asks for it."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Anything the caller wants back with the item, at most 64 KiB as JSON."""
+        """Anything the caller wants back with the item: at most 64 KiB as JSON, objects and lists at most 16 inside one another."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:

@@ -30,6 +30,7 @@ from lookalike import (
     Verdict,
 )
 from lookalike._calls.match import MAX_PAIRS
+from lookalike.types import JSON
 from service.server import Server
 from tests.service.harness import DIM, MARGIN, MAX_MESSAGE_BYTES, png
 
@@ -173,6 +174,23 @@ class TestGalleries:
         ):
             with pytest.raises(TypeError, match=message):
                 client.update_items(gallery, [NewItem(id="n", image=png(1), metadata=wrong)])  # type: ignore[arg-type]
+
+    def test_metadata_that_nothing_can_carry_is_named_and_what_the_server_does_not_store_fails_alone(
+        self, client: Client, gallery: str
+    ) -> None:
+        def nested(depth: int) -> dict[str, JSON]:
+            return {"inner": nested(depth - 1)} if depth > 1 else {}
+
+        for wrong in (nested(31), nested(600), {"a": [10**400]}):
+            with pytest.raises(ValueError, match=r"'(inner|a)'"):
+                client.update_items(gallery, [NewItem(id="n", image=png(1), metadata=wrong)])
+        sent = [NewItem(id=f"{depth}", image=png(1), metadata=nested(depth)) for depth in (16, 17, 30)]
+        stored, *refused = client.update_items(gallery, sent)
+        assert isinstance(stored, Item)
+        assert stored.metadata == nested(16)
+        for error in refused:
+            assert isinstance(error, InvalidRequest)
+            assert "nested 16 deep at most" in str(error)
 
     def test_listing_goes_on_over_pages(self, client: Client, gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
         fill(client, gallery, 7)

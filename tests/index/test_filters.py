@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from embedding.errors import InvalidFilter
 from index.filters import MAX_COMPARISONS, MAX_DEPTH, MAX_FILTER, parse_filter
-from index.items import Item, metadata_json
+from index.items import Item
+from index.metadata import metadata_json
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)

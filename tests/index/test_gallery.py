@@ -26,7 +26,18 @@ from embedding.errors import (
     StaleEtag,
     StorageFailed,
 )
-from index import MAX_K, MAX_MATCHES, MAX_METADATA_BYTES, Catalog, Deadline, Gallery, Item, ModelRef
+from index import (
+    JSON,
+    MAX_K,
+    MAX_MATCHES,
+    MAX_METADATA_BYTES,
+    MAX_METADATA_DEPTH,
+    Catalog,
+    Deadline,
+    Gallery,
+    Item,
+    ModelRef,
+)
 from index.filters import ItemFilter, parse_filter
 
 
@@ -133,6 +144,14 @@ def test_a_bad_vector_is_named_and_nothing_of_its_batch_is_stored(
     assert caught.value.field == "queries[0]"
 
 
+def nested(depth: int) -> dict[str, JSON]:
+    """Objects inside one another."""
+    inner: dict[str, JSON] = {}
+    for _ in range(depth - 1):
+        inner = {"inner": inner}
+    return inner
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -147,6 +166,13 @@ def test_a_bad_vector_is_named_and_nothing_of_its_batch_is_stored(
         ({"metadata": {"when": datetime(2026, 1, 1, tzinfo=UTC)}}, "metadata"),
         ({"metadata": {"text": "\ud800"}}, "metadata"),
         ({"metadata": {"text": "x" * MAX_METADATA_BYTES}}, "metadata"),
+        ({"metadata": {"text": "é" * (MAX_METADATA_BYTES // 2)}}, "metadata"),
+        ({"metadata": {1: "a", "1": "b"}}, "metadata"),
+        ({"metadata": {"inner": [{None: 1}]}}, "metadata"),
+        ({"metadata": {"large": 10**400}}, "metadata"),
+        ({"metadata": {"inner": [-(10**400)]}}, "metadata"),
+        ({"metadata": nested(MAX_METADATA_DEPTH + 1)}, "metadata"),
+        ({"metadata": nested(5_000)}, "metadata"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_field(

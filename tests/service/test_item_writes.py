@@ -11,7 +11,8 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from lookalike.v1 import common_pb2
+from index import MAX_METADATA_DEPTH
+from lookalike.v1 import common_pb2, search_pb2
 from lookalike.v1 import gallery_pb2 as pb
 from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, unit, vector
 
@@ -171,6 +172,45 @@ def test_a_purge_without_a_filter_or_with_a_bad_one_deletes_nothing(stubs: Stubs
     assert listed(stubs, held) == ["one"]
     nowhere = pb.PurgeItemsRequest(parent="galleries/nowhere", filter="*")
     assert refused(stubs.galleries.PurgeItems, nowhere).code() is grpc.StatusCode.NOT_FOUND
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """Objects inside one another."""
+    return {} if depth == 1 else {"inner": nested(depth - 1)}
+
+
+def test_the_deepest_metadata_comes_back_by_every_road(stubs: Stubs, created: str) -> None:
+    deepest, gallery = nested(MAX_METADATA_DEPTH), f"galleries/{created}"
+    stubs.galleries.UpdateItem(update(created, image=vector(1), metadata=deepest))
+    stream = [
+        search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(gallery=gallery, k=1)),
+        search_pb2.StreamSearchRequest(query=vector(1)),
+    ]
+    search = stubs.search
+    rows, columns = (
+        search.BatchSearch(search_pb2.BatchSearchRequest(gallery=gallery, queries=[vector(1)], k=1, layout=layout))
+        for layout in (search_pb2.BATCH_LAYOUT_RESULTS, search_pb2.BATCH_LAYOUT_COLUMNS)
+    )
+    found = [
+        search.Search(search_pb2.SearchRequest(gallery=gallery, query=vector(1), k=1)).neighbors[0].metadata,
+        next(search.SearchMatches(search_pb2.SearchMatchesRequest(gallery=gallery, query=vector(1))))
+        .neighbors[0]
+        .metadata,
+        next(search.StreamSearch(iter(stream))).neighbors.neighbors[0].metadata,
+        rows.results[0].neighbors.neighbors[0].metadata,
+        columns.columns.metadata[0],
+        read(stubs, created).metadata,
+    ]
+    assert [json_format.MessageToDict(each) for each in found] == [deepest] * len(found)
+
+
+def test_metadata_that_lies_deeper_is_refused(stubs: Stubs, created: str) -> None:
+    deeper = update(created, image=vector(1), metadata=nested(MAX_METADATA_DEPTH + 1))
+    error = refused(stubs.galleries.UpdateItem, deeper)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert fields(rich(error)) == ["item.metadata"]
+    assert "nested 16 deep at most" in str(error.details())
+    assert listed(stubs, created) == []
 
 
 # ImportItems
