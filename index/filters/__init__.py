@@ -25,12 +25,13 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, cast
 
-from lark import Lark, Token, Transformer, Tree, UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+from lark import Lark, Token, Transformer, Tree, UnexpectedInput, UnexpectedToken
 from lark.exceptions import VisitError
 
 from embedding.errors import InvalidFilter
@@ -179,8 +180,9 @@ class _Builder(Transformer[Token, Any]):
 
     def transform(self, tree: Tree[Token]) -> Any:
         # The tree is as deep as brackets are nested, and its traversal is recursive.
-        if _depth(tree) > MAX_DEPTH:
-            raise _Wrong(0, f"NOT, AND, OR and brackets may be nested {MAX_DEPTH} deep at most; write it flatter")
+        deepest = _beyond_depth(tree)
+        if deepest is not None:
+            raise _Wrong(deepest, f"NOT, AND, OR and brackets may be nested {MAX_DEPTH} deep at most; write it flatter")
         return super().transform(tree)
 
     def start(self, children: list[Node]) -> Node:
@@ -278,7 +280,8 @@ def _string(literal: Token) -> str | Prefix:
     if "*" in plain[:-1] or (plain.endswith("*") and not text.endswith("*")):
         raise _Wrong(at, "* stands for the rest of a string, at its end; write \\* for an asterisk")
     prefix = plain.endswith("*")
-    value = _ESCAPE.sub(lambda escape: _escaped(escape, at), text[:-1] if prefix else text)
+    first = at + (literal.type != "BARE")
+    value = _ESCAPE.sub(lambda escape: _escaped(escape, first), text[:-1] if prefix else text)
     if "\x00" in value:
         raise _Wrong(at, "a filter cannot hold NUL characters")
     if prefix and not value:
@@ -286,9 +289,9 @@ def _string(literal: Token) -> str | Prefix:
     return Prefix(value) if prefix else value
 
 
-def _escaped(escape: re.Match[str], at: int) -> str:
+def _escaped(escape: re.Match[str], first: int) -> str:
     if escape[1] not in "\\\"'*":
-        raise _Wrong(at, f"{escape[0]!a} is no escape; accepted are \\\\, \\\", \\' and \\*")
+        raise _Wrong(first + escape.start(), f"{escape[0]!a} is no escape; accepted are \\\\, \\\", \\' and \\*")
     return escape[1]
 
 
@@ -321,26 +324,30 @@ def _moment(text: str | Prefix, at: int) -> datetime:
     return moment
 
 
-def _depth(tree: Tree[Token]) -> int:
-    """How many brackets stand inside one another: each makes a conjunction, and so does the whole filter."""
-    deepest, waiting = 0, [(tree, -1)]
+def _beyond_depth(tree: Tree[Token]) -> int | None:
+    """Where the first condition stands that lies in too many brackets: each makes a conjunction, and so does the whole
+    filter."""
+    waiting: list[tuple[Tree[Token] | Token, int]] = [(tree, -1)]
     while waiting:
         node, depth = waiting.pop()
+        if isinstance(node, Token):
+            if depth > MAX_DEPTH:
+                return node.start_pos or 0
+            continue
         depth += node.data == "conjunction"
-        deepest = max(deepest, depth)
-        waiting += [(child, depth) for child in node.children if isinstance(child, Tree)]
-    return deepest
+        waiting += [(child, depth) for child in reversed(node.children)]
+    return None
 
 
 def _explained(error: UnexpectedInput, text: str) -> tuple[int, str]:
     """Where the text goes wrong, from 0, and what would be accepted there."""
     at = error.pos_in_stream or 0
-    wanted: set[str] = set()
-    if isinstance(error, UnexpectedToken):
-        wanted = error.accepts or error.expected
-        at = len(text) if error.token.type == "$END" else at
-    elif isinstance(error, UnexpectedCharacters):
-        wanted = error.allowed or wanted
+    if isinstance(error, UnexpectedToken) and error.token.type == "$END":
+        at = len(text)
+    before = _parser().parse_interactive(text[:at])  # what the error itself tells is of a state that merges several
+    with suppress(UnexpectedInput):  # a word cut short may be another word
+        before.exhaust_lexer()
+    wanted: set[str] = before.accepts()  # type: ignore[no-untyped-call]
     accepted = ", ".join(dict.fromkeys(_WORDS[name] for name in _WORDS if name in wanted))
     found = "the filter ends too early" if at >= len(text) else f"{text[at : at + 20]!a} is not understood"
     return at, f"{found}; accepted here: {accepted or 'nothing more'}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from index.filters.nodes import (
     And,
@@ -44,23 +44,47 @@ _COLUMNS: dict[type[Field], str] = {
 
 
 def condition(node: Node) -> Condition:
-    """The condition and its parameters, in order."""
+    """The condition and its parameters, in order.
+
+    SQLite's parser keeps a hundred symbols of what it has not finished reading, and refuses what takes more. So NOT
+    goes to the leaves, which costs nothing there; AND, which binds tighter, stands in OR without brackets; and of
+    several operands the one that takes most comes first, while nothing waits for it (Sethi and Ullman 1970).
+    """
+    made = _made(node, negated=False)
+    return made.sql, made.parameters
+
+
+class _Made(NamedTuple):
+    sql: str
+    parameters: list[Parameter]
+    symbols: int
+    """How many the parser keeps at most while it reads this, beyond those of a leaf."""
+    is_disjunction: bool = False
+
+
+def _made(node: Node, *, negated: bool) -> _Made:
     match node:
         case Not():
-            sql, parameters = condition(node.node)
-            return f"NOT ({sql})", parameters
-        case And():
-            return _joined(" AND ", node.nodes)
-        case Or():
-            return _joined(" OR ", node.nodes)
+            return _made(node.node, negated=not negated)
         case Comparison():
             sql, parameters = _comparison(node)
-            return f"({sql}) IS TRUE", parameters
+            return _Made(f"({sql}) IS {'NOT ' if negated else ''}TRUE", parameters, 0)
+        case And() | Or():
+            disjunction = isinstance(node, Or) is not negated  # De Morgan
+            parts = [_made(each, negated=negated) for each in node.nodes]
+            if not disjunction:
+                parts = [_bracketed(part) if part.is_disjunction else part for part in parts]
+            parts.sort(key=lambda part: part.symbols, reverse=True)
+            return _Made(
+                (" OR " if disjunction else " AND ").join(part.sql for part in parts),
+                [each for part in parts for each in part.parameters],
+                max(part.symbols + (2 if i else 0) for i, part in enumerate(parts)),
+                disjunction,
+            )
 
 
-def _joined(word: str, nodes: Sequence[Node]) -> Condition:
-    parts = [condition(node) for node in nodes]
-    return word.join(f"({sql})" for sql, _ in parts), [each for _, parameters in parts for each in parameters]
+def _bracketed(part: _Made) -> _Made:
+    return _Made(f"({part.sql})", part.parameters, part.symbols + 1)
 
 
 def _comparison(node: Comparison) -> Condition:

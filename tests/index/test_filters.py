@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embedding.errors import InvalidFilter
+from index import Catalog, ModelRef
 from index.filters import MAX_COMPARISONS, MAX_DEPTH, MAX_FILTER, parse_filter
 from index.items import Item
 from index.metadata import metadata_json
@@ -212,7 +214,7 @@ def test_blank_text_is_no_filter() -> None:
         ("name = a AND", 13, ["too early", "a field"]),
         ("NOT NOT name = a", 5, ["("]),
         ('name = "a', 8, ["a string in quotes"]),
-        (r'name = "\q"', 8, ["no escape"]),
+        (r'name = "\q"', 9, ["no escape"]),
         ("name = *a", 8, ["at its end"]),
         ("name = *", 8, ["FIELD:*"]),
         ("name < a*", 8, ["cannot be ordered"]),
@@ -228,6 +230,12 @@ def test_blank_text_is_no_filter() -> None:
         ("update_time > 5", 15, ["RFC 3339"]),
         ('update_time > "2026-05-01T12:00:00"', 15, ["offset"]),
         ("name = a AND AND", 14, ["a field"]),
+        ("name = a )", 10, ["here: AND, OR, the end"]),
+        ("(name = a ]", 11, ["here: AND, OR, )"]),
+        (" OR-", 4, ["a field"]),
+        (r'metadata.a = "b\q"', 16, ["is no escape"]),
+        (r"metadata.a = b\q", 15, ["is no escape"]),
+        ("name = a AND " + "(" * 33 + "name = b" + ")" * 33, 47, ["32 deep"]),
         ("; DROP TABLE items", 1, ["a field"]),
     ],
 )
@@ -265,6 +273,54 @@ def test_filters_have_limits() -> None:
     assert accepts(deep, item(name="a"))
     with pytest.raises(InvalidFilter, match="nested"):
         parse_filter("NOT (" * 200 + "name = a" + ")" * 200)
+
+
+def nested(around: Callable[[str], str], text: str = "metadata.a:x*") -> str:
+    """`around` applied as often as the limits allow."""
+    while True:
+        further = around(text)
+        try:
+            parse_filter(further)
+        except InvalidFilter:
+            return text
+        text = further
+
+
+def halves(depth: int) -> str:
+    """Two operands alike at every level, so that one always waits for the other."""
+    if depth == 0:
+        return "metadata.a:x*"
+    word = "AND" if depth % 2 else "OR"
+    return f"({halves(depth - 1)} {word} {halves(depth - 1)})"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        nested(lambda inner: f"NOT ({inner})"),
+        nested(lambda inner: f"NOT (name = b AND NOT (name = b OR {inner}))"),
+        nested(lambda inner: f"-({inner}) AND metadata.a:x*"),
+        nested(lambda inner: f"name:* AND (name = b OR ({inner}))"),
+        nested(lambda inner: f"name:* AND (name = b OR {inner})"),
+        nested(lambda inner: f"NOT (metadata.a:x* AND {inner})"),
+        nested(lambda inner: f"NOT ({inner} AND metadata.a:x* OR metadata.b:*)"),
+        nested(lambda inner: f"(NOT metadata.a:x* OR metadata.b:x* AND {inner} OR metadata.b:y*)"),
+        nested(lambda inner: f"NOT (metadata.a:x* AND {inner})", halves(6)),
+    ],
+)
+def test_a_filter_within_the_limits_is_one_that_sqlite_reads(text: str, tmp_path: Path) -> None:
+    some = [item(name="one"), item({"a": "x1"}, name="two"), item({"a": ["x"], "b": "y"}, name="three")]
+    parsed = parse_filter(text)
+    assert parsed is not None
+    expected = [parsed.accepts(each) for each in some]
+    assert by_sql(text, some) == expected
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", ModelRef(name="m", fingerprint="0" * 64, embedding_dim=1))
+        gallery.upsert([replace(each, embedding=np.ones(1, np.float32)) for each in some])
+        assert gallery.count(parsed) == sum(expected)
+        assert [found.name for found in gallery.iterate(allowed=parsed)] == sorted(
+            each.name for each, accepted in zip(some, expected, strict=True) if accepted
+        )
 
 
 # Random filters on random items: SQL and Python agree. Few letters and numbers, so that much is equal.
