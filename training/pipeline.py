@@ -266,10 +266,11 @@ def one_shot_errors(
         if bundle.seen is not None:
             digests_n = np.array([digest(pixels_CHW.tobytes()) for pixels_CHW in pixels_nCHW], np.uint64)
             known += int(bundle.seen.has_images(digests_n).sum())
-    if known:
+    if known and bundle.seen is not None:
         total = sum(map(len, rows_of_runs))
+        at_least = "at least " if bundle.seen.is_sampled else ""
         (console or Console(stderr=True)).print(
-            f"the model was trained on {known:,} of these {total:,} images, so that the error flatters",
+            f"the model was trained on {at_least}{known:,} of these {total:,} images, so that the error flatters",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
     emb_ND = np.concatenate(blocks)

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 
+from embedding import seen
 from embedding.bundle import Bundle
 from embedding.decision import distance
 from embedding.encoder import Encoder
@@ -343,7 +344,9 @@ def test_identities_of_super_classes_are_measured_by_one_shot(trained: Bundle, t
     assert 0.2 < accuracy <= 1  # chance is 0.05
 
 
-def test_one_shot_runs_of_images_trained_on_are_told(trained: Bundle, data: Path, tmp_path: Path) -> None:
+def test_one_shot_runs_of_images_trained_on_are_told(
+    trained: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     labels = []
     for way in range(12):
         for number, (kind, name) in enumerate((("test", f"item{way:02}"), ("training", f"class{way:02}"))):
@@ -353,8 +356,13 @@ def test_one_shot_runs_of_images_trained_on_are_told(trained: Bundle, data: Path
         labels.append(f"run01/test/item{way:02}.png run01/training/class{way:02}.png\n")
     (tmp_path / "run01/class_labels.txt").write_text("".join(labels))
     said = io.StringIO()
-    one_shot_errors(trained, read_runs(tmp_path), device="cpu", console=Console(file=said, width=200))
+    console, runs = Console(file=said, width=200), read_runs(tmp_path)
+    one_shot_errors(trained, runs, device="cpu", console=console)
     assert "the model was trained on 12 of these 24 images" in said.getvalue()  # six of the twelve colours train
+    assert trained.seen is not None
+    monkeypatch.setattr(seen, "MAX_DIGESTS", trained.seen.images - 1)
+    one_shot_errors(trained, runs, device="cpu", console=console)
+    assert "the model was trained on at least 12 of these 24 images" in said.getvalue()
 
 
 def test_one_shot_by_lot_does_not_take_drawers(trained: Bundle, tmp_path: Path) -> None:
