@@ -207,11 +207,39 @@ class Calibration(_Frozen):
                 "calibration from more identities: `lookalike calibrate BUNDLE --images FOLDER`",
                 field="operating_point.target_far",
             )
+        return self._largest_threshold(target_far, "operating_point.target_far")
+
+    def threshold_for_fpir(self, target_fpir: float, gallery: int) -> float:
+        """The largest measured threshold at which, of searches of so many items for what is not among them, at most a
+        share of `target_fpir` finds a match: whose FAR is at most `target_fpir` / `gallery`.
+
+        The probability that any of N comparisons errs is at most the sum of theirs, independent or not (Boole's
+        inequality). FPIR: false-positive identification rate, ISO/IEC 19795-1.
+        Raises InvalidOperatingPoint when the calibration has too few impostor pairs to support that rate.
+        """
+        field = "operating_point.target_fpir"
+        if not 0 < target_fpir <= 1:
+            raise InvalidOperatingPoint(f"target_fpir must lie in (0, 1]; got {target_fpir:g}", field=field)
+        comparisons = max(gallery, 1)
+        target_far = target_fpir / comparisons
+        if target_far < self.smallest_supported_far:
+            least = self.smallest_supported_far * comparisons
+            advice = f"ask for {least:.3g} or more, or " if least <= 1 else ""
+            raise InvalidOperatingPoint(
+                f"target_fpir {target_fpir:g} among {comparisons:,} items takes a false-accept rate of "
+                f"{target_far:.3g} a comparison, below {self.smallest_supported_far:.3g}, the smallest that this "
+                f"calibration's {self.impostor_pairs} impostor pairs support; {advice}learn the calibration from more "
+                "identities: `lookalike calibrate BUNDLE --images FOLDER`",
+                field=field,
+            )
+        return self._largest_threshold(target_far, field)
+
+    def _largest_threshold(self, target_far: float, field: str) -> float:
         supported = [row.threshold for row in self.curve if row.far <= target_far]
         if not supported:
             raise InvalidOperatingPoint(
-                f"no threshold of this calibration reaches a false-accept rate of {target_far:g}; the smallest "
+                f"no threshold of this calibration reaches a false-accept rate of {target_far:.3g}; the smallest "
                 f"measured is {self.curve[0].far:.3g}",
-                field="operating_point.target_far",
+                field=field,
             )
         return supported[-1]

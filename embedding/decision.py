@@ -178,10 +178,13 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperatingPoint:
-    """Where to put the threshold: at most one of the first three; none means the learned margin."""
+    """Where to put the threshold: at most one of the first four; none means the learned margin."""
 
     target_far: float | None = None
     """Wanted false-accept rate, in (0, 1]."""
+    target_fpir: float | None = None
+    """Wanted false-positive identification rate of a search, in (0, 1]: the share of searches for what the gallery does
+    not hold that finds any match."""
     threshold: float | None = None
     """Explicit distance, in [0, 2]."""
     name: str | None = None
@@ -271,14 +274,17 @@ class Decisions(Sequence[Decision]):
 class Judge:
     """Decides at one operating point of one model: resolve the threshold once, judge many distances.
 
+    `among` is how many items each query is compared with; None where pairs are judged.
     Raises InvalidOperatingPoint when the calibration cannot support the point.
     """
 
-    def __init__(self, calibration: Calibration, point: OperatingPoint | None = None, *, model: str) -> None:
+    def __init__(
+        self, calibration: Calibration, point: OperatingPoint | None = None, *, model: str, among: int | None = None
+    ) -> None:
         point = point or OperatingPoint()
         self.model = model
         self.calibration = calibration
-        self.rates: ErrorRates = calibration.rates_at(_threshold(calibration, point))
+        self.rates: ErrorRates = calibration.rates_at(_threshold(calibration, point, among))
         if not 0 <= point.uncertain_within <= MAX_DISTANCE:
             raise InvalidOperatingPoint(
                 f"uncertain_within must lie in [0, {MAX_DISTANCE:g}]; got {point.uncertain_within:g}",
@@ -302,13 +308,22 @@ class Judge:
         return self.judge_all(np.array([distance], np.float32))[0]
 
 
-def _threshold(calibration: Calibration, point: OperatingPoint) -> float:
-    given = [name for name in ("target_far", "threshold", "name") if getattr(point, name) is not None]
+_WAYS = ("target_far", "target_fpir", "threshold", "name")
+
+
+def _threshold(calibration: Calibration, point: OperatingPoint, among: int | None) -> float:
+    given = [name for name in _WAYS if getattr(point, name) is not None]
     if len(given) > 1:
         raise InvalidOperatingPoint(
-            f"an operating point takes one of target_far, threshold and name; got {' and '.join(given)}",
-            field="operating_point",
+            f"an operating point takes one of {', '.join(_WAYS)}; got {' and '.join(given)}", field="operating_point"
         )
+    if point.target_fpir is not None:
+        if among is None:
+            raise InvalidOperatingPoint(
+                "target_fpir is a rate of searches, and a pair is compared with nothing else; give target_far",
+                field="operating_point.target_fpir",
+            )
+        return calibration.threshold_for_fpir(point.target_fpir, among)
     if point.target_far is not None:
         return calibration.threshold_for_far(point.target_far)
     if point.threshold is not None:

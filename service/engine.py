@@ -93,7 +93,9 @@ class Engine:
     taken after it."""
     model: ModelRef = field(init=False)
     """The model as galleries are stamped with it."""
-    _judges: dict[OperatingPoint | None, Judge] = field(default_factory=dict, init=False, repr=False)
+    _judges: dict[OperatingPoint | tuple[OperatingPoint, int] | None, Judge] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         bundle = self.encoder.bundle
@@ -162,14 +164,16 @@ class Engine:
         """Whether galleries keep receipts of requests in the same step as what these wrote."""
         return isinstance(self.catalog, Catalog)
 
-    def judge(self, point: OperatingPoint | None) -> Judge:
-        """What decides at this operating point. Raises InvalidOperatingPoint."""
-        judge = self._judges.get(point)
+    def judge(self, point: OperatingPoint | None, *, searched: GalleryEngine | None = None) -> Judge:
+        """What decides at this operating point, on pairs or in searches of a gallery. Raises InvalidOperatingPoint."""
+        among = searched.size if searched is not None and point and point.target_fpir is not None else None
+        key = point if point is None or among is None else (point, among)
+        judge = self._judges.get(key)
         if judge is None:
-            judge = Judge(self.bundle.calibration, point, model=self.bundle.name)
+            judge = Judge(self.bundle.calibration, point, model=self.bundle.name, among=among)
             if len(self._judges) >= _JUDGES_KEPT:
                 self._judges.clear()
-            self._judges[point] = judge
+            self._judges[key] = judge
         return judge
 
     def gallery(self, name: str, *, path: str | None = None, any_model: bool = False) -> GalleryEngine:

@@ -112,6 +112,7 @@ def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:
     point = message.WhichOneof("point")
     return OperatingPoint(
         target_far=message.target_far if point == "target_far" else None,
+        target_fpir=message.target_fpir if point == "target_fpir" else None,
         threshold=message.threshold if point == "threshold" else None,
         name=message.name if point == "name" else None,
         uncertain_within=message.uncertain_within,

@@ -113,7 +113,8 @@ class Scope:
     """Whether names are asked for by the thousand: without metadata they are read and held side by side."""
 
     def begin(self, engine: Engine) -> tuple[Judge, GalleryEngine]:
-        return engine.judge(self.point), engine.gallery(self.gallery, path="gallery")
+        gallery = engine.gallery(self.gallery, path="gallery")
+        return engine.judge(self.point, searched=gallery), gallery
 
     def telling(self, field: str = "k") -> Telling:
         """For one answer, of which `field` asks for less."""

@@ -15,6 +15,9 @@ from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 
 _ITEM_FIELDS = tuple(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
 
+_WAYS = ("target_far", "target_fpir", "threshold", "name")
+"""To put the threshold."""
+
 _RAW = ("nprobe", "ef_search", "rescore")
 
 
@@ -46,12 +49,14 @@ def operating_point(point: OperatingPoint | None) -> common_pb2.OperatingPoint |
     """Raises ValueError when more than one way to put the threshold is given: the wire carries one."""
     if point is None:
         return None
-    given = [name for name in ("target_far", "threshold", "name") if getattr(point, name) is not None]
+    given = [name for name in _WAYS if getattr(point, name) is not None]
     if len(given) > 1:
-        raise ValueError(f"an operating point takes one of target_far, threshold and name; got {' and '.join(given)}")
+        raise ValueError(f"an operating point takes one of {', '.join(_WAYS)}; got {' and '.join(given)}")
     message = common_pb2.OperatingPoint(uncertain_within=point.uncertain_within)
     if point.target_far is not None:
         message.target_far = point.target_far
+    if point.target_fpir is not None:
+        message.target_fpir = point.target_fpir
     if point.threshold is not None:
         message.threshold = point.threshold
     if point.name is not None:

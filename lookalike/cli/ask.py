@@ -56,6 +56,7 @@ def search(
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
     target_far: options.TargetFar = None,
+    target_fpir: options.TargetFpir = None,
     threshold: options.Threshold = None,
     point: options.Point = None,
     uncertain_within: options.UncertainWithin = 0.0,
@@ -63,7 +64,7 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Find the items of a gallery that are nearest to an image, each with its decision."""
-    wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    wanted = options.operating_point(target_far, threshold, point, uncertain_within, target_fpir)
     nearest = options.nearest(k, within=within)
     query = image_argument(image)
     with open_backend(target, bundle, data, device=device) as backend, _naming(query=image):

@@ -89,6 +89,7 @@ def batch_search(
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
     target_far: options.TargetFar = None,
+    target_fpir: options.TargetFpir = None,
     threshold: options.Threshold = None,
     point: options.Point = None,
     uncertain_within: options.UncertainWithin = 0.0,
@@ -103,7 +104,7 @@ def batch_search(
         raise typer.BadParameter("Give --out FILE for one file, or --shards DIR for a folder of them.")
     if (queries is None) == (from_gallery is None):
         raise typer.BadParameter("Give the queries: a path, or a gallery with --from-gallery.")
-    wanted = options.operating_point(target_far, threshold, point, uncertain_within)
+    wanted = options.operating_point(target_far, threshold, point, uncertain_within, target_fpir)
     if shards is None:
         if within or from_gallery or embeddings or restart or shard_queries:
             raise typer.BadParameter(

@@ -202,7 +202,7 @@ def _here(backend: Backend, job: Job, queries: Queries | None) -> tuple[Queries,
     answering = GalleryAnswering(
         searched,
         Wanted(
-            judge=engine.judge(engine_point(job.point)),
+            judge=engine.judge(engine_point(job.point), searched=searched),
             k=job.k,
             within=job.within,
             effort=engine_effort(job.effort),

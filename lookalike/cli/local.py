@@ -346,6 +346,7 @@ def engine_point(point: OperatingPoint | None) -> engine_decision.OperatingPoint
         return None
     return engine_decision.OperatingPoint(
         target_far=point.target_far,
+        target_fpir=point.target_fpir,
         threshold=point.threshold,
         name=point.name,
         uncertain_within=point.uncertain_within,

@@ -33,6 +33,12 @@ Neighbors: TypeAlias = Annotated[
 TargetFar: TypeAlias = Annotated[
     float | None, typer.Option("--target-far", help="Threshold by wanted false-accept rate, in (0, 1].")
 ]
+TargetFpir: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--target-fpir", help="Threshold by wanted share of searches for what is not in the gallery that find a match."
+    ),
+]
 Threshold: TypeAlias = Annotated[
     float | None, typer.Option("--threshold", min=0, max=2, help="Threshold as a distance, in [0, 2].")
 ]
@@ -134,13 +140,25 @@ def index_settings(
 
 
 def operating_point(
-    target_far: float | None, threshold: float | None, point: str | None, uncertain_within: float
+    target_far: float | None,
+    threshold: float | None,
+    point: str | None,
+    uncertain_within: float,
+    target_fpir: float | None = None,
 ) -> OperatingPoint:
     """The operating point that the options name; without any, the learned margin."""
-    given = {"--target-far": target_far, "--threshold": threshold, "--point": point}
+    rates = {"--target-far": target_far, "--target-fpir": target_fpir}
+    given = {**rates, "--threshold": threshold, "--point": point}
     named = [option for option, value in given.items() if value is not None]
     if len(named) > 1:
         raise typer.BadParameter(f"Give one of {', '.join(given)}; got {' and '.join(named)}.")
-    if target_far is not None and not 0 < target_far <= 1:
-        raise typer.BadParameter(f"--target-far must lie in (0, 1]; got {target_far:g}.")
-    return OperatingPoint(target_far=target_far, threshold=threshold, name=point, uncertain_within=uncertain_within)
+    for option, rate in rates.items():
+        if rate is not None and not 0 < rate <= 1:
+            raise typer.BadParameter(f"{option} must lie in (0, 1]; got {rate:g}.")
+    return OperatingPoint(
+        target_far=target_far,
+        target_fpir=target_fpir,
+        threshold=threshold,
+        name=point,
+        uncertain_within=uncertain_within,
+    )

@@ -65,10 +65,13 @@ that made it; or the name of a stored item."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OperatingPoint:
-    """Where to put the threshold: at most one of the first three; none means the learned margin."""
+    """Where to put the threshold: at most one of the first four; none means the learned margin."""
 
     target_far: float | None = None
     """Wanted false-accept rate, in (0, 1]."""
+    target_fpir: float | None = None
+    """Wanted false-positive identification rate of a search, in (0, 1]: of searches for what the gallery does not hold,
+    the share that finds any match at most. The threshold is tightened for the number of items."""
     threshold: float | None = None
     """Explicit distance, in [0, 2]."""
     name: str | None = None

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/common.proto\x12\x0clookalike.v1\"]\n\nImageInput\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\x0e\n\x04item\x18\x02 \x01(\tH\x00\x12\x13\n\tembedding\x18\x03 \x01(\x0cH\x00\x12\r\n\x05model\x18\x04 \x01(\tB\x08\n\x06source\"n\n\x0eOperatingPoint\x12\x14\n\ntarget_far\x18\x01 \x01(\x01H\x00\x12\x13\n\tthreshold\x18\x02 \x01(\x02H\x00\x12\x0e\n\x04name\x18\x03 \x01(\tH\x00\x12\x18\n\x10uncertain_within\x18\x04 \x01(\x02\x42\x07\n\x05point\"\xdc\x01\n\x08\x44\x65\x63ision\x12&\n\x07verdict\x18\x01 \x01(\x0e\x32\x15.lookalike.v1.Verdict\x12\x10\n\x08\x64istance\x18\x02 \x01(\x02\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x15\n\rsigned_margin\x18\x04 \x01(\x02\x12\x19\n\x11match_probability\x18\x05 \x01(\x01\x12\x0b\n\x03\x66\x61r\x18\x06 \x01(\x01\x12\x13\n\x0b\x66\x61r_upper95\x18\x07 \x01(\x01\x12\x0b\n\x03\x66rr\x18\x08 \x01(\x01\x12\r\n\x05model\x18\t \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\n \x01(\x05*c\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_MATCH\x10\x01\x12\x15\n\x11VERDICT_NON_MATCH\x10\x02\x12\x15\n\x11VERDICT_UNCERTAIN\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lookalike/v1/common.proto\x12\x0clookalike.v1\"]\n\nImageInput\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\x0e\n\x04item\x18\x02 \x01(\tH\x00\x12\x13\n\tembedding\x18\x03 \x01(\x0cH\x00\x12\r\n\x05model\x18\x04 \x01(\tB\x08\n\x06source\"\x85\x01\n\x0eOperatingPoint\x12\x14\n\ntarget_far\x18\x01 \x01(\x01H\x00\x12\x13\n\tthreshold\x18\x02 \x01(\x02H\x00\x12\x0e\n\x04name\x18\x03 \x01(\tH\x00\x12\x15\n\x0btarget_fpir\x18\x05 \x01(\x01H\x00\x12\x18\n\x10uncertain_within\x18\x04 \x01(\x02\x42\x07\n\x05point\"\xdc\x01\n\x08\x44\x65\x63ision\x12&\n\x07verdict\x18\x01 \x01(\x0e\x32\x15.lookalike.v1.Verdict\x12\x10\n\x08\x64istance\x18\x02 \x01(\x02\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x15\n\rsigned_margin\x18\x04 \x01(\x02\x12\x19\n\x11match_probability\x18\x05 \x01(\x01\x12\x0b\n\x03\x66\x61r\x18\x06 \x01(\x01\x12\x13\n\x0b\x66\x61r_upper95\x18\x07 \x01(\x01\x12\x0b\n\x03\x66rr\x18\x08 \x01(\x01\x12\r\n\x05model\x18\t \x01(\t\x12\x13\n\x0b\x63\x61libration\x18\n \x01(\x05*c\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_MATCH\x10\x01\x12\x15\n\x11VERDICT_NON_MATCH\x10\x02\x12\x15\n\x11VERDICT_UNCERTAIN\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lookalike.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERDICT']._serialized_start=473
-  _globals['_VERDICT']._serialized_end=572
+  _globals['_VERDICT']._serialized_start=497
+  _globals['_VERDICT']._serialized_end=596
   _globals['_IMAGEINPUT']._serialized_start=43
   _globals['_IMAGEINPUT']._serialized_end=136
-  _globals['_OPERATINGPOINT']._serialized_start=138
-  _globals['_OPERATINGPOINT']._serialized_end=248
-  _globals['_DECISION']._serialized_start=251
-  _globals['_DECISION']._serialized_end=471
+  _globals['_OPERATINGPOINT']._serialized_start=139
+  _globals['_OPERATINGPOINT']._serialized_end=272
+  _globals['_DECISION']._serialized_start=275
+  _globals['_DECISION']._serialized_end=495
 # @@protoc_insertion_point(module_scope)

@@ -95,6 +95,7 @@ class OperatingPoint(_message.Message):
     TARGET_FAR_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    TARGET_FPIR_FIELD_NUMBER: _builtins.int
     UNCERTAIN_WITHIN_FIELD_NUMBER: _builtins.int
     target_far: _builtins.float
     """Wanted false-accept rate, in (0, 1]. Refused with INVALID_ARGUMENT when it is below what the calibration's
@@ -104,6 +105,12 @@ class OperatingPoint(_message.Message):
     """Explicit threshold: Euclidean distance between unit vectors, in [0, 2]."""
     name: _builtins.str
     """A named point of the model's calibration, for example `learned-margin`, `equal-error` or `far-1e-2`."""
+    target_fpir: _builtins.float
+    """Wanted false-positive identification rate of a search, in (0, 1]: of searches for what the gallery does not hold, the
+    share that finds any match at most. Among N items it is at most N times the false-accept rate of one comparison, so
+    the threshold is tightened for as many items as the gallery holds when the search begins. Of searches alone; refused
+    with INVALID_ARGUMENT for pairs, and where the calibration's impostor pairs do not support that rate.
+    """
     uncertain_within: _builtins.float
     """Half-width, in distance, of a band around the threshold inside which the verdict is UNCERTAIN; 0 for no band."""
     def __init__(
@@ -112,13 +119,14 @@ class OperatingPoint(_message.Message):
         target_far: _builtins.float = ...,
         threshold: _builtins.float = ...,
         name: _builtins.str = ...,
+        target_fpir: _builtins.float = ...,
         uncertain_within: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "point", b"point", "target_far", b"target_far", "threshold", b"threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "point", b"point", "target_far", b"target_far", "target_fpir", b"target_fpir", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "point", b"point", "target_far", b"target_far", "threshold", b"threshold", "uncertain_within", b"uncertain_within"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "point", b"point", "target_far", b"target_far", "target_fpir", b"target_fpir", "threshold", b"threshold", "uncertain_within", b"uncertain_within"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_point: _TypeAlias = _typing.Literal["target_far", "threshold", "name"]  # noqa: Y015
+    _WhichOneofReturnType_point: _TypeAlias = _typing.Literal["target_far", "threshold", "name", "target_fpir"]  # noqa: Y015
     _WhichOneofArgType_point: _TypeAlias = _typing.Literal["point", b"point"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_point) -> _WhichOneofReturnType_point | None: ...
 

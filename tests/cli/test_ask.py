@@ -52,6 +52,9 @@ def test_search_lists_the_nearest_first(run: Run, where: list[str], name: str, p
     found = json.loads(run("search", pictures / "loose.png", "--gallery", name, "-k", 3, "--json", *where).out)
     assert len(found) == 3
     assert (found[0]["item"], found[0]["decision"]["distance"]) == (f"galleries/{name}/items/loose.png", 0.0)
+    rate = ("--target-fpir", "0.063")  # of seven items 0.009 a comparison; 0.01 would be the margin
+    tightened = json.loads(run("search", pictures / "loose.png", "--gallery", name, *rate, "--json", *where).out)
+    assert [each["decision"]["threshold"] for each in tightened] == [0.125] * 7
     table = run("search", f"galleries/{name}/items/class-1:1.png", "--gallery", name, *where).out
     assert "class-0:0.png" in table
     assert "class-1:1.png" not in table
@@ -109,6 +112,9 @@ def test_bad_requests_are_refused_in_one_line(run: Run, where: list[str], name: 
     run("verify", a, a, "--point", "nonsense", *where).failed_with("nonsense", "strict")
     run("verify", a, a, "--target-far", "1e-9", *where).failed_with("smallest rate")
     run("verify", a, a, "--target-far", "0", *where).failed_with("--target-far")
+    run("search", a, "--gallery", name, "--target-fpir", "2", *where).failed_with("--target-fpir")
+    both = ("--target-fpir", "0.5", "--target-far", "0.1")
+    run("search", a, "--gallery", name, *both, *where).failed_with("--target-far and --target-fpir")
     run("verify", a, a, "--threshold", "3", *where).failed_with("--threshold")
     run("verify", a, a, "--threshold", "1", "--point", "strict", *where).failed_with("--threshold and --point")
     run("verify", a, f"galleries/{name}/items/none", *where).failed_with(name)

@@ -94,6 +94,17 @@ def test_a_gallery_against_itself_within_the_threshold(run: Run, where: list[str
     assert not [row for row in found if row["item"] == row["query"]]
 
 
+def test_a_rate_of_searches_is_tightened_for_the_gallery(
+    run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path
+) -> None:
+    ask = (pictures, "--gallery", filled, "-k", 3, *where)
+    assert run("batch-search", "--shards", tmp_path / "a", "--target-fpir", "0.063", *ask).code == 0
+    assert run("batch-search", "--shards", tmp_path / "b", "--threshold", "0.125", *ask).code == 0
+    found = rows(tmp_path / "a")
+    assert len(found) == 21
+    assert found == rows(tmp_path / "b")
+
+
 def test_embeddings_are_searched_as_their_images(
     run: Run, where: list[str], filled: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

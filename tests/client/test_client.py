@@ -73,6 +73,19 @@ class TestVerify:
         wide = OperatingPoint(threshold=1.0, uncertain_within=2.0)
         assert client.verify(a, b, operating_point=wide).verdict is Verdict.UNCERTAIN
 
+    def test_a_rate_of_searches_is_tightened_for_the_gallery(self, client: Client, gallery: str) -> None:
+        fill(client, gallery, 3)
+        rate = OperatingPoint(target_fpir=0.03)  # 0.01 a comparison
+        assert [each.decision.threshold for each in client.search(gallery, png(1), operating_point=rate)] == [
+            MARGIN
+        ] * 3
+        fill(client, gallery, 5)
+        (found,) = client.search_batch(gallery, [png(1)], operating_point=rate)
+        assert not isinstance(found, CallFailed)
+        assert {each.decision.threshold for each in found} == {0.125}
+        with pytest.raises(InvalidRequest, match="a rate of searches"):
+            client.verify(png(1), png(2), operating_point=rate)
+
     def test_threshold_zero_is_not_taken_for_unset(self, client: Client) -> None:
         assert client.verify(png(1), png(2), operating_point=OperatingPoint(threshold=0.0)).threshold == 0.0
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from embedding.calibration import Calibration
+from embedding.calibration import Calibration, ErrorRates, MatchProbability
 from embedding.decision import (
     Judge,
     OperatingPoint,
@@ -152,6 +152,66 @@ def test_operating_points(calibration: Calibration, point: OperatingPoint, thres
 def test_an_unsupported_point_is_refused(calibration: Calibration, point: OperatingPoint, message: str) -> None:
     with pytest.raises(InvalidOperatingPoint, match=message):
         Judge(calibration, point, model="m")
+
+
+@pytest.mark.parametrize(
+    ("rate", "among", "threshold"),
+    [(0.09, 1, 0.5), (0.1, 1, 1.0), (0.1, 2, 0.5), (1.0, 10, 1.0), (1.0, 11, 0.5), (1.0, 100, 0.5), (0.09, 0, 0.5)],
+)
+def test_a_rate_of_searches_tightens_the_threshold_with_the_gallery(
+    calibration: Calibration, rate: float, among: int, threshold: float
+) -> None:
+    assert Judge(calibration, OperatingPoint(target_fpir=rate), model="m", among=among).threshold == threshold
+
+
+@pytest.mark.parametrize(
+    ("rate", "among", "message"),
+    [
+        (0.1, 21, r"among 21 items takes a false-accept rate of 0\.00476 .*; ask for 0\.105 or more, or learn"),
+        (1.0, 201, r"600 impostor pairs support; learn the calibration"),
+        (0.0, 5, r"target_fpir must lie in \(0, 1\]"),
+        (float("nan"), 5, r"\(0, 1\]"),
+        (0.5, None, "target_fpir is a rate of searches"),
+    ],
+)
+def test_a_rate_of_searches_that_is_not_supported_is_refused(
+    calibration: Calibration, rate: float, among: int | None, message: str
+) -> None:
+    with pytest.raises(InvalidOperatingPoint, match=message) as caught:
+        Judge(calibration, OperatingPoint(target_fpir=rate), model="m", among=among)
+    assert caught.value.field == "operating_point.target_fpir"
+
+
+@pytest.mark.parametrize("among", [10, 100, 400])
+def test_at_most_the_wanted_share_of_strangers_finds_a_match(among: int) -> None:
+    rng = np.random.default_rng(among)
+
+    def people(count: int) -> Vectors:
+        # Of two kinds, one of which is easily taken for others: errors crowd on few queries.
+        centre_D = np.where(rng.random((count, 1)) < 0.3, 1.0, 0.0) * np.eye(12)[0]
+        emb_ND = rng.normal(size=(count, 12)) / 3 + centre_D
+        return (emb_ND / np.linalg.norm(emb_ND, axis=1, keepdims=True)).astype(np.float32)
+
+    held_out_ND = people(1_000)
+    of_pairs_P = np.concatenate([distances(held_out_ND[i], held_out_ND[i + 1 :]) for i in range(999)])
+    thresholds = np.unique(np.quantile(of_pairs_P, np.geomspace(1e-4, 0.9, 60)).astype(np.float32))
+    rows = [
+        ErrorRates(threshold=float(t), far=float((of_pairs_P <= t).mean()), far_upper95=1.0, frr=0.0, frr_upper95=1.0)
+        for t in (*thresholds, 2)
+    ]
+    measured = Calibration(
+        protocol="identity-disjoint",
+        identities=1_000,
+        matching_pairs=1_000,
+        impostor_pairs=len(of_pairs_P),
+        learned_margin=0.5,
+        probability=MatchProbability(midpoint=0.5, slope=8),
+        curve=tuple(rows),
+    )
+    judge = Judge(measured, OperatingPoint(target_fpir=0.2), model="m", among=among)
+    found = [bool((distances(query_D, people(among)) <= judge.threshold).any()) for query_D in people(600)]
+    assert 0.02 < np.mean(found) <= 0.2
+    assert judge.rates.far <= 0.2 / among
 
 
 @given(d=st.floats(0, 2, width=32), band=st.floats(0, 1, width=32))

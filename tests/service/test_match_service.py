@@ -81,6 +81,7 @@ def test_a_distance_inside_the_band_is_uncertain(stubs: Stubs) -> None:
         ({"threshold": 2.5}, "operating_point.threshold"),
         ({"threshold": float("nan")}, "operating_point.threshold"),
         ({"target_far": 1e-6}, "operating_point.target_far"),
+        ({"target_fpir": 0.5}, "operating_point.target_fpir"),
         ({"name": "nowhere"}, "operating_point.name"),
         ({"uncertain_within": -1}, "operating_point.uncertain_within"),
     ],

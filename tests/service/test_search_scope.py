@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
-from tests.service.harness import Stubs, fields, info, refused, rich, stored, vector
+from tests.service.harness import MARGIN, Stubs, fields, info, refused, rich, stored, vector
 
 
 def update(gallery: str, name: str, image: common_pb2.ImageInput, **metadata: Any) -> gallery_pb2.UpdateItemRequest:
@@ -89,6 +89,50 @@ def test_a_filter_that_does_not_parse_is_told_with_its_place(
     assert info(status).reason == "INVALID_FILTER"
     assert info(status).metadata["position"] == "17"
     assert [path.rpartition(".")[2] for path in fields(status)] == ["filter"]
+
+
+def decided(stubs: Stubs, gallery: str, point: common_pb2.OperatingPoint) -> list[list[common_pb2.Decision]]:
+    """By every road."""
+    request: dict[str, Any] = {"gallery": f"galleries/{gallery}", "operating_point": point}
+    search = stubs.search
+    stream = [
+        search_pb2.StreamSearchRequest(config=search_pb2.StreamSearchConfig(**request)),
+        search_pb2.StreamSearchRequest(query=vector(1)),
+    ]
+    found = [
+        search.Search(search_pb2.SearchRequest(query=vector(1), **request)).neighbors,
+        search.BatchSearch(search_pb2.BatchSearchRequest(queries=[vector(1)], **request))
+        .results[0]
+        .neighbors.neighbors,
+        next(search.StreamSearch(iter(stream))).neighbors.neighbors,
+    ]
+    return [[neighbor.decision for neighbor in neighbors] for neighbors in found]
+
+
+def test_a_rate_of_searches_is_that_of_as_many_items_as_there_are(stubs: Stubs, filled: str) -> None:
+    asked = common_pb2.OperatingPoint(target_fpir=0.06)  # among six items 0.01 a comparison
+    expected = decided(stubs, filled, common_pb2.OperatingPoint(threshold=MARGIN))
+    assert decided(stubs, filled, asked) == expected
+    assert all(len(decisions) == 6 for decisions in expected)
+    request = {"gallery": f"galleries/{filled}", "operating_point": asked}
+    matches = stubs.search.SearchMatches(search_pb2.SearchMatchesRequest(query=vector(1), **request))
+    assert [name for response in matches for name in names(response.neighbors)] == ["item-0", "item-1"]
+    in_columns = search_pb2.BatchSearchRequest(queries=[vector(1)], layout=search_pb2.BATCH_LAYOUT_COLUMNS, **request)
+    assert stubs.search.BatchSearch(in_columns).columns.evidence.threshold == MARGIN
+    stubs.galleries.UpdateItem(update(filled, "item-6", vector(1, 3)))
+    tightened = decided(stubs, filled, asked)  # among seven it is less than 0.01
+    assert {decision.threshold for decisions in tightened for decision in decisions} == {0.125}
+
+
+def test_a_rate_of_searches_that_so_many_items_do_not_allow_is_refused(stubs: Stubs, filled: str) -> None:
+    point = common_pb2.OperatingPoint(target_fpir=0.02)
+    request = search_pb2.SearchRequest(gallery=f"galleries/{filled}", query=vector(1), operating_point=point)
+    error = refused(stubs.search.Search, request)
+    status = rich(error)
+    assert info(status).reason == "INVALID_OPERATING_POINT"
+    assert fields(status) == ["operating_point.target_fpir"]
+    assert "among 6 items" in str(error.details())
+    assert "ask for 0.03 or more" in str(error.details())
 
 
 @WAYS
