@@ -24,6 +24,9 @@ _FAST = 1
 """zlib's fastest level."""
 _PILLOW_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 """Those that PNG stores as they are."""
+_WITH_ALPHA = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA"}
+"""Of a mode that PNG lacks, the one that keeps its transparency."""
+_MOST_SAMPLE = 65535
 
 
 def png(pixels: NDArray[Any]) -> bytes:
@@ -31,7 +34,7 @@ def png(pixels: NDArray[Any]) -> bytes:
 
     Raises ValueError unless they are uint8 of such a shape.
     """
-    channels = 1 if pixels.ndim == 2 else pixels.shape[-1]
+    channels = pixels.shape[-1] if pixels.ndim == 3 else 1
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in _COLOUR_TYPES or not pixels.size:
         raise ValueError(
             "an array is an embedding, floating-point [D], or pixels, uint8 [H, W] or [H, W, 1 to 4]; got "
@@ -49,13 +52,13 @@ def png(pixels: NDArray[Any]) -> bytes:
 
 
 def encoded_picture(picture: PillowImage) -> bytes:
-    """A picture of Pillow as PNG, with its EXIF turn; modes that PNG lacks become RGB, as the server makes them."""
-    if picture.mode not in _PILLOW_MODES:
-        exif, picture = picture.getexif(), picture.convert("RGB")
-    else:
-        exif = picture.getexif()
+    """A picture of Pillow as PNG, with its EXIF turn: the server makes of it what it makes of the picture's own file.
+
+    Raises ValueError for samples that have no agreed range, which are floating-point ones and those beyond 16 bits.
+    """
+    exif = picture.getexif()
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", exif=exif, compress_level=_FAST)
+    _as_png_stores_it(picture).save(buffer, "PNG", exif=exif, compress_level=_FAST)
     return buffer.getvalue()
 
 
@@ -71,6 +74,26 @@ def stacked(results: Sequence[Embedding | CallFailed]) -> NDArray[np.float32]:
             raise result
         embeddings.append(result)
     return np.stack(embeddings) if embeddings else np.empty((0, 0), np.float32)
+
+
+def _as_png_stores_it(picture: PillowImage) -> PillowImage:
+    mode = picture.mode
+    if mode in _PILLOW_MODES:
+        return picture
+    if mode == "F":
+        raise ValueError(
+            "floating-point samples (mode F of Pillow) have no agreed range; convert the picture to 8 or 16 bits"
+        )
+    if mode != "I" and not mode.startswith("I;"):
+        return picture.convert(_WITH_ALPHA.get(mode, "RGB"))
+    samples = picture.convert("I")  # the other ways between these modes go through 8 bits
+    low, high = samples.getextrema() or (0, 0)  # None of no pixels, which PNG refuses
+    if low < 0 or high > _MOST_SAMPLE:
+        raise ValueError(
+            f"samples of mode {mode} of Pillow are taken for 16 bits, 0 to {_MOST_SAMPLE:,}; got {low:,} to {high:,}: "
+            "scale the picture"
+        )
+    return samples.convert("I;16")
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
