@@ -7,8 +7,8 @@ returns the result, bound to an asynchronous one a function whose result is awai
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, overload
 
 from google.protobuf.message import Message
 
@@ -20,6 +20,9 @@ from lookalike._transport import AsyncTransport, Transport
 P = ParamSpec("P")
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
+
+Awaited: TypeAlias = Coroutine[object, None, R]
+"""Without Any, at which mypy gives up on `asyncio.gather`."""
 
 
 class Unary(Generic[P, R]):
@@ -34,7 +37,7 @@ class Unary(Generic[P, R]):
     @overload
     def __get__(self, client: Transport, owner: type) -> Callable[P, R]: ...
     @overload
-    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaitable[R]]: ...
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaited[R]]: ...
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self
@@ -53,7 +56,7 @@ class Collecting(Generic[P, R]):
     @overload
     def __get__(self, client: Transport, owner: type) -> Callable[P, R]: ...
     @overload
-    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaitable[R]]: ...
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaited[R]]: ...
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self
@@ -70,9 +73,9 @@ class Streamed(Generic[P, R]):
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, client: Transport, owner: type) -> Callable[P, Iterator[R]]: ...
+    def __get__(self, client: Transport, owner: type) -> Callable[P, Generator[R, None, None]]: ...
     @overload
-    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, AsyncIterator[R]]: ...
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, AsyncGenerator[R, None]]: ...
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self
@@ -89,9 +92,9 @@ class Paged(Generic[P, R]):
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, client: Transport, owner: type) -> Callable[P, Iterator[R]]: ...
+    def __get__(self, client: Transport, owner: type) -> Callable[P, Generator[R, None, None]]: ...
     @overload
-    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, AsyncIterator[R]]: ...
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, AsyncGenerator[R, None]]: ...
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self
@@ -110,7 +113,7 @@ class Batched(Generic[P, E, R]):
     @overload
     def __get__(self, client: Transport, owner: type) -> Callable[P, list[R]]: ...
     @overload
-    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaitable[list[R]]]: ...
+    def __get__(self, client: AsyncTransport, owner: type) -> Callable[P, Awaited[list[R]]]: ...
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self

@@ -93,7 +93,7 @@ def search_batch(
 
 def search_columns(
     gallery: str,
-    queries: NDArray[np.floating[Any]] | Sequence[ImageLike],
+    queries: NDArray[np.floating[Any]] | NDArray[np.uint8] | Sequence[ImageLike],
     *,
     k: int = 10,
     operating_point: OperatingPoint | None = None,
@@ -103,8 +103,9 @@ def search_columns(
 ) -> Call[NeighborColumns]:
     """Search many images and take what they found as columns of numpy, in a fraction of the time of `search_batch`.
 
-    `queries` are embeddings, floating-point [Q, D], or images as `search_batch` takes them; one call takes at most
-    1,024, and what it finds must fit into one message. Metadata is left out unless asked for.
+    `queries` are embeddings, floating-point [Q, D], pixels, uint8 [Q, H, W] or [Q, H, W, 1 to 4], or images of any kind
+    as `search_batch` takes them; one call takes at most 1,024, and what it finds must fit into one message. Metadata is
+    left out unless asked for.
     """
     most = max(1, min(MAX_QUERIES, MAX_NEIGHBORS // _checked_k(k)))
     if not 1 <= len(queries) <= most:

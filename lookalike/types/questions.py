@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import IO, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ class PillowImage(Protocol):
 
     def getextrema(self) -> Any: ...
 
-    def save(self, fp: Any, format: str, /, **options: Any) -> None: ...
+    def save(self, fp: IO[bytes], format: str, **params: Any) -> None: ...
 
 
 ImageLike: TypeAlias = (

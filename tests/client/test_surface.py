@@ -109,6 +109,14 @@ def test_columns_of_an_array_of_embeddings(client: Client, filled: str) -> None:
         client.search_columns(filled, np.repeat(vectors, 6, axis=0), k=10_000)
 
 
+def test_columns_of_an_array_of_pixels(client: Client, filled: str) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8)
+    for queries in (grey, grey[..., None], np.stack([grey] * 3, axis=-1)):
+        found = client.search_columns(filled, queries, k=3)
+        assert list(found) == client.search_batch(filled, list(queries), k=3, metadata=False)
+        assert not found.errors
+
+
 def test_columns_are_awaited_as_well(server: Server, client: Client, filled: str) -> None:
     async def ask() -> NeighborColumns:
         async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
