@@ -11,9 +11,10 @@ import grpc
 from google.protobuf.message import Message
 
 from lookalike._calls.kinds import Batch, Call
+from lookalike._calls.models import is_serving
 from lookalike._retry import Patience, Retry, service_config
 from lookalike._secure import Access, Tls, from_environment
-from lookalike.errors import CallFailed, Unavailable, from_call, not_understood
+from lookalike.errors import CallFailed, Unavailable, from_call, not_understood, over_limit
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
@@ -132,19 +133,26 @@ class Configured:
         return options
 
     def _packed(self, batch: Batch[E, R]) -> Iterator[tuple[int, Call[list[R]]]]:
-        """Calls of the batch, each with its number of elements."""
+        """Calls of the batch, each with its number of elements; those that fit into no message fail in their places."""
         chunk: list[E] = []
+        failed: dict[int, R] = {}
         room = self._max_message_bytes - _ENVELOPE_BYTES
         size = 0
         for element in batch.elements:
             bytes_needed = element.ByteSize() + _ELEMENT_BYTES
+            if bytes_needed > room and (alone := batch.bytes_alone(element)) > self._max_message_bytes:
+                failed[len(chunk) + len(failed)] = batch.failed(over_limit(alone, self._max_message_bytes))
+                continue
             if chunk and (len(chunk) == batch.most or size + bytes_needed > room):
-                yield len(chunk), batch.call(chunk)
-                chunk, size = [], 0
+                yield len(chunk) + len(failed), batch.call_beside(failed, chunk)
+                chunk, failed, size = [], {}, 0
             chunk.append(element)
             size += bytes_needed
         if chunk:
-            yield len(chunk), batch.call(chunk)
+            yield len(chunk) + len(failed), batch.call_beside(failed, chunk)
+        elif failed:  # all of them: what is left to learn is whether the server is there
+            asked = is_serving()
+            yield len(failed), Call(asked.method, asked.request, lambda data: list(failed.values()))
 
     def _failed(self, error: Any) -> CallFailed:
         encrypted = self._access.credentials is not None

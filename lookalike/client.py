@@ -19,7 +19,8 @@ class Client(Methods, Transport):
     """A connection to a lookalike server at `target`, such as "localhost:50051"; may be used from several threads.
 
     `timeout` is in seconds and holds for each call, retries included; a batch that takes several calls has it for
-    each of them. `max_message_bytes` is the most that one message may take; batches are cut to fit.
+    each of them. `max_message_bytes` is the most that one message may take; batches are cut to fit, and an element that
+    fits into no message fails alone.
 
     `tls` encrypts: True trusts the public roots, `Tls(ca=...)` those of your own. `api_key` is a key of the server, or
     a token; it is never sent in plain text to another machine unless `allow_insecure_key` says that this is meant.

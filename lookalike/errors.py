@@ -171,6 +171,15 @@ def from_call(call: _EndedCall, *, target: str, timeout: float, encrypted: bool 
     return _BY_CODE.get(code, ServerError)(message, code=code)
 
 
+def over_limit(size: int, limit: int) -> ResourceExhausted:
+    """The error of an element whose message would take `size` bytes, of `limit`, without any other."""
+    return ResourceExhausted(
+        f"the element alone is over the size limit ({size} vs. {limit}), in bytes; send smaller images, or raise "
+        "max_message_bytes here and on the server",
+        code=grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
+
+
 def is_refused_unseen(code: grpc.StatusCode, details: str) -> bool:
     """Whether a call without rich details was refused by the server's gRPC, its program being too busy to look at it.
 

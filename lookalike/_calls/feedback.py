@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import PAGE_SIZE, Batch, Call, Page, call, new_id
+from lookalike._calls.kinds import PAGE_SIZE, Batch, Call, Page, call, new_id, raised
 from lookalike.types import Feedback, RecordedFeedback
 from lookalike.v1 import feedback_pb2
 
@@ -27,6 +27,7 @@ def record_feedback(
             feedback_pb2.RecordFeedbackResponse,
             lambda response: [messages.recorded_feedback(case) for case in response.feedback],
         ),
+        raised,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Iterable
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import PAGE_SIZE, Batch, Call, Page, Stream, call, new_id
+from lookalike._calls.kinds import PAGE_SIZE, Batch, Call, Page, Stream, call, in_place, new_id
 from lookalike.errors import CallFailed, from_status
 from lookalike.types import Imported, Item, ItemName, NewItem, Purged
 from lookalike.v1 import gallery_pb2
@@ -67,6 +67,7 @@ def update_items(
                 for result in response.results
             ],
         ),
+        in_place,
     )
 
 

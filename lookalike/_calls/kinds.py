@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, NoReturn, TypeVar
 
 from google.protobuf.message import Message
+
+from lookalike.errors import CallFailed
 
 ResultT = TypeVar("ResultT")
 ElementT = TypeVar("ElementT", bound=Message)
@@ -68,6 +70,34 @@ class Batch(Generic[ElementT, ResultT]):
     most: int
     """Elements that one call takes."""
     call: Callable[[Sequence[ElementT]], Call[list[ResultT]]]
+    failed: Callable[[CallFailed], ResultT]
+    """The result of an element that cannot be sent: `in_place` or `raised`."""
+
+    def bytes_alone(self, element: ElementT) -> int:
+        """Of the message that carries this element and no other."""
+        return len(self.call([element]).request)
+
+    def call_beside(self, failed: Mapping[int, ResultT], elements: Sequence[ElementT]) -> Call[list[ResultT]]:
+        """The call of `elements`, with the results of others in their places, which are given in ascending order."""
+        sent = self.call(elements)
+
+        def parse(data: bytes) -> list[ResultT]:
+            results = sent.parse(data)
+            for place, result in failed.items():
+                results.insert(place, result)
+            return results
+
+        return replace(sent, parse=parse) if failed else sent
+
+
+def in_place(error: CallFailed) -> CallFailed:
+    """Of batches whose elements fail alone."""
+    return error
+
+
+def raised(error: CallFailed) -> NoReturn:
+    """Of batches that are done as a whole or not at all."""
+    raise error
 
 
 def call(

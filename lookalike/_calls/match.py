@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Iterable
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import Batch, Call, Stream, call
+from lookalike._calls.kinds import Batch, Call, Stream, call, in_place
 from lookalike.errors import CallFailed, from_status
 from lookalike.types import Decision, Embedding, ImageLike, OperatingPoint
 from lookalike.v1 import common_pb2, match_pb2
@@ -47,6 +47,7 @@ def verify_batch(
                 for result in response.results
             ],
         ),
+        in_place,
     )
 
 
@@ -97,4 +98,5 @@ def embed_batch(images: Iterable[ImageLike]) -> Batch[common_pb2.ImageInput, Emb
                 for result in response.results
             ],
         ),
+        in_place,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import Batch, Call, Collected, Stream, call, in_bundles
+from lookalike._calls.kinds import Batch, Call, Collected, Stream, call, in_bundles, in_place
 from lookalike.errors import CallFailed, ServerError, from_status
 from lookalike.types import Effort, ImageLike, ItemName, NeighborColumns, Neighbors, OperatingPoint
 from lookalike.v1 import common_pb2, search_pb2
@@ -88,6 +88,7 @@ def search_batch(
             search_pb2.BatchSearchResponse,
             lambda response: [_outcome(result) for result in response.results],
         ),
+        in_place,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -19,6 +21,7 @@ from lookalike import (
     Conflict,
     Decision,
     FailedPrecondition,
+    Feedback,
     InvalidRequest,
     Item,
     ItemName,
@@ -31,6 +34,7 @@ from lookalike import (
 )
 from lookalike._calls.match import MAX_PAIRS
 from lookalike.types import JSON
+from lookalike.v1 import common_pb2, match_pb2
 from service.server import Server
 from tests.service.harness import DIM, MARGIN, MAX_MESSAGE_BYTES, png
 
@@ -125,6 +129,64 @@ class TestBatches:
         count = MAX_MESSAGE_BYTES // len(image) + 3
         outcomes = client.update_items(gallery, (NewItem(id=f"{n}", image=image) for n in range(count)))
         assert [outcome.name.id for outcome in outcomes if isinstance(outcome, Item)] == [f"{n}" for n in range(count)]
+
+    @pytest.mark.parametrize("at", [(0,), (2,), (0, 1, 4), (5, 7), (0, 1, 2, 3, 4, 5, 6, 7)])
+    def test_an_element_over_the_limit_fails_alone_and_in_its_place(
+        self, client: Client, gallery: str, server: Server, at: tuple[int, ...]
+    ) -> None:
+        huge = bytes(MAX_MESSAGE_BYTES)
+        images = [huge if n in at else png(n) for n in range(8)]
+        told = (
+            rf"alone is over the size limit \(\d+ vs\. {MAX_MESSAGE_BYTES}\), in bytes; send smaller images, or raise"
+        )
+
+        def check(results: Sequence[object]) -> None:
+            assert [n for n, result in enumerate(results) if isinstance(result, CallFailed)] == list(at)
+            for n in at:
+                assert isinstance(results[n], ResourceExhausted)
+                assert re.search(told, str(results[n]))
+
+        embeddings = client.embed_batch(iter(images))
+        check(embeddings)
+        for n, embedding in enumerate(embeddings):
+            if n not in at:
+                assert np.array_equal(embedding, client.embed(png(n)))  # type: ignore[arg-type]
+        check(client.verify_batch((image, png(1)) for image in images))
+        check(client.update_items(gallery, (NewItem(id=f"{n}", image=image) for n, image in enumerate(images))))
+        assert [item.name.id for item in client.list_items(gallery)] == [f"{n}" for n in range(8) if n not in at]
+        check(client.search_batch(gallery, images, k=3))
+
+        async def ask() -> None:
+            async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
+                check(await other.embed_batch(images))
+
+        asyncio.run(ask())
+
+    def test_elements_over_the_limit_stay_in_place_among_several_calls(self, client: Client) -> None:
+        image, huge = png(5, size=(300, 300)), bytes(MAX_MESSAGE_BYTES)
+        count = 3 * MAX_MESSAGE_BYTES // len(image)
+        over = {0, 1, count // 2, count - 1}
+        embeddings = client.embed_batch(huge if n in over else image for n in range(count))
+        assert {n for n, result in enumerate(embeddings) if isinstance(result, ResourceExhausted)} == over
+        assert sum(isinstance(result, np.ndarray) for result in embeddings) == count - len(over)
+
+    def test_the_limit_is_that_of_the_message(self, client: Client) -> None:
+        """What does not fit beside others may fit alone, to the last byte."""
+        whole = match_pb2.BatchEmbedRequest(images=[common_pb2.ImageInput(encoded=bytes(MAX_MESSAGE_BYTES))])
+        most = 2 * MAX_MESSAGE_BYTES - whole.ByteSize()
+        sent, refused = client.embed_batch([bytes(most), bytes(most + 1)])
+        assert isinstance(sent, InvalidRequest)
+        assert sent.reason == "INVALID_IMAGE"
+        assert isinstance(refused, ResourceExhausted)
+        assert f"({MAX_MESSAGE_BYTES + 1} vs. {MAX_MESSAGE_BYTES})" in str(refused)
+
+    def test_feedback_over_the_limit_is_not_recorded_in_part(self, client: Client, server: Server) -> None:
+        decision = client.verify(png(1), png(2))
+        cases = [Feedback(case_id=case_id, decision=decision, is_match=True) for case_id in ("small", "large" * 10_000)]
+        with Client(server.address, max_message_bytes=10_000) as other:
+            with pytest.raises(ResourceExhausted, match=r"alone is over the size limit \(50\d+ vs\. 10000\)"):
+                other.record_feedback(cases)
+            assert "small" not in {recorded.case_id for recorded in other.list_feedback()}
 
     def test_more_neighbors_than_one_call_gives_are_asked_for_in_several(self, client: Client, gallery: str) -> None:
         fill(client, gallery, 3)
