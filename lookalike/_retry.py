@@ -41,6 +41,15 @@ HEDGED = frozenset(
 _ROOM = frozenset({"OVERLOADED", "RATE_LIMITED"})
 """Reasons of refusals before anything was begun, which waiting mends; a full disk is none of them."""
 
+LONGEST = 1_000_000_000
+"""Seconds; gRPC counts nanoseconds in 64 bits, and takes what is beyond, infinity too, for a time that has passed."""
+
+_SHORTEST_BACKOFF = 0.002
+"""Seconds; gRPC jitters pauses by a fifth and counts them in whole milliseconds: from one of none it does not come
+back, and the call ends with its deadline."""
+
+_MOST_GROWTH = 1000
+
 _SPREAD = 0.25
 """Who is told to wait waits up to this share longer, so that not all come back at the same moment."""
 
@@ -63,10 +72,11 @@ class Retry:
     attempts: int = 4
     """Tries in all, 2 to 5."""
     initial_backoff: float = 0.1
-    """First pause, in seconds."""
+    """First pause, in seconds; at least 0.002."""
     max_backoff: float = 2.0
     """Longest pause, in seconds."""
     multiplier: float = 3.0
+    """1 to 1,000."""
     budget: int = 10
     """Failures in a row after which nothing is repeated: when most calls fail, repeating them would only load a
     struggling server further. At most 500."""
@@ -74,16 +84,22 @@ class Retry:
     """What a call that succeeds gives back to the budget: repetitions stay below this share of all calls."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.attempts <= 5:
+        if not isinstance(self.attempts, int) or not 2 <= self.attempts <= 5:
             raise ValueError(
-                f"attempts lies between 2 and 5, gRPC's own bound; got {self.attempts} (None for no retries)"
+                "attempts is a whole number between 2 and 5, gRPC's own bound (retry=None for no retries); "
+                f"got {self.attempts}"
             )
-        if not 0 < self.initial_backoff <= self.max_backoff or self.multiplier <= 0:
-            raise ValueError("initial_backoff and multiplier are positive, and max_backoff at least initial_backoff")
-        if not 1 <= self.budget <= 500 or not 0.001 <= self.refund <= self.budget:
+        if not _SHORTEST_BACKOFF <= self.initial_backoff <= self.max_backoff <= LONGEST:
             raise ValueError(
-                f"budget lies between 1 and 500 and refund between 0.001 and it; got {self.budget} and {self.refund}"
+                f"initial_backoff lies between {_SHORTEST_BACKOFF} s and max_backoff, and this between it and "
+                f"{LONGEST:,} s; got {self.initial_backoff} and {self.max_backoff}"
             )
+        if not 1 <= self.multiplier <= _MOST_GROWTH:
+            raise ValueError(f"multiplier lies between 1 and {_MOST_GROWTH:,}; got {self.multiplier}")
+        if not isinstance(self.budget, int) or not 1 <= self.budget <= 500:
+            raise ValueError(f"budget is a whole number between 1 and 500; got {self.budget}")
+        if not 0.001 <= self.refund <= self.budget:
+            raise ValueError(f"refund lies between 0.001 and budget, {self.budget}; got {self.refund}")
 
 
 def service_config(retry: Retry) -> dict[str, Any]:
@@ -134,9 +150,11 @@ class Patience:
     """What a client knows of all its calls when it decides to send one again."""
 
     def __init__(self, retry: Retry | None, hedge_after: float | None) -> None:
-        """Raises ValueError for a `hedge_after` that is not positive."""
-        if hedge_after is not None and hedge_after <= 0:
-            raise ValueError(f"hedge_after must be positive, in seconds, or None; got {hedge_after}")
+        """Raises ValueError for a `hedge_after` that is no time to wait."""
+        if hedge_after is not None and not 0 < hedge_after <= LONGEST:
+            raise ValueError(
+                f"hedge_after must be positive and at most {LONGEST:,}, in seconds, or None; got {hedge_after}"
+            )
         self._retry = retry
         self._hedge_after = hedge_after
         self._retries = Budget(retry.budget, retry.refund) if retry else None

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from lookalike._calls.kinds import Batch, Call
 from lookalike._calls.models import is_serving
-from lookalike._retry import Patience, Retry, service_config
+from lookalike._retry import LONGEST, Patience, Retry, service_config
 from lookalike._secure import Access, Tls, from_environment
 from lookalike.errors import CallFailed, Unavailable, from_call, not_understood, over_limit
 
@@ -35,8 +35,8 @@ _ELEMENT_BYTES = 8
 
 _MOST_CONNECTIONS = 64
 
-_LONGEST = 1_000_000_000
-"""Seconds; gRPC counts nanoseconds in 64 bits, and takes what is beyond, infinity too, for a time that has passed."""
+_MOST_MESSAGE_BYTES = 2**31 - 1
+"""gRPC's own bound: it counts them in 32 bits."""
 
 _DEFAULT_RETRY = Retry()
 
@@ -71,12 +71,15 @@ class Configured:
     ) -> None:
         if not target:
             raise ValueError("target must name a server, such as localhost:50051; got nothing")
-        if not isinstance(timeout, int | float) or not 0 < timeout <= _LONGEST:
-            raise ValueError(f"timeout must be positive and at most {_LONGEST:,}, in seconds; got {timeout}")
-        if max_message_bytes <= 2 * _ENVELOPE_BYTES:
-            raise ValueError(f"max_message_bytes must be above {2 * _ENVELOPE_BYTES}; got {max_message_bytes}")
-        if not 1 <= connections <= _MOST_CONNECTIONS:
-            raise ValueError(f"connections must be 1 to {_MOST_CONNECTIONS}; got {connections}")
+        if not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
+            raise ValueError(f"timeout must be positive and at most {LONGEST:,}, in seconds; got {timeout}")
+        if not isinstance(max_message_bytes, int) or not 2 * _ENVELOPE_BYTES < max_message_bytes <= _MOST_MESSAGE_BYTES:
+            raise ValueError(
+                f"max_message_bytes must be a whole number above {2 * _ENVELOPE_BYTES:,} and at most "
+                f"{_MOST_MESSAGE_BYTES:,}; got {max_message_bytes}"
+            )
+        if not isinstance(connections, int) or not 1 <= connections <= _MOST_CONNECTIONS:
+            raise ValueError(f"connections must be a whole number from 1 to {_MOST_CONNECTIONS}; got {connections}")
         if window < 1:
             raise ValueError(f"window must be at least 1; got {window}")
         self.target = target
@@ -119,9 +122,11 @@ class Configured:
             # For all its name, how long one attempt to connect may take: a busy server is slow to greet.
             ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", 5000),
-            # Streams have no deadline: this finds out that their server has vanished without a word.
+            # Streams have no deadline: this finds out that their server has vanished without a word. An answer to the
+            # ping is waited for by another clock than bytes of any kind, of a minute by default.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.http2.ping_timeout_ms", 20_000),
             *self._access.options,
         ]
         if self._retry is None:

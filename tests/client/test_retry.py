@@ -175,17 +175,44 @@ def test_a_server_may_forbid_repetition(loop: Loop) -> None:
         {"budget": 0},
         {"refund": 11},
         {"refund": 0},
+        # gRPC ended every call with these, or waited for ever.
+        {"attempts": 2.5},
+        {"initial_backoff": 0.001},
+        {"initial_backoff": float("nan")},
+        {"max_backoff": float("inf")},
+        {"max_backoff": float("nan")},
+        {"multiplier": float("nan")},
+        {"multiplier": float("inf")},
+        {"multiplier": 0.001},
+        {"budget": 2.5},
+        {"refund": float("nan")},
     ],
 )
 def test_senseless_retries_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"between|positive"):
+    with pytest.raises(ValueError, match=rf"{min(wrong)}.* between .*got"):
         Retry(**wrong)
 
 
+@both
+def test_retries_at_their_bounds_are_taken(loop: Loop, through: Ask) -> None:
+    async def down_once(before: int, request: bytes, context: Context) -> bytes:
+        if not before:
+            await refuse(context, grpc.StatusCode.UNAVAILABLE)
+        return b""
+
+    for retry in (
+        Retry(initial_backoff=0.002, max_backoff=0.002, multiplier=1, budget=2, refund=0.001),
+        Retry(attempts=5, initial_backoff=0.002, max_backoff=1e9, multiplier=1000, budget=500, refund=500),
+    ):
+        with serving(loop, Flaky(down_once)) as address:
+            settings = {"hedge_after": 1e9, "max_message_bytes": 2**31 - 1, "timeout": 1e9}
+            assert through(address, search, retry=retry, **settings) == Neighbors()
+
+
 def test_the_service_config_says_what_retry_says() -> None:
-    config = service_config(Retry(attempts=3, initial_backoff=1e-5, budget=7, refund=0.25))
+    config = service_config(Retry(attempts=3, initial_backoff=0.0025, budget=7, refund=0.25))
     policy = config["methodConfig"][0]["retryPolicy"]
-    assert (policy["maxAttempts"], policy["initialBackoff"]) == (3, "0.000010000s")
+    assert (policy["maxAttempts"], policy["initialBackoff"]) == (3, "0.002500000s")
     assert config["retryThrottling"] == {"maxTokens": 14, "tokenRatio": 0.25}
 
 
@@ -279,8 +306,14 @@ def test_only_what_reads_is_hedged() -> None:
     "settings",
     [
         {"hedge_after": 0},
+        {"hedge_after": -1},
+        {"hedge_after": float("nan")},
+        {"hedge_after": float("inf")},
         {"connections": 0},
         {"connections": 65},
+        {"connections": 1.5},
+        {"max_message_bytes": 2**31},  # over gRPC's 32 bits
+        {"max_message_bytes": 1e6},
         {"window": 0},
         {"timeout": 0},
         {"timeout": float("nan")},
@@ -288,8 +321,9 @@ def test_only_what_reads_is_hedged() -> None:
     ],
 )
 def test_senseless_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        Client("127.0.0.1:1", **settings)
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match=rf"^{min(settings)} must be .*got"):
+            kind("127.0.0.1:1", **settings)
 
 
 def test_calls_after_the_client_was_closed_are_an_error_of_the_caller() -> None:
