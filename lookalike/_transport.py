@@ -10,7 +10,7 @@ import itertools
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
 from lookalike._calls.models import is_serving
+from lookalike._loop import InThread, is_cancelled
 from lookalike._retry import is_final
 from lookalike._settings import DEFAULT_TIMEOUT, Configured
 from lookalike._window import AsyncWindow, Window
@@ -206,7 +207,8 @@ class AsyncTransport(Configured):
                 yield element
 
     async def batch(self, batch: Batch[E, R]) -> list[R]:
-        return [result for size, call in self._packed(batch) for result in _complete(await self.unary(call), size)]
+        with closing(InThread(self._packed(batch))) as packed:
+            return [result async for size, call in packed for result in _complete(await self.unary(call), size)]
 
     async def collected(self, call: Collected[R]) -> R:
         made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
@@ -310,8 +312,7 @@ def _closing() -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_cancelled():
             raise
         raise Cancelled("the client was closed while the call lasted", code=grpc.StatusCode.CANCELLED) from None
 

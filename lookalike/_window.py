@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from lookalike._calls.kinds import Stream
+from lookalike._loop import InThread, is_cancelled
 
 R = TypeVar("R")
 
@@ -83,11 +84,12 @@ class AsyncWindow(_Window[R]):
     def __init__(self, call: Stream[R], most: int) -> None:
         super().__init__(call, most)
         self._room = asyncio.Event()
+        self._thread: InThread[bytes] | None = None
 
     async def messages(self) -> AsyncIterator[bytes]:
         yield self._call.first
         try:
-            async for message in _packed(self._call.elements, self._call.pack):
+            async for message in self._packed():
                 self._made += 1
                 yield message
                 while self._is_full():
@@ -95,23 +97,30 @@ class AsyncWindow(_Window[R]):
                     await self._room.wait()
                 if self._closed:
                     return
-        except (asyncio.CancelledError, GeneratorExit):
+        except GeneratorExit:
             raise
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            self._failure = error
         except BaseException as error:
             self._failure = error
+
+    def close(self) -> None:
+        super().close()
+        if self._thread is not None:
+            self._thread.close()
 
     def _changed(self) -> None:
         self._room.set()
 
-
-async def _packed(
-    elements: Iterable[object] | AsyncIterable[object], pack: Callable[[object], bytes]
-) -> AsyncIterator[bytes]:
-    """The messages of elements, made in threads: an image may be read from a slow disk."""
-    if isinstance(elements, AsyncIterable):
-        async for element in elements:
-            yield await asyncio.to_thread(pack, element)
-    else:
-        messages = map(pack, elements)
-        while (message := await asyncio.to_thread(next, messages, None)) is not None:
-            yield message
+    async def _packed(self) -> AsyncIterator[bytes]:
+        """The messages of elements, made in threads: an image may be read from a slow disk."""
+        elements, pack = self._call.elements, self._call.pack
+        if isinstance(elements, AsyncIterable):
+            async for element in elements:
+                yield await asyncio.to_thread(pack, element)
+        elif not self._closed:  # there would be nobody to end the thread
+            self._thread = InThread(map(pack, elements))
+            async for message in self._thread:
+                yield message

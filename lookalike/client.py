@@ -43,7 +43,10 @@ class Client(Methods, Transport):
 
 
 class AsyncClient(Methods, AsyncTransport):
-    """`Client` for asyncio: the same methods, awaited; listings are iterated with `async for`."""
+    """`Client` for asyncio: the same methods, awaited; listings are iterated with `async for`.
+
+    Iterables of a batch or a stream are iterated in a thread of their own.
+    """
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from google.protobuf.message import Message
 
+from lookalike._loop import is_cancelled
 from lookalike.errors import CallFailed
 
 ResultT = TypeVar("ResultT")
@@ -119,22 +120,38 @@ def new_id() -> str:
 def in_bundles(
     elements: Iterable[AnyT] | AsyncIterable[AnyT], most: int
 ) -> Iterator[list[AnyT]] | AsyncIterator[list[AnyT]]:
-    """As many elements together, the last ones as many as are left; taken as they are asked for."""
+    """As many elements together, the last ones as many as are left, also before the elements fail; taken as they are
+    asked for."""
     return _bundles_of_async(elements, most) if isinstance(elements, AsyncIterable) else _bundles(elements, most)
 
 
 def _bundles(elements: Iterable[AnyT], most: int) -> Iterator[list[AnyT]]:
-    left = iter(elements)
-    while bundle := list(itertools.islice(left, most)):
+    bundle: list[AnyT] = []
+    try:
+        for element in elements:
+            bundle.append(element)
+            if len(bundle) == most:
+                yield bundle
+                bundle = []
+    except (Exception, asyncio.CancelledError):
+        if bundle:
+            yield bundle
+        raise
+    if bundle:
         yield bundle
 
 
 async def _bundles_of_async(elements: AsyncIterable[AnyT], most: int) -> AsyncIterator[list[AnyT]]:
     bundle: list[AnyT] = []
-    async for element in elements:
-        bundle.append(element)
-        if len(bundle) == most:
+    try:
+        async for element in elements:
+            bundle.append(element)
+            if len(bundle) == most:
+                yield bundle
+                bundle = []
+    except (Exception, asyncio.CancelledError):
+        if bundle and not is_cancelled():
             yield bundle
-            bundle = []
+        raise
     if bundle:
         yield bundle

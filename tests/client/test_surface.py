@@ -233,6 +233,36 @@ def test_images_of_a_stream_that_travel_together_are_answered_as_each_alone(
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("together", [1, 2, 32])
+@pytest.mark.parametrize("error", [OSError, asyncio.CancelledError])
+def test_images_given_before_their_source_failed_are_answered(
+    client: Client, server: Server, filled: str, together: int, error: type[BaseException]
+) -> None:
+    def broken() -> Iterator[ImageLike]:
+        yield from (png(n) for n in range(3))
+        raise error("unplugged")
+
+    async def later() -> AsyncIterator[ImageLike]:
+        for query in broken():
+            yield query
+
+    async def ask(source: Iterator[ImageLike] | AsyncIterator[ImageLike]) -> None:
+        async with AsyncClient(server.address) as other:
+            async for each in other.search_stream(filled, source, k=1, together=together):
+                answered.append(each)  # noqa: PERF401
+
+    answered: list[Neighbors | CallFailed] = []
+    for through in (
+        lambda: answered.extend(client.search_stream(filled, broken(), k=1, together=together)),
+        lambda: asyncio.run(ask(broken())),
+        lambda: asyncio.run(ask(later())),
+    ):
+        answered.clear()
+        with pytest.raises(error, match="unplugged"):
+            through()
+        assert answered == [client.search(filled, png(n), k=1) for n in range(3)]
+
+
 def test_a_stream_takes_a_sane_number_of_images_together(client: Client, filled: str) -> None:
     for wrong in (0, 257):
         with pytest.raises(ValueError, match="together"):

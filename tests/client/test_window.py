@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,83 @@ def test_a_stream_left_with_its_window_full_leaves_no_thread_behind(loop: Loop) 
             thread.join(10)
         assert set(threading.enumerate()) <= before
     assert pairs.number <= 2 + WINDOW
+
+
+def test_an_iterable_that_blocks_keeps_neither_streams_nor_the_end_of_the_program_waiting(loop: Loop) -> None:
+    one, other = Slow(ANSWER.SerializeToString()), Slow(ANSWER.SerializeToString())
+    let_go = threading.Event()
+    in_time: list[bool] = []
+
+    def camera() -> Iterator[Any]:
+        yield PAIR
+        in_time.append(let_go.wait(20))
+
+    async def ask(first: str, second: str) -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        async with AsyncClient(first) as client, AsyncClient(second) as free:
+            stuck = client.verify_stream(camera())
+            told(loop, one, 1)
+            await anext(stuck)
+            told(loop, other, 3)
+            assert len([answer async for answer in free.verify_stream([PAIR] * 3)]) == 3
+
+    with serving(loop, one) as first, serving(loop, other) as second:
+        before = set(threading.enumerate())
+        asyncio.run(ask(first, second))
+        assert in_time == []
+        let_go.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+        assert set(threading.enumerate()) <= before
+    assert in_time == [True]
+
+
+def test_a_batch_is_made_beside_the_event_loop(client: Client) -> None:
+    turned: list[bool] = []
+
+    def images(turn: threading.Event) -> Iterator[bytes]:
+        yield png(1)
+        turned.append(turn.wait(20))
+        yield b"no image"
+        yield from (png(n) for n in range(300))
+
+    async def ask() -> Any:
+        turn = threading.Event()
+        async with AsyncClient(client.target) as other:
+            asyncio.get_running_loop().call_soon(turn.set)
+            return await other.embed_batch(images(turn))
+
+    async def fail() -> None:
+        async with AsyncClient(client.target) as other:
+            await other.embed_batch([png(1), "no such file.png"])
+
+    found = asyncio.run(ask())
+    assert turned == [True]
+    assert isinstance(found.pop(1), CallFailed)
+    assert np.array_equal(np.stack(found), np.stack([client.embed(png(n)) for n in (1, *range(300))]))
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(fail())
+
+
+def test_what_a_source_was_cancelled_by_is_not_taken_for_a_client_that_was_closed(loop: Loop) -> None:
+    slow = Slow(ANSWER.SerializeToString())
+
+    async def pairs() -> AsyncIterator[Any]:
+        yield PAIR
+        given_up = asyncio.get_running_loop().create_future()
+        given_up.cancel("by the camera")
+        await given_up
+
+    async def ask(address: str) -> None:
+        async with AsyncClient(address) as client:
+            answers = client.verify_stream(pairs())
+            told(loop, slow, 1)
+            assert isinstance(await anext(answers), Decision)
+            with pytest.raises(asyncio.CancelledError, match="by the camera"):
+                await anext(answers)
+
+    with serving(loop, slow) as address:
+        asyncio.run(ask(address))
 
 
 def test_a_stream_of_a_client_that_is_closed_ends_as_cancelled(loop: Loop) -> None:
