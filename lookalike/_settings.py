@@ -14,7 +14,7 @@ from lookalike._calls.kinds import Batch, Call
 from lookalike._calls.models import is_serving
 from lookalike._retry import LONGEST, Patience, Retry, service_config
 from lookalike._secure import Access, Tls, from_environment
-from lookalike.errors import CallFailed, Unavailable, from_call, not_understood, over_limit
+from lookalike.errors import CallFailed, Cancelled, Unavailable, from_call, not_understood, over_limit
 
 R = TypeVar("R")
 E = TypeVar("E", bound=Message)
@@ -112,6 +112,11 @@ class Configured:
         if self._closed:
             raise RuntimeError("the client is closed; make another one, or close it after its last call")
 
+    def _given_up(self) -> Cancelled:
+        """The error of a call that had begun and is not waited for any longer."""
+        words = "the client was closed while the call lasted" if self._closed else "the call was given up on this side"
+        return Cancelled(words, code=grpc.StatusCode.CANCELLED)
+
     def _channel_options(self) -> list[tuple[str, Any]]:
         options = [
             ("grpc.max_send_message_length", self._max_message_bytes),
@@ -172,3 +177,10 @@ class Configured:
             + (f": {advice}" if advice else "; start it with `lookalike serve`, or wait longer"),
             code=grpc.StatusCode.UNAVAILABLE,
         )
+
+
+def checked_wait(seconds: float) -> float:
+    """Seconds to wait at most, infinity for ever."""
+    if not isinstance(seconds, int | float) or not seconds >= 0:
+        raise ValueError(f"timeout must be 0 or more, in seconds, or infinity for ever; got {seconds}")
+    return seconds

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
@@ -20,12 +20,13 @@ from google.protobuf.message import Message
 from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
 from lookalike._calls.models import is_serving
 from lookalike._loop import InThread, is_cancelled
-from lookalike._retry import is_final
-from lookalike._settings import DEFAULT_TIMEOUT, Configured
+from lookalike._retry import LONGEST, is_final
+from lookalike._settings import DEFAULT_TIMEOUT, Configured, checked_wait
 from lookalike._window import AsyncWindow, Window
-from lookalike.errors import Cancelled, ResourceExhausted
+from lookalike.errors import ResourceExhausted
 
 R = TypeVar("R")
+A = TypeVar("A")
 E = TypeVar("E", bound=Message)
 
 _POLL_SECONDS = 0.1
@@ -48,20 +49,7 @@ class Transport(Configured):
         self._turns = itertools.cycle(self._channels)
 
     def unary(self, call: Call[R]) -> R:
-        give_up = time.monotonic() + self.timeout
-        for attempt in itertools.count(1):
-            try:
-                response = self._answer(call, max(give_up - time.monotonic(), 0.001))
-            except grpc.RpcError as error:
-                failed = self._failed(error)
-                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
-                if pause is None:
-                    raise failed from None
-                time.sleep(pause)
-            else:
-                self._patience.succeeded()
-                break
-        return call.parse(response)
+        return call.parse(self._repeated(lambda seconds: self._answer(call, seconds)))
 
     def pages(self, call: Callable[[str], Call[Page[R]]]) -> Iterator[R]:
         page = self.unary(call(""))
@@ -74,12 +62,7 @@ class Transport(Configured):
         return [result for size, call in self._packed(batch) for result in _complete(self.unary(call), size)]
 
     def collected(self, call: Collected[R]) -> R:
-        made: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
-        try:
-            parts = list(made(call.request, timeout=self.timeout, metadata=self._access.metadata))
-        except grpc.RpcError as error:
-            raise self._failed(error) from None
-        return call.parse(parts)
+        return call.parse(self._repeated(lambda seconds: self._parts(call, seconds)))
 
     def stream(self, call: Stream[R]) -> Iterator[R]:
         made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
@@ -96,12 +79,15 @@ class Transport(Configured):
         window.raise_failure()
 
     def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
-        give_up = time.monotonic() + timeout
+        """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds, of which
+        infinity never come to an end."""
+        give_up = time.monotonic() + checked_wait(timeout)
         while not self._serving_by(give_up):
             if time.monotonic() >= give_up:
                 raise self._not_ready(timeout, self._why_not())
             time.sleep(_POLL_SECONDS)
+            if self._closed:
+                raise self._given_up()
 
     def close(self) -> None:
         self._closed = True
@@ -115,10 +101,31 @@ class Transport(Configured):
     def _method(self, call: Call[R]) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
         return self._channel().unary_unary(f"/{call.method}")
 
+    def _repeated(self, ask: Callable[[float], A]) -> A:
+        """What `ask` returns, which is told the seconds that are left; asked again as `retry` says."""
+        give_up = time.monotonic() + self.timeout
+        for attempt in itertools.count(1):
+            try:
+                answer = ask(max(give_up - time.monotonic(), 0.001))
+            except grpc.RpcError as error:
+                failed = self._failed(error)
+                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
+                if pause is None:
+                    raise failed from None
+                time.sleep(pause)
+            else:
+                break
+        self._patience.succeeded()
+        return answer
+
+    def _parts(self, call: Collected[R], seconds: float) -> list[bytes]:
+        made: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
+        return list(made(call.request, timeout=seconds, metadata=self._access.metadata))
+
     def _answer(self, call: Call[R], seconds: float) -> bytes:
         hedge_after = self._patience.hedge_after(call.method)
         if hedge_after is None:
-            return self._method(call)(call.request, timeout=seconds, metadata=self._access.metadata)
+            return self._method(call)(call.sent(seconds), timeout=seconds, metadata=self._access.metadata)
         return self._hedged(call, seconds, hedge_after)
 
     def _hedged(self, call: Call[R], seconds: float, hedge_after: float) -> bytes:
@@ -129,7 +136,7 @@ class Transport(Configured):
 
         def send() -> None:
             left = max(give_up - time.monotonic(), 0.001)
-            copies.append(self._method(call).future(call.request, timeout=left, metadata=self._access.metadata))
+            copies.append(self._method(call).future(call.sent(left), timeout=left, metadata=self._access.metadata))
             copies[-1].add_done_callback(ended.put)
 
         try:
@@ -149,9 +156,9 @@ class Transport(Configured):
 
     def _serving_by(self, give_up: float) -> bool:
         call = is_serving()
-        patience = max(give_up - time.monotonic(), 0.001)
+        patience = min(max(give_up - time.monotonic(), 0.001), LONGEST)
         try:
-            response = self._method(call)(call.request, timeout=patience, wait_for_ready=True)
+            response = self._method(call)(call.sent(patience), timeout=patience, wait_for_ready=True)
         except grpc.RpcError:
             return False
         return call.parse(response)
@@ -160,7 +167,7 @@ class Transport(Configured):
         """gRPC's words for why no call gets through; empty where one does."""
         call = is_serving()
         try:
-            self._method(call)(call.request, timeout=_LOOK_SECONDS)
+            self._method(call)(call.sent(_LOOK_SECONDS), timeout=_LOOK_SECONDS)
         except grpc.RpcError as error:
             ended: Any = error  # a grpc.Call too, which its type does not say
             return ended.details() or ""
@@ -168,34 +175,14 @@ class Transport(Configured):
 
 
 class AsyncTransport(Configured):
-    """Calls that are awaited; belongs to the event loop it was first used in."""
+    """Calls that are awaited; belongs to the event loop it is first used in, and may be made before there is one."""
 
     def _open(self) -> None:
-        options, credentials = self._channel_options(), self._access.credentials
-        self._channels = [
-            grpc.aio.insecure_channel(self.target, options=options)
-            if credentials is None
-            else grpc.aio.secure_channel(self.target, credentials, options=options)
-            for _ in range(self._connections)
-        ]
-        self._turns = itertools.cycle(self._channels)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channels: list[grpc.aio.Channel] = []
 
     async def unary(self, call: Call[R]) -> R:
-        give_up = time.monotonic() + self.timeout
-        for attempt in itertools.count(1):
-            try:
-                with _closing():
-                    response = await self._answer(call, max(give_up - time.monotonic(), 0.001))
-            except grpc.aio.AioRpcError as error:
-                failed = self._failed(error)
-                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
-                if pause is None:
-                    raise failed from None
-                await asyncio.sleep(pause)
-            else:
-                self._patience.succeeded()
-                break
-        return call.parse(response)
+        return call.parse(await self._repeated(lambda seconds: self._answer(call, seconds)))
 
     async def pages(self, call: Callable[[str], Call[Page[R]]]) -> AsyncIterator[R]:
         page = await self.unary(call(""))
@@ -211,21 +198,14 @@ class AsyncTransport(Configured):
             return [result async for size, call in packed for result in _complete(await self.unary(call), size)]
 
     async def collected(self, call: Collected[R]) -> R:
-        made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
-        try:
-            responses = made(call.request, timeout=self.timeout, metadata=self._access.metadata)
-            with _closing():
-                parts = [data async for data in responses]
-        except grpc.aio.AioRpcError as error:
-            raise self._failed(error) from None
-        return call.parse(parts)
+        return call.parse(await self._repeated(lambda seconds: self._parts(call, seconds)))
 
     async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
         made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
         window = AsyncWindow(call, self._window)
         responses = made(window.messages(), metadata=self._access.metadata)
         try:
-            with _closing():
+            with self._closing():
                 async for data in responses:
                     for result in window.parsed(data):
                         yield result
@@ -237,12 +217,15 @@ class AsyncTransport(Configured):
         window.raise_failure()
 
     async def wait_until_ready(self, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds."""
-        give_up = time.monotonic() + timeout
+        """Return as soon as the server is serving. Raises Unavailable when it is not after `timeout` seconds, of which
+        infinity never come to an end."""
+        give_up = time.monotonic() + checked_wait(timeout)
         while not await self._serving_by(give_up):
             if time.monotonic() >= give_up:
                 raise self._not_ready(timeout, await self._why_not())
             await asyncio.sleep(_POLL_SECONDS)
+            if self._closed:
+                raise self._given_up()
 
     async def close(self) -> None:
         self._closed = True
@@ -251,15 +234,52 @@ class AsyncTransport(Configured):
 
     def _channel(self) -> grpc.aio.Channel:
         self._check_open()
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            options, credentials = self._channel_options(), self._access.credentials
+            self._channels = [
+                grpc.aio.insecure_channel(self.target, options=options)
+                if credentials is None
+                else grpc.aio.secure_channel(self.target, credentials, options=options)
+                for _ in range(self._connections)
+            ]
+            self._turns = itertools.cycle(self._channels)
+        elif self._loop is not loop:
+            raise RuntimeError(
+                "the client belongs to the event loop that it was first used in; make one for each, inside of what "
+                "asyncio.run is given"
+            )
         return next(self._turns)
 
     def _method(self, call: Call[R]) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
         return self._channel().unary_unary(f"/{call.method}")
 
+    async def _repeated(self, ask: Callable[[float], Awaitable[A]]) -> A:
+        give_up = time.monotonic() + self.timeout
+        for attempt in itertools.count(1):
+            try:
+                with self._closing():
+                    answer = await ask(max(give_up - time.monotonic(), 0.001))
+            except grpc.aio.AioRpcError as error:
+                failed = self._failed(error)
+                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
+                if pause is None:
+                    raise failed from None
+                await asyncio.sleep(pause)
+            else:
+                break
+        self._patience.succeeded()
+        return answer
+
+    async def _parts(self, call: Collected[R], seconds: float) -> list[bytes]:
+        made: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = self._channel().unary_stream(f"/{call.method}")
+        return [data async for data in made(call.request, timeout=seconds, metadata=self._access.metadata)]
+
     async def _answer(self, call: Call[R], seconds: float) -> bytes:
         hedge_after = self._patience.hedge_after(call.method)
         if hedge_after is None:
-            return await self._method(call)(call.request, timeout=seconds, metadata=self._access.metadata)
+            return await self._method(call)(call.sent(seconds), timeout=seconds, metadata=self._access.metadata)
         return await self._hedged(call, seconds, hedge_after)
 
     async def _hedged(self, call: Call[R], seconds: float, hedge_after: float) -> bytes:
@@ -268,7 +288,7 @@ class AsyncTransport(Configured):
 
         async def send() -> bytes:
             left = max(give_up - time.monotonic(), 0.001)
-            return await self._method(call)(call.request, timeout=left, metadata=self._access.metadata)
+            return await self._method(call)(call.sent(left), timeout=left, metadata=self._access.metadata)
 
         copies = {asyncio.create_task(send())}
         try:
@@ -289,9 +309,10 @@ class AsyncTransport(Configured):
 
     async def _serving_by(self, give_up: float) -> bool:
         call = is_serving()
-        patience = max(give_up - time.monotonic(), 0.001)
+        patience = min(max(give_up - time.monotonic(), 0.001), LONGEST)
         try:
-            response = await self._method(call)(call.request, timeout=patience, wait_for_ready=True)
+            with self._closing():
+                response = await self._method(call)(call.sent(patience), timeout=patience, wait_for_ready=True)
         except grpc.aio.AioRpcError:
             return False
         return call.parse(response)
@@ -299,22 +320,22 @@ class AsyncTransport(Configured):
     async def _why_not(self) -> str:
         call = is_serving()
         try:
-            await self._method(call)(call.request, timeout=_LOOK_SECONDS)
+            with self._closing():
+                await self._method(call)(call.sent(_LOOK_SECONDS), timeout=_LOOK_SECONDS)
         except grpc.aio.AioRpcError as error:
             return error.details() or ""
         return ""
 
-
-@contextmanager
-def _closing() -> Iterator[None]:
-    """A call that ends because its client is closed raises Cancelled, as one that blocks does: asyncio's own error says
-    that the caller was cancelled."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        if is_cancelled():
-            raise
-        raise Cancelled("the client was closed while the call lasted", code=grpc.StatusCode.CANCELLED) from None
+    @contextmanager
+    def _closing(self) -> Iterator[None]:
+        """A call that ends because its client is closed raises Cancelled, as one that blocks does: asyncio's own error
+        says that the caller was cancelled."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            raise self._given_up() from None
 
 
 def _answers(copy: asyncio.Task[bytes]) -> bool:

@@ -45,7 +45,8 @@ class Client(Methods, Transport):
 class AsyncClient(Methods, AsyncTransport):
     """`Client` for asyncio: the same methods, awaited; listings are iterated with `async for`.
 
-    Iterables of a batch or a stream are iterated in a thread of their own.
+    It may be made anywhere, and belongs to the event loop that it is first used in. Iterables of a batch or a stream
+    are iterated in a thread of their own.
     """
 
     async def __aenter__(self) -> Self:

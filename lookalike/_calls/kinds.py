@@ -27,8 +27,13 @@ class Call(Generic[ResultT]):
 
     method: str
     """`package.Service/Method`."""
-    request: bytes
+    request: bytes | Callable[[float], bytes]
+    """A function of the seconds that the call has, for one that waits on the server."""
     parse: Callable[[bytes], ResultT]
+
+    def sent(self, seconds: float) -> bytes:
+        """The request of a call that has so many seconds."""
+        return self.request if isinstance(self.request, bytes) else self.request(seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,10 @@ Answer: TypeAlias = Callable[[int, bytes, Context], Awaitable[bytes]]
 
 
 class Flaky(grpc.GenericRpcHandler):
-    """Answers every unary call by `answer`, which is told how many came before; counts them by method's name."""
+    """Answers every call by `answer`, which is told how many came before; counts them by method's name.
+
+    SearchMatches, whose answer is a stream, has it as the only part.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
@@ -42,6 +45,11 @@ class Flaky(grpc.GenericRpcHandler):
                 self.given_up.set()
                 raise
 
+        async def parts(request: bytes, context: Context) -> AsyncIterator[bytes]:
+            yield await answer(request, context)
+
+        if name == "SearchMatches":
+            return grpc.unary_stream_rpc_method_handler(parts)
         return grpc.unary_unary_rpc_method_handler(answer)
 
 
