@@ -81,7 +81,7 @@ class Batch(Generic[ElementT, ResultT]):
 
     def bytes_alone(self, element: ElementT) -> int:
         """Of the message that carries this element and no other."""
-        return len(self.call([element]).request)
+        return len(self.call([element]).sent(seconds=0))
 
     def call_beside(self, failed: Mapping[int, ResultT], elements: Sequence[ElementT]) -> Call[list[ResultT]]:
         """The call of `elements`, with the results of others in their places, which are given in ascending order."""
