@@ -97,6 +97,11 @@ class Shelf:
             return ()
         return tuple(sorted(path.name for path in self._root.iterdir() if GALLERY_ID.fullmatch(path.name)))
 
+    def keeps(self, gallery_id: str) -> bool:
+        """Whether there are snapshots of a gallery of this id, which may be gone."""
+        folder = self._root / gallery_id
+        return folder.is_dir() and any(GALLERY_ID.fullmatch(path.name) for path in folder.iterdir())
+
     def _seen(self, gallery_id: str, snapshot_id: str, *, full: bool = False) -> Copy:
         """What can be told of a snapshot, without reading it whole unless `full`. Raises NotFound."""
         folder = self._path(gallery_id, snapshot_id)

@@ -24,6 +24,7 @@ from embedding.errors import (
     AlreadyExists,
     DamagedData,
     GalleryAliased,
+    GalleryForbidden,
     GalleryNotEmpty,
     InvalidVector,
     LookalikeError,
@@ -37,6 +38,7 @@ from index.aliases import Aliases, holds
 from index.engine import OnProgress
 from index.receipts import Token
 from index.shelf import Shelf
+from service.access.principal import ANYBODY, Principal
 from service.gate import Gate
 from service.sources import (
     Embedded,
@@ -176,19 +178,30 @@ class Engine:
             self._judges[key] = judge
         return judge
 
-    def gallery(self, name: str, *, path: str | None = None, any_model: bool = False) -> GalleryEngine:
+    def gallery(
+        self, name: str, *, path: str | None = None, any_model: bool = False, by: Principal = ANYBODY
+    ) -> GalleryEngine:
         """The gallery that a name or an alias stands for, of this model unless `any_model`.
 
-        Raises NotFound, ModelMismatch or DamagedData, naming the request field `path`.
+        `by` had rights on it when the call came; the alias may have moved since. Raises NotFound, ModelMismatch,
+        DamagedData or GalleryForbidden, naming the request field `path`.
         """
         with naming(path):
-            return self.catalog.get(self.aliases.resolve(name), model=None if any_model else self.model)
+            gallery_id = self.aliases.resolve(name)
+            if not by.allows(gallery_id):
+                raise GalleryForbidden(
+                    f"{name!r} stands for another gallery since the call came, on which {by.name!r} has no rights",
+                    needed={"gallery": name},
+                )
+            return self.catalog.get(gallery_id, model=None if any_model else self.model)
 
     @contextmanager
-    def written(self, name: str, *, path: str | None = None, any_model: bool = False) -> Iterator[GalleryEngine]:
+    def written(
+        self, name: str, *, path: str | None = None, any_model: bool = False, by: Principal = ANYBODY
+    ) -> Iterator[GalleryEngine]:
         """`gallery`, to write to: an alias that moves does so before or after what is written within."""
         with self.gate.passing():
-            yield self.gallery(name, path=path, any_model=any_model)
+            yield self.gallery(name, path=path, any_model=any_model, by=by)
 
     def create_gallery(
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
@@ -199,6 +212,12 @@ class Engine:
         if isinstance(self.catalog, Catalog):
             return self.catalog.create(gallery_id, self.model, settings=settings, token=token, publishing=publishing)
         return self.catalog.create(gallery_id, self.model, settings=settings, publishing=publishing)
+
+    def kept_under(self, name: str) -> str:
+        """The id of the gallery whose snapshots a name or an alias stands for: its own, where there are any, since an
+        alias may have the name of a gallery that is gone."""
+        gallery_id = self.aliases.resolve(name)
+        return name if gallery_id != name and self.shelf.keeps(name) else gallery_id
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
         """Raises NotFound, and AlreadyExists when there is a gallery or an alias of that name."""

@@ -121,7 +121,8 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
     async def ListSnapshots(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
         async with translated_errors(context):
             serving = self._serving.current
-            gallery_id = serving.engine.aliases.resolve(parse.gallery_name(request.parent, "parent"))
+            named = parse.gallery_name(request.parent, "parent")
+            gallery_id = await serving.run(serving.engine.kept_under, named)
             kind = pages.within("snapshots", f"galleries/{gallery_id}")
             size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, kind)
             copies = await serving.run(serving.engine.shelf.list, gallery_id)
@@ -138,7 +139,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
 
             def delete(again: bool) -> pb.DeleteSnapshotResponse:
                 with gone_already(again):
-                    serving.engine.shelf.delete(serving.engine.aliases.resolve(gallery), snapshot)
+                    serving.engine.shelf.delete(serving.engine.kept_under(gallery), snapshot)
                 return pb.DeleteSnapshotResponse()
 
             return await self._once.done(
@@ -154,7 +155,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             serving = self._serving.current
             engine = serving.engine
             gallery, snapshot = parse.snapshot_name(request.snapshot, "snapshot")
-            source = (engine.aliases.resolve(gallery), snapshot)
+            source = (await serving.run(engine.kept_under, gallery), snapshot)
             token = token_of(request)
             if (before := self._operations.begun(token)) is not None:
                 return pb.RestoreGalleryResponse(operation=_told(before))

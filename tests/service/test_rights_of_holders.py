@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
+from index import GalleryEngine
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, search_pb2, upkeep_pb2
 from service.access.key_ring import KeyRing
 from service.access.principal import SCOPES
+from service.engine import Engine
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, encoded, info, refused, rich, served
 
@@ -79,6 +82,69 @@ def as_all(holders: dict[str, Stubs]) -> Stubs:
 @pytest.fixture
 def as_mine(holders: dict[str, Stubs]) -> Stubs:
     return holders["mine"]
+
+
+WRITES: dict[str, tuple[str, Message]] = {
+    "UpdateItem": (
+        "UpdateItem",
+        G.UpdateItemRequest(item=G.Item(name="galleries/mine-now/items/x"), image=encoded(1), allow_missing=True),
+    ),
+    "UpdateItem of a part": (
+        "UpdateItem",
+        G.UpdateItemRequest(
+            item=G.Item(name="galleries/mine-now/items/x"), image=encoded(1), update_mask={"paths": ["image"]}
+        ),
+    ),
+    "BatchUpdateItems": (
+        "BatchUpdateItems",
+        G.BatchUpdateItemsRequest(
+            parent="galleries/mine-now",
+            requests=[G.UpdateItemRequest(item=G.Item(name="galleries/mine-now/items/x"), image=encoded(1))],
+            allow_missing=True,
+        ),
+    ),
+    "DeleteItem": ("DeleteItem", G.DeleteItemRequest(name="galleries/mine-now/items/x")),
+    "BatchDeleteItems": (
+        "BatchDeleteItems",
+        G.BatchDeleteItemsRequest(parent="galleries/mine-now", names=["galleries/mine-now/items/x"]),
+    ),
+    "PurgeItems": ("PurgeItems", G.PurgeItemsRequest(parent="galleries/mine-now", filter="*", force=True)),
+}
+
+
+@pytest.mark.parametrize("asked", WRITES)
+def test_an_alias_that_moves_while_a_call_is_worked_on_takes_it_to_no_gallery_of_others(
+    as_all: Stubs, as_mine: Stubs, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    galleries = ("mine-m", "theirs-m")
+    for gallery in galleries:
+        as_all.galleries.CreateGallery(G.CreateGalleryRequest(gallery_id=gallery))
+        item = G.Item(name=f"{name(gallery)}/items/x", identity="who")
+        as_all.galleries.UpdateItem(G.UpdateItemRequest(item=item, image=encoded(5), allow_missing=True))
+    alias = A.Alias(name="aliases/mine-now", gallery=name("mine-m"))
+    as_all.aliases.UpdateAlias(A.UpdateAliasRequest(alias=alias, allow_missing=True))
+    written = Engine.written
+
+    @contextmanager
+    def moved_before(engine: Engine, gallery: str, **options: Any) -> Iterator[GalleryEngine]:
+        engine.put_alias("mine-now", "theirs-m")
+        with written(engine, gallery, **options) as found:
+            yield found
+
+    monkeypatch.setattr(Engine, "written", moved_before)
+    method, request = WRITES[asked]
+    error = refused(getattr(as_mine.galleries, method), request)
+    assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert info(rich(error)).reason == "GALLERY_FORBIDDEN"
+    monkeypatch.undo()
+    for gallery in galleries:
+        read = as_all.galleries.ListItems(G.ListItemsRequest(parent=name(gallery))).items
+        assert [(item.name, item.identity, item.generation) for item in read] == [
+            (f"{name(gallery)}/items/x", "who", 1)
+        ]
+    as_all.aliases.DeleteAlias(A.DeleteAliasRequest(name="aliases/mine-now"))
+    for gallery in galleries:
+        as_all.galleries.DeleteGallery(G.DeleteGalleryRequest(name=name(gallery), force=True))
 
 
 def test_lists_tell_of_allowed_galleries_aliases_and_operations_alone(as_all: Stubs, as_mine: Stubs) -> None:

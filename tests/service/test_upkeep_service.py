@@ -90,6 +90,34 @@ def test_a_gallery_is_copied_and_brought_back(stubs: Stubs, filled: str) -> None
     assert refused(stubs.upkeep.RestoreGallery, restore).code() is grpc.StatusCode.NOT_FOUND
 
 
+def test_snapshots_stay_where_they_were_when_an_alias_takes_the_name_of_their_gallery(
+    stubs: Stubs, filled: str
+) -> None:
+    name, following = f"galleries/{filled}", f"{filled}-2"
+    copies = [f"{name}/snapshots/{copy}" for copy in ("first", "second")]
+    for copy in ("first", "second"):
+        create = upkeep_pb2.CreateSnapshotRequest(parent=name, snapshot_id=copy)
+        finished(stubs, stubs.upkeep.CreateSnapshot(create).operation)
+    restore = upkeep_pb2.RestoreGalleryRequest(snapshot=copies[0], gallery_id=following)
+    finished(stubs, stubs.upkeep.RestoreGallery(restore).operation)
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=name, force=True))
+    put_alias(stubs, filled, following)
+    create = upkeep_pb2.CreateSnapshotRequest(parent=name, snapshot_id="first")  # of what the alias stands for
+    finished(stubs, stubs.upkeep.CreateSnapshot(create).operation)
+
+    def listed(gallery: str) -> list[str]:
+        request = upkeep_pb2.ListSnapshotsRequest(parent=f"galleries/{gallery}")
+        return [copy.name for copy in stubs.upkeep.ListSnapshots(request).snapshots]
+
+    assert listed(filled) == copies
+    assert listed(following) == [f"galleries/{following}/snapshots/first"]
+    again = upkeep_pb2.RestoreGalleryRequest(snapshot=copies[1], gallery_id=f"{filled}-3")
+    assert gallery_of(finished(stubs, stubs.upkeep.RestoreGallery(again).operation)).item_count == 5
+    for copy in copies:
+        stubs.upkeep.DeleteSnapshot(upkeep_pb2.DeleteSnapshotRequest(name=copy))
+    assert listed(filled) == listed(following) == [f"galleries/{following}/snapshots/first"]
+
+
 def test_ways_to_ask_for_upkeep_wrongly(stubs: Stubs, filled: str) -> None:
     name = f"galleries/{filled}"
     for call, request, field in (
