@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -48,7 +49,11 @@ def search(
     gallery: Annotated[str, typer.Option("--gallery", help="The gallery to search.", parser=options.gallery_id)],
     k: options.Neighbors = None,
     within: Annotated[
-        bool, typer.Option("--within", help="Find all items within the threshold, however many, instead of k.")
+        bool,
+        typer.Option(
+            "--within",
+            help="Find all items within the threshold instead of k, the nearest 100,000 where there are more.",
+        ),
     ] = False,
     filter: options.Filter = "",
     effort: options.EffortWanted = None,
@@ -78,6 +83,8 @@ def search(
             )
     if json:
         print(show.as_json(neighbors))
+        if neighbors.truncated:
+            print(show.TRUNCATED, file=sys.stderr)
     else:
         show.neighbors(neighbors, show.console(), within=within, filtered=bool(filter))
 

@@ -28,7 +28,7 @@ KeyFile: TypeAlias = Annotated[
         "--file", metavar="FILE", envvar="LOOKALIKE_KEYS", help="The file of keys, as `serve --keys` reads it."
     ),
 ]
-Days: TypeAlias = Annotated[float | None, typer.Option("--days", min=0, help="Days until it expires.")]
+Days: TypeAlias = Annotated[float | None, typer.Option("--days", min=0, help="Days until it expires, above 0.")]
 Which: TypeAlias = Annotated[str, typer.Argument(metavar="KEY", help="Its id, or the name of its holder.")]
 
 DEFAULT_FILE = Path("keys.json")
@@ -41,7 +41,13 @@ def keys() -> None:
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Who will hold it, as logs will show.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Who will hold it, as logs will show: 1 to 64 letters, digits and . _ @ -, the first a letter or "
+            "digit."
+        ),
+    ],
     scope: Annotated[
         list[str], typer.Option("--scope", help="read, write or admin; may repeat. None implies another.")
     ],
@@ -52,10 +58,11 @@ def create(
     file: KeyFile = DEFAULT_FILE,
     days: Days = None,
     rate: Annotated[
-        float | None, typer.Option("--rate", min=0, help="Calls a second, in the long run; none for no limit.")
+        float | None, typer.Option("--rate", min=0, help="Calls a second, in the long run, above 0; none for no limit.")
     ] = None,
     burst: Annotated[
-        int | None, typer.Option("--burst", min=1, help="Calls that may come at once; by default those of a second.")
+        int | None,
+        typer.Option("--burst", min=1, help="With --rate: calls that may come at once; by default those of a second."),
     ] = None,
     certificate: Annotated[
         str,

@@ -18,6 +18,8 @@ from lookalike.types import Decision, ItemName, Neighbors, Verdict
 _STYLES = {Verdict.MATCH: "bold green", Verdict.NON_MATCH: "bold red", Verdict.UNCERTAIN: "bold yellow"}
 _WIDTH_OF_A_FILE = 1_000_000
 
+TRUNCATED = "there are more matches than are shown"
+
 
 class _Plain(Console):
     """Prints names as they are, and lets whoever runs the command hear that its reader has left."""
@@ -73,7 +75,7 @@ def neighbors(found: Neighbors, out: Console, *, within: bool = False, filtered:
         )
     out.print(shown)
     if found.truncated:
-        out.print("there are more matches than are shown")
+        out.print(TRUNCATED)
     if found.expected_recall < 1:
         out.print(f"such searches find {found.expected_recall:.1%} of what an exact one finds")
     out.print(f"threshold {found[0].decision.threshold:.4f}; {rates(found[0].decision)}")

@@ -17,7 +17,7 @@ import typer
 from embedding.errors import InvalidDataset, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
-from lookalike.cli.gallery import GalleryName
+from lookalike.cli.gallery import StoredGallery
 from lookalike.cli.told import told
 from lookalike.client import Client
 from lookalike.types import Gallery, Item, NewItem
@@ -56,7 +56,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def add(
-    gallery: GalleryName,
+    gallery: StoredGallery,
     source: Annotated[
         Path,
         typer.Argument(
@@ -115,7 +115,7 @@ def add(
 
 
 def export(
-    gallery: GalleryName,
+    gallery: StoredGallery,
     out: Annotated[Path, typer.Option("--out", help="The Parquet file to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     target: options.Target = None,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 
 from embedding.bundle import Bundle
+from lookalike.cli.local import LocalBackend
+from lookalike.client import Client
 from tests.cli.conftest import Run
 from tests.index.test_verify import flip_in_place
 from tests.service.harness import make_bundle, serving_here
@@ -45,6 +48,18 @@ def test_a_search_within_the_threshold(run: Run, where: list[str], filled: str, 
     assert [found["item"].rpartition("/")[2] for found in json.loads(ran.out)] == ["loose.png"]
     none = run("search", query, "--gallery", filled, "--within", "--filter", "name = nobody", *where)
     assert (none.code, none.out) == (0, "nothing in the gallery matches\n")
+
+
+def test_a_search_that_is_cut_off_says_so_beside_the_json_too(
+    run: Run, where: list[str], filled: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: type[Client | LocalBackend] = Client if "--target" in where else LocalBackend
+    monkeypatch.setattr(answers, "search_matches", partialmethod(answers.search_matches, limit=3))
+    query = pictures / "loose.png"
+    asked = ("search", query, "--gallery", filled, "--within", "--threshold", "2", *where)
+    ran = run(*asked, "--json")
+    assert (len(json.loads(ran.out)), ran.err) == (3, "there are more matches than are shown\n")
+    assert "there are more matches than are shown" in run(*asked).out
 
 
 def test_a_listing_takes_a_filter(run: Run, where: list[str], filled: str) -> None:
