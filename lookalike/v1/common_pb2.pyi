@@ -56,7 +56,7 @@ class ImageInput(_message.Message):
     EMBEDDING_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
-    """The bytes of an image file: JPEG, PNG, WebP, BMP, GIF (first frame), PBM/PGM/PPM or TIFF (first page)."""
+    """The bytes of an image file: JPEG, PNG, WebP, BMP, GIF (first frame), PBM, PGM, PPM or TIFF (first page)."""
     item: _builtins.str
     """Name of a stored item, `galleries/{gallery}/items/{item}`; its stored embedding is used. Where nothing else names a
     gallery, the model of the item's gallery answers, if it is loaded.

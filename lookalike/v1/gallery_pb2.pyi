@@ -921,8 +921,8 @@ class UpdateGalleryRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """What to change: `index`, or any of `index.min_recall`, `index.structure` and `index.memory_bytes`; or `*`, which unset
-        means, for all of them.
+        """What to change: `index`, or any of `index.min_recall`, `index.structure`, `index.memory_bytes` and `index.vectors`; or
+        `*`, which unset means, for all of them.
         """
 
     def __init__(
