@@ -28,6 +28,11 @@ LARGE = 16 * 1024
 """Bytes of an answer from which on it is counted among those that are not sent yet."""
 
 
+_ROUNDED, _ON_THE_WAY = 0.02, 0.005
+"""Share of a deadline, and seconds, by which a caller may give up before its deadline passes here: gRPC rounds what
+travels of it up, by a hundredth at most."""
+
+
 class _Malformed:
     """Stands for a request that cannot be parsed, so that it is refused where all others are; gRPC's own answer would
     be UNKNOWN, with the parser's words."""
@@ -205,12 +210,14 @@ class _Counted:
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
-        code: Any = grpc.StatusCode.CANCELLED  # what it is unless the call ends in one of two ways
+        calls, call = self._calls, self._call
+        code: Any
         if error is None:
             code = grpc.StatusCode.OK
         elif isinstance(error, grpc.aio.AbortError):
             code = self._context.code()
-        calls, call = self._calls, self._call
+        else:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if _is_late(call) else grpc.StatusCode.CANCELLED
         calls._in_flight -= 1
         if not calls._in_flight:
             calls._idle.set()
@@ -221,6 +228,12 @@ class _Counted:
         logs.call(
             _log, method=call.method, code=code.name, ms=milliseconds, request_id=call.request_id, caller=call.caller
         )
+
+
+def _is_late(call: Call) -> bool:
+    """Whether the caller of a call that was given up had waited until its deadline."""
+    left = call.seconds_left
+    return left is not None and left <= _ON_THE_WAY + _ROUNDED * (time.perf_counter() - call.started + left)
 
 
 def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:

@@ -6,11 +6,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.message import Message
+from structlog.testing import capture_logs
 
 from embedding.errors import Busy, InvalidInput, NotFound
 from lookalike.v1 import common_pb2, match_pb2, match_pb2_grpc, search_pb2, search_pb2_grpc
@@ -96,6 +98,8 @@ class Match(match_pb2_grpc.MatchServiceServicer):
 class Search(search_pb2_grpc.SearchServiceServicer):
     async def SearchMatches(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         async with translated_errors(context):
+            if request.gallery == "wait":
+                await asyncio.sleep(60)
             for _ in range(2):
                 yield search_pb2.SearchMatchesResponse()
 
@@ -180,6 +184,29 @@ def test_the_end_is_told_with_the_code_of_the_answer(served: Served) -> None:
 
 def test_the_end_of_a_call_that_was_given_up_is_told(served: Served) -> None:
     call = served.match.Embed.future(match_pb2.EmbedRequest(image=common_pb2.ImageInput(item="wait")))
+    assert served.servicer.waits.wait(timeout=10)
+    call.cancel()
+    assert served.told.after() == around("Embed", "EmbedRequest", code=grpc.StatusCode.CANCELLED)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 1.001, 1.5])  # from one second on, gRPC rounds what travels up to 10 ms
+def test_a_call_that_ended_by_its_deadline_is_told_and_logged_so(served: Served, seconds: float) -> None:
+    request = match_pb2.EmbedRequest(image=common_pb2.ImageInput(item="wait"))
+    late = grpc.StatusCode.DEADLINE_EXCEEDED
+    with capture_logs() as logs:
+        assert refused(partial(served.match.Embed, timeout=seconds), request).code() is late
+        assert served.told.after() == around("Embed", "EmbedRequest", code=late)
+        matches = search_pb2.SearchMatchesRequest(gallery="wait")
+        assert refused(partial(served.search.SearchMatches, timeout=seconds), matches).code() is late
+        assert served.told.after() == around("SearchMatches", "SearchMatchesRequest", code=late)
+        served.match.Embed(EMBED)  # which the loop serves once it has logged those before
+    assert [line["code"] for line in logs if line["event"] == "call"][:2] == [late.name, late.name]
+
+
+def test_a_call_that_was_given_up_before_its_deadline_is_told_as_cancelled(served: Served) -> None:
+    request = match_pb2.EmbedRequest(image=common_pb2.ImageInput(item="wait"))
+    served.servicer.waits.clear()
+    call = served.match.Embed.future(request, timeout=20)
     assert served.servicer.waits.wait(timeout=10)
     call.cancel()
     assert served.told.after() == around("Embed", "EmbedRequest", code=grpc.StatusCode.CANCELLED)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def test_calls_are_counted_by_method_and_code_and_timed(watched: Watched) -> Non
     assert grown[f"lookalike_call_seconds_count{{method={MATCH}/Verify}}"] == 4
     assert grown[f"lookalike_call_seconds_bucket{{le=+Inf,method={MATCH}/Verify}}"] == 4
     assert f"lookalike_calls_in_flight{{method={MATCH}/Verify}}" not in grown
+
+
+def test_calls_that_ended_by_their_deadline_are_counted_as_such(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, held = scraped(watched.port), Held(monkeypatch, "encode_pixels")
+    refused(partial(watched.stubs.match.Verify, timeout=1.001), VERIFY)
+    grown = watched.grown(before)
+    held.let_go.set()
+    assert grown[f"lookalike_calls_total{{code=DEADLINE_EXCEEDED,method={MATCH}/Verify}}"] == 1
+    assert f"lookalike_calls_total{{code=CANCELLED,method={MATCH}/Verify}}" not in grown
 
 
 def test_stages_add_up_to_less_than_the_call(watched: Watched) -> None:

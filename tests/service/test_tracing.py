@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -163,6 +164,16 @@ def test_a_cancelled_call_is_told_as_cancelled(traced: Traced, monkeypatch: pyte
     held.let_go.set()
     assert call.attributes is not None
     assert call.attributes["rpc.grpc.status_code"] == grpc.StatusCode.CANCELLED.value[0]
+
+
+def test_a_call_that_ended_by_its_deadline_is_told_so(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch, "encode_pixels")
+    refused(partial(traced.stubs.match.Verify, timeout=1.001), VERIFY)
+    (call,) = of_calls(settled(traced, 1))
+    held.let_go.set()
+    assert call.attributes is not None
+    assert call.attributes["rpc.grpc.status_code"] == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+    assert call.status.status_code is StatusCode.ERROR
 
 
 def test_a_share_is_recorded_and_the_callers_decision_kept(loop: Loop, settings: Settings, tmp_path: Path) -> None:
