@@ -37,8 +37,10 @@ class Loading:
     def first(self) -> tuple[Described, list[Described]]:
         """The bundle to answer at start, and those beside it.
 
-        A follower that cannot find what was activated raises LookalikeError: others may still answer with that.
+        Raises InvalidInput without the folder of models. A follower that cannot find what was activated raises
+        LookalikeError: others may still answer with that.
         """
+        self.stock.check_folder()
         given = self.stock.all()[: 1 + len(self._settings.other_bundles)]
         self._given = tuple(map(Choice.of, given))
         remembered = standing.read(self._settings.galleries, self._given)

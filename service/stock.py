@@ -50,6 +50,21 @@ class Stock:
         self._folder = folder
         self._known: dict[Path, tuple[object, Described]] = {}  # with what its files were like when they were read
         self._reported: dict[Path, str] = {}
+        self._is_gone = False
+
+    def check_folder(self) -> None:
+        """Raises InvalidInput when there is no folder at the path that the settings name, and StorageFailed.
+
+        For the start: under a server that runs, a folder that has vanished is an empty one.
+        """
+        try:
+            self._listed()
+        except FileNotFoundError as error:
+            raise InvalidInput(
+                f"there is no folder of models at {self._folder}; make it, or leave --models out", field="models"
+            ) from error
+        except OSError as error:
+            raise StorageFailed(f"the disk refused {self._folder}: {error.strerror or error}") from error
 
     def all(self) -> list[Described]:
         """Every sound bundle, those of the settings first. One in the folder that is not sound is logged, once.
@@ -68,6 +83,7 @@ class Stock:
 
     def damaged(self) -> dict[Path, LookalikeError]:
         """The bundles of the folder that are not sound, each with why. Raises InvalidInput and StorageFailed."""
+        self.check_folder()
         found: dict[Path, LookalikeError] = {}
         for path in self._in_folder():
             try:
@@ -111,19 +127,27 @@ class Stock:
             return self._known[path][1]  # it answers, whatever has become of its files
 
     def _in_folder(self) -> list[Path]:
+        """Callers are told what is raised: it says nothing of where the folder is."""
+        try:
+            found = self._listed()
+        except (FileNotFoundError, NotADirectoryError):
+            if not self._is_gone:
+                _log.warning("model folder: %s has vanished; what is loaded answers still", self._folder)
+            self._is_gone = True
+            return []
+        except OSError as error:
+            raise StorageFailed(f"the disk refused the folder of models: {error.strerror or error}") from error
+        self._is_gone = False
+        return found
+
+    def _listed(self) -> list[Path]:
+        """Raises OSError."""
         if self._folder is None:
             return []
-        try:
-            # Those whose name begins with a dot are being written.
-            return sorted(
-                path for path in self._folder.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()
-            )
-        except FileNotFoundError as error:
-            raise InvalidInput(
-                f"there is no folder of models at {self._folder}; make it, or leave --models out", field="models"
-            ) from error
-        except OSError as error:
-            raise StorageFailed(f"the disk refused {self._folder}: {error.strerror or error}") from error
+        # Those whose name begins with a dot are being written.
+        return sorted(
+            path for path in self._folder.iterdir() if not path.name.startswith(".") and (path / MANIFEST).is_file()
+        )
 
     def _described(self, path: Path) -> Described:
         signature = _signature(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import queue
 import threading
 import time
@@ -20,9 +22,10 @@ from google.rpc import error_details_pb2
 
 from embedding.bundle import CALIBRATION, SUMS, WEIGHTS, Bundle
 from embedding.encoder import Encoder
+from embedding.errors import InvalidInput
 from index import Gallery
 from lookalike import Client, EmbeddingOf, FailedPrecondition
-from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
+from lookalike.v1 import common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
 from service import rollout, standing, workbench
 from service.settings import Settings
 from tests.service.harness import (
@@ -39,6 +42,7 @@ from tests.service.harness import (
     served,
     unit,
 )
+from tests.service.test_lifecycle import fails_to_start
 
 AVAILABLE, LOADED, ACTIVE = (
     model_pb2.MODEL_STATE_AVAILABLE,
@@ -234,6 +238,46 @@ def test_what_was_activated_answers_after_a_restart(loop: Loop, place: Place) ->
             (place.settings.galleries / standing.FILE).write_text(text)
         with place.served(loop, models=None) as server, connected(server.address) as stubs:
             assert states(stubs) == {place.one.name: (ACTIVE, 3)}
+
+
+def test_a_folder_of_models_that_vanished_is_empty(
+    loop: Loop, place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "models"
+    case = feedback_pb2.Feedback(case_id="a", truth=feedback_pb2.TRUTH_MATCH)
+    with place.served(loop) as server, connected(server.address) as stubs:
+        activate(stubs, place.two, keep_previous=True)
+        case.decision.CopyFrom(decided(stubs))
+        folder.rename(tmp_path / "elsewhere")
+        assert states(stubs) == {place.one.name: (LOADED, 3), place.two.name: (ACTIVE, 3)}
+        active = stubs.models.GetModel(model_pb2.GetModelRequest(name="models/active")).model
+        assert active.name == f"models/{place.two.name}"
+        assert stubs.feedback.RecordFeedback(feedback_pb2.RecordFeedbackRequest(feedback=[case])).feedback
+        error = refused(stubs.models.ActivateModel, model_pb2.ActivateModelRequest(name="models/unknown"))
+        assert info(rich(error)).reason == "NOT_FOUND"
+        assert str(tmp_path) not in str(rich(error))
+        (warning,) = [line for line in caplog.messages if "vanished" in line]
+        assert str(folder) in warning
+        (tmp_path / "elsewhere").rename(folder)
+        assert list(activate(stubs, place.one, calibration=4).model.calibrations) == [3, 4]
+    missing = place.settings.model_copy(update={"models": tmp_path / "missing"})
+    told = fails_to_start(loop, missing)
+    assert isinstance(told, InvalidInput)
+    assert "there is no folder of models at" in str(told)
+
+
+def test_a_folder_of_models_that_cannot_be_read_is_told_without_its_path(
+    loop: Loop, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+
+        def denied(path: Path) -> Iterator[Path]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr(Path, "iterdir", denied)
+        error = refused(stubs.models.ListModels, model_pb2.ListModelsRequest())
+        monkeypatch.undo()
+    assert error.details() == "the disk refused the folder of models: Permission denied"
 
 
 def test_a_call_that_has_begun_ends_with_the_model_it_began_with(
