@@ -30,6 +30,9 @@ DOMAIN = "lookalike"
 MAX_MESSAGE = 1000
 """Longest message, in characters: it travels in headers, which are small, and may quote what the caller sent."""
 
+MAX_RESOURCE = 128
+"""Longest name of a resource, in characters, that a status or the audit log takes over from a request unparsed."""
+
 MAX_VIOLATIONS = 5
 """Most wrong fields that one status names; with the message they must fit into headers of 8 KiB."""
 
@@ -137,12 +140,12 @@ def status(error: BaseException) -> status_pb2.Status:
     code = code_of(error)
     if code is None or not isinstance(error, domain.LookalikeError):
         return _unforeseen(error)
-    message = _shortened(str(error))
+    message = shortened(str(error), MAX_MESSAGE)
     metadata = {"field": error.field} if error.field else {}
     if isinstance(error, domain.InvalidFilter) and error.position is not None:
         metadata["position"] = str(error.position)
     if isinstance(error, domain.PermissionDenied):
-        metadata |= error.needed
+        metadata |= {name: shortened(value, MAX_RESOURCE) for name, value in error.needed.items()}
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)]
     if isinstance(error, domain.InvalidInput) and (violations := _violations(error)):
         details.append(error_details_pb2.BadRequest(field_violations=violations))
@@ -162,7 +165,7 @@ def _violations(error: domain.InvalidInput) -> list[error_details_pb2.BadRequest
     """Everything that is wrong with the request, as far as a field has a name."""
     return [
         error_details_pb2.BadRequest.FieldViolation(
-            field=each.field, description=_shortened(str(each)), reason=each.reason
+            field=each.field, description=shortened(str(each), MAX_MESSAGE), reason=each.reason
         )
         for each in (error, *error.also[: MAX_VIOLATIONS - 1])
         if each.field
@@ -180,8 +183,9 @@ def _incompatible(error: domain.GalleriesIncompatible) -> error_details_pb2.Prec
     )
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
+def shortened(text: str, most: int) -> str:
+    """The text, or where it is longer than `most` characters its beginning and an ellipsis."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _challenge(error: BaseException) -> tuple[tuple[str, str], ...]:

@@ -23,6 +23,7 @@ from service.access.rate_limits import RateLimits
 from service.access.rights import RULES
 from service.call import Call
 from service.calls import Hook
+from service.errors import MAX_RESOURCE, shortened
 from service.workers.passed_on import peer_of
 
 _REFUSALS = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
@@ -71,7 +72,7 @@ class Audit(Hook):
             "peer": peer_of(call.context),
             "method": call.method,
             "scope": rule.scope if rule else "",
-            "resources": call.names,
+            "resources": [shortened(name, MAX_RESOURCE) for name in call.names],
             "requests": call.requests,
             "code": code.name,
             "request_id": call.request_id,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +25,12 @@ from google.protobuf import struct_pb2
 from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput
-from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
+from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
 from service.access.audit import Audit
 from service.access.key_ring import KeyRing
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, png, served, stored, unit
+from tests.service.harness import Loop, Stubs, connected, encoded, info, png, refused, rich, served, stored, unit
 
 
 @dataclass
@@ -118,6 +119,22 @@ def test_a_stream_has_one_line_with_the_first_of_its_names(audited: Audited) -> 
     line = audited.lines(2)[1]
     assert (line["requests"], line["code"]) == (41, "OK")
     assert line["resources"] == ["galleries/g", *names("g", *(f"{n}" for n in range(15)))]
+
+
+def test_long_names_are_shortened_in_lines_and_statuses(audited: Audited) -> None:
+    """They are unparsed still, and a status that does not fit into headers reaches nobody."""
+    stubs, metadata, long = audited.stubs, audited.metadata, "x" * 20_000
+    create = partial(stubs.galleries.CreateGallery, metadata=metadata)
+    told = info(rich(refused(create, gallery_pb2.CreateGalleryRequest(gallery_id=long))))
+    assert (told.reason, told.metadata["gallery"]) == ("GALLERY_FORBIDDEN", "x" * 127 + "…")
+    activate = partial(stubs.models.ActivateModel, metadata=metadata)
+    refused(activate, model_pb2.ActivateModelRequest(name=f"models/{long}"))
+    refused(create, gallery_pb2.CreateGalleryRequest(gallery_id=long[:128]))
+    assert [line["resources"] for line in audited.lines(3)] == [
+        ["x" * 127 + "…"],
+        ["models/" + "x" * 120 + "…"],
+        ["x" * 128],
+    ]
 
 
 def test_a_file_that_is_moved_away_is_opened_anew(audited: Audited, tmp_path: Path) -> None:
