@@ -122,7 +122,8 @@ def rotate(
     which: Which,
     file: KeyFile = DEFAULT_FILE,
     overlap: Annotated[
-        float, typer.Option("--overlap", min=0, help="Hours for which the old key counts beside the new one.")
+        float,
+        typer.Option("--overlap", min=0, max=876_000, help="Hours for which the old key counts beside the new one."),
     ] = 24.0,
     days: Days = None,
 ) -> None:

@@ -21,6 +21,7 @@ LOCK_SECONDS = 10.0
 """How long a change waits for another one, which takes milliseconds."""
 
 _LOOK_SECONDS = 0.02
+_MAX_DAYS = 36_500
 
 _ACCEPTED = {
     "name": "1 to 64 letters, digits and . _ @ -, the first a letter or digit",
@@ -90,6 +91,8 @@ class KeyRing:
 
         `days` is how long the new key lives; None for as long as the old one was to. Raises NotFound, InvalidInput.
         """
+        if not timedelta(0) <= overlap <= timedelta(days=_MAX_DAYS):
+            raise InvalidInput(f"an old key counts for 0 hours to 100 years more; got {overlap}", field="overlap")
         now = datetime.now(UTC)
         with self._changing() as (records, write):
             old = _named(records, which, now)
@@ -199,6 +202,6 @@ def _unknown(which: str) -> NotFound:
 def _after(now: datetime, days: float | None) -> datetime | None:
     if days is None:
         return None
-    if not 0 < days <= 36_500:
+    if not 0 < days <= _MAX_DAYS:
         raise InvalidInput(f"expiry lies 1 second to 100 years ahead; got {days:g} days", field="expires")
     return now + timedelta(days=days)

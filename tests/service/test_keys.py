@@ -108,6 +108,21 @@ def test_a_key_with_an_end_is_rotated_into_one_that_lives_as_long(ring: KeyRing)
         ring.rotate("nobody", overlap=timedelta(0))
 
 
+@pytest.mark.parametrize("overlap", ["-1", "nan", "inf", "876001", "1e12"])
+def test_an_overlap_that_no_clock_reaches_is_refused_in_one_line(
+    ring: KeyRing, tmp_path: Path, capsys: pytest.CaptureFixture[str], overlap: str
+) -> None:
+    made(ring)
+    before = (tmp_path / "keys.json").read_text()
+    assert main(["keys", "rotate", "shop", "--overlap", overlap, "--file", str(tmp_path / "keys.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "overlap" in line
+    for each in (timedelta(days=36_501), timedelta.max, timedelta(seconds=-1)):
+        with pytest.raises(InvalidInput, match="100 years"):
+            ring.rotate("shop", overlap=each)
+    assert (tmp_path / "keys.json").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("name", "rights", "field"),
     [
