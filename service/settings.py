@@ -10,10 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
-from embedding.errors import InvalidInput
+from embedding.errors import InvalidInput, masked
 from embedding.images import MAX_PIXELS
 from embedding.runtime import Precision, Runtime
 
@@ -187,6 +196,14 @@ class Settings(BaseModel):
     max_k: Annotated[int, Field(ge=1)] = 10_000
     """Most neighbours of one search."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """TOML has both, and pydantic takes true for 1; were it strict, it would take no text of variables."""
+        if isinstance(value, bool) and not _takes_booleans(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("a boolean is not accepted here")
+        return value
+
     @model_validator(mode="after")
     def _each_is_of_effect(self) -> Self:
         """Raises InvalidInput for one that does nothing without another: `jwt_issuer` alone would let everybody in."""
@@ -265,4 +282,21 @@ def _told(name: str, problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not name:  # a rule about several settings: its input is all of them
         return message
-    return f"{name}: {message}" if is_secret(name.partition(".")[0]) else f"{name}: {message}; got {problem['input']!r}"
+    if is_secret(name.partition(".")[0]):
+        return f"{name}: {message}"
+    return f"{name}: {message}; got {_without_passwords(problem['input'])!r}"
+
+
+def _without_passwords(value: object) -> object:
+    """A refused value as messages quote it: any setting may have been given the address of another."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, (list, tuple)):
+        return [_without_passwords(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_passwords(each) for key, each in value.items()}
+    return value
+
+
+def _takes_booleans(annotation: object) -> bool:
+    return bool in (annotation, *get_args(annotation))

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
-from embedding.errors import InvalidInput, NotFound, StorageFailed
+from embedding.errors import MASK, InvalidInput, NotFound, StorageFailed, masked
 from service.settings import Settings, is_secret
 
 PREFIX = "LOOKALIKE_"
@@ -48,8 +47,6 @@ OF_OTHERS = frozenset(
 # Kubernetes sets these for Services named `lookalike` or `lookalike-…`, LOOKALIKE_PORT=tcp://… among them.
 _SERVICE_LINK = re.compile(r"LOOKALIKE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*)")
 _SERVICE_LINK_PORT = re.compile(r"LOOKALIKE_(\w+_)?PORT=(tcp|udp)://.*")
-
-_MASK = "**********"
 
 
 class Flag(NamedTuple):
@@ -200,15 +197,14 @@ def _placed(name: str, value: object, folder: Path) -> object:
 
 def _masked(name: str, value: object) -> Any:
     if is_secret(name) or isinstance(value, SecretStr):
-        return None if value is None else _MASK
+        return None if value is None else MASK
     if isinstance(value, (tuple, list)):
         return [_masked(name, each) for each in value]
-    if isinstance(value, str) and "@" in value and "://" in value:
-        parts = urlsplit(value)
-        return urlunsplit(parts._replace(netloc=f"{_MASK}@{parts.netloc.rpartition('@')[2]}"))
+    if isinstance(value, str):
+        return masked(value)
     if isinstance(value, Path):
         return str(value.absolute())  # what it means does not depend on where it is read
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
 def _toml(value: Any) -> str:

@@ -19,7 +19,7 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from embedding.decision import Vectors
-from embedding.errors import Busy, InvalidInput, StorageFailed
+from embedding.errors import Busy, InvalidInput, StorageFailed, masked
 from index.deadline import Deadline
 
 MOST_ROWS = 16_384
@@ -47,6 +47,7 @@ class Link:
     def __init__(self, uri: str, *, token: str = "", database: str = "") -> None:
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs, with a traceback, what it raises
         self.uri = uri
+        self._shown = masked(uri)  # callers are told what Milvus says
         self._lite = uri.endswith(".db")
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="milvus")
         if self._lite:
@@ -177,18 +178,19 @@ class Link:
             raise self._refusal(error, code) from error
 
     def _refusal(self, error: Exception, code: grpc.StatusCode | None) -> Exception:
-        what = " ".join(str(getattr(error, "message", "") or error).split())[:300]
+        what = str(getattr(error, "message", "") or error).replace(self.uri, self._shown)
+        what = " ".join(what.split())[:300]
         if any(sign in what.lower() for sign in _FULL):
             return TooMuch(what)
         if code is grpc.StatusCode.UNAUTHENTICATED or "auth check failure" in what:
             return InvalidInput(
-                f"Milvus at {self.uri} refuses the token ({what}); set milvus_token", field="milvus_token"
+                f"Milvus at {self._shown} refuses the token ({what}); set milvus_token", field="milvus_token"
             )
         if code in _AWAY or any(sign in what.lower() for sign in _PARTS_AWAY):
             return Busy(
-                f"Milvus at {self.uri} cannot be reached, or a part of it ({what}); look after it, then try again"
+                f"Milvus at {self._shown} cannot be reached, or a part of it ({what}); look after it, then try again"
             )
-        return StorageFailed(f"Milvus at {self.uri} refused: {what}")
+        return StorageFailed(f"Milvus at {self._shown} refused: {what}")
 
 
 def seconds_left(deadline: Deadline | None) -> float | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from embedding.errors import InvalidInput, LookalikeError
+from embedding.errors import InvalidInput, LookalikeError, masked
 from service.access import keys
 from service.access.tokens import Tokens
 from service.doctor.finding import Finding
@@ -201,7 +201,7 @@ def _milvus(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             check="Milvus",
             state="fail",
-            what=f"milvus_uri {uri!r} is no address",
+            what=f"milvus_uri {masked(uri)!r} is no address",
             do='give it as "http://host:19530", or the path of a Milvus Lite file, which ends in .db',
         )
         return

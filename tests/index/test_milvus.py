@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from embedding.errors import Busy, InvalidInput
+from embedding.errors import Busy, InvalidInput, StorageFailed
 from index import GalleryCatalog
 from index.milvus import MilvusCatalog
 from tests.index.milvus_contract import MilvusContract
@@ -27,6 +27,13 @@ class TestLite(MilvusContract):
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(Busy, match=r"http://127\.0\.0\.1:9 cannot be reached"):
         MilvusCatalog("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("uri", ["http://me:hunter2@127.0.0.1:9", "htp://me:hunter2@127.0.0.1", "me:hunter2@127.0.0.1"])
+def test_its_password_is_told_to_nobody(uri: str) -> None:
+    with pytest.raises((Busy, StorageFailed), match=r"\*@127\.0\.0\.1") as caught:
+        MilvusCatalog(uri)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("prefix", ["", "9", "a-b", "a" * 33])

@@ -232,6 +232,41 @@ def test_secrets_are_shown_nowhere() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ('otlp_endpoint = "ftp://me:hunter2@collector:4317"', "'ftp://**********@collector:4317'"),
+        ('otlp_endpoint = "http:/me:hunter2@collector"', "'http:/**********@collector'"),
+        ('otlp_endpoint = "me:hunt/hunter2@collector"', "'**********@collector'"),
+        ('milvus_uri = ["http://me:hunter2@milvus:19530"]', "['http://**********@milvus:19530']"),
+        ('milvus_uri = {at = "http://me:hunter2@milvus"}', "{'at': 'http://**********@milvus'}"),
+        ('port = "http://me:hunter2@milvus"', "'http://**********@milvus'"),
+    ],
+)
+def test_a_refused_address_is_told_without_its_password(tmp_path: Path, setting: str, shown: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        read(f'bundle = "b"\n{setting}', folder=tmp_path)
+    assert f"; got {shown} (file " in str(caught.value)
+    assert "hunt" not in str(caught.value)
+
+
+def test_a_mistyped_address_is_shown_without_its_password() -> None:
+    milvus = {"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_ENGINE": "milvus", "LOOKALIKE_MILVUS_URI": "me:hunter2@milvus:19530"}
+    assert Origins.read(environment=milvus).shown()["milvus_uri"] == "**********@milvus:19530"
+
+
+@pytest.mark.parametrize("name", ["port", "metrics_port", "decode_threads", "drain_seconds", "trace_share", "max_k"])
+def test_a_boolean_is_no_number(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"^{name}: a boolean is not accepted here; got True \(file .*\)$"):
+        read(f'bundle = "b"\n{name} = true', folder=tmp_path)
+
+
+def test_numbers_and_booleans_of_variables_and_flags_are_texts() -> None:
+    variables = {"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_PORT": "7", "LOOKALIKE_REFLECTION": "true"}
+    found = Origins.read(environment=variables, flags=set_flags(["drain_seconds=1.5", "insecure=1"])).settings
+    assert (found.port, found.reflection, found.drain_seconds, found.insecure) == (7, True, 1.5, True)
+
+
 def test_what_is_printed_is_a_settings_file(tmp_path: Path) -> None:
     awkward = 'a "quoted" \\ näme 😀\x7f'
     first = Origins.read(environment={"LOOKALIKE_BUNDLE": f"/{awkward}", "LOOKALIKE_OTHER_BUNDLES": "/x,/y"})
