@@ -30,8 +30,9 @@ DOMAIN = "lookalike"
 MAX_MESSAGE = 1000
 """Longest message, in characters: it travels in headers, which are small, and may quote what the caller sent."""
 
-MAX_RESOURCE = 128
-"""Longest name of a resource, in characters, that a status or the audit log takes over from a request unparsed."""
+MAX_RESOURCE = 400
+"""Longest name of a resource, in characters, that a status or the audit log takes over from a request; the name of an
+item has 336 at most."""
 
 MAX_VIOLATIONS = 5
 """Most wrong fields that one status names; with the message they must fit into headers of 8 KiB."""

@@ -126,14 +126,14 @@ def test_long_names_are_shortened_in_lines_and_statuses(audited: Audited) -> Non
     stubs, metadata, long = audited.stubs, audited.metadata, "x" * 20_000
     create = partial(stubs.galleries.CreateGallery, metadata=metadata)
     told = info(rich(refused(create, gallery_pb2.CreateGalleryRequest(gallery_id=long))))
-    assert (told.reason, told.metadata["gallery"]) == ("GALLERY_FORBIDDEN", "x" * 127 + "…")
+    assert (told.reason, told.metadata["gallery"]) == ("GALLERY_FORBIDDEN", "x" * 399 + "…")
     activate = partial(stubs.models.ActivateModel, metadata=metadata)
     refused(activate, model_pb2.ActivateModelRequest(name=f"models/{long}"))
-    refused(create, gallery_pb2.CreateGalleryRequest(gallery_id=long[:128]))
+    refused(create, gallery_pb2.CreateGalleryRequest(gallery_id=long[:400]))
     assert [line["resources"] for line in audited.lines(3)] == [
-        ["x" * 127 + "…"],
-        ["models/" + "x" * 120 + "…"],
-        ["x" * 128],
+        ["x" * 399 + "…"],
+        ["models/" + "x" * 392 + "…"],
+        ["x" * 400],
     ]
 
 
