@@ -93,6 +93,8 @@ class Engine:
     names: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """Held from looking whether a gallery or an alias may get or lose a name until it has; shared as `gate` is, and
     taken after it."""
+    unloaded: set[str] = field(default_factory=set, repr=False)
+    """Fingerprints of models that no longer answer; shared as `names` is, and changed by who holds that."""
     model: ModelRef = field(init=False)
     """The model as galleries are stamped with it."""
     _judges: dict[OperatingPoint | tuple[OperatingPoint, int] | None, Judge] = field(
@@ -206,9 +208,12 @@ class Engine:
     def create_gallery(
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
     ) -> GalleryEngine:
-        """An empty gallery of this model, with a receipt of the request when it has a token. Raises AlreadyExists."""
+        """An empty gallery of this model, with a receipt of the request when it has a token.
+
+        Raises AlreadyExists, and ModelMismatch when this model has been unloaded.
+        """
         self.check_no_alias(gallery_id)  # now rather than after the work
-        publishing = self._named(gallery_id)
+        publishing = self._named(gallery_id, if_loaded=True)
         if isinstance(self.catalog, Catalog):
             return self.catalog.create(gallery_id, self.model, settings=settings, token=token, publishing=publishing)
         return self.catalog.create(gallery_id, self.model, settings=settings, publishing=publishing)
@@ -242,10 +247,19 @@ class Engine:
             publishing=self._named(gallery_id),
         )
 
-    def put_alias(self, alias: str, gallery_id: str, *, allow_missing: bool = True) -> None:
+    def check_loaded(self) -> None:
+        """Raises ModelMismatch when this model has been unloaded; until it is loaded again."""
+        if self.model.fingerprint in self.unloaded:
+            raise ModelMismatch(
+                f"{self.model.name} has been unloaded meanwhile, so that nobody could search what is made with it; "
+                "load it, then ask again"
+            )
+
+    def put_alias(self, alias: str, gallery_id: str, *, allow_missing: bool = True, if_loaded: bool = False) -> None:
         """Let `alias` stand for a gallery from now on.
 
-        Raises NotFound, and AlreadyExists when a gallery has that name.
+        Raises NotFound, AlreadyExists when a gallery has that name, and with `if_loaded` ModelMismatch when this model
+        has been unloaded.
         """
         with naming("alias.gallery"):
             self.catalog.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
@@ -253,6 +267,8 @@ class Engine:
             with naming("alias.gallery"):
                 self.catalog.get(gallery_id)
             self.check_no_gallery(alias, path="alias.name")
+            if if_loaded:
+                self.check_loaded()
             self.aliases.put(alias, gallery_id, allow_missing=allow_missing)
 
     def check_no_alias(self, gallery_id: str) -> None:
@@ -326,10 +342,16 @@ class Engine:
         self.close()
 
     @contextmanager
-    def _named(self, gallery_id: str) -> Iterator[None]:
-        """Within, no other name is given or taken. Raises AlreadyExists when an alias has this one."""
+    def _named(self, gallery_id: str, *, if_loaded: bool = False) -> Iterator[None]:
+        """Within, no other name is given or taken, and no model unloaded.
+
+        Raises AlreadyExists when an alias has this one, and with `if_loaded` ModelMismatch when this model has been
+        unloaded.
+        """
         with self.names:
             self.check_no_alias(gallery_id)
+            if if_loaded:
+                self.check_loaded()
             yield
 
     def _check_empty(self, gallery_id: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from embedding.errors import AlreadyExists, DamagedData
+from embedding.errors import AlreadyExists, DamagedData, ModelMismatch
 from index import GalleryCatalog, IndexSettings
 from index.items import name_of_page_token
 from index.receipts import Token
@@ -35,20 +36,12 @@ class GalleryService(ItemMethods):
             )
             serving = self._serving.current
             if serving.engine.keeps_receipts:
-                return await serving.run(_created, serving.engine, request, settings)
+                return await self._of_active(lambda engine: _created(engine, request, settings))
 
-            def create(again: bool) -> pb.CreateGalleryResponse:
-                try:
-                    created = serving.engine.create_gallery(request.gallery_id, settings)
-                except AlreadyExists:
-                    if not again:
-                        raise
-                    created = serving.engine.gallery(request.gallery_id, any_model=True)
-                return pb.CreateGalleryResponse(gallery=wire.gallery(created))
+            async def create(again: bool) -> pb.CreateGalleryResponse:
+                return await self._of_active(lambda engine: _created_once(engine, request, settings, again))
 
-            return await self._once.done(
-                request, pb.CreateGalleryResponse, serving, lambda again: serving.run(create, again)
-            )
+            return await self._once.done(request, pb.CreateGalleryResponse, serving, create)
 
     async def GetGallery(self, request: pb.GetGalleryRequest, context: Context) -> pb.GetGalleryResponse:
         async with translated_errors(context):
@@ -107,6 +100,16 @@ class GalleryService(ItemMethods):
                 makes_room=True,
             )
 
+    async def _of_active(self, create: Callable[[Engine], pb.CreateGalleryResponse]) -> pb.CreateGalleryResponse:
+        """Make a gallery of the model that is active when it gets its name."""
+        while True:
+            serving = self._serving.current
+            try:
+                return await serving.run(create, serving.engine)
+            except ModelMismatch:
+                if serving is self._serving.current:
+                    raise
+
 
 def _created(
     engine: Engine, request: pb.CreateGalleryRequest, settings: IndexSettings | None
@@ -123,6 +126,18 @@ def _created(
         if not keeps_receipts(gallery) or gallery.answered(token) is None:
             raise
         return pb.CreateGalleryResponse(gallery=wire.gallery(gallery))  # as it stands
+
+
+def _created_once(
+    engine: Engine, request: pb.CreateGalleryRequest, settings: IndexSettings | None, again: bool
+) -> pb.CreateGalleryResponse:
+    try:
+        created = engine.create_gallery(request.gallery_id, settings)
+    except AlreadyExists:
+        if not again:
+            raise
+        created = engine.gallery(request.gallery_id, any_model=True)
+    return pb.CreateGalleryResponse(gallery=wire.gallery(created))
 
 
 def _described(engine: Engine, gallery_id: str) -> pb.Gallery:

@@ -20,7 +20,7 @@ from service import errors, pages, parse, upkeep, wire
 from service.call import principal
 from service.errors import translated_errors
 from service.once import Once, gone_already, token_of
-from service.operations import Operation, Operations
+from service.operations import Makes, Operation, Operations
 from service.serving import Serving
 
 MAX_WAIT_SECONDS = 60.0
@@ -96,6 +96,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
                 lambda tell: _gallery(migration.run(tell)),
                 others=[request.gallery_id],
                 builds=True,
+                makes=Makes(request.gallery_id, serving.engine.model),
                 token=token,
             )
             return pb.MigrateGalleryResponse(operation=_told(begun))

@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from embedding.errors import Busy, Cancelled, LookalikeError, NotFound
 from embedding.runtime import trim_malloc
-from index import Progress
+from index import ModelRef, Progress
 from index.engine import OnProgress
 from index.receipts import Token, reused
 
@@ -29,6 +29,13 @@ MAX_WAITING = 64
 """Operations that may wait or run."""
 THREADS = 3
 """Operations that run at once: one that builds, and copies beside it, for which the disk sets the pace."""
+
+
+class Makes(NamedTuple):
+    """A gallery that an operation fills, and the model that it embeds with."""
+
+    gallery: str
+    model: ModelRef
 
 
 @dataclass(eq=False)
@@ -50,6 +57,8 @@ class Operation(Generic[R]):
     """All that it reads or writes."""
     builds: bool = False
     """Whether it builds an index or embeds."""
+    makes: Makes | None = None
+    """What nobody could search, were the model unloaded before it ends."""
     withdraw: Callable[[], None] = lambda: None
     """Takes it from those that wait, if it is there."""
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -126,11 +135,13 @@ class Operations:
         *,
         others: Iterable[str] = (),
         builds: bool = False,
+        makes: Makes | None = None,
         token: Token | None = None,
     ) -> Operation[R]:
         """Begin `work`, which is given a function to tell its progress to, once for a token, when its turn comes.
 
-        `others` are further galleries that it reads or writes; `builds` whether it takes as much as building an index.
+        `others` are further galleries that it reads or writes; `builds` whether it takes as much as building an index;
+        `makes` what it needs a model for.
         Raises Busy when too many wait, and RequestIdReused.
         """
         with self._changing:
@@ -144,7 +155,13 @@ class Operations:
             for each in [each for each in self._operations.values() if each.done][: -(MAX_KEPT - MAX_WAITING)]:
                 self._forget(each.id)
             operation: Operation[R] = Operation(
-                uuid.uuid4().hex, verb, target, self._created(), galleries=frozenset({target, *others}), builds=builds
+                uuid.uuid4().hex,
+                verb,
+                target,
+                self._created(),
+                galleries=frozenset({target, *others}),
+                builds=builds,
+                makes=makes,
             )
             operation.withdraw = lambda: self._withdraw(operation)
             if token is not None:

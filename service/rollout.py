@@ -7,18 +7,21 @@ decides, and the others prepare and put what it tells them; see `service.workers
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
 from embedding.bundle import Bundle, Described
-from embedding.errors import GalleriesIncompatible, ModelActive, NotFound
+from embedding.errors import ModelActive, NotFound
 from embedding.runtime import trim_malloc
 from service.engine import Engine
+from service.left_behind import check_galleries
 from service.loading import Loading
+from service.operations import Operations
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
 from service.stock import Choice, Model
@@ -26,8 +29,7 @@ from service.workers.line_up import LineUp, Named, digest_of
 from service.workers.models import Followers, Prepared
 from service.workers.part import Part
 
-NAMED = 5
-"""Galleries that the message of an error names."""
+T = TypeVar("T")
 
 _RETIRE_SECONDS = 5.0
 
@@ -47,13 +49,19 @@ class Rollout:
     """Decides which engines `serving` holds. For one event loop."""
 
     def __init__(
-        self, settings: Settings, serving: Serving, part: Part | None = None, followers: Followers | None = None
+        self,
+        settings: Settings,
+        serving: Serving,
+        operations: Operations,
+        part: Part | None = None,
+        followers: Followers | None = None,
     ) -> None:
-        """`followers` are the workers that change with this one."""
+        """`operations` may need a model until they end; `followers` are the workers that change with this one."""
         self.changing = asyncio.Lock()
         """Held by who changes what answers; others wait."""
         self._settings = settings
         self._serving = serving
+        self._operations = operations
         self._followers = followers
         self._loading = Loading(settings, part)
         self._stock = self._loading.stock
@@ -148,9 +156,15 @@ class Rollout:
             others = [other for other in self._serving.others if other.engine.bundle.name != described.name]
             if keep_previous and previous.engine.bundle.name != described.name:
                 others.append(previous)
-            left = await self._check_galleries(
-                {described.fingerprint, *(other.engine.model.fingerprint for other in others)}, described.name, force
+            check = partial(
+                check_galleries,
+                previous.engine,
+                self._operations,
+                {described.fingerprint, *(other.engine.model.fingerprint for other in others)},
+                model=described.name,
+                force=force,
             )
+            left = await previous.run(check)  # now rather than after loading
             bundle = await asyncio.to_thread(Bundle.load, described.path)
             if Choice.of(bundle) == Choice.of(previous.engine.bundle) and bundle.calibration == (
                 previous.engine.bundle.calibration
@@ -160,7 +174,7 @@ class Rollout:
                 return Change(model=await self._told(bundle), incompatible=left)
             fresh = await self._loading.warmed(bundle, self._serving.all)
             try:
-                await self._change([fresh, *others])
+                left = await self._change([fresh, *others], check)
             except BaseException:
                 self.drop([fresh])
                 raise
@@ -181,9 +195,10 @@ class Rollout:
             left: Mapping[str, str] = {}
             if len(others) < len(self._serving.others):
                 kept = {each.engine.model.fingerprint for each in (current, *others)}
-                left = await self._check_galleries(kept, "", force)
+                check = partial(check_galleries, current.engine, self._operations, kept, model="", force=force)
+                left = await current.run(check)
                 if not validate_only:
-                    await self._change([current, *others])
+                    left = await self._change([current, *others], check)
                     _log.info("model deactivated", model=model)
             return Change(model=replace(found, loaded=False), incompatible=left)
 
@@ -210,7 +225,11 @@ class Rollout:
 
     def put(self, engines: Sequence[AsyncEngine]) -> None:
         """Let these answer from now on, the first as the active one, and free those that no longer do."""
-        self._free(self._serving.replace(engines[0], engines[1:]))
+        freed = self._serving.replace(engines[0], engines[1:])
+        unloaded = engines[0].engine.unloaded
+        unloaded.update(each.engine.model.fingerprint for each in freed)
+        unloaded.difference_update(each.engine.model.fingerprint for each in engines)
+        self._free(freed)
 
     def drop(self, engines: Sequence[AsyncEngine]) -> None:
         """Free those of these that do not answer."""
@@ -219,24 +238,36 @@ class Rollout:
 
     # Within
 
-    async def _change(self, engines: Sequence[AsyncEngine]) -> None:
-        """Let these answer, in every worker. A caller who leaves leaves no half change."""
+    async def _change(self, engines: Sequence[AsyncEngine], check: Callable[[], T]) -> T:
+        """Let these answer, in every worker, unless `check` raises. A caller who leaves leaves no half change."""
         bundles = [each.engine.bundle for each in engines]
         async with AsyncExitStack() as stack:
             prepared = None
             if self._followers is not None:
                 prepared = await stack.enter_async_context(self._followers.prepared(LineUp.of(bundles)))
-            await _to_its_end(self._carry_out(engines, bundles, prepared))
+            return await _to_its_end(self._carry_out(engines, bundles, prepared, check))
 
     async def _carry_out(
-        self, engines: Sequence[AsyncEngine], bundles: Sequence[Bundle], prepared: Prepared | None
-    ) -> None:
-        await asyncio.to_thread(self._loading.remember, bundles)
+        self,
+        engines: Sequence[AsyncEngine],
+        bundles: Sequence[Bundle],
+        prepared: Prepared | None,
+        check: Callable[[], T],
+    ) -> T:
+        names = engines[0].engine.names
+        # Not in the pool, whose threads may all wait for names, nor on the event loop, which may not wait.
+        await asyncio.to_thread(names.acquire)
         try:
-            if prepared is not None:  # the others first: galleries of a new model are made by this one
-                await prepared.put()
+            checked = await asyncio.to_thread(check)  # once more: from here on no gallery gets a name
+            await asyncio.to_thread(self._loading.remember, bundles)
+            try:
+                if prepared is not None:  # the others first: galleries of a new model are made by this one
+                    await prepared.put()
+            finally:
+                self.put(engines)
         finally:
-            self.put(engines)
+            names.release()
+        return checked
 
     def _free(self, engines: Iterable[AsyncEngine]) -> None:
         for each in engines:
@@ -255,26 +286,6 @@ class Rollout:
         # holds the interpreter, and with it the event loop, for 130 ms and more.
         if not shares:
             await asyncio.to_thread(trim_malloc)
-
-    async def _check_galleries(self, served: Collection[str], model: str, force: bool) -> Mapping[str, str]:
-        """The galleries of models that are not among `served`, by fingerprint. Damaged ones answer nobody as it is."""
-        current = self._serving.current
-
-        def look() -> dict[str, str]:
-            healthy, _ = current.engine.catalog.survey()
-            return {one.id: one.model.name for one in healthy if one.model.fingerprint not in served}
-
-        left = await current.run(look)
-        if left and not force:
-            shown = ", ".join(f"{gallery!r} ({of})" for gallery, of in list(left.items())[:NAMED])
-            more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
-            advice = f"migrate them to {model}, set keep_previous where they hold" if model else "migrate them, or keep"
-            raise GalleriesIncompatible(
-                f"{len(left)} galleries would be left without the model of their embeddings: {shown}{more}; {advice} "
-                f"{'the embeddings of the model that is active now' if model else 'the model loaded'}, or set force",
-                galleries=left,
-            )
-        return left
 
     async def _told(self, described: Described) -> Model:
         stock = await asyncio.to_thread(self._stock.all)
@@ -297,11 +308,11 @@ class Rollout:
         )
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
     """Do it, and wait until it is done even when cancelled: what follows must not begin in the middle of it."""
     task = asyncio.create_task(work)
     try:
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
         while not task.done():
             with suppress(asyncio.CancelledError):

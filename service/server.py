@@ -164,9 +164,9 @@ class Server:
         self._forwarding: Forwarding | None = None
         self._serving = Serving()
         followers = Followers(part.models, restart) if part is not None and part.writes and restart else None
-        self._rollout = Rollout(settings, self._serving, part, followers)
-        self._follower = None if part is None or part.writes else Follower(part, self._rollout)
         self._operations = Operations()
+        self._rollout = Rollout(settings, self._serving, self._operations, part, followers)
+        self._follower = None if part is None or part.writes else Follower(part, self._rollout)
         admission = Admission(
             most_calls=settings.max_calls,
             most_bytes=settings.max_request_bytes,

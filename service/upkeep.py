@@ -123,10 +123,11 @@ class Migration:
         """The new gallery, complete.
 
         Raises ImagesNeeded before anything is written, naming the items whose image is neither stored nor imported;
-        InvalidInput when another gallery was migrated into the new one; Cancelled, and what else stopped it: it can
-        then be begun again.
+        InvalidInput when another gallery was migrated into the new one; ModelMismatch, with the alias where it was,
+        when the model is unloaded meanwhile; Cancelled, and what else stopped it: it can then be begun again.
         """
         source = self._source
+        self._engine.check_loaded()
         self.check_images(tell)
         settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
         target = self._target or self._engine.create_gallery(self._target_id, settings)
@@ -150,7 +151,7 @@ class Migration:
                 if source.generation != since:
                     self._copy(target, since, "embedding, last pass", tell)
                     self._drop_deleted(target)
-                self._engine.put_alias(self._alias, target.id)
+                self._engine.put_alias(self._alias, target.id, if_loaded=True)
         return target
 
     def check_images(self, tell: OnProgress = lambda _: None) -> None:
@@ -189,6 +190,7 @@ class Migration:
         total, done = self._source.size if newer is None else self._source.count(newer), 0
         for page in _pages(self._source, newer):
             tell(Progress(stage=stage, done=done, total=total))
+            self._engine.check_loaded()
             while outdated := self._outdated(target, page):
                 made = self._embedded(outdated)
                 # What somebody has imported while these were embedded stands.

@@ -231,6 +231,25 @@ def serving_here(bundle: Path, galleries: Path, **settings: Any) -> Iterator[str
         structlog.configure(**configured)
 
 
+class Held:
+    """Holds the next call of a method or function, in the thread that makes it, until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        original = getattr(owner, name)
+
+        def held(*args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(owner, name, original)
+            self.entered.set()
+            assert self.let_go.wait(timeout=20)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, held)
+
+    def wait(self) -> None:
+        assert self.entered.wait(timeout=20)
+
+
 def put_alias(stubs: Stubs, alias: str, gallery: str, *, allow_missing: bool = True) -> alias_pb2.Alias:
     """Let the alias stand for the gallery."""
     request = alias_pb2.UpdateAliasRequest(

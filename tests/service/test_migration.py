@@ -14,8 +14,11 @@ from google.rpc import error_details_pb2
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from lookalike.v1 import alias_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from service import upkeep
+from service.engine import Engine
 from service.settings import Settings
 from tests.service.harness import (
+    Held,
     Loop,
     Stubs,
     connected,
@@ -24,6 +27,7 @@ from tests.service.harness import (
     finished,
     info,
     make_bundle,
+    names_found,
     png,
     put_alias,
     refused,
@@ -176,3 +180,106 @@ def test_what_a_migration_is_refused_for_is_found_by_validating_it(two: Stubs, n
     moved.validate_only = False
     finished(two, two.upkeep.MigrateGallery(moved).operation)
     assert two.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/taken")).alias.gallery == "galleries/new"
+
+
+def behind_another(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> Held:
+    """Whatever is begun on the gallery now waits until this is let go."""
+    verifying = Held(monkeypatch, upkeep, "verify")
+    stubs.upkeep.VerifyGallery(upkeep_pb2.VerifyGalleryRequest(name="galleries/old"))
+    verifying.wait()
+    return verifying
+
+
+def kept_for_a_migration(error: grpc.RpcError, operation: operations_pb2.Operation) -> None:
+    """The change of models was refused for the sake of what this operation makes."""
+    assert (error.code(), info(rich(error)).reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "GALLERIES_INCOMPATIBLE",
+    )
+    failure = error_details_pb2.PreconditionFailure()
+    assert any(detail.Unpack(failure) for detail in rich(error).details)
+    assert [violation.subject for violation in failure.violations] == ["galleries/new"]
+    assert operation.name in error.details()
+
+
+def alias_of(stubs: Stubs, alias: str) -> str:
+    return stubs.aliases.GetAlias(alias_pb2.GetAliasRequest(name=f"aliases/{alias}")).alias.gallery
+
+
+def test_a_model_that_a_migration_waits_to_use_is_not_unloaded(
+    two: Stubs, newer: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.fill("old", {"a": encoded(1)})
+    put_alias(two, "now", "old")
+    before = behind_another(two, monkeypatch)
+    operation = two.upkeep.MigrateGallery(migration("now", newer.name)).operation
+    unload = model_pb2.DeactivateModelRequest(name=f"models/{newer.name}")
+    for unload.validate_only in (True, False):
+        kept_for_a_migration(refused(two.models.DeactivateModel, unload), operation)
+    before.let_go.set()
+    gallery_of(finished(two, operation))
+    assert alias_of(two, "now") == "galleries/new"
+    assert names_found(two, "now", encoded(1)) == ["galleries/new/items/a"]
+
+
+def test_a_model_that_a_cancelled_migration_waited_for_is_unloaded(
+    two: Stubs, newer: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two.fill("old", {"a": encoded(1)})
+    before = behind_another(two, monkeypatch)
+    operation = two.upkeep.MigrateGallery(migration("", newer.name)).operation
+    two.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=operation.name))
+    unloaded = two.models.DeactivateModel(model_pb2.DeactivateModelRequest(name=f"models/{newer.name}"))
+    assert list(unloaded.incompatible_galleries) == []
+    before.let_go.set()
+
+
+def test_the_active_model_that_a_migration_waits_to_use_is_not_swapped_out(
+    two: Stubs, newer: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active = two.models.GetModel(model_pb2.GetModelRequest(name="models/active")).model.name
+    swap = model_pb2.ActivateModelRequest(name=f"models/{newer.name}", keep_previous=True)
+    two.models.ActivateModel(swap)
+    two.fill("old", {"a": encoded(1)})  # of the newer model
+    two.models.ActivateModel(model_pb2.ActivateModelRequest(name=active, keep_previous=True))
+    before = behind_another(two, monkeypatch)
+    operation = two.upkeep.MigrateGallery(migration()).operation
+    swap.keep_previous = False
+    kept_for_a_migration(refused(two.models.ActivateModel, swap), operation)
+    swap.keep_previous = True
+    two.models.ActivateModel(swap)
+    before.let_go.set()
+    assert gallery_of(finished(two, operation)).model == active
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(None, "waiting"), (upkeep.Migration, "check_images"), (Encoder, "encode_with_norms"), (Engine, "put_alias")],
+)
+def test_a_migration_whose_model_is_unloaded_by_force_leaves_the_alias(
+    two: Stubs, newer: Bundle, monkeypatch: pytest.MonkeyPatch, owner: type | None, step: str
+) -> None:
+    two.fill("old", {"a": encoded(1)})
+    put_alias(two, "now", "old")
+    held = behind_another(two, monkeypatch) if owner is None else Held(monkeypatch, owner, step)
+    operation = two.upkeep.MigrateGallery(migration("now", newer.name)).operation
+    held.wait()
+    unload = model_pb2.DeactivateModelRequest(name=f"models/{newer.name}", force=True)
+    assert list(two.models.DeactivateModel(unload).incompatible_galleries) == ["galleries/new"]
+    held.let_go.set()
+    failed = finished(two, operation)
+    reason = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(reason) for detail in failed.error.details)
+    assert (failed.error.code, reason.reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION.value[0],
+        "MODEL_MISMATCH",
+    )
+    assert alias_of(two, "now") == "galleries/old"
+    assert names_found(two, "now", encoded(1)) == ["galleries/old/items/a"]
+
+    # Loaded again, it goes on where it ended.
+    active = two.models.GetModel(model_pb2.GetModelRequest(name="models/active")).model.name
+    for name in (f"models/{newer.name}", active):
+        two.models.ActivateModel(model_pb2.ActivateModelRequest(name=name, keep_previous=True))
+    gallery_of(finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation))
+    assert names_found(two, "now", encoded(1)) == ["galleries/new/items/a"]

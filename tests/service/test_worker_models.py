@@ -21,7 +21,7 @@ import pytest
 
 from embedding.bundle import Bundle
 from embedding.errors import DamagedData
-from lookalike.v1 import model_pb2
+from lookalike.v1 import gallery_pb2, model_pb2
 from service import standing
 from service.loading import Loading
 from service.server import Server
@@ -30,7 +30,7 @@ from service.workers import words as worker_words
 from service.workers.line_up import Named
 from service.workers.part import Part
 from service.workers.words import Answer, Order, Peer, listen
-from tests.service.harness import Loop, Stubs, connected, encoded, info, make_bundle, refused, rich
+from tests.service.harness import Held, Loop, Stubs, connected, encoded, info, make_bundle, refused, rich
 from tests.service.test_rollout import ACTIVE, AVAILABLE, LOADED, activate, deactivate, decided, search, states
 
 WRITER, FOLLOWER = 0, 1
@@ -223,25 +223,6 @@ def test_what_the_writer_cannot_remember_changes_nothing_in_any(pair: Place) -> 
         assert [model(stubs) for stubs in both] == [pair.two.name] * 2
 
 
-class Held:
-    """Holds the next call of a method, in the thread that makes it, until it is let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
-        self.entered, self.let_go = threading.Event(), threading.Event()
-        original = getattr(owner, name)
-
-        def held(*args: Any) -> Any:
-            monkeypatch.setattr(owner, name, original)
-            self.entered.set()
-            assert self.let_go.wait(timeout=20)
-            return original(*args)
-
-        monkeypatch.setattr(owner, name, held)
-
-    def wait(self) -> None:
-        assert self.entered.wait(timeout=20)
-
-
 def test_one_that_is_just_starting_is_not_waited_for_and_starts_with_the_new_model(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +289,22 @@ def test_a_caller_who_leaves_early_takes_the_change_back(pair: Place, monkeypatc
         after.result(timeout=20)
         assert [decided(stubs).calibration for stubs in both] == [4, 4]
         assert states(both[0]) == {pair.one.name: (ACTIVE, 4), pair.two.name: (AVAILABLE, 3)}
+
+
+def test_a_gallery_made_while_a_follower_loads_keeps_the_swap_back_in_all(
+    pair: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pair.both() as both:
+        loading = Held(monkeypatch, Named, "load")
+        request = model_pb2.ActivateModelRequest(name=f"models/{pair.two.name}")
+        call = both[1].models.ActivateModel.future(request)
+        loading.wait()
+        both[1].galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="g"))
+        loading.let_go.set()
+        assert info(rich(call.exception(timeout=20))).reason == "GALLERIES_INCOMPATIBLE"
+        assert [model(stubs) for stubs in both] == [pair.one.name] * 2
+        activate(both[0], pair.two, keep_previous=True)
+        assert [model(stubs) for stubs in both] == [pair.two.name] * 2
 
 
 def test_a_caller_who_leaves_late_has_the_change_whole(pair: Place, monkeypatch: pytest.MonkeyPatch) -> None:
