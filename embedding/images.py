@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from embedding.errors import ImageTooLarge, InvalidImage
@@ -26,6 +26,15 @@ MAX_PIXELS = 50_000_000
 
 DECODING_PIXELS = 2 * MAX_PIXELS
 """Most pixels that are in decoding at once, in all threads of a process: about 1 GB at the worst, whatever is sent."""
+
+MAX_TILE_PIXELS = 2**22
+"""Of a TIFF's tile that is larger than its image: libtiff unpacks a whole one. Programs write 256 to 1,024 a side."""
+
+_TILE_SIDES = (322, 323)
+"""TIFF's tags TileWidth and TileLength (TIFF 6.0, section 15)."""
+
+_WEBP_TIMES = 2
+"""libwebp takes 16 bytes a pixel to decode without loss, beside those of the image."""
 
 BAND_PIXELS = 2**20
 """Pixels that are converted together on the way from what was decoded."""
@@ -77,7 +86,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(checked(data)), formats=FORMATS) as image:
             _check_size(image.width, image.height, max_pixels)
-            with _ROOM.taken(image.width * image.height):
+            with _ROOM.taken(_room_of(image)):
                 image.load()
                 _check_size(image.width, image.height, max_pixels)  # some formats learn more as they decode
                 ImageOps.exif_transpose(image, in_place=True)  # in place, or a whole copy
@@ -100,6 +109,21 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
             f"the image is {width}x{height} = {width * height:,} pixels; at most {max_pixels:,} are accepted: "
             "send a smaller one"
         )
+
+
+def _room_of(image: Image.Image) -> int:
+    """The pixels that its decoder holds at once, of ten bytes each. Raises InvalidImage for tiles that waste them."""
+    pixels = image.width * image.height
+    if isinstance(image, WebPImagePlugin.WebPImageFile):
+        return _WEBP_TIMES * pixels
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tile_pixels = math.prod(int(image.tag_v2.get(tag, 0)) for tag in _TILE_SIDES)
+        if tile_pixels > max(MAX_TILE_PIXELS, 2 * pixels):
+            raise InvalidImage(
+                f"the TIFF has tiles of {tile_pixels:,} pixels for an image of {pixels:,}; save the image anew"
+            )
+        return max(pixels, tile_pixels)
+    return pixels
 
 
 def _plain(image: Image.Image) -> Image.Image:

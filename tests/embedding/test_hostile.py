@@ -144,3 +144,65 @@ def test_no_more_pixels_are_decoded_at_once_than_there_is_room_for(monkeypatch: 
 def test_the_pixel_cap_holds_for_what_a_header_promises() -> None:
     with pytest.raises(ImageTooLarge):
         decode(png(width=50_000, height=50_000))
+
+
+def tiled(width: int, height: int, tile: tuple[int, int], tiles: list[bytes]) -> bytes:
+    """A grey TIFF of tiles, each deflated."""
+    packed = [zlib.compress(each) for each in tiles]
+    count, start = len(packed), 8 + 2 + 12 * 11 + 4
+    sizes, places = start, start + 4 * count
+    offsets = [places + 4 * count + sum(map(len, packed[:i])) for i in range(count)]
+    if count == 1:
+        sizes, places = len(packed[0]), offsets[0]  # a single value stands in place of its offset
+    tags = (
+        (256, width),
+        (257, height),
+        (258, 8),
+        (259, 8),
+        (262, 1),
+        (277, 1),
+        (284, 1),
+        (322, tile[0]),
+        (323, tile[1]),
+    )
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    entries += [struct.pack("<HHII", 324, 4, count, places), struct.pack("<HHII", 325, 4, count, sizes)]
+    values = struct.pack(f"<{2 * count}I", *map(len, packed), *offsets)
+    return b"II*\0" + struct.pack("<IH", 8, 11) + b"".join(entries) + bytes(4) + values + b"".join(packed)
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [((13, 37), 16), ((100, 70), 64), ((13, 37), 256), ((600, 300), 512), ((9, 9), 1024)]
+)
+def test_tiles_of_honest_tiffs_are_decoded(size: tuple[int, int], side: int) -> None:
+    pixels_HW = np.asarray(noise("L", size))
+    height, width = pixels_HW.shape
+    padded = np.zeros((-(-height // side) * side, -(-width // side) * side), np.uint8)
+    padded[:height, :width] = pixels_HW
+    tiles = [
+        padded[top : top + side, left : left + side].tobytes()
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+    decoded = decode(tiled(width, height, (side, side), tiles))
+    np.testing.assert_array_equal(np.asarray(decoded), pixels_HW)
+
+
+@pytest.mark.parametrize("side", [4096, 30_000, 46_336, 2**31])
+def test_a_tile_that_is_much_larger_than_its_tiff_is_not_unpacked(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it takes gigabytes"))
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", lambda image: pytest.fail("it takes gigabytes"))
+    with pytest.raises(InvalidImage, match="save the image anew"):
+        decode(tiled(100, 100, (side, side), [bytes(100)]))
+
+
+def test_room_is_taken_for_what_a_decoder_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    room = images._ROOM.taken
+    monkeypatch.setattr(images._ROOM, "taken", lambda pixels: taken.append(pixels) or room(pixels))
+    buffer = io.BytesIO()
+    noise("RGB", (10, 10)).save(buffer, "WEBP", lossless=True)
+    decode(buffer.getvalue())
+    decode(tiled(9, 9, (1024, 1024), [bytes(1024 * 1024)]))
+    decode(png())
+    assert taken == [200, 1024 * 1024, 16]
