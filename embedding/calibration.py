@@ -196,10 +196,7 @@ class Calibration(_Frozen):
 
         Raises InvalidOperatingPoint when the calibration has too few impostor pairs to support the rate.
         """
-        if not 0 < target_far <= 1:
-            raise InvalidOperatingPoint(
-                f"target_far must lie in (0, 1]; got {target_far:g}", field="operating_point.target_far"
-            )
+        _check_rate("target_far", target_far)
         if target_far < self.smallest_supported_far:
             raise InvalidOperatingPoint(
                 f"target_far {target_far:g} is below {self.smallest_supported_far:.3g}, the smallest rate that this "
@@ -217,9 +214,7 @@ class Calibration(_Frozen):
         inequality). FPIR: false-positive identification rate, ISO/IEC 19795-1.
         Raises InvalidOperatingPoint when the calibration has too few impostor pairs to support that rate.
         """
-        field = "operating_point.target_fpir"
-        if not 0 < target_fpir <= 1:
-            raise InvalidOperatingPoint(f"target_fpir must lie in (0, 1]; got {target_fpir:g}", field=field)
+        _check_rate("target_fpir", target_fpir)
         comparisons = max(gallery, 1)
         target_far = target_fpir / comparisons
         if target_far < self.smallest_supported_far:
@@ -230,9 +225,9 @@ class Calibration(_Frozen):
                 f"{target_far:.3g} a comparison, below {self.smallest_supported_far:.3g}, the smallest that this "
                 f"calibration's {self.impostor_pairs} impostor pairs support; {advice}learn the calibration from more "
                 "identities: `lookalike calibrate BUNDLE --images FOLDER`",
-                field=field,
+                field="operating_point.target_fpir",
             )
-        return self._largest_threshold(target_far, field)
+        return self._largest_threshold(target_far, "operating_point.target_fpir")
 
     def _largest_threshold(self, target_far: float, field: str) -> float:
         supported = [row.threshold for row in self.curve if row.far <= target_far]
@@ -243,3 +238,8 @@ class Calibration(_Frozen):
                 field=field,
             )
         return supported[-1]
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not 0 < rate <= 1:
+        raise InvalidOperatingPoint(f"{name} must lie in (0, 1]; got {rate:g}", field=f"operating_point.{name}")

@@ -45,24 +45,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
-
-MASK = "**********"
-"""What stands for a secret wherever settings and addresses are shown."""
-
-_SCHEME = re.compile(r"[^@:/]*:/+")
-
-
-def masked(text: str) -> str:
-    """An address, mistyped ones too, without the user and password that stand before its last `@`."""
-    before, _, after = text.rpartition("@")
-    if ":" not in before:
-        return text
-    scheme = _SCHEME.match(before)
-    return f"{scheme[0] if scheme else ''}{MASK}@{after}"
 
 
 class LookalikeError(Exception):

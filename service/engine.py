@@ -97,9 +97,7 @@ class Engine:
     """Fingerprints of models that no longer answer; shared as `names` is, and changed by who holds that."""
     model: ModelRef = field(init=False)
     """The model as galleries are stamped with it."""
-    _judges: dict[OperatingPoint | tuple[OperatingPoint, int] | None, Judge] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _judges: dict[tuple[OperatingPoint | None, int | None], Judge] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         bundle = self.encoder.bundle
@@ -171,13 +169,12 @@ class Engine:
     def judge(self, point: OperatingPoint | None, *, searched: GalleryEngine | None = None) -> Judge:
         """What decides at this operating point, on pairs or in searches of a gallery. Raises InvalidOperatingPoint."""
         among = searched.size if searched is not None and point and point.target_fpir is not None else None
-        key = point if point is None or among is None else (point, among)
-        judge = self._judges.get(key)
+        judge = self._judges.get((point, among))
         if judge is None:
             judge = Judge(self.bundle.calibration, point, model=self.bundle.name, among=among)
             if len(self._judges) >= _JUDGES_KEPT:
                 self._judges.clear()
-            self._judges[key] = judge
+            self._judges[point, among] = judge
         return judge
 
     def gallery(

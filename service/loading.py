@@ -40,7 +40,7 @@ class Loading:
         Raises InvalidInput without the folder of models. A follower that cannot find what was activated raises
         LookalikeError: others may still answer with that.
         """
-        self.stock.check_folder()
+        self.stock.in_folder()  # is there
         given = self.stock.all()[: 1 + len(self._settings.other_bundles)]
         self._given = tuple(map(Choice.of, given))
         remembered = standing.read(self._settings.galleries, self._given)

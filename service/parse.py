@@ -110,13 +110,8 @@ def images(messages: Sequence[common_pb2.ImageInput], path: str) -> Sequence[Sou
 def operating_point(message: common_pb2.OperatingPoint) -> OperatingPoint:
     """Where the threshold lies; an unset message means the learned margin."""
     point = message.WhichOneof("point")
-    return OperatingPoint(
-        target_far=message.target_far if point == "target_far" else None,
-        target_fpir=message.target_fpir if point == "target_fpir" else None,
-        threshold=message.threshold if point == "threshold" else None,
-        name=message.name if point == "name" else None,
-        uncertain_within=message.uncertain_within,
-    )
+    given = {} if point is None else {point: getattr(message, point)}
+    return OperatingPoint(**given, uncertain_within=message.uncertain_within)
 
 
 def scope(

@@ -22,8 +22,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from embedding.errors import InvalidInput, masked
+from embedding.errors import InvalidInput
 from embedding.images import MAX_PIXELS
+from embedding.masking import masked
 from embedding.runtime import Precision, Runtime
 
 MiB = 2**20

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Self, get_args
 
 from pydantic import SecretStr
 
-from embedding.errors import MASK, InvalidInput, NotFound, StorageFailed, masked
+from embedding.errors import InvalidInput, NotFound, StorageFailed
+from embedding.masking import MASK, masked
 from service.settings import Settings, is_secret
 
 PREFIX = "LOOKALIKE_"

@@ -52,13 +52,14 @@ class Stock:
         self._reported: dict[Path, str] = {}
         self._is_gone = False
 
-    def check_folder(self) -> None:
-        """Raises InvalidInput when there is no folder at the path that the settings name, and StorageFailed.
+    def in_folder(self) -> list[Path]:
+        """The directories of bundles in the folder; without one, none.
 
-        For the start: under a server that runs, a folder that has vanished is an empty one.
+        Raises InvalidInput when it is not at the path that the settings name, and StorageFailed. For the start: under a
+        server that runs, a folder that has vanished is an empty one.
         """
         try:
-            self._listed()
+            return self._listed()
         except FileNotFoundError as error:
             raise InvalidInput(
                 f"there is no folder of models at {self._folder}; make it, or leave --models out", field="models"
@@ -72,7 +73,7 @@ class Stock:
         Raises StorageFailed when the folder cannot be read, and whatever a bundle of the settings suffers from.
         """
         found = [self._named_one(path) for path in self._named]
-        for path in self._in_folder():
+        for path in self._still_in_folder():
             try:
                 found.append(self._described(path))
             except LookalikeError as error:
@@ -83,9 +84,8 @@ class Stock:
 
     def damaged(self) -> dict[Path, LookalikeError]:
         """The bundles of the folder that are not sound, each with why. Raises InvalidInput and StorageFailed."""
-        self.check_folder()
         found: dict[Path, LookalikeError] = {}
-        for path in self._in_folder():
+        for path in self.in_folder():
             try:
                 self._described(path)
             except LookalikeError as error:
@@ -126,7 +126,7 @@ class Stock:
                 raise
             return self._known[path][1]  # it answers, whatever has become of its files
 
-    def _in_folder(self) -> list[Path]:
+    def _still_in_folder(self) -> list[Path]:
         """Callers are told what is raised: it says nothing of where the folder is."""
         try:
             found = self._listed()

@@ -19,7 +19,8 @@ from pymilvus import MilvusClient
 from pymilvus.exceptions import MilvusException
 
 from embedding.decision import Vectors
-from embedding.errors import Busy, InvalidInput, StorageFailed, masked
+from embedding.errors import Busy, InvalidInput, StorageFailed
+from embedding.masking import masked
 from index.deadline import Deadline
 
 MOST_ROWS = 16_384

@@ -49,19 +49,10 @@ def operating_point(point: OperatingPoint | None) -> common_pb2.OperatingPoint |
     """Raises ValueError when more than one way to put the threshold is given: the wire carries one."""
     if point is None:
         return None
-    given = [name for name in _WAYS if getattr(point, name) is not None]
+    given = {name: value for name in _WAYS if (value := getattr(point, name)) is not None}
     if len(given) > 1:
         raise ValueError(f"an operating point takes one of {', '.join(_WAYS)}; got {' and '.join(given)}")
-    message = common_pb2.OperatingPoint(uncertain_within=point.uncertain_within)
-    if point.target_far is not None:
-        message.target_far = point.target_far
-    if point.target_fpir is not None:
-        message.target_fpir = point.target_fpir
-    if point.threshold is not None:
-        message.threshold = point.threshold
-    if point.name is not None:
-        message.name = point.name
-    return message
+    return common_pb2.OperatingPoint(**given, uncertain_within=point.uncertain_within)
 
 
 def effort(wanted: Effort | None) -> search_pb2.Effort | None:

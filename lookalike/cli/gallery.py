@@ -17,10 +17,6 @@ GalleryName = Annotated[
     typer.Argument(metavar="GALLERY", help="1 to 63 lower-case letters, digits, hyphens.", parser=options.gallery_id),
 ]
 
-StoredGallery = Annotated[
-    str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.", parser=options.gallery_id)
-]
-
 
 @app.command()
 def create(

@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -342,12 +343,4 @@ def _source(image: ImageLike, path: str | None = None) -> Source:
 
 def engine_point(point: OperatingPoint | None) -> engine_decision.OperatingPoint | None:
     """The engine's form of an operating point."""
-    if point is None:
-        return None
-    return engine_decision.OperatingPoint(
-        target_far=point.target_far,
-        target_fpir=point.target_fpir,
-        threshold=point.threshold,
-        name=point.name,
-        uncertain_within=point.uncertain_within,
-    )
+    return None if point is None else engine_decision.OperatingPoint(**asdict(point))

@@ -93,6 +93,11 @@ def gallery_id(name: str) -> str:
     )
 
 
+StoredGallery: TypeAlias = Annotated[
+    str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.", parser=gallery_id)
+]
+
+
 def nearest(k: int | None, *, within: bool) -> int:
     """How many of the nearest to find. Raises BadParameter where all within the threshold are wanted."""
     if k is not None and within:

@@ -17,7 +17,6 @@ import typer
 from embedding.errors import InvalidDataset, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
-from lookalike.cli.gallery import StoredGallery
 from lookalike.cli.told import told
 from lookalike.client import Client
 from lookalike.types import Gallery, Item, NewItem
@@ -56,7 +55,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def add(
-    gallery: StoredGallery,
+    gallery: options.StoredGallery,
     source: Annotated[
         Path,
         typer.Argument(
@@ -115,7 +114,7 @@ def add(
 
 
 def export(
-    gallery: StoredGallery,
+    gallery: options.StoredGallery,
     out: Annotated[Path, typer.Option("--out", help="The Parquet file to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     target: options.Target = None,

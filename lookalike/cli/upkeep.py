@@ -31,9 +31,6 @@ Draw: TypeAlias = Callable[[str, int, int], None]
 DAMAGED = 1
 """Exit code of `verify` when damage stays."""
 
-GalleryName = Annotated[
-    str, typer.Argument(metavar="GALLERY", help="A gallery, or an alias.", parser=options.gallery_id)
-]
 SnapshotName = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="1 to 63 lower-case letters, digits, hyphens.")]
 NewGallery = Annotated[str, typer.Argument(metavar="NEW", help="The gallery to make.", parser=options.gallery_id)]
 
@@ -60,7 +57,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def describe(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -110,7 +107,7 @@ def describe(
 
 
 def configure(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -131,7 +128,7 @@ def configure(
 
 
 def purge(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     filter: Annotated[str, typer.Argument(metavar="FILTER", help="Which items; '*' for all. See docs/filters.md.")],
     force: Annotated[bool, typer.Option("--force", help="Delete them; without it they are only counted.")] = False,
     target: options.Target = None,
@@ -151,7 +148,7 @@ def purge(
 
 
 def reindex(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -175,7 +172,7 @@ def reindex(
 
 
 def verify(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, where the store can.")] = False,
     target: options.Target = None,
     bundle: Annotated[
@@ -222,7 +219,7 @@ def verify(
 
 
 def migrate(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     new: NewGallery,
     alias: Annotated[str, typer.Option("--alias", help="Move this alias to the new gallery when it is whole.")] = "",
     model: Annotated[
@@ -244,7 +241,7 @@ def migrate(
 
 
 def snapshot(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     snapshot: SnapshotName,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
@@ -258,7 +255,7 @@ def snapshot(
 
 
 def snapshots(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
@@ -278,7 +275,7 @@ def snapshots(
 
 
 def delete_snapshot(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     snapshot: SnapshotName,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
@@ -291,7 +288,7 @@ def delete_snapshot(
 
 
 def restore(
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     snapshot: SnapshotName,
     new: NewGallery,
     target: options.Target = None,
@@ -306,7 +303,7 @@ def restore(
 
 def alias(
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="A name that no gallery has.")],
-    gallery: GalleryName,
+    gallery: options.StoredGallery,
     target: options.Target = None,
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,

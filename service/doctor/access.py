@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from embedding.errors import InvalidInput, LookalikeError, masked
+from embedding.errors import InvalidInput, LookalikeError
+from embedding.masking import masked
 from service.access import keys
 from service.access.tokens import Tokens
 from service.doctor.finding import Finding
