@@ -12,6 +12,13 @@ from service.settings import Settings
 from tests.service.harness import MAX_MESSAGE_BYTES, Loop, make_bundle, served
 
 
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = Settings(

@@ -33,9 +33,9 @@ from lookalike import (
     Verdict,
 )
 from lookalike._calls.match import MAX_PAIRS
-from lookalike.types import JSON
 from lookalike.v1 import common_pb2, match_pb2
 from service.server import Server
+from tests.nested import nested
 from tests.service.harness import DIM, MARGIN, MAX_MESSAGE_BYTES, png
 
 
@@ -253,9 +253,6 @@ class TestGalleries:
     def test_metadata_that_nothing_can_carry_is_named_and_what_the_server_does_not_store_fails_alone(
         self, client: Client, gallery: str
     ) -> None:
-        def nested(depth: int) -> dict[str, JSON]:
-            return {"inner": nested(depth - 1)} if depth > 1 else {}
-
         for wrong in (nested(31), nested(600), {"a": [10**400]}):
             with pytest.raises(ValueError, match=r"'(inner|a)'"):
                 client.update_items(gallery, [NewItem(id="n", image=png(1), metadata=wrong)])

@@ -23,13 +23,6 @@ ANSWER.decision.verdict = 1
 PAIR = (np.ones(2, np.float32), np.ones(2, np.float32))
 
 
-@pytest.fixture(scope="module")
-def loop() -> Iterator[Loop]:
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
 class Pairs:
     """So many pairs, counted as they are taken; `taken` waits for a number of them."""
 
@@ -120,11 +113,12 @@ def test_a_stream_left_with_its_window_full_leaves_no_thread_behind(loop: Loop) 
 
 def test_an_iterable_that_blocks_keeps_neither_streams_nor_the_end_of_the_program_waiting(loop: Loop) -> None:
     one, other = Slow(ANSWER.SerializeToString()), Slow(ANSWER.SerializeToString())
-    let_go = threading.Event()
+    blocks, let_go = threading.Event(), threading.Event()
     in_time: list[bool] = []
 
     def camera() -> Iterator[Any]:
         yield PAIR
+        blocks.set()
         in_time.append(let_go.wait(20))
 
     async def ask(first: str, second: str) -> None:
@@ -133,6 +127,9 @@ def test_an_iterable_that_blocks_keeps_neither_streams_nor_the_end_of_the_progra
             stuck = client.verify_stream(camera())
             told(loop, one, 1)
             await anext(stuck)
+            async with asyncio.timeout(20):
+                while not blocks.is_set():
+                    await asyncio.sleep(0.01)
             told(loop, other, 3)
             assert len([answer async for answer in free.verify_stream([PAIR] * 3)]) == 3
 

@@ -27,7 +27,6 @@ from embedding.errors import (
     StorageFailed,
 )
 from index import (
-    JSON,
     MAX_K,
     MAX_MATCHES,
     MAX_METADATA_BYTES,
@@ -39,6 +38,7 @@ from index import (
     ModelRef,
 )
 from index.filters import ItemFilter, parse_filter
+from tests.nested import nested
 
 
 def test_distances_and_verdicts_are_those_of_a_pair(filled: Gallery, pool: Vectors, judge: Judge) -> None:
@@ -142,14 +142,6 @@ def test_a_bad_vector_is_named_and_nothing_of_its_batch_is_stored(
     with pytest.raises(InvalidVector, match=message) as caught:
         gallery.search_batch(vector[None], k=1, judge=judge)
     assert caught.value.field == "queries[0]"
-
-
-def nested(depth: int) -> dict[str, JSON]:
-    """Objects inside one another."""
-    inner: dict[str, JSON] = {}
-    for _ in range(depth - 1):
-        inner = {"inner": inner}
-    return inner
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -11,6 +12,7 @@ from embedding.bundle import Bundle
 from service.server import Server
 from service.settings import Settings
 from tests.service.harness import MAX_MESSAGE_BYTES, Loop, Stubs, connected, encoded, make_bundle, served
+from tests.service.swapped import Place
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -70,3 +72,18 @@ def filled(stubs: Stubs, gallery: str) -> str:
     """That gallery, with five images in it."""
     stubs.fill(gallery, {f"item-{i}": encoded(i) for i in range(5)})
     return gallery
+
+
+@pytest.fixture
+def place(settings: Settings, tmp_path: Path) -> Place:
+    one = make_bundle(tmp_path / "one", seed=0)
+    recalibrated = make_bundle(tmp_path / "models" / "one-again", seed=0, version=4)
+    two = make_bundle(tmp_path / "models" / "two", seed=1)
+    return Place(
+        settings=settings.model_copy(
+            update={"bundle": one.path, "galleries": tmp_path / "galleries", "models": tmp_path / "models"}
+        ),
+        one=one,
+        recalibrated=recalibrated,
+        two=two,
+    )

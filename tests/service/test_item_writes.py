@@ -14,6 +14,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from index import MAX_METADATA_DEPTH
 from lookalike.v1 import common_pb2, search_pb2
 from lookalike.v1 import gallery_pb2 as pb
+from tests.nested import nested
 from tests.service.harness import Stubs, encoded, fields, info, png, refused, rich, unit, vector
 
 
@@ -172,11 +173,6 @@ def test_a_purge_without_a_filter_or_with_a_bad_one_deletes_nothing(stubs: Stubs
     assert listed(stubs, held) == ["one"]
     nowhere = pb.PurgeItemsRequest(parent="galleries/nowhere", filter="*")
     assert refused(stubs.galleries.PurgeItems, nowhere).code() is grpc.StatusCode.NOT_FOUND
-
-
-def nested(depth: int) -> dict[str, Any]:
-    """Objects inside one another."""
-    return {} if depth == 1 else {"inner": nested(depth - 1)}
 
 
 def test_the_deepest_metadata_comes_back_by_every_road(stubs: Stubs, created: str) -> None:

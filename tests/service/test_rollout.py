@@ -11,105 +11,44 @@ import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
 
 from embedding.bundle import CALIBRATION, SUMS, WEIGHTS, Bundle
 from embedding.encoder import Encoder
 from embedding.errors import InvalidInput
 from index import Gallery
-from index.catalog import Catalog
 from lookalike import Client, EmbeddingOf, FailedPrecondition
-from lookalike.v1 import common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
 from service import rollout, standing, workbench
-from service.engine import Engine
-from service.loading import Loading
-from service.settings import Settings
 from tests.service.harness import (
-    Held,
     Loop,
     Stubs,
     connected,
     encoded,
     fields,
-    finished,
     info,
     make_bundle,
     png,
     refused,
     rich,
-    served,
     unit,
 )
-from tests.service.test_lifecycle import fails_to_start
-
-AVAILABLE, LOADED, ACTIVE = (
-    model_pb2.MODEL_STATE_AVAILABLE,
-    model_pb2.MODEL_STATE_LOADED,
-    model_pb2.MODEL_STATE_ACTIVE,
+from tests.service.swapped import (
+    ACTIVE,
+    AVAILABLE,
+    LOADED,
+    Place,
+    activate,
+    deactivate,
+    decided,
+    search,
+    states,
 )
-
-
-@dataclass
-class Place:
-    """A folder of models that holds two, one of them with two calibrations, and settings to serve it."""
-
-    settings: Settings
-    one: Bundle
-    recalibrated: Bundle
-    two: Bundle
-
-    def served(self, loop: Loop, **changed: object) -> AbstractContextManager[Any]:
-        return served(loop, self.settings.model_copy(update=changed))
-
-
-@pytest.fixture
-def place(settings: Settings, tmp_path: Path) -> Place:
-    one = make_bundle(tmp_path / "one", seed=0)
-    recalibrated = make_bundle(tmp_path / "models" / "one-again", seed=0, version=4)
-    two = make_bundle(tmp_path / "models" / "two", seed=1)
-    return Place(
-        settings=settings.model_copy(
-            update={"bundle": one.path, "galleries": tmp_path / "galleries", "models": tmp_path / "models"}
-        ),
-        one=one,
-        recalibrated=recalibrated,
-        two=two,
-    )
-
-
-def activate(stubs: Stubs, bundle: Bundle, **options: object) -> model_pb2.ActivateModelResponse:
-    return stubs.models.ActivateModel(model_pb2.ActivateModelRequest(name=f"models/{bundle.name}", **options))
-
-
-def deactivate(stubs: Stubs, bundle: Bundle, **options: object) -> model_pb2.DeactivateModelResponse:
-    return stubs.models.DeactivateModel(model_pb2.DeactivateModelRequest(name=f"models/{bundle.name}", **options))
-
-
-def states(stubs: Stubs) -> dict[str, tuple[int, int]]:
-    """State and calibration of every model by name."""
-    models = stubs.models.ListModels(model_pb2.ListModelsRequest()).models
-    return {model.name.removeprefix("models/"): (model.state, model.calibration.version) for model in models}
-
-
-def decided(stubs: Stubs) -> common_pb2.Decision:
-    return stubs.match.Verify(match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))).decision
-
-
-def search(stubs: Stubs, gallery: str) -> search_pb2.SearchResponse:
-    return stubs.search.Search(search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=encoded(1)))
-
-
-def subjects(error: grpc.RpcError) -> list[str]:
-    failure = error_details_pb2.PreconditionFailure()
-    assert any(detail.Unpack(failure) for detail in rich(error).details)
-    return [violation.subject for violation in failure.violations]
+from tests.service.test_lifecycle import fails_to_start
 
 
 def test_what_could_be_activated_is_listed_and_described(loop: Loop, place: Place, tmp_path: Path) -> None:
@@ -146,119 +85,6 @@ def test_another_calibration_of_the_same_weights_leaves_galleries_alone(
         assert states(stubs)[place.one.name] == (ACTIVE, 3)
 
 
-def test_a_gallery_without_its_model_is_named_and_keeps_the_swap_back(loop: Loop, place: Place) -> None:
-    with place.served(loop) as server, connected(server.address) as stubs:
-        stubs.fill("g", {"item": encoded(1)})
-        stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="h"))
-        for validate_only in (True, False):
-            request = model_pb2.ActivateModelRequest(name=f"models/{place.two.name}", validate_only=validate_only)
-            error = refused(stubs.models.ActivateModel, request)
-            assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
-            assert info(rich(error)).reason == "GALLERIES_INCOMPATIBLE"
-            assert subjects(error) == ["galleries/g", "galleries/h"]
-        assert states(stubs)[place.two.name] == (AVAILABLE, 3)
-        assert activate(stubs, place.two, keep_previous=True, validate_only=True).model.state == AVAILABLE
-        assert decided(stubs).model == f"models/{place.one.name}"
-
-        activate(stubs, place.two, keep_previous=True)
-        assert states(stubs) == {place.one.name: (LOADED, 3), place.two.name: (ACTIVE, 3)}
-        assert decided(stubs).model == f"models/{place.two.name}"
-        assert search(stubs, "g").neighbors[0].decision.model == f"models/{place.one.name}"
-
-        request = model_pb2.DeactivateModelRequest(name=f"models/{place.one.name}")
-        assert subjects(refused(stubs.models.DeactivateModel, request)) == ["galleries/g", "galleries/h"]
-        response = deactivate(stubs, place.one, force=True)
-        assert list(response.incompatible_galleries) == ["galleries/g", "galleries/h"]
-        assert states(stubs)[place.one.name] == (AVAILABLE, 4)
-        assert info(rich(refused(stubs.search.Search, search_request("g")))).reason == "MODEL_MISMATCH"
-        assert list(activate(stubs, place.one, calibration=3).incompatible_galleries) == []
-        assert search(stubs, "g").neighbors
-
-
-def created(stubs: Stubs, gallery: str) -> gallery_pb2.Gallery:
-    return stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery)).gallery
-
-
-def test_a_gallery_made_while_a_model_loads_keeps_the_swap_back(
-    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with place.served(loop) as server, connected(server.address) as stubs:
-        for gallery, force in (("g", False), ("h", True)):
-            loading = Held(monkeypatch, Loading, "encoder")
-            request = model_pb2.ActivateModelRequest(name=f"models/{place.two.name}", force=force)
-            call = stubs.models.ActivateModel.future(request)
-            loading.wait()
-            assert created(stubs, gallery).model == f"models/{place.one.name}"
-            loading.let_go.set()
-            if not force:
-                error = call.exception(timeout=20)
-                assert info(rich(error)).reason == "GALLERIES_INCOMPATIBLE"
-                assert subjects(error) == ["galleries/g"]
-                assert states(stubs) == {place.one.name: (ACTIVE, 3), place.two.name: (AVAILABLE, 3)}
-                search(stubs, "g")
-        assert list(call.result(timeout=20).incompatible_galleries) == ["galleries/g", "galleries/h"]
-
-
-def test_a_gallery_made_in_the_moment_of_a_swap_is_of_the_new_model(
-    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with place.served(loop) as server, connected(server.address) as stubs:
-        remembering = Held(monkeypatch, Loading, "remember")
-        activating = stubs.models.ActivateModel.future(model_pb2.ActivateModelRequest(name=f"models/{place.two.name}"))
-        remembering.wait()
-        creating = Held(monkeypatch, Engine, "create_gallery")
-        making = stubs.galleries.CreateGallery.future(gallery_pb2.CreateGalleryRequest(gallery_id="g"))
-        creating.wait()  # it has taken the engine that goes
-        creating.let_go.set()
-        remembering.let_go.set()
-        assert list(activating.result(timeout=20).incompatible_galleries) == []
-        assert making.result(timeout=20).gallery.model == f"models/{place.two.name}"
-        search(stubs, "g")
-
-
-def test_a_gallery_made_by_a_call_that_began_before_a_swap_is_of_the_new_model(
-    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with place.served(loop) as server, connected(server.address) as stubs:
-        creating = Held(monkeypatch, Engine, "create_gallery")
-        making = stubs.galleries.CreateGallery.future(gallery_pb2.CreateGalleryRequest(gallery_id="g"))
-        creating.wait()
-        activate(stubs, place.two)
-        creating.let_go.set()
-        assert making.result(timeout=20).gallery.model == f"models/{place.two.name}"
-        activate(stubs, place.one, force=True)
-        assert created(stubs, "h").model == f"models/{place.one.name}"  # one that was unloaded and is loaded again
-
-
-def test_a_gallery_restored_while_its_model_is_about_to_be_unloaded_keeps_it(
-    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with place.served(loop) as server, connected(server.address) as stubs:
-        created(stubs, "g")
-        snapshot = upkeep_pb2.CreateSnapshotRequest(parent="galleries/g", snapshot_id="s")
-        finished(stubs, stubs.upkeep.CreateSnapshot(snapshot).operation)
-        stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name="galleries/g"))
-        activate(stubs, place.two, keep_previous=True)
-        surveyed, let_go = threading.Event(), threading.Event()
-        survey = Catalog.survey
-
-        def held(self: Catalog) -> Any:
-            found = survey(self)
-            monkeypatch.setattr(Catalog, "survey", survey)
-            surveyed.set()
-            assert let_go.wait(timeout=20)
-            return found
-
-        monkeypatch.setattr(Catalog, "survey", held)
-        call = stubs.models.DeactivateModel.future(model_pb2.DeactivateModelRequest(name=f"models/{place.one.name}"))
-        assert surveyed.wait(timeout=20)
-        restore = upkeep_pb2.RestoreGalleryRequest(snapshot="galleries/g/snapshots/s", gallery_id="h")
-        finished(stubs, stubs.upkeep.RestoreGallery(restore).operation)
-        let_go.set()
-        assert subjects(call.exception(timeout=20)) == ["galleries/h"]
-        search(stubs, "h")
-
-
 def test_a_quick_search_beside_another_model_waits_for_no_thread(
     loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,10 +104,6 @@ def test_a_quick_search_beside_another_model_waits_for_no_thread(
         finally:
             let_go.set()
             listing.exception(timeout=20)
-
-
-def search_request(gallery: str) -> search_pb2.SearchRequest:
-    return search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=encoded(1))
 
 
 def test_ways_to_ask_wrongly(loop: Loop, place: Place, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from service.workers.line_up import Named
 from service.workers.part import Part
 from service.workers.words import Answer, Order, Peer, listen
 from tests.service.harness import Held, Loop, Stubs, connected, encoded, info, make_bundle, refused, rich
-from tests.service.test_rollout import ACTIVE, AVAILABLE, LOADED, activate, deactivate, decided, search, states
+from tests.service.swapped import ACTIVE, AVAILABLE, LOADED, activate, deactivate, decided, search, states
 
 WRITER, FOLLOWER = 0, 1
 

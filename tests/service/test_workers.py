@@ -28,8 +28,8 @@ from service.settings import Settings
 from service.workers import parent as workers
 from tests.processes import serving
 from tests.service.harness import DIM, Stubs, connected, encoded, make_bundle, png
+from tests.service.swapped import activate, decided, search
 from tests.service.test_metrics import get, scraped
-from tests.service.test_rollout import activate, decided, search
 
 T = TypeVar("T")
 
