@@ -57,7 +57,7 @@ test-milvus: $(INSTALLED) $(MILVUS_INSTALLED) ## the contract of gallery engines
 	LOOKALIKE_MILVUS_SERVER=$(CURDIR)/$(MILVUS_VENV)/bin/milvus-server OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -m milvus -k '$(MILVUS_TESTS)' tests/index/test_milvus_server.py
 
-test-clients: $(INSTALLED) ## clients that are not ours: Node (needs npm), grpcurl, buf curl, k6
+test-clients: $(INSTALLED) ## the clients of examples/: Node (needs npm), grpcurl, buf curl, k6, Ray Data
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[clients]'
 	npm ci --no-audit --no-fund --ignore-scripts --prefix examples/node
 	CLIENTS_REQUIRED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/examples

@@ -16,9 +16,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from google.rpc import error_details_pb2
 
@@ -214,3 +216,44 @@ def test_k6_makes_load_and_sees_failures(place: Place) -> None:
         run("no.png")
     with pytest.raises(AssertionError, match="thresholds"):
         run("b.png", "-e", "GALLERY=empty")
+
+
+def test_ray_finds_what_one_search_finds(place: Place) -> None:
+    if find_spec("ray") is None:
+        missing("ray is not installed; `make test-clients` installs it")
+    images = place.folder / "many"
+    images.mkdir()
+    for at in range(12):
+        (images / f"{at}.png").write_bytes(png(at))
+    (images / "no.png").write_bytes(b"no image")
+    command = [sys.executable, EXAMPLES / "ray" / "neighbors.py", images, "--gallery", "ray", "--out", "rows"]
+    with Client(place.target, tls=Tls(ca=place.folder / "ca.crt"), api_key=place.secret) as client:
+        client.create_gallery("ray")
+        client.update_items("ray", [NewItem(id=f"{at}", image=png(at), identity=f"{at % 3}") for at in range(12)])
+        ran = subprocess.run(
+            [*map(str, command), "-k", "3", "--workers", "2"],
+            env=place.variables,
+            cwd=place.folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert ran.stdout == "wrote the neighbours of 13 queries to rows\n", ran.stderr
+        wanted = [
+            (str(images / f"{at}.png"), rank, found.item.id, found.identity, found.decision.distance)
+            for at in range(12)
+            for rank, found in enumerate(client.search("ray", png(at), k=3), start=1)
+        ]
+        decision = client.verify(png(1), png(1))
+    rows = pq.read_table(place.folder / "rows").to_pylist()
+    failed = [row for row in rows if row["error"]]
+    assert [(row["query"], row["error_reason"]) for row in failed] == [(str(images / "no.png"), "INVALID_IMAGE")]
+    found = [row for row in rows if not row["error"]]
+    names = ("query", "rank", "item", "identity", "distance")
+    assert sorted(tuple(row[name] for name in names) for row in found) == sorted(wanted)
+    assert {(row["threshold"], row["far_upper95"], row["model"]) for row in found} == {
+        (decision.threshold, decision.far_upper95, decision.model)
+    }
+    assert {row["verdict"] for row in found if row["is_match"]} == {"match"}
+    assert {row["verdict"] for row in found if not row["is_match"]} == {"non-match"}
