@@ -21,15 +21,20 @@ CHUNK_IMAGES = 256
 
 def embed(encoder: PixelEncoder, images: ImageSet, console: Console) -> Vectors:
     """Unit embeddings [N, D] of a set, in its order."""
+    return embed_with_norms(encoder, images, console)[0]
+
+
+def embed_with_norms(encoder: PixelEncoder, images: ImageSet, console: Console) -> tuple[Vectors, Vectors]:
+    """The same, and the norms [N] that they had before they were normalised."""
     starts = range(0, len(images), CHUNK_IMAGES)
-    return np.concatenate(
-        [
-            encoder.encode_pixels(
-                images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
-            )
-            for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
-        ]
-    )
+    chunks = [
+        encoder.encode_with_norms(
+            images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
+        )
+        for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
+    ]
+    embeddings, norms = zip(*chunks, strict=True)
+    return np.concatenate(embeddings), np.concatenate(norms)
 
 
 def say_skipped(console: Console, skipped: Sequence[SkippedImage]) -> None:

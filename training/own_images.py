@@ -16,13 +16,12 @@ from rich.progress import Progress
 
 from embedding.bundle import Bundle
 from embedding.calibration import Calibration
-from embedding.decision import Vectors
 from embedding.encoder import Encoder
 from embedding.errors import InvalidDataset
 from embedding.reference import Reference
 from training.calibration import calibrate
 from training.datasets import ImageSet, load_path
-from training.embedded import embed, say_skipped
+from training.embedded import embed_with_norms, say_skipped
 from training.overlap import Overlap, notes, overlap_of, refuse_trained_on
 from training.reference import reference_of
 
@@ -76,9 +75,7 @@ def calibrate_on_images(
             "margin from; the bounds of its rates are as wide as identities are few: give tens of them, or hundreds"
         )
     encoder = Encoder(bundle, device=device)
-    norms: list[Vectors] = []
-    encoder.on_embedded = lambda _, norm_N: norms.append(norm_N)
-    emb_ND = embed(encoder, found, console)
+    emb_ND, norm_N = embed_with_norms(encoder, found, console)
     calibration = calibrate(
         emb_ND,
         found.labels_N,
@@ -88,7 +85,7 @@ def calibrate_on_images(
     )
     return OwnImages(
         calibration=calibration.model_copy(update={"version": bundle.calibration.version + 1}),
-        reference=reference_of(emb_ND, found.labels_N, np.concatenate(norms), seed=seed),
+        reference=reference_of(emb_ND, found.labels_N, norm_N, seed=seed),
         images=len(found),
         skipped=len(found.skipped),
         overlap=overlap,

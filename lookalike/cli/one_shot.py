@@ -44,9 +44,9 @@ def score(
 ) -> None:
     """Name each query of each run by its nearest image, and count the errors."""
     from embedding.bundle import Bundle
+    from training.bundle_evaluation import one_shot_errors
     from training.one_shot import one_shot_of
     from training.one_shot_folders import read_runs
-    from training.pipeline import one_shot_errors
 
     folders = read_runs(runs)
     errors = one_shot_errors(Bundle.load(bundle), folders, device=device)

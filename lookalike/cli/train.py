@@ -74,7 +74,7 @@ def evaluate(
 ) -> None:
     """Measure a bundle on labelled images. Take identities that training never saw: of others the figures flatter."""
     from embedding.bundle import Bundle
-    from training.pipeline import evaluate as measure
+    from training.bundle_evaluation import evaluate as measure
 
     report = measure(Bundle.load(bundle), images, gallery=gallery, device=device, max_bad_images=max_bad_images)
     if json:

@@ -28,11 +28,12 @@ from embedding.errors import (
     StorageFailed,
 )
 from tests.training.shapes import RECIPE, draw_shapes
+from training.bundle_evaluation import evaluate, one_shot_errors
 from training.classifier import LinearClassifier
 from training.config import Recipe, parse_recipe
 from training.datasets import load
 from training.one_shot_folders import read_runs
-from training.pipeline import evaluate, one_shot_errors, train
+from training.pipeline import train
 from training.second_stage import FILE as CLASSIFIER
 from training.second_stage import SecondStage, read_second_stage
 from training.splits import split

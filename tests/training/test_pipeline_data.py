@@ -11,7 +11,7 @@ from rich.console import Console
 
 from embedding.errors import InvalidDataset, LookalikeError
 from tests.training.shapes import RECIPE, draw_shapes
-from training import pipeline
+from training import material
 from training.config import parse_recipe
 from training.pipeline import train
 
@@ -36,7 +36,7 @@ def test_data_that_cannot_be_trained_on_is_named_and_nothing_is_written(tmp_path
 
 
 def test_a_running_training_is_watched_on_whole_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "WATCHED_IMAGES", 4)
+    monkeypatch.setattr(material, "WATCHED_IMAGES", 4)
     draw_shapes(tmp_path / "shapes", images=2)  # of the calibration side's three identities, every other image
     text = RECIPE.replace("checkpoint_every = 20", "checkpoint_every = 0, evaluate_every = 20")
     recipe = parse_recipe(text.split("[[evaluation.search]]")[0])
