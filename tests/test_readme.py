@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tests.transcripts import blocks
+from training.config import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -17,3 +18,8 @@ def test_its_quick_start_is_in_the_makefile() -> None:
     assert targets == ["demo", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_its_recipe_is_one() -> None:
+    (recipe,) = blocks(README, "toml")
+    assert parse_recipe(recipe).data[0].source == "folder"
