@@ -72,7 +72,7 @@ class Security(Hook):
         rule = _rule(call.method)
         if self.asks:
             if call.requests:
-                self._still(call.principal)
+                self._still(call)
             # The call itself took a token, and so its first request is paid for.
             call.pause = self._limits.charge(call.principal, elements(rule, request) - (not call.requests))
         call.requests += 1
@@ -111,9 +111,13 @@ class Security(Hook):
             principal = registered
         return _unexpired(principal)
 
-    def _still(self, principal: Principal) -> None:
+    def _still(self, call: Call) -> None:
         """Raises CredentialsInvalid unless the caller has the rights still that the stream began with."""
-        if self._keys is not None and principal.key and self._keys.still(principal) != principal:
+        principal = call.principal
+        if not principal.key:
+            if self._tokens is not None:
+                self._tokens.of_token(_credential(call.context))  # its signature counts by the keys of now
+        elif self._keys is not None and self._keys.still(principal) != principal:
             raise CredentialsInvalid("the key was revoked, or its rights changed, while the call lasted; call again")
         _unexpired(principal)
 

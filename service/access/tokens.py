@@ -124,7 +124,9 @@ class Tokens:
         if key is None and len(self._keys) == 1 and "kid" not in header:
             key = next(iter(self._keys.values()))
         if key is None:
-            raise CredentialsInvalid("the token is signed by a key that this server does not know")
+            raise CredentialsInvalid(
+                "the token is signed by a key that this server does not know, or knows no more; get a new token"
+            )
         return key
 
     def _principal(self, claims: Mapping[str, Any]) -> Principal:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from structlog.testing import capture_logs
 
 from embedding.errors import CredentialsInvalid, InvalidInput
-from lookalike.v1 import gallery_pb2
+from lookalike.v1 import gallery_pb2, match_pb2, search_pb2
 from service.access.tokens import Tokens
 from service.settings import Settings
 from tests.authority import private_pem, replace
-from tests.service.harness import Loop, connected, info, rich, served
+from tests.service.harness import Loop, Stubs, connected, encoded, info, rich, served
 
 
 @pytest.fixture(autouse=True)
@@ -212,3 +214,58 @@ def test_over_the_wire_its_scopes_and_galleries_hold(guarded: str, provider: Pro
         assert ended(gallery_pb2.GetGalleryRequest(name="galleries/other"), token) == "GALLERY_FORBIDDEN"
         assert ended(gallery_pb2.CreateGalleryRequest(gallery_id="shop-a"), token) == "SCOPE_MISSING"
         assert ended(gallery_pb2.CreateGalleryRequest(gallery_id="shop-a"), "lk_x") == "CREDENTIALS_INVALID"
+
+
+def key_withdrawn(jwks: Path, patch: pytest.MonkeyPatch) -> None:
+    publish(jwks, Provider("two"))
+
+
+def token_expired(jwks: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("service.security.time", SimpleNamespace(time=lambda: time.time() + 3600))
+
+
+def searched(stubs: Stubs) -> tuple[Any, Any, Any]:
+    config = search_pb2.StreamSearchConfig(gallery="galleries/shop-a", k=1)
+    return (
+        stubs.search.StreamSearch,
+        search_pb2.StreamSearchRequest(config=config),
+        search_pb2.StreamSearchRequest(query=encoded(1)),
+    )
+
+
+def verified(stubs: Stubs) -> tuple[Any, Any, Any]:
+    pair = match_pb2.ImagePair(a=encoded(1), b=encoded(2))
+    return (
+        stubs.match.StreamVerify,
+        match_pb2.StreamVerifyRequest(config=match_pb2.StreamVerifyConfig()),
+        match_pb2.StreamVerifyRequest(pair=pair),
+    )
+
+
+@pytest.mark.parametrize("ends", [key_withdrawn, token_expired])
+@pytest.mark.parametrize("asked", [searched, verified])
+def test_a_stream_lasts_no_longer_than_its_token_counts(
+    guarded: str,
+    provider: Provider,
+    jwks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Callable[[Stubs], tuple[Any, Any, Any]],
+    ends: Callable[[Path, pytest.MonkeyPatch], None],
+) -> None:
+    may = provider.token(scope="lookalike:read lookalike:admin")
+    metadata = (("authorization", f"Bearer {may}"),)
+    with connected(guarded) as stubs:
+        stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="shop-a"), metadata=metadata)
+        method, config, element = asked(stubs)
+        elements: SimpleQueue[Any] = SimpleQueue()
+        answers = method(iter(elements.get, None), metadata=metadata, timeout=30)
+        for each in (config, element):
+            elements.put(each)
+        assert next(answers).WhichOneof("result") != "error"
+        ends(jwks, monkeypatch)
+        elements.put(element)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
+        elements.put(None)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert info(rich(caught.value)).reason == "CREDENTIALS_INVALID"
