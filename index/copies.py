@@ -21,6 +21,7 @@ from embedding.durable import sync_folder
 from embedding.errors import AlreadyExists, DamagedData, StorageFailed
 from index.connections import connect, translated
 from index.engine import OnProgress
+from index.items import ModelRef
 from index.live import SEGMENTS, STORE, Live
 from index.progress import Steps, counted
 from index.segments import segment_path
@@ -93,6 +94,20 @@ def read_contents(folder: Path) -> Contents:
         raise DamagedData(f"{CONTENTS} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
         raise DamagedData(f"{CONTENTS} is no list of what a snapshot holds") from error
+
+
+def model_of(folder: Path) -> ModelRef:
+    """The model of the gallery that was copied. Raises DamagedData, where the copied store does not say, and
+    StorageFailed."""
+    store = folder / STORE
+    uri = f"{store.resolve().as_uri()}?mode=ro&immutable=1"  # nothing is ever written to it
+    try:
+        with translated(store), closing(sqlite3.connect(uri, uri=True)) as connection:
+            row = connection.execute("SELECT model_name, model_fingerprint, embedding_dim FROM gallery").fetchone()
+        name, fingerprint, embedding_dim = row
+    except (sqlite3.Error, TypeError) as error:
+        raise DamagedData(f"{store} does not say which model its gallery is of; {_OTHER}") from error
+    return ModelRef(name=name, fingerprint=fingerprint, embedding_dim=embedding_dim)
 
 
 def missing(folder: Path, contents: Contents) -> str:

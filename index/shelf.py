@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
-from index.copies import CONTENTS, PARTIAL, altered, missing, read_contents
+from index.copies import CONTENTS, PARTIAL, altered, missing, model_of, read_contents
 from index.engine import GalleryEngine, OnProgress
 from index.engine_catalog import GalleryCatalog
-from index.items import GALLERY_ID, check_gallery_id
+from index.items import GALLERY_ID, ModelRef, check_gallery_id
 
 FOLDER = ".snapshots"
 _DELETED = ".deleted-"
@@ -79,6 +79,11 @@ class Shelf:
                 "restore another one, or put this one back from a backup"
             )
         return copy
+
+    def model(self, gallery_id: str, snapshot_id: str) -> ModelRef:
+        """The model of the gallery that a snapshot is of. Raises NotFound, and DamagedData where it cannot be told."""
+        self.get(gallery_id, snapshot_id)
+        return model_of(self._path(gallery_id, snapshot_id))
 
     def list(self, gallery_id: str, *, full: bool = False) -> tuple[Copy, ...]:
         """Those of one gallery by name, with the damage of those that are damaged; `full` computes every sum."""

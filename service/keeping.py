@@ -160,13 +160,14 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             token = token_of(request)
             if (before := self._operations.begun(token)) is not None:
                 return pb.RestoreGalleryResponse(operation=_told(before))
-            await serving.run(engine.check_restorable, request.gallery_id, source)
+            model = await serving.run(upkeep.restorable, engine, source, request.gallery_id)
             if request.validate_only:
                 return pb.RestoreGalleryResponse()
             begun = self._operations.start(
                 "restore",
                 request.gallery_id,
                 lambda tell: _gallery(upkeep.restore(engine, source, request.gallery_id, tell)),
+                makes=None if model is None else Makes(request.gallery_id, model),
                 token=token,
             )
             return pb.RestoreGalleryResponse(operation=_told(begun))

@@ -17,10 +17,11 @@ def check_galleries(
 ) -> Mapping[str, str]:
     """The galleries of models that are not among `served`, by fingerprint, each with that model's name.
 
-    Those that migrations are yet to make or to complete are among them; damaged ones answer nobody as it is. `model` is
-    the one to be activated, "" where one is unloaded. Raises GalleriesIncompatible when there are any, unless `force`.
+    Those that migrations and restorations are yet to make or to complete are among them; damaged ones answer nobody as
+    it is. `model` is the one to be activated, "" where one is unloaded. Raises GalleriesIncompatible when there are
+    any, unless `force`.
     """
-    # Before the galleries: that of a migration which ends in between is found among these.
+    # Before the galleries: that of an operation which ends in between is found among these.
     unfinished = {each.id: each.makes for each in operations.all() if each.makes is not None and not each.done}
     lost = {name: makes for name, makes in unfinished.items() if makes.model.fingerprint not in served}
     healthy, _ = engine.catalog.survey()
@@ -32,13 +33,13 @@ def check_galleries(
     return left
 
 
-def _why(left: Mapping[str, str], migrations: Sequence[str], model: str) -> str:
+def _why(left: Mapping[str, str], making: Sequence[str], model: str) -> str:
     shown = ", ".join(f"{gallery!r} ({of})" for gallery, of in list(left.items())[:NAMED])
     more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
     advice = f"migrate them to {model}, set keep_previous where they hold" if model else "migrate them, or keep"
-    if migrations:
-        others = f" and {len(migrations) - NAMED} more" if len(migrations) > NAMED else ""
-        advice = f"cancel {', '.join(migrations[:NAMED])}{others}, migrating into them; {advice}"
+    if making:
+        others = f" and {len(making) - NAMED} more" if len(making) > NAMED else ""
+        advice = f"cancel {', '.join(making[:NAMED])}{others}, which migrate or restore into them; {advice}"
     return (
         f"{len(left)} galleries would be left without the model of their embeddings: {shown}{more}; {advice} "
         f"{'the embeddings of the model that is active now' if model else 'the model loaded'}, or set force"

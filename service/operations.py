@@ -32,7 +32,7 @@ THREADS = 3
 
 
 class Makes(NamedTuple):
-    """A gallery that an operation fills, and the model that it embeds with."""
+    """A gallery that an operation makes or fills, and the model of its embeddings."""
 
     gallery: str
     model: ModelRef

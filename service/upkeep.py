@@ -20,7 +20,7 @@ from embedding.errors import (
     StaleEtag,
 )
 from embedding.images import Pixels
-from index import Filter, GalleryEngine, IndexSettings, Item, Progress
+from index import Filter, GalleryEngine, IndexSettings, Item, ModelRef, Progress
 from index.engine import OnProgress, Verification
 from index.filters import parse_filter
 from index.shelf import Copy
@@ -60,6 +60,15 @@ def snapshot(engine: Engine, gallery_id: str, snapshot_id: str, tell: OnProgress
     """Copy a gallery onto the shelf."""
     gallery = engine.gallery(gallery_id, path="parent", any_model=True)
     return engine.shelf.create(gallery, snapshot_id, on_progress=tell)
+
+
+def restorable(engine: Engine, source: tuple[str, str], gallery_id: str) -> ModelRef | None:
+    """The model of the gallery that a restoration will make, once all is checked that can be at once; None where the
+    snapshot is too damaged to say, which its restoration will tell."""
+    engine.check_restorable(gallery_id, source)
+    with suppress(DamagedData):
+        return engine.shelf.model(*source)
+    return None
 
 
 def restore(engine: Engine, source: tuple[str, str], gallery_id: str, tell: OnProgress) -> GalleryEngine:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
+from google.longrunning import operations_pb2
 
 from index.catalog import Catalog
 from lookalike.v1 import gallery_pb2, model_pb2, upkeep_pb2
+from service import upkeep
 from service.engine import Engine
 from service.loading import Loading
 from tests.service.harness import (
@@ -122,14 +125,73 @@ def test_a_gallery_made_by_a_call_that_began_before_a_swap_is_of_the_new_model(
         assert created(stubs, "h").model == f"models/{place.one.name}"  # one that was unloaded and is loaded again
 
 
+def put_by(stubs: Stubs) -> None:
+    """A gallery `g` of the active model, of which a snapshot alone is left."""
+    created(stubs, "g")
+    snapshot = upkeep_pb2.CreateSnapshotRequest(parent="galleries/g", snapshot_id="s")
+    finished(stubs, stubs.upkeep.CreateSnapshot(snapshot).operation)
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name="galleries/g"))
+
+
+def restored(stubs: Stubs, gallery: str) -> operations_pb2.Operation:
+    restore = upkeep_pb2.RestoreGalleryRequest(snapshot="galleries/g/snapshots/s", gallery_id=gallery)
+    return stubs.upkeep.RestoreGallery(restore).operation
+
+
+def waiting(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> tuple[operations_pb2.Operation, Held]:
+    """A restoration that waits for another operation on a gallery of its name."""
+    created(stubs, "h")
+    verifying = Held(monkeypatch, upkeep, "verify")
+    stubs.upkeep.VerifyGallery(upkeep_pb2.VerifyGalleryRequest(name="galleries/h"))
+    verifying.wait()
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name="galleries/h"))
+    return restored(stubs, "h"), verifying
+
+
+def running(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> tuple[operations_pb2.Operation, Held]:
+    restoring = Held(monkeypatch, upkeep, "restore")
+    operation = restored(stubs, "h")
+    restoring.wait()
+    return operation, restoring
+
+
+@pytest.mark.parametrize("begun", [waiting, running])
+def test_a_restoration_keeps_the_model_of_its_gallery(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch, begun: Callable[..., tuple[Any, Held]]
+) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        put_by(stubs)
+        operation, held = begun(stubs, monkeypatch)
+        swap = model_pb2.ActivateModelRequest(name=f"models/{place.two.name}")
+        unload = model_pb2.DeactivateModelRequest(name=f"models/{place.one.name}")
+
+        def is_refused(error: grpc.RpcError) -> bool:
+            return subjects(error) == ["galleries/h"] and operation.name in (error.details() or "")
+
+        assert is_refused(refused(stubs.models.ActivateModel, swap))
+        activate(stubs, place.two, keep_previous=True)
+        assert is_refused(refused(stubs.models.DeactivateModel, unload))
+        held.let_go.set()
+        assert not finished(stubs, operation).HasField("error")
+        search(stubs, "h")
+
+
+def test_a_model_that_a_cancelled_restoration_waited_for_is_unloaded(
+    loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with place.served(loop) as server, connected(server.address) as stubs:
+        put_by(stubs)
+        operation, held = waiting(stubs, monkeypatch)
+        stubs.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=operation.name))
+        held.let_go.set()
+        assert list(activate(stubs, place.two).incompatible_galleries) == []
+
+
 def test_a_gallery_restored_while_its_model_is_about_to_be_unloaded_keeps_it(
     loop: Loop, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with place.served(loop) as server, connected(server.address) as stubs:
-        created(stubs, "g")
-        snapshot = upkeep_pb2.CreateSnapshotRequest(parent="galleries/g", snapshot_id="s")
-        finished(stubs, stubs.upkeep.CreateSnapshot(snapshot).operation)
-        stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name="galleries/g"))
+        put_by(stubs)
         activate(stubs, place.two, keep_previous=True)
         surveyed, let_go = threading.Event(), threading.Event()
         survey = Catalog.survey
@@ -144,8 +206,7 @@ def test_a_gallery_restored_while_its_model_is_about_to_be_unloaded_keeps_it(
         monkeypatch.setattr(Catalog, "survey", held)
         call = stubs.models.DeactivateModel.future(model_pb2.DeactivateModelRequest(name=f"models/{place.one.name}"))
         assert surveyed.wait(timeout=20)
-        restore = upkeep_pb2.RestoreGalleryRequest(snapshot="galleries/g/snapshots/s", gallery_id="h")
-        finished(stubs, stubs.upkeep.RestoreGallery(restore).operation)
+        finished(stubs, restored(stubs, "h"))
         let_go.set()
         assert subjects(call.exception(timeout=20)) == ["galleries/h"]
         search(stubs, "h")

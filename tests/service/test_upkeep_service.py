@@ -90,6 +90,22 @@ def test_a_gallery_is_copied_and_brought_back(stubs: Stubs, filled: str) -> None
     assert refused(stubs.upkeep.RestoreGallery, restore).code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize("at", [0, 100])
+def test_a_snapshot_whose_store_is_damaged_is_found_when_it_is_restored(
+    stubs: Stubs, filled: str, settings: Settings, at: int
+) -> None:
+    """Its bytes are read by the operation; before that, none of them has to say of which model it is."""
+    snapshot = upkeep_pb2.CreateSnapshotRequest(parent=f"galleries/{filled}", snapshot_id="flipped")
+    finished(stubs, stubs.upkeep.CreateSnapshot(snapshot).operation)
+    flip_in_place(settings.galleries / ".snapshots" / filled / "flipped" / "store.sqlite", at)
+    restore = upkeep_pb2.RestoreGalleryRequest(
+        snapshot=f"galleries/{filled}/snapshots/flipped", gallery_id=f"{filled}-again"
+    )
+    failed = finished(stubs, stubs.upkeep.RestoreGallery(restore).operation)
+    assert failed.error.code == grpc.StatusCode.DATA_LOSS.value[0]
+    assert "does not agree with its checksum" in failed.error.message
+
+
 def test_snapshots_stay_where_they_were_when_an_alias_takes_the_name_of_their_gallery(
     stubs: Stubs, filled: str
 ) -> None:
