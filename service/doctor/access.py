@@ -191,7 +191,7 @@ def _milvus(settings: Settings) -> Iterator[Finding]:
         return
     uri = settings.milvus_uri or ""
     if uri.endswith(".db"):
-        yield Finding(check="Milvus", state="ok", what=f"Lite, in {uri}; its collections were not looked at")
+        yield Finding(check="Milvus", state="ok", what=f"Lite, in {masked(uri)}; its collections were not looked at")
         return
     try:
         found = urlsplit(uri)

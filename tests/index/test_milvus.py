@@ -29,9 +29,18 @@ def test_a_server_that_is_not_there_is_named() -> None:
         MilvusCatalog("http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize("uri", ["http://me:hunter2@127.0.0.1:9", "htp://me:hunter2@127.0.0.1", "me:hunter2@127.0.0.1"])
-def test_its_password_is_told_to_nobody(uri: str) -> None:
-    with pytest.raises((Busy, StorageFailed), match=r"\*@127\.0\.0\.1") as caught:
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:hunter2@127.0.0.1:9",
+        "htp://me:hunter2@127.0.0.1",
+        "me:hunter2@127.0.0.1",
+        "http://127.0.0.1:9?token=hunter2",
+        "127.0.0.1?token=hunter2",
+    ],
+)
+def test_its_password_and_token_are_told_to_nobody(uri: str) -> None:
+    with pytest.raises((Busy, StorageFailed), match=r"(\*@127\.0\.0\.1|127\.0\.0\.1.*=\*)") as caught:
         MilvusCatalog(uri)
     assert "hunter2" not in str(caught.value)
 

@@ -145,7 +145,14 @@ def test_milvus_that_is_not_there(whole: Settings, monkeypatch: pytest.MonkeyPat
     assert "nothing answers on 127.0.0.1:9" in away.what
     for uri in ("nonsense", "http://[", "http://host:port"):
         assert "is no address" in only(whole, "Milvus", **milvus, milvus_uri=uri).what
-    assert "hunter2" not in only(whole, "Milvus", **milvus, milvus_uri="me:hunter2@host").what
+    for uri in ("me:hunter2@host", "host?token=hunter2", "http://host?token=hunter2&file=x.db"):
+        (told,) = [
+            finding
+            for finding in looked_at(whole.model_copy(update={**milvus, "milvus_uri": uri}))
+            if finding.check == "Milvus"
+        ]
+        assert "host" in told.what
+        assert "hunter2" not in told.what
     for module in [name for name in sys.modules if name.startswith("index.milvus")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "pymilvus", None)

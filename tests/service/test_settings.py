@@ -241,6 +241,11 @@ def test_secrets_are_shown_nowhere() -> None:
         ('milvus_uri = ["http://me:hunter2@milvus:19530"]', "['http://**********@milvus:19530']"),
         ('milvus_uri = {at = "http://me:hunter2@milvus"}', "{'at': 'http://**********@milvus'}"),
         ('port = "http://me:hunter2@milvus"', "'http://**********@milvus'"),
+        ('port = "http://milvus:19530?token=hunter2"', "'http://milvus:19530?token=**********'"),
+        ('port = "milvus/?db=x&token=hunt&er2"', "'milvus/?db=**********&token=**********'"),
+        ('port = "http://me:hunter2@milvus?token=hunter2="', "'http://**********@milvus?token=**********'"),
+        ('port = "http://me:hun?ter2@milvus#token=hunter2"', "'http://**********@milvus#token=**********'"),
+        ('port = "http://milvus?user=me@home&token=hunter2"', "'http://**********@home&token=**********'"),
     ],
 )
 def test_a_refused_address_is_told_without_its_password(tmp_path: Path, setting: str, shown: str) -> None:
@@ -248,11 +253,21 @@ def test_a_refused_address_is_told_without_its_password(tmp_path: Path, setting:
         read(f'bundle = "b"\n{setting}', folder=tmp_path)
     assert f"; got {shown} (file " in str(caught.value)
     assert "hunt" not in str(caught.value)
+    assert "er2" not in str(caught.value)
 
 
-def test_a_mistyped_address_is_shown_without_its_password() -> None:
-    milvus = {"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_ENGINE": "milvus", "LOOKALIKE_MILVUS_URI": "me:hunter2@milvus:19530"}
-    assert Origins.read(environment=milvus).shown()["milvus_uri"] == "**********@milvus:19530"
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("me:hunter2@milvus:19530", "**********@milvus:19530"),
+        ("http://milvus:19530?token=hunter2&secure=true", "http://milvus:19530?token=**********&secure=**********"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(uri: str, shown: str) -> None:
+    milvus = {"LOOKALIKE_BUNDLE": "b", "LOOKALIKE_ENGINE": "milvus", "LOOKALIKE_MILVUS_URI": uri}
+    origins = Origins.read(environment=milvus)
+    assert origins.shown()["milvus_uri"] == shown
+    assert "hunter2" not in origins.text()
 
 
 @pytest.mark.parametrize("name", ["port", "metrics_port", "decode_threads", "drain_seconds", "trace_share", "max_k"])
