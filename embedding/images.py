@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image, ImageOps, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from embedding.errors import ImageTooLarge, InvalidImage
@@ -30,11 +30,15 @@ DECODING_PIXELS = 2 * MAX_PIXELS
 MAX_TILE_PIXELS = 2**22
 """Of a TIFF's tile that is larger than its image: libtiff unpacks a whole one. Programs write 256 to 1,024 a side."""
 
-_TILE_SIDES = (322, 323)
-"""TIFF's tags TileWidth and TileLength (TIFF 6.0, section 15)."""
+_BITS_PER_SAMPLE, _TILE_SIDES = 258, (322, 323)
+"""TIFF's tags BitsPerSample, TileWidth and TileLength (TIFF 6.0, sections 8 and 15)."""
 
 _WEBP_TIMES = 2
 """libwebp takes 16 bytes a pixel to decode without loss, beside those of the image."""
+
+_BYTES, _WIDE_BYTES = 10, 12
+"""That a decoder holds of a pixel at the worst; and of four channels in two bytes each, those of the image beside them:
+the coefficients of a JPEG that comes in several scans, the strip or tile of a TIFF."""
 
 BAND_PIXELS = 2**20
 """Pixels that are converted together on the way from what was decoded."""
@@ -112,18 +116,26 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _room_of(image: Image.Image) -> int:
-    """The pixels that its decoder holds at once, of ten bytes each. Raises InvalidImage for tiles that waste them."""
+    """What its decoder holds at once, in pixels of `_BYTES` each. Raises InvalidImage for tiles that waste them."""
     pixels = image.width * image.height
     if isinstance(image, WebPImagePlugin.WebPImageFile):
         return _WEBP_TIMES * pixels
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.mode == "CMYK":
+        return _wide(pixels)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tile_pixels = math.prod(int(image.tag_v2.get(tag, 0)) for tag in _TILE_SIDES)
         if tile_pixels > max(MAX_TILE_PIXELS, 2 * pixels):
             raise InvalidImage(
                 f"the TIFF has tiles of {tile_pixels:,} pixels for an image of {pixels:,}; save the image anew"
             )
-        return max(pixels, tile_pixels)
+        held = max(pixels, tile_pixels)
+        bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+        return _wide(held) if bits > 8 and len(image.getbands()) > 1 else held
     return pixels
+
+
+def _wide(pixels: int) -> int:
+    return -(-_WIDE_BYTES * pixels // _BYTES)
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import threading
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,8 +151,10 @@ def test_the_pixel_cap_holds_for_what_a_header_promises() -> None:
         decode(png(width=50_000, height=50_000))
 
 
-def tiled(width: int, height: int, tile: tuple[int, int], tiles: list[bytes]) -> bytes:
-    """A grey TIFF of tiles, each deflated."""
+def tiled(
+    width: int, height: int, tile: tuple[int, int], tiles: list[bytes], *, samples: int = 1, bits: int = 8
+) -> bytes:
+    """A TIFF of tiles, each deflated: grey, or CMYK for four samples."""
     packed = [zlib.compress(each) for each in tiles]
     count, start = len(packed), 8 + 2 + 12 * 11 + 4
     sizes, places = start, start + 4 * count
@@ -157,10 +164,10 @@ def tiled(width: int, height: int, tile: tuple[int, int], tiles: list[bytes]) ->
     tags = (
         (256, width),
         (257, height),
-        (258, 8),
+        (258, bits),
         (259, 8),
-        (262, 1),
-        (277, 1),
+        (262, 1 if samples == 1 else 5),
+        (277, samples),
         (284, 1),
         (322, tile[0]),
         (323, tile[1]),
@@ -206,3 +213,61 @@ def test_room_is_taken_for_what_a_decoder_holds(monkeypatch: pytest.MonkeyPatch)
     decode(tiled(9, 9, (1024, 1024), [bytes(1024 * 1024)]))
     decode(png())
     assert taken == [200, 1024 * 1024, 16]
+
+
+SIDE = 2048
+HELD = """
+import re, sys
+from pathlib import Path
+from embedding import images
+
+def told(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+images.BAND_PIXELS = 2**16  # what bands take does not grow with the image
+rooms, taken = [], images._ROOM.taken
+images._ROOM.taken = lambda pixels: rooms.append(pixels) or taken(pixels)
+data = Path(sys.argv[1]).read_bytes()
+before = told("VmRSS")
+images.decode(data)
+print(told("VmHWM") - before, *rooms)
+"""
+
+
+def saved(mode: str, kind: str, **options: Any) -> Callable[[], bytes]:
+    def save() -> bytes:
+        buffer = io.BytesIO()
+        noise("RGBA", (SIDE // 8, SIDE // 8)).resize((SIDE, SIDE)).convert(mode).save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return save
+
+
+def deep() -> bytes:
+    """Four samples of 16 bits, in one tile."""
+    return tiled(SIDE, SIDE, (SIDE, SIDE), [bytes(SIDE * SIDE * 8)], samples=4, bits=16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what a process has held")
+@pytest.mark.parametrize(
+    "made",
+    [
+        saved("RGB", "JPEG", progressive=True, subsampling=0),
+        saved("CMYK", "JPEG", progressive=True),
+        saved("RGBA", "WEBP", lossless=True, method=0, quality=0),
+        deep,
+    ],
+    ids=["JPEG", "JPEG of four channels", "WebP", "TIFF of four channels"],
+)
+def test_ten_bytes_of_each_pixel_that_room_is_taken_for_hold_what_a_decoder_does(
+    tmp_path: Path, made: Callable[[], bytes]
+) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(made())
+    asks = [sys.executable, "-c", HELD, file]
+    # What is freed is given back at once: holes in the heap hold nothing.
+    at_once = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    told = subprocess.run(asks, env=at_once, check=True, capture_output=True, text=True)
+    held, room = map(int, told.stdout.split())
+    assert held <= 10 * room + 3_000_000
+    assert held >= 4 * SIDE * SIDE, "it was not decoded"
