@@ -33,6 +33,7 @@ from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, search_p
 from service import parse
 from service.access.rights import RULES, elements, named
 from tests.service.harness import DIM, encoded, make_bundle, stored, unit
+from tests.tiff import tiled
 
 MAX_PIXELS = 100_000
 
@@ -61,7 +62,13 @@ def image(data: bytes) -> bool:
 def images() -> Sequence[bytes]:
     rng = np.random.default_rng(0)
     seeds = []
-    modes = {"PNG": ("RGB", "RGBA", "LA", "P", "1", "I;16"), "GIF": ("P",), "TIFF": ("RGB", "L", "RGBA"), "BMP": ("P",)}
+    modes = {
+        "JPEG": ("RGB", "L", "CMYK"),
+        "PNG": ("RGB", "RGBA", "LA", "P", "1", "I;16"),
+        "GIF": ("P",),
+        "TIFF": ("RGB", "L", "RGBA", "CMYK"),
+        "BMP": ("P",),
+    }
     for name in FORMATS:
         for mode in modes.get(name, ("RGB", "L")):
             pixels = Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8), "RGBA")
@@ -72,6 +79,10 @@ def images() -> Sequence[bytes]:
                 buffer = io.BytesIO()
                 made.save(buffer, name, **({"exif": exif} if name in {"JPEG", "PNG", "WEBP"} else {}), **options)
                 seeds.append(buffer.getvalue())
+    seeds += [
+        tiled(20, 9, (16, 16), [rng.bytes(256)] * 2),
+        tiled(9, 7, (16, 16), [rng.bytes(2048)], samples=4, bits=16),
+    ]
     return [*seeds, b"P3\n2 1\n# c\n255\n1 2 3 4 5 6\n", b"P1\n3 2\n101010\n"]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import io
 
+import pytest
+from PIL import Image
+
+from embedding.images import FORMATS
 from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import TARGETS
 
@@ -18,6 +22,16 @@ def test_no_input_breaks_it(name: str) -> None:
     assert all(map(target.run, target.seeds()))
     outcomes = [target.run(data) for data in mutated(target.seeds(), QUICK[name], seed=1)]
     assert sum(outcomes) / len(outcomes) > ACCEPTED[name]
+
+
+def test_images_of_every_kind_that_is_decoded_in_a_way_of_its_own_are_among_the_seeds() -> None:
+    kinds = set()
+    for data in TARGETS["image"].seeds():
+        with Image.open(io.BytesIO(data)) as image:
+            kinds |= {image.format, (image.format, image.mode)}
+            if image.format == "TIFF" and 322 in image.tag_v2:  # type: ignore[attr-defined]
+                kinds.add(("tiled", image.mode))
+    assert kinds >= {*FORMATS, ("JPEG", "CMYK"), ("TIFF", "CMYK"), ("tiled", "L"), ("tiled", "CMYK")}
 
 
 FOUND = [
