@@ -355,7 +355,7 @@ class CreateGalleryRequest(_message.Message):
     """The id to create it under: 1 to 63 lower-case letters, digits and inner hyphens. Required."""
     request_id: _builtins.str
     """A UUID made for this request alone. The same request made again with it within an hour is not done again, and is
-    answered as before. AIP-155.
+    answered with the gallery as it stands; where that has been deleted it is made anew. AIP-155.
     """
     @_builtins.property
     def gallery(self) -> Global___Gallery:

@@ -26,6 +26,7 @@ from tests.service.harness import (
     fields,
     finished,
     info,
+    put_alias,
     refused,
     rich,
     served,
@@ -235,6 +236,50 @@ def test_galleries_aliases_and_snapshots_are_made_and_deleted_once(stubs: Stubs,
     stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
     create.request_id = new_id()
     assert refused(stubs.galleries.CreateGallery, create).code() is grpc.StatusCode.ALREADY_EXISTS
+
+
+# What docs/errors.md says of where an id is known.
+
+
+def put_item(gallery: str, request_id: str) -> gallery_pb2.UpdateItemRequest:
+    return gallery_pb2.UpdateItemRequest(
+        item=item(gallery, "x"), image=vector(1), allow_missing=True, request_id=request_id
+    )
+
+
+def test_an_id_is_known_in_one_gallery_alone(stubs: Stubs, filled: str) -> None:
+    other, request_id = f"{filled}-2", new_id()
+    stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=other, request_id=request_id))
+    error = refused(stubs.galleries.UpdateItem, put_item(other, request_id))
+    assert info(rich(error)).reason == "REQUEST_ID_REUSED"
+    stubs.galleries.UpdateItem(put_item(filled, request_id))
+    verify = upkeep_pb2.VerifyGalleryRequest(name=f"galleries/{other}", request_id=request_id)
+    assert not finished(stubs, stubs.upkeep.VerifyGallery(verify).operation).HasField("error")
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=f"galleries/{other}", request_id=request_id))
+
+
+def test_a_gallery_that_was_deleted_meanwhile_is_made_anew(stubs: Stubs, gallery: str) -> None:
+    create = gallery_pb2.CreateGalleryRequest(gallery_id=gallery, request_id=new_id())
+    made = stubs.galleries.CreateGallery(create).gallery
+    assert stubs.galleries.CreateGallery(create).gallery == made
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=made.name))
+    assert stubs.galleries.CreateGallery(create).gallery.create_time.ToDatetime() > made.create_time.ToDatetime()
+
+
+def test_a_write_by_an_alias_is_done_again_where_the_alias_has_moved(stubs: Stubs, filled: str) -> None:
+    other, alias = f"{filled}-3", f"{filled}-now"
+    stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=other))
+    put_alias(stubs, alias, filled)
+    request = put_item(alias, new_id())
+    stubs.galleries.UpdateItem(request)
+    put_alias(stubs, alias, other)
+    for _ in range(2):
+        stubs.galleries.UpdateItem(request)
+    for gallery in (filled, other):
+        assert get(stubs, gallery, "x").generation
+    assert described(stubs, other).item_count == 1
+    stubs.aliases.DeleteAlias(alias_pb2.DeleteAliasRequest(name=f"aliases/{alias}"))
+    stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name=f"galleries/{other}", force=True))
 
 
 def test_what_was_answered_is_known_after_a_restart(loop: Loop, settings: Settings, tmp_path: Path) -> None:
