@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
 from service.access.principal import ANYBODY, Principal, Scope
 from service.workers.passed_on import peer_of
 
 if TYPE_CHECKING:
+    import grpc
+
     from service.admission import Room
     from service.stages import Observer
 
@@ -153,7 +153,7 @@ class Call:
 
 
 CURRENT: ContextVar[Call | None] = ContextVar("call", default=None)
-"""The call that the running task serves; None outside of one."""
+"""The call that the running task serves, or that work in a thread is done for; None outside of one."""
 
 
 def _address(peer: str) -> str:

@@ -38,7 +38,7 @@ from index.aliases import Aliases, holds
 from index.engine import OnProgress
 from index.receipts import Token
 from index.shelf import Shelf
-from service.access.principal import ANYBODY, Principal
+from service.call import principal
 from service.gate import Gate
 from service.sources import (
     Embedded,
@@ -177,30 +177,34 @@ class Engine:
             self._judges[point, among] = judge
         return judge
 
-    def gallery(
-        self, name: str, *, path: str | None = None, any_model: bool = False, by: Principal = ANYBODY
-    ) -> GalleryEngine:
+    def resolved(self, name: str) -> str:
+        """The id of the gallery that a name or an alias stands for now.
+
+        Raises GalleryForbidden where whoever makes the call being served has no rights on it: he had when the call
+        came, and the alias may have moved since.
+        """
+        gallery_id = self.aliases.resolve(name)
+        by = principal()
+        if not by.allows(gallery_id):
+            raise GalleryForbidden(
+                f"{name!r} stands for another gallery since the call came, on which {by.name!r} has no rights",
+                needed={"gallery": name},
+            )
+        return gallery_id
+
+    def gallery(self, name: str, *, path: str | None = None, any_model: bool = False) -> GalleryEngine:
         """The gallery that a name or an alias stands for, of this model unless `any_model`.
 
-        `by` had rights on it when the call came; the alias may have moved since. Raises NotFound, ModelMismatch,
-        DamagedData or GalleryForbidden, naming the request field `path`.
+        Raises NotFound, ModelMismatch, DamagedData or GalleryForbidden, naming the request field `path`.
         """
         with naming(path):
-            gallery_id = self.aliases.resolve(name)
-            if not by.allows(gallery_id):
-                raise GalleryForbidden(
-                    f"{name!r} stands for another gallery since the call came, on which {by.name!r} has no rights",
-                    needed={"gallery": name},
-                )
-            return self.catalog.get(gallery_id, model=None if any_model else self.model)
+            return self.catalog.get(self.resolved(name), model=None if any_model else self.model)
 
     @contextmanager
-    def written(
-        self, name: str, *, path: str | None = None, any_model: bool = False, by: Principal = ANYBODY
-    ) -> Iterator[GalleryEngine]:
+    def written(self, name: str, *, path: str | None = None, any_model: bool = False) -> Iterator[GalleryEngine]:
         """`gallery`, to write to: an alias that moves does so before or after what is written within."""
         with self.gate.passing():
-            yield self.gallery(name, path=path, any_model=any_model, by=by)
+            yield self.gallery(name, path=path, any_model=any_model)
 
     def create_gallery(
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
@@ -217,8 +221,8 @@ class Engine:
 
     def kept_under(self, name: str) -> str:
         """The id of the gallery whose snapshots a name or an alias stands for: its own, where there are any, since an
-        alias may have the name of a gallery that is gone."""
-        gallery_id = self.aliases.resolve(name)
+        alias may have the name of a gallery that is gone. Raises GalleryForbidden."""
+        gallery_id = self.resolved(name)
         return name if gallery_id != name and self.shelf.keeps(name) else gallery_id
 
     def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
@@ -255,8 +259,8 @@ class Engine:
     def put_alias(self, alias: str, gallery_id: str, *, allow_missing: bool = True, if_loaded: bool = False) -> None:
         """Let `alias` stand for a gallery from now on.
 
-        Raises NotFound, AlreadyExists when a gallery has that name, and with `if_loaded` ModelMismatch when this model
-        has been unloaded.
+        Raises NotFound, AlreadyExists when a gallery has that name, GalleryForbidden as `resolved`, and with
+        `if_loaded` ModelMismatch when this model has been unloaded.
         """
         with naming("alias.gallery"):
             self.catalog.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
@@ -264,6 +268,8 @@ class Engine:
             with naming("alias.gallery"):
                 self.catalog.get(gallery_id)
             self.check_no_gallery(alias, path="alias.name")
+            with naming("alias.name"):
+                self.resolved(alias)  # or it would be taken away from those who use it now
             if if_loaded:
                 self.check_loaded()
             self.aliases.put(alias, gallery_id, allow_missing=allow_missing)
@@ -287,8 +293,9 @@ class Engine:
             raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias")
 
     def delete_alias(self, alias: str) -> None:
-        """Delete an alias; the gallery stays. Raises NotFound."""
+        """Delete an alias; the gallery stays. Raises NotFound, and GalleryForbidden as `resolved`."""
         with self.names:
+            self.resolved(alias)
             self.aliases.delete(alias)
 
     def delete_gallery(self, gallery_id: str, *, force: bool = False, validate_only: bool = False) -> None:

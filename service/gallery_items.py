@@ -17,7 +17,7 @@ from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
 from lookalike.v1 import gallery_pb2_grpc
 from service import encoded, errors, pages, parse, wire, writes
-from service.call import limits, principal
+from service.call import limits
 from service.errors import translated_errors
 from service.once import Once
 from service.serving import AsyncEngine, Serving
@@ -46,10 +46,10 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             gallery_id, item_id = parse.item_name(request.name, "name")
             fields = parse.item_mask(request.read_mask)
-            serving, by = self._serving.current, principal()
+            serving = self._serving.current
 
             def read() -> pb.GetItemResponse:
-                gallery = serving.engine.gallery(gallery_id, path="name", any_model=True, by=by)
+                gallery = serving.engine.gallery(gallery_id, path="name", any_model=True)
                 stored = gallery.get(item_id)
                 return pb.GetItemResponse(item=wire.item_fields(stored, gallery.id, fields))
 
@@ -67,10 +67,10 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             with wrong:
                 fields = parse.item_mask(request.read_mask, listing=True)
             wrong.check()
-            serving, most, by = self._serving.current, pages.most_bytes(), principal()
+            serving, most = self._serving.current, pages.most_bytes()
 
             def read(deadline: Deadline) -> bytes:
-                gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True, by=by)
+                gallery = serving.engine.gallery(gallery_id, path="parent", any_model=True)
                 kind = pages.within("items", f"galleries/{gallery.id}", request.filter)
                 return encoded.item_page(
                     gallery, size, request.page_token, allowed, fields, kind=kind, most_bytes=most, deadline=deadline
@@ -93,7 +93,6 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                     parse.draft(item, gallery_id, f"requests[{i}]", resolve=resolve)
                     for i, item in enumerate(request.requests)
                 ],
-                by=principal(),
                 allow_missing=request.allow_missing,
             )
 
@@ -114,9 +113,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             draft = parse.draft(request, gallery_id, "")
             serving = await self._serving.of(gallery_id)
             resolve = serving.engine.aliases.resolve
-            question = writes.UpdateItems(
-                gallery=gallery_id, drafts=[draft], by=principal(), allow_missing=request.allow_missing
-            )
+            question = writes.UpdateItems(gallery=gallery_id, drafts=[draft], allow_missing=request.allow_missing)
 
             def form(outcomes: Sequence[writes.Stored]) -> pb.UpdateItemResponse:
                 (outcome,) = outcomes
@@ -160,11 +157,11 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
     async def DeleteItem(self, request: pb.DeleteItemRequest, context: Context) -> pb.DeleteItemResponse:
         async with translated_errors(context):
             gallery_id, item_id = parse.item_name(request.name, "name")
-            serving, by = self._serving.current, principal()
+            serving = self._serving.current
 
             def delete(token: Token | None) -> pb.DeleteItemResponse:
                 etags = {item_id: request.etag} if request.etag else None
-                written = serving.engine.written(gallery_id, path="name", any_model=True, by=by)
+                written = serving.engine.written(gallery_id, path="name", any_model=True)
                 with written as gallery, naming("name"):
                     writes.delete(
                         gallery, [item_id], lambda _: b"", allow_missing=request.allow_missing, etags=etags, token=token
@@ -183,7 +180,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             with wrong:
                 allowed = parse.purge_filter(request.filter)
             wrong.check()
-            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, by=principal(), force=request.force)
+            purge = writes.PurgeItems(gallery=gallery_id, allowed=allowed, force=request.force)
             serving = self._serving.current
 
             def answer(token: Token | None, deadline: Deadline) -> pb.PurgeItemsResponse:
@@ -211,14 +208,14 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
         async with translated_errors(context):
             gallery_id = parse.gallery_name(request.parent, "parent")
             parse.check_batch(request.names, most=MAX_ITEMS, path="names")
-            serving, by = self._serving.current, principal()
+            serving = self._serving.current
             resolve = serving.engine.aliases.resolve
             names = [
                 parse.item_in(gallery_id, name, f"names[{i}]", resolve=resolve) for i, name in enumerate(request.names)
             ]
 
             def delete(token: Token | None) -> pb.BatchDeleteItemsResponse:
-                written = serving.engine.written(gallery_id, path="parent", any_model=True, by=by)
+                written = serving.engine.written(gallery_id, path="parent", any_model=True)
                 with written as gallery, naming("names"):
                     answer = writes.delete(gallery, names, _deleted, allow_missing=request.allow_missing, token=token)
                 return pb.BatchDeleteItemsResponse.FromString(answer)
@@ -293,7 +290,7 @@ async def _imported(
                 drafts.append(Unusable(error=error))
             case _:
                 drafts.append(Unusable(error=InvalidInput("an element must hold an item", field="item")))
-    question = writes.UpdateItems(gallery=gallery_id, drafts=drafts, by=principal(), allow_missing=allow_missing)
+    question = writes.UpdateItems(gallery=gallery_id, drafts=drafts, allow_missing=allow_missing)
     return await serving.ask(question, list)
 
 

@@ -1,4 +1,7 @@
-"""Threads for searches, reads and writes: a bounded number of waiting tasks, which callers take turns with."""
+"""Threads for searches, reads and writes: a bounded number of waiting tasks, which callers take turns with.
+
+What runs in them runs for the call that asks for it: `service.call` tells of that call there too.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from embedding.errors import DeadlineExceeded
@@ -80,7 +85,7 @@ class Pool:
 
     async def _run(self, function: Callable[[], R], caller: str, seconds_left: float | None) -> R:
         ends = None if seconds_left is None else time.monotonic() + seconds_left
-        task = _Task(function, asyncio.get_running_loop().create_future(), ends)
+        task = _Task(partial(copy_context().run, function), asyncio.get_running_loop().create_future(), ends)
         self._queue.put(caller, task)
         self._start()
         try:

@@ -20,7 +20,7 @@ from service.call import answer_held, limits
 from service.errors import translated_errors
 from service.search_elements import Searching
 from service.serving import Serving
-from service.sources import under
+from service.sources import naming, under
 from service.streams import Elements
 
 MAX_QUERIES = 1024
@@ -157,7 +157,8 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         with wrong:
             count = parse.count(wanted, default=default, most=most, path=path)
         wrong.check()
-        gallery = self._serving.current.engine.aliases.resolve(scope.gallery)
+        with naming("gallery"):
+            gallery = self._serving.current.engine.resolved(scope.gallery)
         return replace(scope, gallery=gallery), fields, count
 
 

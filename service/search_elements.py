@@ -80,7 +80,7 @@ class Searching:
                 yield response
 
     async def _answered(self, elements: Sequence[Element]) -> list[bytes]:
-        gallery_id = self.serving.engine.aliases.resolve(self.scope.gallery)
+        gallery_id = self.serving.engine.resolved(self.scope.gallery)
         deadline, most = Deadline(), limits().message_bytes
         question = questions.SearchBatch(
             scope=replace(self.scope, gallery=gallery_id, deadline=deadline),

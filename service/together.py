@@ -74,7 +74,8 @@ class Together:
         return await asked.done
 
     def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_soon(self._answer, loop, context=Context())  # in nobody's name
+        # In nobody's name: each caller's rights were looked at when the gallery was resolved, whose id is asked for.
+        loop.call_soon(self._answer, loop, context=Context())
 
     def _answer(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._others_may_come():

@@ -44,10 +44,12 @@ def reindex(engine: Engine, gallery_id: str, settings: IndexSettings | None, tel
 
 
 def existing(engine: Engine, name: str) -> str:
-    """The id of the gallery that a name or an alias stands for, damaged or not. Raises NotFound."""
-    gallery_id = engine.aliases.resolve(name)
-    with naming("name"), suppress(DamagedData):
-        engine.catalog.get(gallery_id)
+    """The id of the gallery that a name or an alias stands for, damaged or not. Raises NotFound and
+    GalleryForbidden."""
+    with naming("name"):
+        gallery_id = engine.resolved(name)
+        with suppress(DamagedData):
+            engine.catalog.get(gallery_id)
     return gallery_id
 
 

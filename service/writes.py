@@ -15,7 +15,6 @@ from index import JSON, Deadline, Filter, GalleryEngine, IndexSettings, Item
 from index.items import check_identity, check_item_name
 from index.metadata import metadata_json
 from index.receipts import Receipt, Token
-from service.access.principal import ANYBODY, Principal
 from service.engine import Engine
 from service.once import keeps_receipts, receipting
 from service.sources import Embedded, EncodedImage, Source, Unusable, located, value_of
@@ -65,7 +64,6 @@ class UpdateItems:
 
     gallery: str
     drafts: Sequence[Draft | Unusable]
-    by: Principal = ANYBODY
     allow_missing: bool = True
     token: Token | None = None
     """Keep the receipt of this request, with what `form` makes of the outcomes."""
@@ -78,7 +76,7 @@ class UpdateItems:
         return [source for draft in self.drafts if (source := _source(draft)) is not None]
 
     def begin(self, engine: Engine) -> Callable[[Sequence[Embedded]], list[Stored]]:
-        engine.gallery(self.gallery, path="parent", by=self.by)  # is there, and is of this model
+        engine.gallery(self.gallery, path="parent")  # is there, and is of this model
         self._check_distinct()
 
         def answer(embedded: Sequence[Embedded]) -> list[Stored]:
@@ -95,7 +93,7 @@ class UpdateItems:
                 except LookalikeError as error:
                     outcomes[row] = error
             # Named anew: an alias may have moved while the images were embedded.
-            with engine.written(self.gallery, path="parent", by=self.by) as gallery:
+            with engine.written(self.gallery, path="parent") as gallery:
                 outcomes |= self._store(gallery, good, outcomes)
             return [] if self.answered else [outcomes[row] for row in range(len(self.drafts))]
 
@@ -241,7 +239,6 @@ class PurgeItems:
 
     gallery: str
     allowed: Filter
-    by: Principal = ANYBODY
     force: bool = False
     token: Token | None = None
     form: Callable[[int], bytes] = lambda _: b""
@@ -251,9 +248,9 @@ class PurgeItems:
 
     def write(self, engine: Engine) -> Purged:
         if self.force:
-            with engine.written(self.gallery, path="parent", any_model=True, by=self.by) as gallery:
+            with engine.written(self.gallery, path="parent", any_model=True) as gallery:
                 return Purged(gallery=gallery.id, count=self._purged(gallery), sample=())
-        gallery = engine.gallery(self.gallery, path="parent", any_model=True, by=self.by)
+        gallery = engine.gallery(self.gallery, path="parent", any_model=True)
         items, _ = gallery.list(page_size=SAMPLE, allowed=self.allowed, deadline=self.deadline)
         count = gallery.count(self.allowed, deadline=self.deadline)
         return Purged(gallery=gallery.id, count=count, sample=[item.name for item in items])

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 PREFIX = "lookalike-passed-on-"
 """Of the metadata that says it; what callers send under such names is not passed on."""
@@ -22,8 +25,6 @@ MAX_NAMES = 16
 _PEER = PREFIX + "peer"
 _NAMES = PREFIX + "names-bin"
 _SOCKET = "unix:"
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def said_of(context: Context) -> list[tuple[str, str | bytes]]:
