@@ -121,11 +121,11 @@ def open_backend(
     *,
     read_only: bool = True,
     device: str = "auto",
-    thumbnails: int = 0,
+    thumbnails: int | None = None,
 ) -> Iterator[Backend]:
     """The server at `target`, or the engine over `bundle` and `galleries`; options go before the environment.
 
-    Raises InvalidInput when neither or both are given, and a device with a server.
+    Raises InvalidInput when neither or both are given, and a device or thumbnails with a server.
     """
     if target and bundle:
         raise InvalidInput("give --target to ask a server, or --bundle to answer here, not both")
@@ -142,12 +142,18 @@ def open_backend(
             raise InvalidInput(
                 f"--device goes with --bundle: the server at {target} embeds where its own --device says; leave it out"
             )
+        if thumbnails is not None:
+            raise InvalidInput(
+                f"--thumbnails goes with --bundle: whether the server at {target} stores them is its own setting, "
+                "`lookalike serve --thumbnails`; leave it out"
+            )
         with connect(target) as client:
             yield client
     elif bundle:
         from lookalike.cli.local import LocalBackend
 
-        with LocalBackend.open(bundle, galleries, read_only=read_only, device=device, thumbnails=thumbnails) as local:
+        side = thumbnails or 0
+        with LocalBackend.open(bundle, galleries, read_only=read_only, device=device, thumbnails=side) as local:
             yield local
 
 

@@ -69,12 +69,13 @@ Vectors: TypeAlias = Annotated[
     str | None, typer.Option("--vectors", help="float32, or float16 in half the memory with the same decisions.")
 ]
 Thumbnails: TypeAlias = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--thumbnails",
         min=0,
         max=1024,
-        help="Store small images of this side, in pixels, so that another model can embed them; 0 for none.",
+        help="With --bundle: store small images of this side, in pixels, so that another model can embed them. "
+        "[default: 0, none]",
     ),
 ]
 

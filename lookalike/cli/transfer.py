@@ -71,13 +71,13 @@ def add(
     bundle: options.BundleFolder = None,
     data: options.Galleries = options.DEFAULT_GALLERIES,
     device: options.DeviceHere = "auto",
-    thumbnails: options.Thumbnails = 0,
+    thumbnails: options.Thumbnails = None,
 ) -> None:
     """Store every image of a folder or a manifest, or every row of a table of embeddings; bad ones are listed and
     skipped.
 
-    An item of the same id is overwritten, so that the command can be repeated. With --target the server's own setting
-    decides about thumbnails.
+    An item of the same id is overwritten, so that the command can be repeated. A server stores thumbnails where its own
+    setting says so.
     """
     candidates: Sequence[Candidate] | EmbeddedItems
     if column := _column_of_embeddings(source, embeddings):

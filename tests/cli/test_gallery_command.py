@@ -185,6 +185,14 @@ def test_bad_input_is_refused_in_one_line(
     run("gallery", "add", name, tmp_path / "bad.parquet", *where).failed_with("not a Parquet table")
 
 
+def test_a_server_is_not_told_whether_to_store_thumbnails(run: Run, target: str, name: str, pictures: Path) -> None:
+    run("gallery", "create", name, "--target", target)
+    for side in (64, 0):
+        refused = run("gallery", "add", name, pictures, "--thumbnails", side, "--target", target)
+        refused.failed_with("--thumbnails goes with --bundle", "`lookalike serve --thumbnails`", "leave it out")
+    assert items(run, name, ["--target", target]) == []
+
+
 def test_two_images_for_one_item_are_refused(run: Run, where: list[str], name: str, tmp_path: Path) -> None:
     for path in (tmp_path / "p" / "a" / "1.png", tmp_path / "p" / "a:1.png"):
         path.parent.mkdir(parents=True, exist_ok=True)
