@@ -10,8 +10,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 from google.protobuf.message import Message
 
-from lookalike._calls.kinds import Batch, Call
-from lookalike._calls.models import is_serving
+from lookalike._calls.kinds import Batch, Part
 from lookalike._retry import LONGEST, Patience, Retry, service_config
 from lookalike._secure import Access, Tls, from_environment
 from lookalike.errors import CallFailed, Cancelled, Unavailable, from_call, not_understood, over_limit
@@ -142,8 +141,8 @@ class Configured:
             options.append(("grpc.use_local_subchannel_pool", 1))  # channels alike would share one connection
         return options
 
-    def _packed(self, batch: Batch[E, R]) -> Iterator[tuple[int, Call[list[R]]]]:
-        """Calls of the batch, each with its number of elements; those that fit into no message fail in their places."""
+    def _packed(self, batch: Batch[E, R]) -> Iterator[Part[R]]:
+        """The batch in parts of one call each; elements that fit into no message fail in their places."""
         chunk: list[E] = []
         failed: dict[int, R] = {}
         room = self._max_message_bytes - _ENVELOPE_BYTES
@@ -154,15 +153,12 @@ class Configured:
                 failed[len(chunk) + len(failed)] = batch.failed(over_limit(alone, self._max_message_bytes))
                 continue
             if chunk and (len(chunk) == batch.most or size + bytes_needed > room):
-                yield len(chunk) + len(failed), batch.call_beside(failed, chunk)
+                yield Part(batch.call(chunk), len(chunk), failed)
                 chunk, failed, size = [], {}, 0
             chunk.append(element)
             size += bytes_needed
-        if chunk:
-            yield len(chunk) + len(failed), batch.call_beside(failed, chunk)
-        elif failed:  # all of them: what is left to learn is whether the server is there
-            asked = is_serving()
-            yield len(failed), Call(asked.method, asked.request, lambda data: list(failed.values()))
+        if chunk or failed:
+            yield Part(batch.call(chunk) if chunk else None, len(chunk), failed)
 
     def _failed(self, error: Any) -> CallFailed:
         encrypted = self._access.credentials is not None

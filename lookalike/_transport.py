@@ -23,7 +23,6 @@ from lookalike._loop import InThread, is_cancelled
 from lookalike._retry import LONGEST, is_final
 from lookalike._settings import DEFAULT_TIMEOUT, Configured, checked_wait
 from lookalike._window import AsyncWindow, Window
-from lookalike.errors import ResourceExhausted
 
 R = TypeVar("R")
 A = TypeVar("A")
@@ -59,7 +58,11 @@ class Transport(Configured):
             yield from page.elements
 
     def batch(self, batch: Batch[E, R]) -> list[R]:
-        return [result for size, call in self._packed(batch) for result in _complete(self.unary(call), size)]
+        return [
+            result
+            for part in self._packed(batch)
+            for result in part.results(self.unary(part.call) if part.call is not None else [])
+        ]
 
     def collected(self, call: Collected[R]) -> R:
         return call.parse(self._repeated(lambda seconds: self._parts(call, seconds)))
@@ -195,7 +198,11 @@ class AsyncTransport(Configured):
 
     async def batch(self, batch: Batch[E, R]) -> list[R]:
         with closing(InThread(self._packed(batch))) as packed:
-            return [result async for size, call in packed for result in _complete(await self.unary(call), size)]
+            return [
+                result
+                async for part in packed
+                for result in part.results(await self.unary(part.call) if part.call is not None else [])
+            ]
 
     async def collected(self, call: Collected[R]) -> R:
         return call.parse(await self._repeated(lambda seconds: self._parts(call, seconds)))
@@ -341,13 +348,3 @@ class AsyncTransport(Configured):
 def _answers(copy: asyncio.Task[bytes]) -> bool:
     error = copy.exception()
     return not isinstance(error, grpc.aio.AioRpcError) or is_final(error.code())
-
-
-def _complete(results: list[R], size: int) -> list[R]:
-    """Results are matched to elements by their order, so a short answer would shift all that follow."""
-    if len(results) != size:
-        raise ResourceExhausted(
-            f"the server answered {len(results)} of {size} elements; its version may not fit this client",
-            code=grpc.StatusCode.UNKNOWN,
-        )
-    return results

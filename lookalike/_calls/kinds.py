@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
 from lookalike._loop import is_cancelled
-from lookalike.errors import CallFailed
+from lookalike.errors import CallFailed, ResourceExhausted
 
 ResultT = TypeVar("ResultT")
 ElementT = TypeVar("ElementT", bound=Message)
@@ -83,17 +84,29 @@ class Batch(Generic[ElementT, ResultT]):
         """Of the message that carries this element and no other."""
         return len(self.call([element]).sent(seconds=0))
 
-    def call_beside(self, failed: Mapping[int, ResultT], elements: Sequence[ElementT]) -> Call[list[ResultT]]:
-        """The call of `elements`, with the results of others in their places, which are given in ascending order."""
-        sent = self.call(elements)
 
-        def parse(data: bytes) -> list[ResultT]:
-            results = sent.parse(data)
-            for place, result in failed.items():
-                results.insert(place, result)
-            return results
+@dataclass(frozen=True, slots=True)
+class Part(Generic[ResultT]):
+    """Elements of a batch that follow one another: those of one call, and between them those that fit into none."""
 
-        return replace(sent, parse=parse) if failed else sent
+    call: Call[list[ResultT]] | None
+    """None where none of them can be sent."""
+    sent: int
+    """How many the call carries."""
+    failed: Mapping[int, ResultT]
+    """Results of the others by their places, ascending."""
+
+    def results(self, answered: list[ResultT]) -> list[ResultT]:
+        """Of each element, in order, from what the call answered. Raises ResourceExhausted for a short answer, which
+        would shift all that follow."""
+        if len(answered) != self.sent:
+            raise ResourceExhausted(
+                f"the server answered {len(answered)} of {self.sent} elements; its version may not fit this client",
+                code=grpc.StatusCode.UNKNOWN,
+            )
+        for place, result in self.failed.items():
+            answered.insert(place, result)
+        return answered
 
 
 def in_place(error: CallFailed) -> CallFailed:

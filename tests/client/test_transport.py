@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import pickle
 import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager, suppress
 
@@ -19,6 +20,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from lookalike import (
+    AsyncClient,
     CallFailed,
     Client,
     Conflict,
@@ -28,6 +30,7 @@ from lookalike import (
     IndexSettings,
     ItemName,
     NewItem,
+    ResourceExhausted,
     ServerError,
     Unavailable,
     Verdict,
@@ -143,6 +146,24 @@ def test_other_failures_are_not_repeated() -> None:
 def test_a_short_answer_to_a_batch_is_refused() -> None:
     with serving(Flaky(grpc.StatusCode.OK, failures=0)) as client, pytest.raises(CallFailed, match="0 of 1 elements"):
         client.verify_batch([(b"a", b"b")])
+
+
+def test_a_batch_that_fits_into_no_message_asks_nobody() -> None:
+    huge = bytes(100_000)
+
+    async def ask(target: str) -> None:
+        async with AsyncClient(target, max_message_bytes=10_000) as client:
+            check(await client.verify_batch([(huge, huge)]))
+
+    def check(results: Sequence[object]) -> None:
+        assert [type(result) for result in results] == [ResourceExhausted] * len(results)
+
+    with serving(handler := Flaky(grpc.StatusCode.OK, failures=0)) as client:
+        with Client(client.target, max_message_bytes=10_000) as small:
+            check(small.embed_batch([huge] * 3))
+            check(small.search_batch("g", [huge]))
+        asyncio.run(ask(client.target))
+    assert handler.seen == {}
 
 
 def test_every_method_of_the_contract_is_called_by_its_name() -> None:
