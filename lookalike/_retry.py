@@ -1,8 +1,9 @@
 """When a call is sent again: after a failure (`Retry`), or beside a slow first try (hedging).
 
 What ends with UNAVAILABLE is repeated by gRPC itself, by a service config (gRFC A6) made here. It waits as long as the
-server asks for, and knows no status details, which is why refusals for want of room are waited out here instead. gRPC's
-core does not implement the hedging of A6, so that is done by the clients too.
+server asks for, and knows no status details, which is why refusals for want of room are waited out here instead. It
+sends the same bytes again, which is why waits for an operation, which get shorter, are repeated here too. gRPC's core
+does not implement the hedging of A6, so that is done by the clients as well.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _METHODS = [
 # Reads may be repeated; and so may writes, because each carries a request_id under which the server does it once and
 # answers a repetition as the first time. An import tells how far it came: to begin again is the caller's decision.
 _NEVER_REPEATED = {(GALLERY, "ImportItems"), (OPERATIONS, "DeleteOperation")}
+
+REPEATED_HERE = frozenset({f"{OPERATIONS}/WaitOperation"})
+"""Calls that the clients repeat when they end with UNAVAILABLE: gRPC would ask for the whole wait again."""
 
 _READS = ("Get", "List", "Search", "Verify", "Embed", "BatchSearch", "BatchVerify", "BatchEmbed")
 _NOT_HEDGED = {"SearchMatches", "VerifyGallery"}  # a stream, and one that may mend
@@ -110,7 +114,7 @@ def service_config(retry: Retry) -> dict[str, Any]:
                 "name": [
                     {"service": service, "method": method}
                     for service, method in _METHODS
-                    if (service, method) not in _NEVER_REPEATED
+                    if (service, method) not in _NEVER_REPEATED and f"{service}/{method}" not in REPEATED_HERE
                 ],
                 "retryPolicy": {
                     "maxAttempts": retry.attempts,
@@ -165,21 +169,24 @@ class Patience:
             self._retries.succeeded()
         self._hedges.succeeded()
 
-    def pause(self, failed: CallFailed, attempt: int, seconds_left: float) -> float | None:
+    def pause(self, failed: CallFailed, attempt: int, seconds_left: float, method: str = "") -> float | None:
         """Seconds after which a call that failed in this attempt, from 1, is sent again; None when it is not."""
         if self._retry is None or self._retries is None or attempt >= self._retry.attempts:
             return None
-        seconds = self._asked_for(failed, attempt, self._retry)
+        seconds = self._asked_for(failed, attempt, self._retry, method)
         if seconds is None:
             return None
         seconds *= random.uniform(1, 1 + _SPREAD)
         return seconds if seconds < seconds_left and self._retries.take() else None
 
     @staticmethod
-    def _asked_for(failed: CallFailed, attempt: int, retry: Retry) -> float | None:
+    def _asked_for(failed: CallFailed, attempt: int, retry: Retry, method: str) -> float | None:
+        grown = min(retry.initial_backoff * retry.multiplier ** (attempt - 1), retry.max_backoff)
         if failed.code is grpc.StatusCode.CANCELLED and isinstance(failed, ResourceExhausted):
             # Refused before anybody who could say how long looked at it; gRPC does not repeat what ends so.
-            return min(retry.initial_backoff * retry.multiplier ** (attempt - 1), retry.max_backoff)
+            return grown
+        if failed.code is grpc.StatusCode.UNAVAILABLE and method in REPEATED_HERE:
+            return grown if failed.retry_after is None else failed.retry_after
         is_full = failed.code is grpc.StatusCode.RESOURCE_EXHAUSTED and failed.reason in _ROOM
         return failed.retry_after if is_full else None
 

@@ -48,7 +48,7 @@ class Transport(Configured):
         self._turns = itertools.cycle(self._channels)
 
     def unary(self, call: Call[R]) -> R:
-        return call.parse(self._repeated(lambda seconds: self._answer(call, seconds)))
+        return call.parse(self._repeated(call.method, lambda seconds: self._answer(call, seconds)))
 
     def pages(self, call: Callable[[str], Call[Page[R]]]) -> Iterator[R]:
         page = self.unary(call(""))
@@ -65,7 +65,7 @@ class Transport(Configured):
         ]
 
     def collected(self, call: Collected[R]) -> R:
-        return call.parse(self._repeated(lambda seconds: self._parts(call, seconds)))
+        return call.parse(self._repeated(call.method, lambda seconds: self._parts(call, seconds)))
 
     def stream(self, call: Stream[R]) -> Iterator[R]:
         made: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
@@ -104,7 +104,7 @@ class Transport(Configured):
     def _method(self, call: Call[R]) -> grpc.UnaryUnaryMultiCallable[bytes, bytes]:
         return self._channel().unary_unary(f"/{call.method}")
 
-    def _repeated(self, ask: Callable[[float], A]) -> A:
+    def _repeated(self, method: str, ask: Callable[[float], A]) -> A:
         """What `ask` returns, which is told the seconds that are left; asked again as `retry` says."""
         give_up = time.monotonic() + self.timeout
         for attempt in itertools.count(1):
@@ -112,7 +112,7 @@ class Transport(Configured):
                 answer = ask(max(give_up - time.monotonic(), 0.001))
             except grpc.RpcError as error:
                 failed = self._failed(error)
-                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
+                pause = self._patience.pause(failed, attempt, give_up - time.monotonic(), method)
                 if pause is None:
                     raise failed from None
                 time.sleep(pause)
@@ -128,7 +128,8 @@ class Transport(Configured):
     def _answer(self, call: Call[R], seconds: float) -> bytes:
         hedge_after = self._patience.hedge_after(call.method)
         if hedge_after is None:
-            return self._method(call)(call.sent(seconds), timeout=seconds, metadata=self._access.metadata)
+            sent = call.sent(seconds, self.timeout - seconds)
+            return self._method(call)(sent, timeout=seconds, metadata=self._access.metadata)
         return self._hedged(call, seconds, hedge_after)
 
     def _hedged(self, call: Call[R], seconds: float, hedge_after: float) -> bytes:
@@ -185,7 +186,7 @@ class AsyncTransport(Configured):
         self._channels: list[grpc.aio.Channel] = []
 
     async def unary(self, call: Call[R]) -> R:
-        return call.parse(await self._repeated(lambda seconds: self._answer(call, seconds)))
+        return call.parse(await self._repeated(call.method, lambda seconds: self._answer(call, seconds)))
 
     async def pages(self, call: Callable[[str], Call[Page[R]]]) -> AsyncIterator[R]:
         page = await self.unary(call(""))
@@ -205,7 +206,7 @@ class AsyncTransport(Configured):
             ]
 
     async def collected(self, call: Collected[R]) -> R:
-        return call.parse(await self._repeated(lambda seconds: self._parts(call, seconds)))
+        return call.parse(await self._repeated(call.method, lambda seconds: self._parts(call, seconds)))
 
     async def stream(self, call: Stream[R]) -> AsyncIterator[R]:
         made: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._channel().stream_stream(f"/{call.method}")
@@ -262,7 +263,7 @@ class AsyncTransport(Configured):
     def _method(self, call: Call[R]) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
         return self._channel().unary_unary(f"/{call.method}")
 
-    async def _repeated(self, ask: Callable[[float], Awaitable[A]]) -> A:
+    async def _repeated(self, method: str, ask: Callable[[float], Awaitable[A]]) -> A:
         give_up = time.monotonic() + self.timeout
         for attempt in itertools.count(1):
             try:
@@ -270,7 +271,7 @@ class AsyncTransport(Configured):
                     answer = await ask(max(give_up - time.monotonic(), 0.001))
             except grpc.aio.AioRpcError as error:
                 failed = self._failed(error)
-                pause = self._patience.pause(failed, attempt, give_up - time.monotonic())
+                pause = self._patience.pause(failed, attempt, give_up - time.monotonic(), method)
                 if pause is None:
                     raise failed from None
                 await asyncio.sleep(pause)
@@ -286,7 +287,8 @@ class AsyncTransport(Configured):
     async def _answer(self, call: Call[R], seconds: float) -> bytes:
         hedge_after = self._patience.hedge_after(call.method)
         if hedge_after is None:
-            return await self._method(call)(call.sent(seconds), timeout=seconds, metadata=self._access.metadata)
+            sent = call.sent(seconds, self.timeout - seconds)
+            return await self._method(call)(sent, timeout=seconds, metadata=self._access.metadata)
         return await self._hedged(call, seconds, hedge_after)
 
     async def _hedged(self, call: Call[R], seconds: float, hedge_after: float) -> bytes:

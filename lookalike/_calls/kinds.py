@@ -28,13 +28,13 @@ class Call(Generic[ResultT]):
 
     method: str
     """`package.Service/Method`."""
-    request: bytes | Callable[[float], bytes]
-    """A function of the seconds that the call has, for one that waits on the server."""
+    request: bytes | Callable[[float, float], bytes]
+    """For a call that waits on the server a function of the seconds that it has left, and of those that have gone."""
     parse: Callable[[bytes], ResultT]
 
-    def sent(self, seconds: float) -> bytes:
-        """The request of a call that has so many seconds."""
-        return self.request if isinstance(self.request, bytes) else self.request(seconds)
+    def sent(self, left: float, gone: float = 0.0) -> bytes:
+        """The request of a call that has so many seconds left, after so many that earlier tries took."""
+        return self.request if isinstance(self.request, bytes) else self.request(left, gone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Batch(Generic[ElementT, ResultT]):
 
     def bytes_alone(self, element: ElementT) -> int:
         """Of the message that carries this element and no other."""
-        return len(self.call([element]).sent(seconds=0))
+        return len(self.call([element]).sent(left=0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,11 +121,12 @@ def get_operation(operation: str) -> Call[Operation]:
 
 
 def wait_operation(operation: str, *, seconds: float = 10.0) -> Call[Operation]:
-    """The operation once it is done, or as it is after so many seconds, at most four fifths of the client's timeout."""
+    """The operation once it is done, or as it is after so many seconds, at most four fifths of the client's timeout;
+    those before the call was repeated count."""
 
-    def request(left: float) -> bytes:
+    def request(left: float, gone: float) -> bytes:
         asked = operations_pb2.WaitOperationRequest(name=f"operations/{operation}")
-        asked.timeout.FromNanoseconds(int(min(seconds, _WAITED * left) * 1e9))
+        asked.timeout.FromNanoseconds(int(max(0.0, min(seconds - gone, _WAITED * left)) * 1e9))
         return bytes(asked.SerializeToString())
 
     return Call(

@@ -109,7 +109,31 @@ def test_an_operation_is_waited_for_no_longer_than_the_timeout_allows(
         found = through(address, lambda client: client.wait_operation("7", seconds=seconds), timeout=timeout)
     assert (found.id, found.done) == ("7", False)
     assert asked[0] <= 0.8 * timeout
-    assert seconds > timeout or asked == [seconds]
+    assert seconds > timeout or seconds - 0.5 < asked[0] <= seconds
+
+
+@both
+def test_the_wait_for_an_operation_that_is_asked_for_again_is_what_is_left_of_it(loop: Loop, through: Ask) -> None:
+    asked: list[float] = []
+
+    async def gone_twice(before: int, request: bytes, context: Context) -> bytes:
+        wanted = operations_pb2.WaitOperationRequest.FromString(request).timeout
+        asked.append(wanted.seconds + wanted.nanos / 1e9)
+        if before < 2:
+            await asyncio.sleep(0.3)
+            await refuse(context, grpc.StatusCode.UNAVAILABLE)
+        return bytes(operations_pb2.Operation(name="operations/7").SerializeToString())
+
+    def wait(client: Any) -> Any:
+        return client.wait_operation("7", seconds=0.5)
+
+    with serving(loop, Flaky(gone_twice)) as address:
+        assert through(address, wait, retry=FAST).id == "7"
+    assert 0 <= asked[2] <= asked[1] <= asked[0] - 0.3
+    assert asked[2] == 0  # 0.6 s have gone
+    with serving(loop, handler := Flaky(gone_twice)) as address, pytest.raises(Unavailable):
+        through(address, wait, retry=None)
+    assert handler.seen["WaitOperation"] == 1
 
 
 @both
