@@ -7,11 +7,12 @@ returns the result, bound to an asynchronous one a function whose result is awai
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, overload
 
 from google.protobuf.message import Message
 
+from lookalike import _messages as messages
 from lookalike._calls import feedback, galleries, items, match, models, upkeep
 from lookalike._calls import search as searches
 from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
@@ -28,9 +29,10 @@ Awaited: TypeAlias = Coroutine[object, None, R]
 class Unary(Generic[P, R]):
     """One call, one result."""
 
-    def __init__(self, build: Callable[P, Call[R]]) -> None:
+    def __init__(self, build: Callable[P, Call[R]], *, images: Sequence[str] = ()) -> None:
         self._build = build
         self._shown = _Shown(build)
+        self._images = _Images(build, images)
 
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
@@ -41,15 +43,16 @@ class Unary(Generic[P, R]):
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self
-        return self._shown.on(lambda *args, **kwargs: client.unary(self._build(*args, **kwargs)))
+        return self._shown.on(self._images.asking(client, client.unary, self._build))
 
 
 class Collecting(Generic[P, R]):
     """One call whose answer comes in parts, one result."""
 
-    def __init__(self, build: Callable[P, Collected[R]]) -> None:
+    def __init__(self, build: Callable[P, Collected[R]], *, images: Sequence[str] = ()) -> None:
         self._build = build
         self._shown = _Shown(build)
+        self._images = _Images(build, images)
 
     @overload
     def __get__(self, client: None, owner: type) -> Self: ...
@@ -60,7 +63,7 @@ class Collecting(Generic[P, R]):
     def __get__(self, client: Transport | AsyncTransport | None, owner: type) -> Any:
         if client is None:
             return self
-        return self._shown.on(lambda *args, **kwargs: client.collected(self._build(*args, **kwargs)))
+        return self._shown.on(self._images.asking(client, client.collected, self._build))
 
 
 class Streamed(Generic[P, R]):
@@ -134,18 +137,42 @@ class _Shown:
         return function
 
 
+class _Images:
+    """Where images stand among the arguments of a call."""
+
+    def __init__(self, build: Callable[..., Any], names: Sequence[str]) -> None:
+        parameters = list(inspect.signature(build).parameters)
+        self._places = {name: parameters.index(name) for name in names}
+
+    def asking(
+        self, client: Transport | AsyncTransport, ask: Callable[..., Any], build: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """The method of a client: one of asyncio makes a call in a thread where its images take long to read."""
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if isinstance(client, AsyncTransport) and self._take_long(args, kwargs):
+                return client._made_in_thread(lambda: build(*args, **kwargs), ask)
+            return ask(build(*args, **kwargs))
+
+        return method
+
+    def _take_long(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+        given = (args[at] if at < len(args) else kwargs.get(name) for name, at in self._places.items())
+        return any(map(messages.takes_long, given))
+
+
 class Methods:
     """Every call of the API."""
 
-    verify = Unary(match.verify)
+    verify = Unary(match.verify, images=("a", "b"))
     verify_batch = Batched(match.verify_batch)
     verify_stream = Streamed(match.verify_stream)
-    embed = Unary(match.embed)
+    embed = Unary(match.embed, images=("image",))
     embed_batch = Batched(match.embed_batch)
-    search = Unary(searches.search)
+    search = Unary(searches.search, images=("query",))
     search_batch = Batched(searches.search_batch)
-    search_columns = Unary(searches.search_columns)
-    search_matches = Collecting(searches.search_matches)
+    search_columns = Unary(searches.search_columns, images=("queries",))
+    search_matches = Collecting(searches.search_matches, images=("query",))
     search_stream = Streamed(searches.search_stream)
     create_gallery = Unary(galleries.create_gallery)
     get_gallery = Unary(galleries.get_gallery)
@@ -155,7 +182,7 @@ class Methods:
     get_item = Unary(items.get_item)
     list_items = Paged(items.list_items)
     update_items = Batched(items.update_items)
-    update_item = Unary(items.update_item)
+    update_item = Unary(items.update_item, images=("item",))
     import_items = Streamed(items.import_items)
     delete_item = Unary(items.delete_item)
     delete_items = Unary(items.delete_items)

@@ -26,6 +26,7 @@ from lookalike._window import AsyncWindow, Window
 
 R = TypeVar("R")
 A = TypeVar("A")
+C = TypeVar("C")
 E = TypeVar("E", bound=Message)
 
 _POLL_SECONDS = 0.1
@@ -184,6 +185,14 @@ class AsyncTransport(Configured):
     def _open(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channels: list[grpc.aio.Channel] = []
+
+    async def _made_in_thread(self, make: Callable[[], C], ask: Callable[[C], Awaitable[R]]) -> R:
+        """What `ask` answers to a call that takes long to make."""
+        self._check_open()
+        call = await asyncio.to_thread(make)
+        if self._closed:
+            raise self._given_up()
+        return await ask(call)
 
     async def unary(self, call: Call[R]) -> R:
         return call.parse(await self._repeated(call.method, lambda seconds: self._answer(call, seconds)))

@@ -3,7 +3,8 @@
 Images are given as the bytes of an image file, its path, an embedding, or the name of a stored item; galleries, items
 and models by their ids. Every failed call raises one error of `lookalike.errors`; in a batch an element fails alone,
 and its error stands in the place of its result. Calls are repeated a few times while the server is unavailable, imports
-excepted; a write that is repeated is done once. A path is read when the method is called.
+excepted; a write that is repeated is done once. A path is read when the method is called, by `AsyncClient` when it is
+awaited.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class AsyncClient(Methods, AsyncTransport):
     """`Client` for asyncio: the same methods, awaited; listings are iterated with `async for`.
 
     It may be made anywhere, and belongs to the event loop that it is first used in. Iterables of a batch or a stream
-    are iterated in a thread of their own.
+    are iterated in a thread of their own. Files are read, and pixels and pictures encoded, in threads of the loop:
+    leave an array as it is until its call is answered.
     """
 
     async def __aenter__(self) -> Self:

@@ -7,7 +7,7 @@ from lookalike._messages.decisions import decision, embedding, feedback, matches
 from lookalike._messages.galleries import alias, gallery, imported, index_settings, item, purged, update_request
 from lookalike._messages.models import ACTIVE_MODEL, calibration, model, model_change
 from lookalike._messages.names import gallery_name, item_name, model_name, snapshot_name
-from lookalike._messages.questions import effort, image_input, item_mask, neighbor_mask, operating_point
+from lookalike._messages.questions import effort, image_input, item_mask, neighbor_mask, operating_point, takes_long
 from lookalike._messages.upkeep import operation, snapshot, verification
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "recorded_feedback",
     "snapshot",
     "snapshot_name",
+    "takes_long",
     "update_request",
     "verification",
 ]

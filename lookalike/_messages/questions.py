@@ -10,7 +10,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from lookalike._arrays import encoded_picture, png
 from lookalike._messages.names import model_name
-from lookalike.types import Effort, EmbeddingOf, ImageLike, ItemName, OperatingPoint
+from lookalike.types import Effort, EmbeddingOf, ImageLike, ItemName, NewItem, OperatingPoint
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
 
 _ITEM_FIELDS = tuple(field.name for field in gallery_pb2.Item.DESCRIPTOR.fields)
@@ -43,6 +43,20 @@ def image_input(image: ImageLike) -> common_pb2.ImageInput:
         "an image is bytes, a path, an array, a picture of Pillow, an EmbeddingOf or an ItemName; got "
         f"{type(image).__name__}"
     )
+
+
+def takes_long(given: object) -> bool:
+    """Whether what is given as an image, an item or a sequence of images is read from a file or encoded for its
+    message."""
+    if isinstance(given, bytes | ItemName | EmbeddingOf) or given is None:
+        return False
+    if isinstance(given, np.ndarray):
+        return not np.issubdtype(given.dtype, np.floating)
+    if isinstance(given, NewItem):
+        return takes_long(given.image)
+    if isinstance(given, list | tuple):
+        return any(map(takes_long, given))
+    return True
 
 
 def operating_point(point: OperatingPoint | None) -> common_pb2.OperatingPoint | None:
