@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from lookalike import _messages as messages
 from lookalike._calls import feedback, galleries, items, match, models, upkeep
 from lookalike._calls import search as searches
-from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
+from lookalike._calls.kinds import Batch, Call, Collected, Fitted, Page, Stream
 from lookalike._transport import AsyncTransport, Transport
 
 P = ParamSpec("P")
@@ -29,7 +29,7 @@ Awaited: TypeAlias = Coroutine[object, None, R]
 class Unary(Generic[P, R]):
     """One call, one result."""
 
-    def __init__(self, build: Callable[P, Call[R]], *, images: Sequence[str] = ()) -> None:
+    def __init__(self, build: Callable[P, Call[R] | Fitted[R]], *, images: Sequence[str] = ()) -> None:
         self._build = build
         self._shown = _Shown(build)
         self._images = _Images(build, images)

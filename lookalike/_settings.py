@@ -10,7 +10,7 @@ from typing import Any, Self, TypedDict, TypeVar, Unpack
 import grpc
 from google.protobuf.message import Message
 
-from lookalike._calls.kinds import Batch, Part
+from lookalike._calls.kinds import BYTES_BEFORE_ELEMENT, Batch, Call, Fitted, Part
 from lookalike._retry import LONGEST, Patience, Retry, service_config
 from lookalike._secure import Access, Tls, from_environment
 from lookalike.errors import CallFailed, Cancelled, Unavailable, from_call, not_understood, over_limit
@@ -29,8 +29,6 @@ DEFAULT_WINDOW = 512
 
 _ENVELOPE_BYTES = 4096
 """Room that a batch leaves for the rest of its message, beside the elements."""
-_ELEMENT_BYTES = 8
-"""Tag and length that precede an element."""
 
 _MOST_CONNECTIONS = 64
 
@@ -141,6 +139,9 @@ class Configured:
             options.append(("grpc.use_local_subchannel_pool", 1))  # channels alike would share one connection
         return options
 
+    def _fitted(self, call: Call[R] | Fitted[R]) -> Call[R]:
+        return call.call(self._max_message_bytes) if isinstance(call, Fitted) else call
+
     def _packed(self, batch: Batch[E, R]) -> Iterator[Part[R]]:
         """The batch in parts of one call each; elements that fit into no message fail in their places."""
         chunk: list[E] = []
@@ -148,7 +149,7 @@ class Configured:
         room = self._max_message_bytes - _ENVELOPE_BYTES
         size = 0
         for element in batch.elements:
-            bytes_needed = element.ByteSize() + _ELEMENT_BYTES
+            bytes_needed = element.ByteSize() + BYTES_BEFORE_ELEMENT
             if bytes_needed > room and (alone := batch.bytes_alone(element)) > self._max_message_bytes:
                 failed[len(chunk) + len(failed)] = batch.failed(over_limit(alone, self._max_message_bytes))
                 continue

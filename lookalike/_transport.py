@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from lookalike._calls.kinds import Batch, Call, Collected, Page, Stream
+from lookalike._calls.kinds import Batch, Call, Collected, Fitted, Page, Stream
 from lookalike._calls.models import is_serving
 from lookalike._loop import InThread, is_cancelled
 from lookalike._retry import LONGEST, is_final
@@ -48,8 +48,9 @@ class Transport(Configured):
         ]
         self._turns = itertools.cycle(self._channels)
 
-    def unary(self, call: Call[R]) -> R:
-        return call.parse(self._repeated(call.method, lambda seconds: self._answer(call, seconds)))
+    def unary(self, call: Call[R] | Fitted[R]) -> R:
+        ready = self._fitted(call)
+        return ready.parse(self._repeated(ready.method, lambda seconds: self._answer(ready, seconds)))
 
     def pages(self, call: Callable[[str], Call[Page[R]]]) -> Iterator[R]:
         page = self.unary(call(""))
@@ -186,16 +187,22 @@ class AsyncTransport(Configured):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channels: list[grpc.aio.Channel] = []
 
-    async def _made_in_thread(self, make: Callable[[], C], ask: Callable[[C], Awaitable[R]]) -> R:
+    async def _made_in_thread(self, make: Callable[[], C], ask: Callable[[Any], Awaitable[R]]) -> R:
         """What `ask` answers to a call that takes long to make."""
+
+        def made() -> C | Call[Any]:
+            call = make()
+            return self._fitted(call) if isinstance(call, Fitted) else call
+
         self._check_open()
-        call = await asyncio.to_thread(make)
+        call = await asyncio.to_thread(made)
         if self._closed:
             raise self._given_up()
         return await ask(call)
 
-    async def unary(self, call: Call[R]) -> R:
-        return call.parse(await self._repeated(call.method, lambda seconds: self._answer(call, seconds)))
+    async def unary(self, call: Call[R] | Fitted[R]) -> R:
+        ready = self._fitted(call)
+        return ready.parse(await self._repeated(ready.method, lambda seconds: self._answer(ready, seconds)))
 
     async def pages(self, call: Callable[[str], Call[Page[R]]]) -> AsyncIterator[R]:
         page = await self.unary(call(""))

@@ -21,6 +21,9 @@ AnyT = TypeVar("AnyT")
 
 PAGE_SIZE = 1000
 
+BYTES_BEFORE_ELEMENT = 8
+"""Most that tag and length of an element take in its message."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[ResultT]):
@@ -50,6 +53,14 @@ class Collected(Generic[ResultT]):
     method: str
     request: bytes
     parse: Callable[[Sequence[bytes]], ResultT]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted(Generic[ResultT]):
+    """A call that leaves out what fits into no message."""
+
+    call: Callable[[int], Call[ResultT]]
+    """Made for the most bytes that a message takes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -10,8 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookalike import _messages as messages
-from lookalike._calls.kinds import Batch, Call, Collected, Stream, call, in_bundles, in_place
-from lookalike.errors import CallFailed, ServerError, from_status
+from lookalike._calls.kinds import (
+    BYTES_BEFORE_ELEMENT,
+    Batch,
+    Call,
+    Collected,
+    Fitted,
+    Stream,
+    call,
+    in_bundles,
+    in_place,
+)
+from lookalike.errors import CallFailed, ServerError, from_status, over_limit
 from lookalike.types import Effort, ImageLike, ItemName, NeighborColumns, Neighbors, OperatingPoint
 from lookalike.v1 import common_pb2, search_pb2
 
@@ -101,11 +111,12 @@ def search_columns(
     filter: str = "",
     effort: Effort | None = None,
     metadata: bool = False,
-) -> Call[NeighborColumns]:
+) -> Fitted[NeighborColumns]:
     """Search many images and take what they found as columns of numpy, in a fraction of the time of `search_batch`.
 
     `queries` are embeddings, floating-point [Q, D], pixels, uint8 [Q, H, W] or [Q, H, W, 1 to 4], or images of any kind
-    as `search_batch` takes them; one call takes at most 1,024, and what it finds must fit into one message. Metadata is
+    as `search_batch` takes them. It is one call, of one model and one moment: it takes at most 1,024 queries, which
+    must fit into one message together, and so must what they find; a query that fits into none fails alone. Metadata is
     left out unless asked for.
     """
     most = max(1, min(MAX_QUERIES, MAX_NEIGHBORS // _checked_k(k)))
@@ -122,19 +133,24 @@ def search_columns(
     )
     if isinstance(queries, np.ndarray) and queries.ndim == 2 and np.issubdtype(queries.dtype, np.floating):
         sent = request.SerializeToString() + messages.embeddings(queries.astype(np.float32, copy=False))
-    else:
-        request.queries.extend(messages.image_input(query) for query in queries)
-        sent = request.SerializeToString()
+        return Fitted(lambda limit: _in_columns(sent, gallery, {}))
+    inputs = [messages.image_input(query) for query in queries]
 
-    def parse(data: bytes) -> NeighborColumns:
-        response = search_pb2.BatchSearchResponse.FromString(data)
-        if not response.HasField("columns"):
-            raise ServerError(
-                "the server knows no columns; take search_batch, or update it", code=grpc.StatusCode.UNIMPLEMENTED
-            )
-        return messages.columns(response.columns, gallery)
+    def fitted(limit: int) -> Call[NeighborColumns]:
+        room = limit - request.ByteSize()
+        failed = {
+            at: over_limit(alone + request.ByteSize(), limit)
+            for at, each in enumerate(inputs)
+            if each.ByteSize() + BYTES_BEFORE_ELEMENT > room
+            and (alone := search_pb2.BatchSearchRequest(queries=[each]).ByteSize()) > room
+        }
+        # In its place one of no kind, which the server lets fail alone: the threshold comes with the answer.
+        kept = [common_pb2.ImageInput() if at in failed else each for at, each in enumerate(inputs)]
+        whole = search_pb2.BatchSearchRequest(queries=kept)
+        whole.MergeFrom(request)
+        return _in_columns(whole.SerializeToString(), gallery, failed)
 
-    return Call(f"{SEARCH}/BatchSearch", sent, parse)
+    return Fitted(fitted)
 
 
 def search_matches(
@@ -230,6 +246,20 @@ def search_stream(
         pack,
         parse,
     )
+
+
+def _in_columns(sent: bytes, gallery: str, failed: Mapping[int, CallFailed]) -> Call[NeighborColumns]:
+    """The call of a BatchSearchRequest in which queries failed before it was sent."""
+
+    def parse(data: bytes) -> NeighborColumns:
+        response = search_pb2.BatchSearchResponse.FromString(data)
+        if not response.HasField("columns"):
+            raise ServerError(
+                "the server knows no columns; take search_batch, or update it", code=grpc.StatusCode.UNIMPLEMENTED
+            )
+        return messages.columns(response.columns, gallery, failed)
+
+    return Call(f"{SEARCH}/BatchSearch", sent, parse)
 
 
 def _outcome(result: search_pb2.SearchResult) -> Neighbors | CallFailed:

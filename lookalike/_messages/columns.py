@@ -5,11 +5,13 @@ Shapes: Q queries, P neighbours of all queries, D embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
 from lookalike._messages.names import dictionary, last_part
-from lookalike.errors import from_status
+from lookalike.errors import CallFailed, from_status
 from lookalike.types import NeighborColumns
 from lookalike.v1 import common_pb2, search_pb2
 
@@ -24,8 +26,9 @@ def embeddings(rows_QD: NDArray[np.float32]) -> bytes:
     return np.hstack([np.broadcast_to(head, (len(rows_QD), len(head))), values_QB]).tobytes()
 
 
-def columns(message: search_pb2.NeighborColumns, gallery: str) -> NeighborColumns:
-    """`gallery` is the one asked for; the answer tells which an alias stood for."""
+def columns(message: search_pb2.NeighborColumns, gallery: str, failed: Mapping[int, CallFailed]) -> NeighborColumns:
+    """`gallery` is the one asked for; the answer tells which an alias stood for. `failed` are the errors of queries, by
+    their places, for which the answer has others."""
     rows = len(message.distances)
     evidence = message.evidence
     return NeighborColumns(
@@ -46,5 +49,5 @@ def columns(message: search_pb2.NeighborColumns, gallery: str) -> NeighborColumn
         calibration=evidence.calibration,
         generation=message.generation,
         partial=message.partial,
-        errors={each.query: from_status(each.error) for each in message.failed},
+        errors={each.query: failed.get(each.query) or from_status(each.error) for each in message.failed},
     )

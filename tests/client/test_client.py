@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -154,11 +154,18 @@ class TestBatches:
         check(client.verify_batch((image, png(1)) for image in images))
         check(client.update_items(gallery, (NewItem(id=f"{n}", image=image) for n, image in enumerate(images))))
         assert [item.name.id for item in client.list_items(gallery)] == [f"{n}" for n in range(8) if n not in at]
-        check(client.search_batch(gallery, images, k=3))
+        rows = client.search_batch(gallery, images, k=3)
+        check(rows)
+        columns = list(client.search_columns(gallery, images, k=3, metadata=True))
+        check(columns)
+        assert [each for n, each in enumerate(columns) if n not in at] == [
+            each for n, each in enumerate(rows) if n not in at
+        ]
 
         async def ask() -> None:
             async with AsyncClient(server.address, max_message_bytes=MAX_MESSAGE_BYTES) as other:
                 check(await other.embed_batch(images))
+                check(list(await other.search_columns(gallery, images, k=3)))
 
         asyncio.run(ask())
 
@@ -179,6 +186,19 @@ class TestBatches:
         assert sent.reason == "INVALID_IMAGE"
         assert isinstance(refused, ResourceExhausted)
         assert f"({MAX_MESSAGE_BYTES + 1} vs. {MAX_MESSAGE_BYTES})" in str(refused)
+
+    def test_the_limit_of_columns_is_that_of_the_message(self, client: Client, gallery: str) -> None:
+        def errors(size: int) -> Mapping[int, CallFailed]:
+            return client.search_columns(gallery, [bytes(size)], k=3).errors
+
+        (over,) = errors(MAX_MESSAGE_BYTES).values()
+        too_much = int(re.findall(r"\((\d+) vs", str(over))[0]) - MAX_MESSAGE_BYTES
+        (sent,), (refused,) = (errors(MAX_MESSAGE_BYTES - too_much + more).values() for more in (0, 1))
+        assert isinstance(sent, InvalidRequest)
+        assert sent.reason == "INVALID_IMAGE"
+        assert isinstance(refused, ResourceExhausted)
+        with pytest.raises(ResourceExhausted, match="fewer at once"):
+            client.search_columns(gallery, [bytes(MAX_MESSAGE_BYTES // 2)] * 3)
 
     def test_feedback_over_the_limit_is_not_recorded_in_part(self, client: Client, server: Server) -> None:
         decision = client.verify(png(1), png(2))
