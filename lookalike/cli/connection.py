@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from embedding.errors import InvalidInput
-from lookalike._secure import Tls
+from lookalike._secure import Access, Tls
 from lookalike._settings import DEFAULT_TIMEOUT
 from lookalike.client import Client
 
@@ -81,8 +82,21 @@ def connect(target: str, *, timeout: float = DEFAULT_TIMEOUT) -> Client:
     """A client by what was chosen. Raises InvalidInput."""
     if not target.strip():
         raise InvalidInput("the server's address is empty; give --target HOST:PORT")
-    try:
+    with _refusals():
         return Client(target, timeout=timeout, **_access(_chosen, os.environ))
+
+
+def access(target: str) -> Access:
+    """What a channel to `target` is opened with, by what was chosen. Raises InvalidInput."""
+    with _refusals():
+        return Access(target, **_access(_chosen, os.environ))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """The client's refusals, for those who type."""
+    try:
+        yield
     except OSError as error:
         raise InvalidInput(f"cannot read {error.filename}: {error.strerror}") from error
     except ValueError as error:

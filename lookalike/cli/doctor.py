@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from lookalike.cli import options, show
+from lookalike.cli import connection, options, show
 
 if TYPE_CHECKING:
     from service.doctor.finding import Finding
+    from service.doctor.server import Way
 
 UNWELL = 1
 
@@ -46,7 +47,8 @@ def doctor(
 ) -> None:
     """Check a deployment, and say what is wrong and what to do; exit with 1 if it cannot serve.
 
-    Give it the settings that the server gets. It changes nothing and may run beside a server.
+    Give it the settings that the server gets. It changes nothing and may run beside a server, which it calls as the
+    options before the command say.
     """
     import structlog
 
@@ -83,7 +85,7 @@ def doctor(
         tell(Finding(check="settings", state="ok", what=f"{len(origins.of)} given, the others at their defaults"))
         for finding in looked_at(origins.settings, full=full):
             tell(finding)
-        for finding in asked(origins.settings, target=target, services=SERVICES):
+        for finding in asked(origins.settings, target=target, services=SERVICES, way=_way):
             tell(finding)
     if json:
         print(json_module.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
@@ -93,6 +95,13 @@ def doctor(
         print(f"{len(findings)} check{'s' * (len(findings) != 1)}: {failed} failed, {warned} with a warning")
     if failed:
         raise typer.Exit(UNWELL)
+
+
+def _way(address: str) -> Way:
+    from service.doctor.server import Way
+
+    found = connection.access(address)
+    return Way(credentials=found.credentials, options=found.options, metadata=found.metadata)
 
 
 def _print(finding: Finding) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from embedding.errors import LookalikeError
+from embedding.errors import InvalidInput, LookalikeError
 from lookalike.v1 import model_pb2, model_pb2_grpc
 from service import standing
 from service.doctor.finding import Finding
@@ -22,17 +23,53 @@ from service.transport import joined
 
 _SECONDS = 5.0
 
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a server is called: in plain text where there are no credentials."""
+
+    credentials: grpc.ChannelCredentials | None = None
+    options: Sequence[tuple[str, Any]] = ()
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+
+    def channel(self, address: str) -> grpc.Channel:
+        """To close after use."""
+        if self.credentials is None:
+            return grpc.insecure_channel(address, options=self.options)
+        return grpc.secure_channel(address, self.credentials, options=self.options)
+
+
+PLAIN = Way()
+
+_UNHEARD = (
+    "something else listens there, it serves TLS (give --tls or --tls-ca before the command, or name tls_certificate), "
+    "or it hangs: see its log"
+)
+_UNHEARD_ENCRYPTED = (
+    "its certificate leads to no root of --tls-ca or is for another name (--tls-server-name), it asks for one of yours "
+    "(--client-certificate), it serves no TLS, something else listens there, or it hangs: see its log"
+)
+
 _UNANSWERED = {
-    grpc.StatusCode.UNAUTHENTICATED: "it asks for keys, which this command does not send: ask with one, by "
-    "LOOKALIKE_API_KEY=… lookalike model list --target",
+    grpc.StatusCode.UNAUTHENTICATED: "it asks for a key: give one that it knows, in LOOKALIKE_API_KEY or by "
+    "--api-key-file before the command",
     grpc.StatusCode.RESOURCE_EXHAUSTED: "it is full: look at LookalikeOverloaded in docs/operations.md, and ask again",
     grpc.StatusCode.CANCELLED: "it has more calls than it can look at: see LookalikeOverloaded in docs/operations.md",
     grpc.StatusCode.DEADLINE_EXCEEDED: "it is too busy to answer: look at LookalikeSlow in docs/operations.md",
 }
 
 
-def asked(settings: Settings, *, target: str | None = None, services: tuple[str, ...] = ()) -> Iterator[Finding]:
-    """What the server at `target`, by default the settings' own address, says; `services` are to be SERVING."""
+def asked(
+    settings: Settings,
+    *,
+    target: str | None = None,
+    services: tuple[str, ...] = (),
+    way: Callable[[str], Way] = lambda address: PLAIN,
+) -> Iterator[Finding]:
+    """What the server at `target`, by default the settings' own address, says; `services` are to be SERVING.
+
+    `way` says how an address is called, and raises InvalidInput where it cannot be.
+    """
     host, port = _address(target) if target else (_reachable(settings.host), settings.port)
     if not port:
         yield Finding(
@@ -63,27 +100,45 @@ def asked(settings: Settings, *, target: str | None = None, services: tuple[str,
         if not target:
             yield from _bindable(settings)
         return
-    if settings.tls_certificate is not None:
-        yield from _encrypted(host, port, settings)
-    else:
-        yield from _healthy(host, port, settings, services)
+    yield from _called(host, port, settings, services, way)
     if settings.metrics_port:
         yield from _ready(_reachable(settings.metrics_host), settings.metrics_port)
 
 
-def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...]) -> Iterator[Finding]:
-    with grpc.insecure_channel(joined(host, port)) as channel:
+def _called(
+    host: str, port: int, settings: Settings, services: tuple[str, ...], way: Callable[[str], Way]
+) -> Iterator[Finding]:
+    """Of a server with a certificate nothing but this can be said, unless we were told how to call it."""
+    try:
+        found = way(joined(host, port))
+    except InvalidInput as error:
+        what = f"{host}:{port} is not called: {error}"
+        yield Finding(
+            check="server", state="fail", what=what, do="correct the options before the command, or variables"
+        )
+        return
+    if settings.tls_certificate is not None:
+        shown = _encrypted(host, port, settings)
+        yield shown
+        if shown.state != "ok" or found.credentials is None:
+            return
+    yield from _healthy(host, port, settings, services, found)
+
+
+def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...], way: Way) -> Iterator[Finding]:
+    with way.channel(joined(host, port)) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its stubs lack the methods
         for service in ("", *services):
             name = service or "server"
             try:
-                status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=_SECONDS).status
+                request = health_pb2.HealthCheckRequest(service=service)
+                status = stub.Check(request, timeout=_SECONDS, metadata=way.metadata).status
             except grpc.RpcError as error:
                 yield Finding(
                     check=name,
                     state="fail",
                     what=f"{host}:{port} does not answer health checks: {error.code().name}",
-                    do="something else listens there, it serves TLS (name tls_certificate), or it hangs: see its log",
+                    do=_UNHEARD if way.credentials is None else _UNHEARD_ENCRYPTED,
                 )
                 return
             if status == health_pb2.HealthCheckResponse.SERVING:
@@ -96,15 +151,15 @@ def _healthy(host: str, port: int, settings: Settings, services: tuple[str, ...]
                     do="it loads its model, or drains: look at its log, and again in a minute",
                 )
                 return
-        yield from _same_model(channel, settings)
+        yield from _same_model(channel, settings, way)
 
 
-def _same_model(channel: grpc.Channel, settings: Settings) -> Iterator[Finding]:
+def _same_model(channel: grpc.Channel, settings: Settings, way: Way) -> Iterator[Finding]:
     try:
         given = Stock((settings.bundle, *settings.other_bundles)).all()
         wanted = standing.read(settings.galleries, tuple(map(Choice.of, given))).active.model
         response = model_pb2_grpc.ModelServiceStub(channel).GetModel(
-            model_pb2.GetModelRequest(name="models/active"), timeout=_SECONDS
+            model_pb2.GetModelRequest(name="models/active"), timeout=_SECONDS, metadata=way.metadata
         )
     except LookalikeError:
         return  # the bundle has its own finding
@@ -128,7 +183,7 @@ def _same_model(channel: grpc.Channel, settings: Settings) -> Iterator[Finding]:
         )
 
 
-def _encrypted(host: str, port: int, settings: Settings) -> Iterator[Finding]:
+def _encrypted(host: str, port: int, settings: Settings) -> Finding:
     """Whether the certificate of the files is the one that is served; who may call is not known here."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -140,21 +195,19 @@ def _encrypted(host: str, port: int, settings: Settings) -> Iterator[Finding]:
             context.wrap_socket(connection).close()
     except (OSError, ValueError) as error:
         if getattr(error, "reason", "") in {"WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING"}:
-            yield Finding(
+            return Finding(
                 check="server",
                 state="fail",
                 what=f"{host}:{port} does not speak TLS",
                 do="it was started without tls_certificate: restart it with these settings; or something else listens",
             )
-            return
-        yield Finding(
+        return Finding(
             check="server",
             state="fail",
             what=f"{host}:{port} does not show the certificate {settings.tls_certificate}: {error}",
             do="if it was just renewed, look in the log for `certificates renewed`; else something else listens there",
         )
-        return
-    yield Finding(check="server", state="ok", what=f"{host}:{port} shows the certificate of the settings")
+    return Finding(check="server", state="ok", what=f"{host}:{port} shows the certificate of the settings")
 
 
 def _ready(host: str, port: int) -> Iterator[Finding]:

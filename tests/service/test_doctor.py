@@ -29,6 +29,7 @@ from index.shelf import FOLDER, Shelf
 from lookalike.__main__ import main
 from lookalike.v1 import gallery_pb2, model_pb2
 from service import feedback_store, once, standing
+from service.access.key_ring import KeyRing
 from service.doctor import deployment as doctor
 from service.doctor.certificate_dates import NotValid, expiry
 from service.doctor.deployment import looked_at
@@ -314,6 +315,51 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
     yield run
     logging.disable(logging.NOTSET)  # it is the command's process, and here it is not
     structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("run")
+def test_a_server_is_called_as_by_the_other_commands(
+    loop: Loop, whole: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    authority = Authority()
+    certificate, key = authority.issue("localhost").write(tmp_path, "server")
+    mine = dict(zip(("certificate", "key"), authority.issue("me").write(tmp_path, "me"), strict=True))
+    (tmp_path / "root.pem").write_bytes(authority.root)
+    secret = KeyRing(tmp_path / "keys.json").create("somebody", scopes=["read"], galleries=["*"])[1]
+    secure = whole.model_copy(
+        update={
+            "tls_certificate": certificate,
+            "tls_key": key,
+            "tls_client_ca": tmp_path / "root.pem",
+            "keys": tmp_path / "keys.json",
+            "port": 0,
+        }
+    )
+    given = ["--bundle", str(whole.bundle), "--data", str(whole.galleries), "--json"]
+
+    def told(*more: str) -> dict[str, dict[str, str]]:
+        capfd.readouterr()  # of the server in this process
+        main(["doctor", *given, *more])
+        return {each["check"]: each for each in json.loads(capfd.readouterr().out)}
+
+    with served(loop, secure) as server:
+        target = ["--target", f"localhost:{server.port}"]
+        assert "--tls-ca" in told(*target)["server"]["do"]
+        monkeypatch.setenv("LOOKALIKE_TLS_CA", str(tmp_path / "root.pem"))
+        assert "--client-certificate" in told(*target)["server"]["do"]
+        for name, path in mine.items():
+            monkeypatch.setenv(f"LOOKALIKE_CLIENT_{name.upper()}", str(path))
+        found = told(*target)
+        assert (found["server"]["state"], found["model"]["state"]) == ("ok", "warn")
+        assert "LOOKALIKE_API_KEY" in found["model"]["do"]
+        monkeypatch.setenv("LOOKALIKE_API_KEY", secret)
+        assert [found["state"] for check, found in told(*target).items() if check in {"server", "model"}] == ["ok"] * 2
+        whole_settings = ["--set", f"port={server.port}", "--set", f"tls_certificate={certificate}"]
+        found = told(*whole_settings, "--set", f"tls_key={key}")
+        assert "SERVING" in found["server"]["what"]
+        assert found["model"]["state"] == "ok"
+        monkeypatch.setenv("LOOKALIKE_TLS_CA", str(tmp_path / "none.pem"))
+        assert f"cannot read {tmp_path / 'none.pem'}" in told(*target)["server"]["what"]
 
 
 def test_the_command(whole: Settings, tmp_path: Path, run: Callable[..., tuple[int, str]]) -> None:
