@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-
-from embedding.errors import LookalikeError
-from lookalike.errors import CallFailed
 
 FAILED = 2
 INTERRUPTED = 130
@@ -45,6 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Of several processes that `torchrun` has started on this machine the first alone says what went wrong.
     """
+    if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        if arguments is None:  # this process ends: Python would answer an interrupt from here on with a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """`main`, but for interrupts, which come while things are imported too: hence all is imported here."""
+    import io
+    import logging
+
+    from embedding.errors import LookalikeError
+    from lookalike.errors import CallFailed
+
     if not _speaks():
         logging.disable(logging.WARNING)
     if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):  # stderr has it from the start
@@ -52,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from lookalike.cli import run  # typer comes with an extra, whose absence must be said in words
 
+        if signal.getsignal(signal.SIGINT) is _leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()  # here, where a reader that has left is no failure of the interpreter's
         return code
@@ -66,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except (LookalikeError, CallFailed, OSError) as error:
         return _failed(str(error))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        if arguments is None:  # this process ends: Python would answer an interrupt from here on with a traceback
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _leave(*_: object) -> None:
+    """Answers an interrupt before anything was begun; a KeyboardInterrupt may be lost in callbacks of the importer."""
+    os._exit(INTERRUPTED)
 
 
 def _failed(message: str) -> int:

@@ -1,0 +1,53 @@
+"""A command that is interrupted ends with 130 and says nothing, also while it still imports what it needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import lookalike
+from tests.processes import COMMAND, ROOT, environment
+
+INTERRUPTS_ITSELF = """
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["lookalike.errors", "embedding.errors", "numpy", "grpc._cython.cygrpc", "google.protobuf.message", "typer",
+     "rich.console", "lookalike.cli", "lookalike.cli.upkeep"],
+)  # fmt: skip
+def test_while_the_command_is_imported(module: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTS_ITSELF)
+    ran = subprocess.run(
+        [*COMMAND, "--help"],
+        env=environment() | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "INTERRUPTED_AT": module},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
+
+
+def test_the_package_is_imported_when_a_name_of_it_is_asked_for() -> None:
+    program = (
+        "import sys, lookalike; assert not {'numpy', 'grpc', 'typing'} & set(sys.modules) - before;"
+        "lookalike.errors.NotFound; lookalike.types.Gallery; lookalike.client.Client; lookalike.v1;"
+        "assert {*lookalike.__all__, 'errors', 'types', 'v1'} <= set(dir(lookalike));"
+        "names = {}; exec('from lookalike import *', names); assert set(lookalike.__all__) <= set(names)"
+    )
+    subprocess.run([*COMMAND[:1], "-c", f"import sys; before = set(sys.modules); {program}"], cwd=ROOT, check=True)
+    for name in ("nothing", "_nothing"):
+        with pytest.raises(AttributeError, match=f"module 'lookalike' has no attribute '{name}'"):
+            getattr(lookalike, name)
