@@ -45,6 +45,24 @@ class Feedback(BaseModel):
     """When it was recorded last."""
 
 
+def last_of_each_case(feedback: Iterable[Feedback]) -> list[Feedback]:
+    """Of each case of each model what was recorded last, in the order in which the cases came first.
+
+    Raises InvalidDataset for a case that is told both ways at once.
+    """
+    last: dict[tuple[str, str], Feedback] = {}
+    for each in feedback:
+        known = last.setdefault((each.fingerprint, each.case_id), each)
+        if known.time == each.time and known.is_match != each.is_match:
+            raise InvalidDataset(
+                f"case {each.case_id!r} is told to match and not to match, both recorded at "
+                f"{each.time:%Y-%m-%d %H:%M:%S}; keep the true one"
+            )
+        if each.time >= known.time:
+            last[each.fingerprint, each.case_id] = each
+    return list(last.values())
+
+
 def write_lines(file: IO[bytes], feedback: Iterable[Feedback]) -> int:
     """Write feedback, a line each, and return how much it is. Raises OSError."""
     count = 0

@@ -35,7 +35,7 @@ from embedding.calibration import (
     IsotonicProbability,
 )
 from embedding.errors import InvalidDataset
-from embedding.feedback import Feedback
+from embedding.feedback import Feedback, last_of_each_case
 from training.bounds import Bounds, Rates, bounded, effective_units, of_units
 from training.pairs import Floats, Ints
 from training.probability import Distances, fit_falling, fit_logistic
@@ -80,7 +80,10 @@ def reviewed(
             raise InvalidDataset(
                 f"a review rate is the share of decisions that somebody looked at, in (0, 1]; got {rate:g}"
             )
-    cases, others, repeated = _last_of_each_case(feedback, fingerprint)
+    given = list(feedback)
+    ours = [each for each in given if each.fingerprint == fingerprint]
+    cases = last_of_each_case(ours)
+    others, repeated = len(given) - len(ours), len(ours) - len(cases)
     skipped = {"of other models": others, "picked by a search": 0, "given again": repeated}
     if not cases:
         raise InvalidDataset(
@@ -130,27 +133,6 @@ def reviewed(
         subject_F=subject_F.astype(np.int64),
         skipped=skipped,
     )
-
-
-def _last_of_each_case(feedback: Iterable[Feedback], fingerprint: str) -> tuple[list[Feedback], int, int]:
-    """Cases of the model, and how many were left out: of other models, and given again."""
-    last: dict[str, Feedback] = {}
-    others = repeated = 0
-    for each in feedback:
-        if each.fingerprint != fingerprint:
-            others += 1
-            continue
-        known = last.get(each.case_id)
-        if known is not None:
-            repeated += 1
-            if known.time == each.time and known.is_match != each.is_match:
-                raise InvalidDataset(
-                    f"case {each.case_id!r} is told to match and not to match, both recorded at "
-                    f"{each.time:%Y-%m-%d %H:%M:%S}; keep the true one"
-                )
-        if known is None or each.time >= known.time:
-            last[each.case_id] = each
-    return list(last.values()), others, repeated
 
 
 def recalibrate(base: Calibration, found: Reviewed) -> Calibration:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding.errors import InvalidInput, NotFound
+from embedding.errors import InvalidDataset, InvalidInput, NotFound
+from lookalike import types
 from lookalike.cli import options
 from lookalike.cli.connection import connect
 from lookalike.cli.whole_file import refusals, whole_file
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     from embedding.bundle import Bundle
     from embedding.calibration import Calibration
     from embedding.feedback import Feedback
+
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 app = typer.Typer(help="Feedback on decisions: what they turned out to be.", no_args_is_help=True)
 
@@ -46,6 +51,32 @@ def export(
     with whole_file(out, overwrite=overwrite) as file, refusals(out):
         count = write_lines(file, _of_server(target) if target else _of_folder(data or Path()))
     print(f"wrote {count} cases to {out}")
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `feedback export` wrote.")],
+    target: options.Target = None,
+) -> None:
+    """Record the feedback of a file on a server that knows the models which decided.
+
+    A case that the server has as late, or later, is left as it is there, so that the command can be repeated. What is
+    recorded is recorded now: the time of the file is not kept.
+    """
+    from embedding.feedback import last_of_each_case, read_lines
+
+    target = target or os.environ.get("LOOKALIKE_TARGET")
+    if not target:
+        raise InvalidInput("nobody to record it: give --target HOST:PORT, or set LOOKALIKE_TARGET")
+    cases = last_of_each_case(read_lines(file))
+    if not cases:
+        raise InvalidDataset(f"there is no feedback in {file}; write such files with `lookalike feedback export`")
+    with connect(target) as client:
+        there = {(case.fingerprint, case.case_id): case.time for case in client.list_feedback()}
+        new = [case for case in cases if there.get((case.fingerprint, case.case_id), _NEVER) < case.time]
+        recorded = client.record_feedback(map(_to_record, new))
+    known = len(cases) - len(recorded)
+    print(f"recorded {len(recorded)} cases of {file}" + (f"; {known} were there already" if known else ""))
 
 
 def calibrate(
@@ -202,6 +233,29 @@ def _holds_images(folder: Path) -> bool:
     from embedding.images import IMAGE_SUFFIXES
 
     return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.rglob("*"))
+
+
+def _to_record(case: Feedback) -> types.Feedback:
+    """Rates and probability follow from the rest by the calibration, and are not sent."""
+    decision = types.Decision(
+        verdict=types.Verdict(case.verdict),
+        distance=case.distance,
+        threshold=case.threshold,
+        match_probability=math.nan,
+        far=math.nan,
+        far_upper95=math.nan,
+        frr=math.nan,
+        model=case.model,
+        calibration=case.calibration,
+    )
+    return types.Feedback(
+        case_id=case.case_id,
+        decision=decision,
+        is_match=case.is_match,
+        subject=case.subject,
+        review_rate=case.review_rate,
+        candidates=case.candidates,
+    )
 
 
 def _of_folder(data: Path) -> Iterator[Feedback]:

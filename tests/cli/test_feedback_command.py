@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +84,64 @@ def test_a_margin_learned_anew_is_activated_without_touching_galleries(
         same = run("calibrate", calibrated.path, "--feedback", tmp_path / "galleries", "--out", tmp_path / "x", *rates)
         assert same.code == 0
         assert describe(tmp_path / "x").calibration == second.calibration
+
+
+def exported(run: Run, target: str, file: Path) -> list[dict[str, Any]]:
+    """What a server's export holds, without the times."""
+    assert run("feedback", "export", "--target", target, "--out", file, "--overwrite").code == 0
+    return [{**json.loads(line), "time": None} for line in file.read_text().splitlines()]
+
+
+def test_an_export_is_imported_as_it_was_recorded(
+    run: Run, calibrated: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, back = tmp_path / "feedback.jsonl", tmp_path / "back.jsonl"
+    with serving_here(calibrated.path, tmp_path / "first galleries") as target, Client(target) as client:
+        cases = feedback(client.verify(png(1), png(2)))
+        cases[0] = replace(cases[0], subject="user-12", review_rate=0.02, candidates=7)
+        cases[1] = replace(cases[1], decision=replace(cases[1].decision, verdict=Verdict.UNCERTAIN))
+        client.record_feedback(cases)
+        before = exported(run, target, file)
+        assert run("feedback", "import", file, "--target", target).out == (
+            f"recorded 0 cases of {file}; 300 were there already\n"
+        )
+    with serving_here(calibrated.path, tmp_path / "other galleries") as target, Client(target) as client:
+        monkeypatch.setenv("LOOKALIKE_TARGET", target)
+        assert run("feedback", "import", file).out == f"recorded 300 cases of {file}\n"
+        assert exported(run, target, back) == before
+        client.record_feedback([replace(cases[0], is_match=False)])
+        lines = file.read_text().splitlines()
+        client.delete_feedback(next(each.id for each in client.list_feedback() if each.case_id == "5"))
+        file.write_text("\n".join([*lines, lines[0]]))
+        assert run("feedback", "import", file).out == f"recorded 1 cases of {file}; 299 were there already\n"
+        after = {case["case_id"]: case for case in exported(run, target, back)}
+    assert after.pop("0") == before[0] | {"is_match": False}  # said later, and left as it is
+    assert after == {case["case_id"]: case for case in before[1:]}
+
+
+def test_an_import_that_cannot_be_is_refused_in_one_line(run: Run, calibrated: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "feedback.jsonl"
+    with serving_here(calibrated.path, tmp_path / "galleries") as target, Client(target) as client:
+        client.record_feedback(feedback(client.verify(png(1), png(2))))
+        exported(run, target, file)
+        whole = file.read_text()
+        given = ["feedback", "import", file, "--target", target]
+        first, *_, last = whole.splitlines()
+        for text, words in (
+            ("", ["no feedback in", "feedback export"]),
+            ("path,identity\n", ["line 1: Invalid JSON"]),
+            (f"{first}\n{first.replace('true', 'false')}\n", ["'0' is told to match and not to match"]),
+            (last.replace('"case_id":"299"', '"case_id":"new"').replace("non-match", "match"), ["verdict"]),
+        ):
+            file.write_text(text)
+            run(*given).failed_with(*words)
+        run("feedback", "import", tmp_path / "none", "--target", target).failed_with("no file of feedback")
+    file.write_text(whole)
+    run("feedback", "import", file).failed_with("--target", "LOOKALIKE_TARGET")
+    run("feedback", "import", file, "--target", "127.0.0.1:1").failed_with("no server answers")
+    other = make_bundle(tmp_path / "other", seed=1)
+    with serving_here(other.path, tmp_path / "others") as target:
+        run("feedback", "import", file, "--target", target).failed_with(calibrated.name, "put the bundle that decided")
 
 
 def test_a_margin_is_learned_from_labelled_images(run: Run, calibrated: Bundle, tmp_path: Path) -> None:
