@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from embedding.calibration import Calibration, ErrorRates, MatchProbability
+from embedding.calibration import Calibration, ErrorRates, Histogram, MatchProbability
 from embedding.decision import (
     Judge,
     OperatingPoint,
@@ -60,6 +64,37 @@ def test_distances_leave_their_input_alone() -> None:
     assert (items == before).all()
 
 
+def test_few_rows_are_measured_in_room_that_no_result_lies_in_and_no_two_threads_share() -> None:
+    items, queries = unit(64, 128), unit(4, 128, 1)
+    expected = [np.array([distance(query, item) for item in items]) for query in queries]
+    together = Barrier(len(queries), timeout=10)
+
+    def stays_right(at: int) -> bool:
+        first = distances(queries[at], items)
+        together.wait()
+        return all((distances(queries[at], items) == expected[at]).all() for _ in range(100)) and bool(
+            (first == expected[at]).all()
+        )
+
+    with ThreadPoolExecutor(len(queries)) as threads:
+        assert all(threads.map(stays_right, range(len(queries))))
+    kept = distances(queries[0], items)
+    distances(queries[1], items)
+    assert (kept == expected[0]).all()
+
+
+def test_room_for_few_rows_is_kept_for_few_shapes() -> None:
+    vectors = unit(64, 2048)
+    tracemalloc.start()
+    try:
+        for rows in range(1, len(vectors) + 1):
+            distances(vectors[0], vectors[:rows])
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 9 * vectors.nbytes  # room for all of these shapes would be 32 times as large
+
+
 def test_coinciding_and_opposite_vectors() -> None:
     a = unit(1, 64)[0]
     assert distance(a, a) == 0
@@ -74,6 +109,7 @@ def test_coinciding_and_opposite_vectors() -> None:
         (np.array([np.inf, 0, 0, 0], np.float32), "NaN or infinite"),
         (np.zeros(4, np.float32), "length 0"),
         (np.ones(4, np.float32), "length 2"),
+        (np.array([0, 1.0015, 0, 0], np.float32), "length 1"),
         (np.ones(3, np.float32), r"shape \(4,\)"),
         (b"\x00" * 12, "16 bytes"),
     ],
@@ -126,6 +162,7 @@ def test_rates_never_flatter_a_neighbouring_row(calibration: Calibration, t: flo
         (OperatingPoint(), 0.75),
         (OperatingPoint(threshold=0.3), float(np.float32(0.3))),
         (OperatingPoint(name="far-1e-2"), 0.5),
+        (OperatingPoint(target_far=3 / 600), 0.25),
         (OperatingPoint(target_far=0.01), 0.5),
         (OperatingPoint(target_far=0.09), 0.5),
         (OperatingPoint(target_far=0.1), 1.0),
@@ -147,6 +184,7 @@ def test_operating_points(calibration: Calibration, point: OperatingPoint, thres
         (OperatingPoint(name="nope"), "far-1e-2, learned-margin"),
         (OperatingPoint(threshold=1.0, target_far=0.1), "one of"),
         (OperatingPoint(uncertain_within=-0.1), "uncertain_within"),
+        (OperatingPoint(uncertain_within=2.1), "uncertain_within"),
     ],
 )
 def test_an_unsupported_point_is_refused(calibration: Calibration, point: OperatingPoint, message: str) -> None:
@@ -156,7 +194,16 @@ def test_an_unsupported_point_is_refused(calibration: Calibration, point: Operat
 
 @pytest.mark.parametrize(
     ("rate", "among", "threshold"),
-    [(0.09, 1, 0.5), (0.1, 1, 1.0), (0.1, 2, 0.5), (1.0, 10, 1.0), (1.0, 11, 0.5), (1.0, 100, 0.5), (0.09, 0, 0.5)],
+    [
+        (0.09, 1, 0.5),
+        (0.1, 1, 1.0),
+        (0.1, 2, 0.5),
+        (1.0, 10, 1.0),
+        (1.0, 11, 0.5),
+        (1.0, 100, 0.5),
+        (0.09, 0, 0.5),
+        (1.0, 200, 0.25),
+    ],
 )
 def test_a_rate_of_searches_tightens_the_threshold_with_the_gallery(
     calibration: Calibration, rate: float, among: int, threshold: float
@@ -214,6 +261,7 @@ def test_at_most_the_wanted_share_of_strangers_finds_a_match(among: int) -> None
     assert judge.rates.far <= 0.2 / among
 
 
+@example(d=0.5, band=0.25)  # its edge
 @given(d=st.floats(0, 2, width=32), band=st.floats(0, 1, width=32))
 def test_the_band_answers_uncertain_and_nothing_else_changes(calibration: Calibration, d: float, band: float) -> None:
     plain = Judge(calibration, model="m").judge(d)
@@ -231,11 +279,39 @@ def test_a_closer_pair_is_never_less_probable(calibration: Calibration, pair: Ve
     assert judge.judge(pair[0]).match_probability >= judge.judge(pair[1]).match_probability
 
 
-def test_a_calibration_that_contradicts_itself_is_refused(calibration: Calibration) -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({0: {"threshold": 0.5}}, "rise strictly"),
+        ({3: {"threshold": 1.9}}, "last row"),
+        ({0: {"far": 0.02}}, "far must not fall"),
+        ({0: {"frr": 0.1}}, "frr must not rise"),
+        ({0: {"far_upper95": 0.04}}, "far_upper95 must not fall"),
+        ({0: {"frr_upper95": 0.2}}, "frr_upper95 must not rise"),
+    ],
+)
+def test_a_calibration_that_contradicts_itself_is_refused(
+    calibration: Calibration, changed: dict[int, dict[str, float]], message: str
+) -> None:
     body = calibration.model_dump()
-    body["curve"] = list(reversed(body["curve"]))
-    with pytest.raises(ValueError, match="curve"):
+    body["curve"] = [row | changed.get(at, {}) for at, row in enumerate(body["curve"])]
+    with pytest.raises(ValueError, match=message):
         Calibration.model_validate(body)
+
+
+def test_an_explicit_threshold_has_the_rates_of_the_row_that_it_is(calibration: Calibration) -> None:
+    """Rows stand at float32 values: the nearest to 0.4 lies above it, that to 0.9 below."""
+    for asked in (0.4, 0.9):
+        body = calibration.model_dump()
+        body["curve"][1]["threshold"] = asked
+        judge = Judge(Calibration.model_validate(body), OperatingPoint(threshold=asked), model="m")
+        assert (judge.rates.far, judge.rates.frr) == (0.01, 0.2)
+
+
+@pytest.mark.parametrize(("cells", "counts"), [((1, 1), (2, 3)), ((2, 1), (2, 3)), ((1, 2), (2,))])
+def test_a_histogram_names_each_cell_once(cells: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="rise strictly, with a count each"):
+        Histogram(cells=cells, counts=counts, effective=1)
 
 
 def test_a_calibration_survives_json_bit_for_bit(calibration: Calibration) -> None:
@@ -254,6 +330,7 @@ def test_many_distances_are_judged_each_as_if_it_were_alone(
     together = judge.judge_all(dist)
     assert list(together) == [judge.judge(float(each)) for each in dist]
     assert list(together[cut:]) == list(together)[cut:]
+    assert together.signed_margins().tolist() == [each.signed_margin for each in together]
 
 
 def test_many_embeddings_are_checked_as_one_is() -> None:
