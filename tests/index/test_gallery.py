@@ -221,11 +221,12 @@ def test_a_batch_that_fails_midway_leaves_nothing(
 
 def test_overwritten_versions_are_purged(catalog: Catalog, gallery: Gallery, pool: Vectors) -> None:
     for vector in pool:
-        gallery.upsert([Item(name="x", embedding=vector)])
+        gallery.upsert([Item(name="x", embedding=vector, thumbnail=b"png", origin="there")])
     connection = sqlite3.connect(catalog.root / "shapes" / "store.sqlite")
-    (rows,) = connection.execute("SELECT count(*) FROM items").fetchone()
+    for table in ("items", "thumbnails", "origins"):
+        (rows,) = connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        assert 1 <= rows <= 2, table
     connection.close()
-    assert rows <= 2
 
 
 def test_unknown_items_are_named(filled: Gallery, pool: Vectors) -> None:
@@ -275,6 +276,7 @@ def test_a_closed_gallery_says_so(filled: Gallery, pool: Vectors, judge: Judge) 
     [
         lambda gallery, nothing, deadline: gallery.list(allowed=nothing, deadline=deadline),
         lambda gallery, nothing, deadline: gallery.count(nothing, deadline=deadline),
+        lambda gallery, nothing, deadline: gallery.purge(nothing, deadline=deadline),
     ],
 )
 def test_what_a_filter_looks_for_in_vain_ends_with_the_deadline(

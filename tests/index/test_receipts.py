@@ -22,6 +22,12 @@ def answer(items: Sequence[Item], died: int) -> bytes:
     return f"{[item.etag for item in items]} {died}".encode()
 
 
+def full(*_: object) -> None:
+    error = sqlite3.OperationalError("disk full")
+    error.sqlite_errorcode = sqlite3.SQLITE_FULL
+    raise error
+
+
 @pytest.fixture
 def gallery(tmp_path: Path, model: ModelRef) -> Gallery:
     return Catalog(tmp_path / "galleries").create("shapes", model)
@@ -60,19 +66,46 @@ def test_what_is_refused_or_rolled_back_leaves_no_receipt(
     with pytest.raises(LookalikeError):
         gallery.upsert([item(pool, "one")], receipt=Receipt(token("a"), broken))
     assert (gallery.size, gallery.answered(token("a"))) == (0, None)
-
-    def full(self: object, *_: object) -> None:
-        error = sqlite3.OperationalError("disk full")
-        error.sqlite_errorcode = sqlite3.SQLITE_FULL
-        raise error
-
     with monkeypatch.context() as patched:
         patched.setattr("index.store.Store._purge_dead", full)  # the last step before the commit
         with pytest.raises(StorageFailed):
             gallery.upsert([item(pool, "one")], receipt=Receipt(token("a"), answer))
     assert (gallery.size, gallery.answered(token("a"))) == (0, None)
+
+    def full_and_over(book: receipts.Book, *_: object) -> None:  # SQLite ends the transaction after some errors
+        book._connection.execute("ROLLBACK")
+        full()
+
+    for refused in (full, full_and_over):
+        with monkeypatch.context() as patched:
+            patched.setattr(receipts.Book, "keep", refused)
+            with pytest.raises(StorageFailed, match="disk full"):
+                gallery.upsert([item(pool, "one")], receipt=Receipt(token("a"), answer))
     gallery.upsert([item(pool, "one")], receipt=Receipt(token("a"), answer))
-    assert gallery.size == 1
+    assert (gallery.size, gallery.generation) == (1, 1)
+
+
+def test_receipts_that_were_rolled_back_take_no_room_of_others(
+    gallery: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, size: int = 400) -> None:
+        gallery.upsert([item(pool, "one")], receipt=Receipt(token(name), lambda *_: bytes(size)))
+
+    def kept() -> str:
+        return "".join(name for name in "abcdef" if gallery.answered(token(name)) is not None)
+
+    monkeypatch.setattr(receipts, "KEPT_BYTES", 2 * 401)  # each with the byte that says how it is kept
+    write("a")
+    with monkeypatch.context() as patched:
+        patched.setattr("index.store.Store._purge_dead", full)
+        with pytest.raises(StorageFailed):
+            write("b")
+    write("c")
+    assert kept() == "ac"
+    write("d", 5000)  # zeros, which pack well
+    assert kept() == "cd"
+    write("e", 300)
+    assert kept() == "cde", "what is dropped takes no room either"
 
 
 def test_receipts_are_bounded_by_number_bytes_and_age(
