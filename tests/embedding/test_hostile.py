@@ -150,6 +150,9 @@ def test_no_more_pixels_are_decoded_at_once_than_there_is_room_for(monkeypatch: 
 def test_the_pixel_cap_holds_for_what_a_header_promises() -> None:
     with pytest.raises(ImageTooLarge):
         decode(png(width=50_000, height=50_000))
+    assert decode(png(), max_pixels=4 * 4).size == (4, 4)
+    with pytest.raises(ImageTooLarge, match="at most 15"):
+        decode(png(), max_pixels=4 * 4 - 1)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,36 @@ def test_a_tile_that_is_much_larger_than_its_tiff_is_not_unpacked(monkeypatch: p
     monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", lambda image: pytest.fail("it takes gigabytes"))
     with pytest.raises(InvalidImage, match="save the image anew"):
         decode(tiled(100, 100, (side, side), [bytes(100)]))
+
+
+def test_a_tile_may_be_twice_as_large_as_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_TILE_PIXELS", 100)
+    assert decode(tiled(16, 32, (32, 32), [bytes(32 * 32)])).size == (16, 32)
+    with pytest.raises(InvalidImage, match="save the image anew"):
+        decode(tiled(16, 31, (32, 32), [bytes(32 * 32)]))
+
+
+def test_room_that_comes_free_is_offered_to_all_who_wait() -> None:
+    """Not only to the first, for whom it may be too little."""
+    room = images._Room(100)
+    large, small = threading.Event(), threading.Event()
+
+    def take(pixels: int, entered: threading.Event) -> None:
+        with room.taken(pixels):
+            entered.set()
+
+    threads = [threading.Thread(target=take, args=wanted) for wanted in ((100, large), (60, small))]
+    with room.taken(40):
+        with room.taken(60):
+            for waiting, thread in enumerate(threads, start=1):
+                thread.start()
+                while len(room._changed._waiters) < waiting:  # type: ignore[attr-defined]
+                    threading.Event().wait(0.001)
+        assert small.wait(10)
+        assert not large.is_set()
+    for thread in threads:
+        thread.join()
+    assert large.is_set()
 
 
 def test_room_is_taken_for_what_a_decoder_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,10 +57,15 @@ def test_grey_with_alpha_stays_grey() -> None:
     assert decode(saved(Image.new("LA", (4, 4), (0, 0)), "PNG")).getpixel((0, 0)) == 255
 
 
-@pytest.mark.parametrize(("sample", "level"), [(0, 0), (257, 1), (32768, 128), (65535, 255)])
+@pytest.mark.parametrize(("sample", "level"), [(0, 0), (128, 0), (129, 1), (257, 1), (32768, 128), (65535, 255)])
 def test_16_bit_samples_keep_their_full_range(sample: int, level: int) -> None:
     image = Image.fromarray(np.full((4, 4), sample, np.uint16))
     assert decode(saved(image, "PNG")).getpixel((0, 0)) == level
+
+
+def test_32_bit_samples_beyond_16_bits_are_cut_off() -> None:
+    image = Image.fromarray(np.array([[-5, 70_000]], np.int32))
+    assert list(decode(saved(image, "TIFF")).tobytes()) == [0, 255]
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -185,6 +190,15 @@ def test_a_drawing_is_brought_to_one_place_and_size(place: tuple[int, int], chan
         seen.append(Preprocessing(image_size=100, channels=channels, size_normalisation=1).pixels(image))
     assert box_of(seen[0])[1::2] == pytest.approx((20, 80), abs=1)  # enlarged three times, and no more
     assert box_of(seen[1]) == pytest.approx((34, 10, 66, 90), abs=1)  # four fifths of the side, in the middle
+
+
+def test_what_differs_from_the_background_by_64_levels_stands_out() -> None:
+    image = Image.new("L", (100, 100), 200)
+    image.paste(137, (0, 0, 10, 10))
+    image.paste(136, (60, 60, 80, 80))
+    pixels = Preprocessing(image_size=100, channels=1, size_normalisation=1, background=200).pixels(image)
+    rows, columns = np.nonzero(pixels[0] == 136)
+    assert (rows.min(), columns.min(), rows.max(), columns.max()) == pytest.approx((20, 20, 79, 79), abs=1)
 
 
 @pytest.mark.parametrize(("share", "side"), [(0, 20), (0.5, 40), (1, 60)])
