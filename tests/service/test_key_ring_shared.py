@@ -32,11 +32,12 @@ def test_a_process_that_does_not_let_go_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(key_ring, "LOCK_SECONDS", 0.05)
     path, command = tmp_path / "keys.json", [sys.executable, "-c", HOLD]
     create(path, "one")
+    (tmp_path / "keys.json.lock").write_text(f"{10**20}\n")  # of another machine, whose numbers are longer
     with subprocess.Popen([*command, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdin
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(Busy, match=f"process {holder.pid} is changing"):
+        with pytest.raises(Busy, match=rf"^process {holder.pid} is changing"):
             create(path, "two")
         assert [record.name for record in KeyRing(path).all()] == ["one"], "who only reads does not wait"
         holder.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import threading
 import time
@@ -22,7 +23,7 @@ from embedding.errors import AlreadyExists, CredentialsInvalid, DamagedData, Inv
 from lookalike.__main__ import main
 from lookalike.v1 import model_pb2
 from service.access.key_ring import KeyRing
-from service.access.keys import Keys, read
+from service.access.keys import KeyFile, Keys, read
 from service.access.principal import Principal
 from service.access.rate_limits import RateLimits
 from service.server import Server
@@ -93,19 +94,62 @@ def test_rotation_lets_both_keys_count_until_the_old_one_expires(ring: KeyRing, 
     assert a.expires is not None
     assert abs(a.expires - time.time() - 3600) < 60
     assert b.expires is None
+    newest, _ = ring.rotate("shop", overlap=timedelta(hours=100))
+    assert newest.expires is None, "of the keys of a name, the newest is rotated"
     ring.revoke(record.id)
+    ring.revoke(newest.id)
     assert keys.of_key(old).name == "shop"
     with pytest.raises(CredentialsInvalid):
         keys.of_key(new)
+    assert keys.of_key(old).expires == a.expires
 
 
-def test_a_key_with_an_end_is_rotated_into_one_that_lives_as_long(ring: KeyRing) -> None:
+def test_a_key_with_an_end_is_rotated_into_one_that_lives_as_long(ring: KeyRing, tmp_path: Path) -> None:
+    now = datetime.now(UTC)
     made(ring, days=10)
-    record, _ = ring.rotate("shop", overlap=timedelta(0))
+    (old,) = ring.all()
+    assert old.expires is not None
+    days_ago = {"created": old.created - timedelta(days=4), "expires": old.expires - timedelta(days=4)}
+    file = KeyFile(keys=(old.model_copy(update=days_ago),))
+    replace(tmp_path / "keys.json", file.model_dump_json().encode())
+    (tmp_path / "keys.json").chmod(0o600)
+    record, _ = ring.rotate("shop", overlap=timedelta(days=50))
     assert record.expires is not None
-    assert timedelta(days=9, hours=23) < record.expires - datetime.now(UTC) <= timedelta(days=10)
+    assert timedelta(days=10) <= record.expires - now < timedelta(days=10, hours=1)
+    assert ring.all()[0].expires == days_ago["expires"], "an overlap makes no life longer"
     with pytest.raises(NotFound):
         ring.rotate("nobody", overlap=timedelta(0))
+
+
+def test_a_certificate_is_not_rotated(ring: KeyRing) -> None:
+    ring.create("shop", scopes=["read"], galleries=["*"], certificate="CN=shop")
+    with pytest.raises(InvalidInput, match="issue another one"):
+        ring.rotate("shop", overlap=timedelta(0))
+
+
+@pytest.mark.parametrize(("per_second", "burst"), [(None, 1), (0.2, 1), (7.6, 8)])
+def test_a_rate_lets_a_second_s_calls_come_at_once(ring: KeyRing, per_second: float | None, burst: int) -> None:
+    made(ring, per_second=per_second)
+    assert [record.burst for record in ring.all()] == [burst]
+
+
+def test_a_change_is_on_the_disk_before_the_caller_has_it(
+    ring: KeyRing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the content before the name, the name before the answer: a revocation stays one when the power fails."""
+    steps = []
+    fsync, renamed = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        state = os.fstat(descriptor)
+        steps.append(state.st_ino if stat.S_ISDIR(state.st_mode) else state.st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", lambda path, target: steps.append(target) or renamed(path, target))
+    made(ring)
+    file = tmp_path / "keys.json"
+    assert steps == [file.stat().st_size, file, tmp_path.stat().st_ino]
 
 
 @pytest.mark.parametrize("overlap", ["-1", "nan", "inf", "876001", "1e12"])
@@ -182,9 +226,10 @@ def test_a_damaged_file_is_told_without_its_content(tmp_path: Path, content: str
 
 def test_a_file_that_others_may_write_is_refused(ring: KeyRing, tmp_path: Path) -> None:
     made(ring)
-    (tmp_path / "keys.json").chmod(0o666)
-    with pytest.raises(InvalidInput, match="chmod 600"):
-        read(tmp_path / "keys.json")
+    for mode in (0o666, 0o620, 0o602):
+        (tmp_path / "keys.json").chmod(mode)
+        with pytest.raises(InvalidInput, match="chmod 600"):
+            read(tmp_path / "keys.json")
     with pytest.raises(InvalidInput, match="keys create"):
         read(tmp_path / "none.json")
 
