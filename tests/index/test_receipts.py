@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedding.decision import Vectors
+from embedding.decision import Judge, Vectors
 from embedding.errors import DamagedData, LookalikeError, NotFound, RequestIdReused, StorageFailed
 from index import Catalog, Gallery, Item, ModelRef, receipts
 from index.receipts import Receipt, Token, packed, unpacked
@@ -37,13 +37,15 @@ def item(pool: Vectors, name: str) -> Item:
     return Item(name=name, embedding=pool[0])
 
 
-def test_a_write_is_done_once(gallery: Gallery, pool: Vectors) -> None:
+def test_a_write_is_done_once(gallery: Gallery, pool: Vectors, judge: Judge) -> None:
     first, again = Receipt(token("a"), answer), Receipt(token("a"), answer)
     (stored,) = gallery.upsert([item(pool, "one")], receipt=first)
     assert gallery.upsert([item(pool, "one")], receipt=again) == []
     assert first.answer == again.answer == f"['{stored.etag}'] 0".encode()
     assert (first.repeated, again.repeated) == (False, True)
     assert (gallery.generation, gallery.size) == (1, 1)
+    gallery.upsert([Item(name="two", embedding=pool[1])])
+    assert [near.item.name for near in gallery.search(pool[1], k=1, judge=judge).neighbors] == ["two"]
     with pytest.raises(RequestIdReused, match="another request"):
         gallery.delete(["one"], receipt=Receipt(token("a", b"other"), answer))
     assert gallery.delete(["one"], receipt=(deleted := Receipt(token("b"), answer))) == 1
