@@ -43,8 +43,14 @@ the coefficients of a JPEG that comes in several scans, the strip or tile of a T
 BAND_PIXELS = 2**20
 """Pixels that are converted together on the way from what was decoded."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff"})
-"""File name endings, in lower case, under which images are looked for in folders and archives."""
+READABLE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".pbm", ".pgm", ".ppm", ".tif", ".tiff"}
+)
+"""File name endings, in lower case, of the accepted formats."""
+
+IMAGE_SUFFIXES = READABLE_SUFFIXES | {".avif", ".heic", ".heif", ".jp2", ".jxl"}
+"""Those under which images are looked for in folders and archives: also of formats that are not accepted, so that such
+an image is told and not passed over."""
 
 _STANDS_OUT = 64
 """Grey levels by which a pixel differs from the background at least, to count as part of what is drawn on it."""

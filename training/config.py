@@ -19,7 +19,7 @@ from embedding.errors import NotFound
 from embedding.images import Preprocessing
 from embedding.networks import Architecture, NetworkName
 from training.datasets_config import DataConfig
-from training.losses.config import LossConfig, outlives_a_batch
+from training.losses.config import CrossBatchMemoryConfig, LossConfig, learns_itself, outlives_a_batch
 from training.searches import EvaluationConfig
 from training.sections import Section, error_at, parse_toml, read_toml, refuse_unknown_keys, validated
 
@@ -169,6 +169,15 @@ class AugmentationConfig(Section):
     shared_elastic: Annotated[float, Field(ge=0, le=0.2)] = 0.0
     """Standard deviation of a smooth displacement, as a share of the side, one draw for all images of a batch."""
 
+    @property
+    def changes_each_image(self) -> bool:
+        """Whether two images of one batch that are alike are changed differently."""
+        return any(
+            getattr(self, name) != field.default
+            for name, field in type(self).model_fields.items()
+            if name not in {"fill", "elastic_cells"} and not name.startswith("shared_")
+        )
+
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         for name, least, most in (
@@ -263,8 +272,9 @@ class TrainingConfig(Section):
     freeze_backbone_steps: Steps = 0
     """First steps in which only the projection learns, where the backbone's weights are pretrained."""
     micro_batch: Annotated[int, Field(ge=2)] | None = None
-    """Images embedded at once, at most, so that a large batch fits a small device. Gradients are those of the whole
-    batch (GradCache, Gao et al. 2021) but for batch normalisation, which sees a micro-batch. By default all."""
+    """Images embedded at once, at most, or one more where one would be left alone, so that a large batch fits a small
+    device. Gradients are those of the whole batch (GradCache, Gao et al. 2021) but for batch normalisation, which sees
+    a micro-batch, of all processes together. By default all."""
     compile: Literal["inductor", "aot_eager", "eager"] | None = None
     """Backend of torch.compile for the network; inductor needs a C++ compiler on the CPU. By default not compiled."""
     early_stopping: EarlyStoppingConfig | None = None
@@ -337,6 +347,21 @@ class Recipe(Section):
                 "optimizer.warmup_steps",
                 f"got {self.optimizer.warmup_steps}; at most training.steps, which is {self.training.steps}",
             )
+        if self.training.freeze_backbone_steps > self.training.steps:
+            raise error_at(
+                "training.freeze_backbone_steps",
+                f"got {self.training.freeze_backbone_steps}; at most training.steps, which is {self.training.steps}",
+            )
+        if isinstance(self.loss, CrossBatchMemoryConfig) and self.loss.start >= self.training.steps:
+            raise error_at(
+                "loss.start",
+                f"got {self.loss.start}; less than training.steps, which is {self.training.steps}, or the memory is "
+                "never looked into",
+            )
+        if self.optimizer.loss_learning_rate is not None and not learns_itself(self.loss):
+            raise error_at("optimizer.loss_learning_rate", f"{self.loss.name} learns nothing itself; remove this key")
+        if self.sampling.images_from == "every-part" and len(self.data) == 1:
+            raise error_at("sampling.images_from", "there is one data part alone; give several, or remove this key")
         if self.training.freeze_backbone_steps and self.network.weights == "random":
             raise error_at(
                 "training.freeze_backbone_steps",
@@ -357,14 +382,20 @@ class Recipe(Section):
         return self
 
     def _check_views(self) -> None:
-        if self.augmentation == AugmentationConfig():
-            raise error_at("augmentation", "self-supervised training compares random changes of an image; give some")
+        if not self.augmentation.changes_each_image:
+            raise error_at(
+                "augmentation",
+                "self-supervised training compares random changes of an image; give some, such as rotation or crop "
+                "(fill, elastic_cells and what a batch shares change no image by itself)",
+            )
         if "images_per_identity" not in self.sampling.model_fields_set:
             raise error_at(
                 "sampling.images_per_identity", "how many views of each image self-supervised training takes: give 2"
             )
         if self.sampling.by == "super":
             raise error_at("sampling.by", 'self-supervised training uses no labels; use by = "identity"')
+        if self.sampling.images_from == "every-part":
+            raise error_at("sampling.images_from", "self-supervised training takes views of one image; remove this key")
         if self.sampling.composed_identities:
             raise error_at("sampling.composed_identities", "joins images of an identity; give labels, or leave it out")
         if self.training.whitening is not None:

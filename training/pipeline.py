@@ -26,7 +26,7 @@ from embedding.seen import Seen
 from training.calibration import calibrate
 from training.checkpoint import checkpoint_in, held
 from training.config import Recipe
-from training.datasets import ImageSet, load
+from training.datasets import load
 from training.distributed import Ranks, is_first, joined
 from training.embedded import embed, embed_with_norms, say_skipped
 from training.evaluation import evaluate as evaluate_embeddings
@@ -134,7 +134,7 @@ def _trained(run: _Run, ranks: Ranks, *, resume: bool) -> _Trained:
         out_dir=run.checkpoints if recipe.training.checkpoint_every else None,
         events_dir=run.out.with_name(f"{run.out.name}.tensorboard") if recipe.training.tensorboard else None,
         progress=TrainingDisplay(run.console),
-        evaluate=lambda current: _watch(current, material.watched, recipe, run.device),
+        evaluate=lambda current: _watch(current, material, run),
         ranks=ranks,
     )
     if (precision := trainer.step.precision) != recipe.training.precision != "auto":
@@ -159,15 +159,9 @@ def _bundled(run: _Run, trained: _Trained, *, overwrite: bool) -> Bundle:
     run.say(f"trained: {result.summary()}")
     for warning in result.warnings:  # again, where it is not lost among the lines of the steps
         run.say(f"warning: {warning}")
-    if recipe.training.whitening is not None:
-        whiten(
-            trained.network,
-            TurnedImages(material.train, recipe.sampling.turned_identities),
-            recipe.preprocessing,
-            shrinkage=recipe.training.whitening,
-            views=("as-is", "mirror") if recipe.augmentation.horizontal_flip else ("as-is",),
-            device=run.device,
-        )
+    _whiten(trained.network, material, run)
+    # A boundary belongs to the projection that was trained with it.
+    learned = result.learned if recipe.training.whitening is None else {}
     encoder = PixelEncoder(trained.network, recipe.preprocessing, device=run.device)
     calibration, reference = _calibrated(encoder, run, material)
     measurement, files = _measured(encoder, run, trained, calibration)
@@ -175,7 +169,7 @@ def _bundled(run: _Run, trained: _Trained, *, overwrite: bool) -> Bundle:
         created=datetime.now(UTC),
         recipe=recipe.model_dump(mode="json"),
         data=material.summary(),
-        metrics={**measurement.metrics(), **learned_metrics(result.learned)},
+        metrics={**measurement.metrics(), **learned_metrics(learned)},
         environment=trained.environment,
     )
     card = model_card(
@@ -183,7 +177,7 @@ def _bundled(run: _Run, trained: _Trained, *, overwrite: bool) -> Bundle:
         recipe_text=tomli_w.dumps(recipe.model_dump(mode="json", exclude_unset=True, exclude_none=True)),
         facts=facts(recipe, material, lineage, result),
         measurement=measurement,
-        learned=result.learned,
+        learned=learned,
         image_of=lambda index: material.test.pixels([index], recipe.preprocessing)[0],
         identity_names=dict(enumerate(material.test.identities)),
         **({"intended_use": recipe.description} if recipe.description else {}),
@@ -200,6 +194,20 @@ def _bundled(run: _Run, trained: _Trained, *, overwrite: bool) -> Bundle:
         extra_files={**card, **files},
         overwrite=overwrite,
     )
+
+
+def _whiten(network: EmbeddingNetwork, material: Material, run: _Run) -> None:
+    """As the recipe asks for."""
+    recipe = run.recipe
+    if recipe.training.whitening is not None:
+        whiten(
+            network,
+            TurnedImages(material.train, recipe.sampling.turned_identities),
+            recipe.preprocessing,
+            shrinkage=recipe.training.whitening,
+            views=("as-is", "mirror") if recipe.augmentation.horizontal_flip else ("as-is",),
+            device=run.device,
+        )
 
 
 def _calibrated(encoder: PixelEncoder, run: _Run, material: Material) -> tuple[Calibration, Reference]:
@@ -254,9 +262,10 @@ def _known_identities(encoder: PixelEncoder, material: Material, console: Consol
     return held_out(emb_ND, np.searchsorted(test_labels, images.labels_N[known_N]))
 
 
-def _watch(network: EmbeddingNetwork, images: ImageSet, recipe: Recipe, device: str) -> Mapping[str, float]:
-    """Figures of a running training, on calibration images."""
-    encoder = PixelEncoder(network, recipe.preprocessing, device=device)
-    emb_ND = embed(encoder, images, Console(quiet=True))
-    metrics = evaluate_embeddings(emb_ND, images.labels_N).metrics()
+def _watch(network: EmbeddingNetwork, material: Material, run: _Run) -> Mapping[str, float]:
+    """Figures of a running training, on calibration images; the network is made what would ship."""
+    _whiten(network, material, run)
+    encoder = PixelEncoder(network, run.recipe.preprocessing, device=run.device)
+    emb_ND = embed(encoder, material.watched, Console(quiet=True))
+    metrics = evaluate_embeddings(emb_ND, material.watched.labels_N).metrics()
     return {name: value for name, value in metrics.items() if name in {"recall@1", "EER"} and value is not None}

@@ -22,7 +22,7 @@ class TrainingResult:
     warnings: list[str] = field(default_factory=list)
     """What went wrong, in sentences."""
     learned: dict[str, float] = field(default_factory=dict)
-    """What the loss itself has learned by the last step, such as the boundary β of the margin loss."""
+    """What the loss itself has learned by the step whose weights ship, such as the boundary β of the margin loss."""
     kept_step: int | None = None
     """Where training may stop early: the step of the best evaluation so far, whose weights are kept."""
     seconds_waiting: float = 0.0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from embedding.errors import InvalidDataset
-from embedding.images import IMAGE_SUFFIXES
+from embedding.images import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from training.config import DATA_VARIABLE, Side
 from training.datasets_config import DataConfig, DigitsData, FolderData, ManifestData, MnistData, OmniglotData, ZipData
 from training.idx import read_mnist
@@ -26,6 +27,9 @@ from training.images import (
     zip_members,
 )
 from training.manifest import parse_manifest
+
+_SIDE_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "eval"})
+"""Folders, in lower case, that other tools take for sides of a split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +112,41 @@ def list_zip(path: Path, *, prefix: str = "", manifest: str | None = None) -> Li
             sides=[row.side for row in rows],
             images=ZipImages(path, [start + row.path for row in rows]),
         )
-    members = [name for name in _images_of_zip(path) if name.startswith(start)]
-    return _listing([name.removeprefix(start) for name in members], ZipImages(path, members), where=f"{path}/{start}")
+    members = [name for name in _images_of_zip(path) if _shown(name).startswith(start)]
+    names = [_shown(name).removeprefix(start) for name in members]
+    return _listing(names, ZipImages(path, members), where=f"{path}/{start}")
 
 
 def _listing(names: list[str], images: Images, *, where: str) -> Listing:
     if not names:
-        endings = ", ".join(sorted(IMAGE_SUFFIXES))
+        endings = ", ".join(sorted(READABLE_SUFFIXES))
         raise InvalidDataset(f"no images in {where}; looked for files ending in {endings}", field="data.path")
     folders = [PurePosixPath(name).parent.as_posix() for name in names]
+    _refuse_sides_as_classes(set(folders), where=where)
     identities = ["" if folder == "." else folder for folder in folders]
     return Listing(names=names, identities=identities, sides=[None] * len(names), images=images)
+
+
+def _refuse_sides_as_classes(folders: Set[str], *, where: str) -> None:
+    """Where train/ITEM and val/ITEM would be two identities, one of them unseen, though they show the same."""
+    below: dict[str, set[str]] = {}
+    for folder in folders:
+        top, _, rest = folder.partition("/")
+        if top.lower() in _SIDE_FOLDERS and rest:
+            below.setdefault(top, set()).add(rest)
+    for one, other in combinations(sorted(below), 2):
+        if shared := below[one] & below[other]:
+            raise InvalidDataset(
+                f"{where}: {one}/ and {other}/ hold folders of the same names, such as {min(shared)!r}, which would be "
+                "two identities each; give one of them, or in a recipe each as a part of its own, [[data]] with its "
+                "path and a name, so that folders of one name are one identity",
+                field="data.path",
+            )
+
+
+def _shown(member: str) -> str:
+    """The name of a zip's member with forward slashes, which some programs write as backslashes."""
+    return member.replace("\\", "/")
 
 
 def _manifest(table: Path, images: Path) -> Listing:
@@ -143,7 +171,7 @@ def _omniglot(path: Path) -> Listing:
     else:
         members = _images_of_zip(path)
         images = ZipImages(path, members)
-    tails = [PurePosixPath(member).parts[-3:] for member in members]
+    tails = [PurePosixPath(_shown(member)).parts[-3:] for member in members]
     if short := [member for member, tail in zip(members, tails, strict=True) if len(tail) < 3]:
         raise InvalidDataset(
             f"{path}: {short[0]} does not lie in ALPHABET/characterNN/; give a zip or folder of Omniglot's layout",
@@ -181,7 +209,7 @@ def _digits() -> Listing:
 
 
 def _images_of_zip(path: Path) -> list[str]:
-    return [name for name in zip_members(path) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    return [name for name in zip_members(path) if PurePosixPath(_shown(name)).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _member(path: Path, name: str) -> bytes:

@@ -162,9 +162,13 @@ class TrainingStep:
         self._scaler.load_state_dict(state)
 
     def _parts(self, images_rCHW: Tensor, total: int) -> Sequence[Tensor]:
-        """The images in micro-batches: as many on every process, since normalisation over ranks meets in each."""
+        """The images in micro-batches: as many on every process, since normalisation over ranks meets in each.
+
+        None has a single image, which batch normalisation cannot take, where there are two.
+        """
         micro_batch = self.recipe.training.micro_batch or total
-        return images_rCHW.tensor_split(-(-self._ranks.largest_share(total) // micro_batch))
+        parts = -(-self._ranks.largest_share(total) // micro_batch)
+        return images_rCHW.tensor_split(max(1, min(parts, total // self._ranks.size // 2)))
 
     def _embed(self, images_rCHW: Tensor) -> Tensor:
         enabled = self._dtype is not None

@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from training.step import TrainingStep
 from training.turns import TurnedImages
 
 Evaluate = Callable[[EmbeddingNetwork], Mapping[str, float]]
-"""Metrics by name of the network as it would ship now, given in evaluation mode."""
+"""Metrics by name of the network as it would ship now: a copy of it, in evaluation mode."""
 
 FREE_TO_CHANGE = frozenset(
     {
@@ -151,7 +152,8 @@ class Trainer:
         check_weights(shipped, self._result.steps)
         self.network.load_state_dict(shipped)
         self.network.requires_grad_(True).eval()
-        self._result.learned = dict(self.step.loss.learned())
+        if self._best is None:
+            self._result.learned = dict(self.step.loss.learned())
         return self._result
 
     def _loop(self, events: EventWriter) -> None:
@@ -259,11 +261,12 @@ class Trainer:
         result = self._result
         shipped = self.step.settle(result.steps, self.load_batch)
         check_weights(shipped.state_dict(), result.steps)
-        own = dict(evaluate(shipped)) if self._ranks.is_first else {}
+        own = dict(evaluate(deepcopy(shipped))) if self._ranks.is_first else {}
         result.evaluations[result.steps] = metrics = self._ranks.from_first(own)
         stopping = self.recipe.training.early_stopping
         if stopping is not None and best_step(result.evaluations, stopping) == result.steps:
             result.kept_step = result.steps
+            result.learned = dict(self.step.loss.learned())
             self._best = {name: tensor.clone() for name, tensor in shipped.state_dict().items()}
         return metrics
 

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from embedding.errors import InvalidDataset
-from embedding.images import IMAGE_SUFFIXES
+from embedding.images import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from lookalike.cli.rows import identity_in, is_empty, metadata_in
 from lookalike.types import JSON, NewItem
 
@@ -61,7 +61,7 @@ def list_images(source: Path) -> list[ImageFile]:
     else:
         raise InvalidDataset(f"no such folder or manifest: {source}; check the path")
     if not images:
-        raise InvalidDataset(f"no images in {source}; accepted are {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InvalidDataset(f"no images in {source}; accepted are {', '.join(sorted(READABLE_SUFFIXES))}")
     _refuse_repeated(images, source)
     return images
 

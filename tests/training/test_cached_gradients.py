@@ -121,3 +121,13 @@ def test_compiled_gradients_are_those_of_the_plain_network(images: ImageSet) -> 
         for backend in (None, "aot_eager")
     )
     torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_no_part_has_a_single_image(images: ImageSet) -> None:
+    """Batch normalisation of a map of one pixel takes none."""
+    sizes: list[int] = []
+    three_by_three = {"identities_per_batch": 3, "images_per_identity": 3}
+    run = trainer(recipe(sampling=three_by_three, training={"micro_batch": 2, "steps": 2}), images)
+    run.network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    run.fit()
+    assert set(sizes) == {2, 3}

@@ -137,6 +137,9 @@ def test_several_parts_keep_their_order_and_roles() -> None:
         ('"small_cnn"', '"resnet18"', "network", "image_size must be at least 32; got 16"),
         ('"small_cnn"', '"resnet19"', "network.name", "did you mean 'resnet18'?"),
         ('name = "tiny"', 'name = "Tiny!"', "name", "got 'Tiny!'"),
+        ("steps = 200", "steps = 200\nfreeze_backbone_steps = 201", "training.freeze_backbone_steps", "at most"),
+        ("[loss]", "[optimizer]\nloss_learning_rate = 0.1\n[loss]", "optimizer.loss_learning_rate", "learns nothing"),
+        ("[loss]", '[sampling]\nimages_from = "every-part"\n[loss]', "sampling.images_from", "one data part alone"),
     ],
 )  # fmt: skip
 def test_a_wrong_key_is_named_with_what_is_accepted(old: str, new: str, field: str, said: str) -> None:
@@ -154,6 +157,7 @@ def test_a_wrong_key_is_named_with_what_is_accepted(old: str, new: str, field: s
         ('[sampling]\nimages_per_identity = 2\nby = "super"\n', "", "sampling.by"),
         ("[sampling]\nimages_per_identity = 2\n", "whitening = 0.1\n", "training.whitening"),
         ("[sampling]\nimages_per_identity = 2\ncomposed_identities = 0.5\n", "", "sampling.composed_identities"),
+        ('[sampling]\nimages_per_identity = 2\nimages_from = "every-part"\n', "", "sampling.images_from"),
     ],
 )
 def test_self_supervised_training_says_what_it_needs_and_leaves_unused(
@@ -204,6 +208,25 @@ def test_what_a_mining_does_not_look_at_is_refused(loss: str, field: str, says: 
     assert error.field == field
     assert "changes nothing" in str(error)
     assert says in str(error)
+
+
+@pytest.mark.parametrize("change", ["fill = 0.5", "elastic_cells = 5", "shared_rotation = 30\nshared_elastic = 0.1"])
+def test_what_changes_no_image_by_itself_makes_no_views(change: str) -> None:
+    text = MINIMAL.replace("[loss]", f"[sampling]\nimages_per_identity = 2\n[augmentation]\n{change}\n[loss]")
+    with pytest.raises(InvalidRecipe, match="random changes of an image") as caught:
+        parse_recipe(text + 'mode = "self-supervised"\n')
+    assert caught.value.field == "augmentation"
+
+
+def test_a_memory_that_is_never_looked_into_is_refused() -> None:
+    text = MINIMAL[: MINIMAL.index("[loss]")] + (
+        '[loss]\nname = "cross-batch-memory"\nstart = {start}\n[loss.pair]\nname = "supervised-contrastive"\n'
+        "[training]\nsteps = 200\n"
+    )
+    with pytest.raises(InvalidRecipe, match="never looked into") as caught:
+        parse_recipe(text.format(start=200))
+    assert caught.value.field == "loss.start"
+    assert parse_recipe(text.format(start=199)).training.steps == 200
 
 
 def test_random_weights_are_not_frozen() -> None:

@@ -207,6 +207,19 @@ class TestEarlyStopping:
         assert_same_bits(weights(run), seen[1])
         assert f"trained to the last step, {STEPS}; the weights of step 6 are kept, whose EER, 0.1000" in out.getvalue()
 
+    def test_what_the_loss_has_learned_is_of_the_step_that_ships(self, images: ImageSet) -> None:
+        figures, learned = iter([0.2, 0.5, 0.4]), []
+
+        def evaluate(_: EmbeddingNetwork) -> dict[str, float]:
+            learned.append(dict(run.step.loss.learned()))
+            return {"recall@1": next(figures)}
+
+        early = {"evaluate_every": 3, "early_stopping": {"patience": 5}}
+        run = trainer(recipe(loss={"name": "margin-based"}, training=early), images, None, evaluate)
+        result = run.fit()
+        assert result.kept_step == 6
+        assert result.learned == learned[1] != learned[2]
+
     def test_a_run_that_stopped_stays_stopped(self, images: ImageSet, tmp_path: Path) -> None:
         tiny = recipe(training={"evaluate_every": 1, "early_stopping": {"patience": 1}})
         first = trainer(tiny, images, tmp_path, rising([0.2, 0.1]))

@@ -32,6 +32,7 @@ from training.bundle_evaluation import evaluate, one_shot_errors
 from training.classifier import LinearClassifier
 from training.config import Recipe, parse_recipe
 from training.datasets import load
+from training.evaluation import evaluate as evaluate_embeddings
 from training.one_shot_folders import read_runs
 from training.pipeline import train
 from training.second_stage import FILE as CLASSIFIER
@@ -373,3 +374,18 @@ def test_one_shot_by_lot_does_not_take_drawers(trained: Bundle, tmp_path: Path) 
         file.rename(file.with_name(f"2021_{at:02}.png"))
     report = evaluate(trained, tmp_path / "shapes", device="cpu", console=Console(quiet=True))
     assert set(report.one_shot) == {"images by lot"}
+
+
+def test_with_whitening_a_running_training_is_measured_as_it_would_ship(data: Path, tmp_path: Path) -> None:
+    text = RECIPE.replace("supervised-contrastive", "margin-based").replace(
+        "steps = 40, checkpoint_every = 20", "steps = 6, evaluate_every = 6, whitening = 1.0"
+    )
+    recipe, told = parse_recipe(text), io.StringIO()
+    bundle = train(recipe, out=tmp_path / "b", data_root=data, device="cpu", console=Console(file=told, width=200))
+    assert bundle is not None
+    images = load(recipe.data, data_root=data, preprocessing=recipe.preprocessing)
+    side = images.subset(split(images, recipe.split).calibration_N)
+    emb = Encoder(bundle, device="cpu").encode([side.read(at) for at in range(len(side))])
+    shipped = evaluate_embeddings(emb, side.labels_N).metrics()
+    assert f"step 6: recall@1 {shipped['recall@1']:.4f}  EER {shipped['EER']:.4f}\n" in told.getvalue()
+    assert not [name for name in bundle.lineage.metrics if "boundary" in name]  # of the projection that was replaced

@@ -312,3 +312,47 @@ class TestExcluded:
         write_folder(tmp_path, self.FILES)
         with pytest.raises(InvalidDataset, match=said):
             load([part(source="folder", path=str(tmp_path), exclude=patterns)], data_root=None, preprocessing=GREY_8)
+
+
+class TestFolders:
+    """What lies in folders and zips under names that others give."""
+
+    def test_a_picture_that_nobody_reads_is_told(self, tmp_path: Path) -> None:
+        jpeg = io.BytesIO()
+        Image.new("L", (8, 8), 5).save(jpeg, format="JPEG")
+        write_folder(
+            tmp_path, {"a/1.png": png(1), "a/2.JFIF": jpeg.getvalue(), "b/1.heic": b"ftypheic", "b/2.png": png(2)}
+        )
+        with pytest.raises(InvalidDataset, match=r"b/1\.heic"):
+            load_path(tmp_path, preprocessing=GREY_8)
+        images = load_path(tmp_path, preprocessing=GREY_8, max_bad_images=1)
+        assert images.names == ["a/1.png", "a/2.JFIF", "b/2.png"]
+        assert [image.name for image in images.skipped] == ["b/1.heic"]
+
+    def test_a_zip_with_backslashes_has_folders(self, tmp_path: Path) -> None:
+        files = {"top\\a\\1.png": png(1), "top\\a\\2.png": png(2), "top\\b\\1.png": png(3)}
+        images = load_part(tmp_path, source="zip", path=write_zip(tmp_path / "of.zip", files).name, prefix="top")
+        assert images.names == ["a/1.png", "a/2.png", "b/1.png"]
+        assert images.identities == ["a", "b"]
+        assert levels(images) == [1, 2, 3]
+
+    @pytest.mark.parametrize("write", [write_folder, lambda path, files: write_zip(path.with_suffix(".zip"), files)])
+    def test_sides_of_other_tools_are_no_classes(self, write: Callable[..., Path], tmp_path: Path) -> None:
+        files = {f"{side}/{item}/{at}.png": png(10 * at) for side in ("train", "val") for item in "ab" for at in (1, 2)}
+        with pytest.raises(InvalidDataset, match=r"train/ and val/ hold folders of the same names, such as 'a'"):
+            load_path(write(tmp_path / "products", files), preprocessing=GREY_8)
+
+    def test_a_part_for_each_makes_one_identity_of_folders_of_one_name(self, tmp_path: Path) -> None:
+        files = {f"{side}/{item}/{at}.png": png(10 * at) for side in ("train", "val") for item in "ab" for at in (1, 2)}
+        write_folder(tmp_path, files)
+        parts = [part(source="folder", path=side, name=side) for side in ("train", "val")]
+        images = load(parts, data_root=tmp_path, preprocessing=GREY_8)
+        assert images.identities == ["a", "b"]
+        assert len(images) == 8
+
+    def test_super_classes_may_hold_folders_of_the_same_names(self, tmp_path: Path) -> None:
+        write_folder(
+            tmp_path,
+            {f"{top}/{item}/1.png": png(1) for top in ("train", "tram") for item in "ab"} | {"tram/a/2.png": png(2)},
+        )
+        assert load_path(tmp_path, preprocessing=GREY_8).identities == ["train/a", "train/b", "tram/a", "tram/b"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from embedding.encoder import PixelEncoder
 from embedding.errors import DamagedData, InvalidDataset, InvalidImage, InvalidRecipe, NotFound, TrainingDiverged
 from embedding.images import Pixels, Preprocessing
 from embedding.networks import EmbeddingNetwork
@@ -114,17 +115,20 @@ def test_another_seed_gives_another_run(images: ImageSet) -> None:
     assert [report.loss for report in one.fit().history] != [report.loss for report in other.fit().history]
 
 
-def test_evaluation_changes_nothing_in_training(images: ImageSet) -> None:
+@pytest.mark.parametrize("settings", [{}, {"channels_last": False}, {"channels_last": False, "ema_decay": 0.9}])
+def test_evaluation_changes_nothing_in_training(images: ImageSet, settings: dict[str, Any]) -> None:
     modes = []
 
     def evaluate(evaluated: EmbeddingNetwork) -> dict[str, float]:
         modes.append(evaluated.training)
         torch.rand(100)
+        PixelEncoder(evaluated, recipe().preprocessing, device="cpu").warm_up()  # lays it out as it likes
+        evaluated.requires_grad_(False).projection.weight.zero_()
         return {"recall": 0.5}
 
     plain, evaluated = (
-        trainer(recipe(), images),
-        trainer(recipe(training={"evaluate_every": 3}), images, None, evaluate),
+        trainer(recipe(training=settings), images),
+        trainer(recipe(training={"evaluate_every": 3, **settings}), images, None, evaluate),
     )
     plain.fit()
     assert evaluated.fit().evaluations == {3: {"recall": 0.5}, 6: {"recall": 0.5}, 9: {"recall": 0.5}}
@@ -287,9 +291,9 @@ def test_images_that_all_look_alike_are_called_a_collapse(images: ImageSet) -> N
 
 
 def test_a_diverged_run_stops_in_words_and_keeps_the_last_good_checkpoint(images: ImageSet, tmp_path: Path) -> None:
-    def poison(evaluated: EmbeddingNetwork) -> dict[str, float]:
+    def poison(_: EmbeddingNetwork) -> dict[str, float]:
         with torch.no_grad():
-            evaluated.projection.weight.fill_(torch.nan)
+            run.network.projection.weight.fill_(torch.nan)
         return {}
 
     run = trainer(recipe(training={"evaluate_every": 5}), images, tmp_path, poison)
@@ -306,7 +310,7 @@ def test_a_run_that_diverged_is_not_evaluated(images: ImageSet) -> None:
     def poison(network: EmbeddingNetwork) -> dict[str, float]:
         evaluated.append(bool(network.projection.weight.isfinite().all()))
         with torch.no_grad():
-            network.projection.weight.fill_(torch.nan)
+            run.network.projection.weight.fill_(torch.nan)
         return {}
 
     run = trainer(recipe(training={"evaluate_every": 2, "log_every": STEPS}), images, evaluate=poison)

@@ -257,6 +257,13 @@ LossConfig = Annotated[
 ]
 
 
+def learns_itself(config: LossConfig) -> bool:
+    """Whether the loss has weights of its own: boundaries, proxies, a classifier."""
+    if isinstance(config, CrossBatchMemoryConfig | ThresholdConsistentConfig):
+        return learns_itself(config.pair)
+    return isinstance(config, MarginConfig | ProxyAnchorConfig | ArcFaceConfig | JointConfig)
+
+
 def outlives_a_batch(config: LossConfig) -> bool:
     """Whether the loss keeps something of each identity from batch to batch: a proxy, a boundary, embeddings."""
     if isinstance(config, ThresholdConsistentConfig):
