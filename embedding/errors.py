@@ -8,6 +8,7 @@
     │   ├── InvalidOperatingPoint   a threshold or rate that the calibration cannot support
     │   ├── InvalidFilter       a condition on items that does not parse; `position` says where
     │   ├── RequestIdReused     a request_id that was given with another request
+    │   ├── RequestTooLarge     a message over the server's limit; send smaller images, or fewer
     │   ├── ResponseTooLarge    an answer that no message carries; ask for less
     │   ├── InvalidRecipe       an unknown key, or a value out of its range
     │   └── InvalidDataset      a folder, manifest or split that cannot be trained on
@@ -93,6 +94,10 @@ class InvalidFilter(InvalidInput):
 
 class RequestIdReused(InvalidInput):
     reason = "REQUEST_ID_REUSED"
+
+
+class RequestTooLarge(InvalidInput):
+    reason = "REQUEST_TOO_LARGE"
 
 
 class ResponseTooLarge(InvalidInput):

@@ -76,7 +76,7 @@ class Limits:
     k: int = 10_000
     """Neighbours."""
     message_bytes: int = 64 * 2**20
-    """Of one message that is sent."""
+    """Of one message, received or sent."""
     answers: Room | None = None
     """Where large answers are held until they are sent; None for any number."""
     window: int = 256

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from embedding.errors import InvalidInput, ResponseTooLarge
+from embedding.errors import InvalidInput, RequestTooLarge, ResponseTooLarge
 from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 from service.telemetry import logs
@@ -33,9 +34,12 @@ _ROUNDED, _ON_THE_WAY = 0.02, 0.005
 travels of it up, by a hundredth at most."""
 
 
-class _Malformed:
-    """Stands for a request that cannot be parsed, so that it is refused where all others are; gRPC's own answer would
-    be UNKNOWN, with the parser's words."""
+@dataclass(frozen=True, slots=True)
+class _Unread:
+    """Stands for a request that is not read, so that it is refused where all others are; gRPC's own answer to one that
+    cannot be parsed would be UNKNOWN, with the parser's words."""
+
+    error: InvalidInput
 
 
 class Hook:
@@ -96,7 +100,7 @@ class Calls:
                     return answer
 
             return grpc.unary_unary_rpc_method_handler(
-                served, request_deserializer=_forgiving(handler.request_deserializer)
+                served, request_deserializer=self._reading(handler.request_deserializer)
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
@@ -114,13 +118,33 @@ class Calls:
 
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
         made: grpc.RpcMethodHandler[Any, Any] = make(
-            streamed, request_deserializer=_forgiving(handler.request_deserializer)
+            streamed, request_deserializer=self._reading(handler.request_deserializer)
         )
         return made
 
-    def _received(self, call: Call, request: Message | _Malformed) -> None:
-        if isinstance(request, _Malformed):
-            raise InvalidInput("the message cannot be parsed; make it with the stubs of this API's version")
+    def _reading(self, deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        most = self._limits.message_bytes
+
+        def read(data: bytes) -> Any:
+            if len(data) > most:
+                return _Unread(
+                    RequestTooLarge(
+                        f"the request takes {len(data):,} bytes, and one message carries {most:,} at most; send "
+                        "smaller images, or fewer at once"
+                    )
+                )
+            try:
+                return data if deserialize is None else deserialize(data)
+            except DecodeError:
+                return _Unread(
+                    InvalidInput("the message cannot be parsed; make it with the stubs of this API's version")
+                )
+
+        return read
+
+    def _received(self, call: Call, request: Message | _Unread) -> None:
+        if isinstance(request, _Unread):
+            raise request.error
         for hook in self._receivers:
             hook.received(call, request)
 
@@ -234,16 +258,6 @@ def _is_late(call: Call) -> bool:
     """Whether the caller of a call that was given up had waited until its deadline."""
     left = call.seconds_left
     return left is not None and left <= _ON_THE_WAY + _ROUNDED * (time.perf_counter() - call.started + left)
-
-
-def _forgiving(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    def read(data: bytes) -> Any:
-        try:
-            return data if deserialize is None else deserialize(data)
-        except DecodeError:
-            return _Malformed()
-
-    return read
 
 
 def _unless_formed(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:

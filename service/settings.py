@@ -69,8 +69,9 @@ class Settings(BaseModel):
     trace_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the traces beginning here that is recorded; what a caller has decided is kept."""
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**31 - 1)] = 64 * MiB
-    """Largest message received or sent, in bytes; larger requests end with RESOURCE_EXHAUSTED, and calls whose answer
-    would be larger with RESPONSE_TOO_LARGE."""
+    """Largest message received or sent, in bytes; larger requests end with REQUEST_TOO_LARGE, and calls whose answer
+    would be larger with RESPONSE_TOO_LARGE. Requests over twice as large, or by more than 16 MiB, gRPC
+    ends itself, with RESOURCE_EXHAUSTED."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Largest width × height of an image, read from its header before anything is decoded."""
     device: str = "auto"

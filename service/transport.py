@@ -6,14 +6,23 @@ import errno
 import socket
 
 from embedding.errors import Busy, InvalidInput
-from service.settings import Settings
+from service.settings import MiB, Settings
+
+_TAKEN_IN = 16 * MiB
+"""Most bytes beyond `max_message_bytes` of requests that are taken in to be refused; it takes three times as many."""
+
+
+def most_received(settings: Settings) -> int:
+    """The largest message that gRPC's core takes in, in bytes: more than is accepted, which `Calls` refuses with a
+    reason and counts. What is larger still the core refuses by its length, before our code hears of the call."""
+    return min(settings.max_message_bytes + min(settings.max_message_bytes, _TAKEN_IN), 2**31 - 1)
 
 
 def channel_options(settings: Settings, *, shares_port: bool = False) -> list[tuple[str, int]]:
     """Options of the server, as gRPC's C core names them (grpc/impl/channel_arg_names.h)."""
     return [
         ("grpc.so_reuseport", int(shares_port)),  # or a second server would share the port unnoticed
-        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_receive_message_length", most_received(settings)),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", settings.max_streams),

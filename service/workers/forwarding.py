@@ -15,6 +15,7 @@ import grpc
 from embedding.errors import NotReady
 from service.errors import translated_errors
 from service.settings import Settings
+from service.transport import most_received
 from service.workers.passed_on import PREFIX, said_of
 
 _HOP = ("grpc-", ":", PREFIX)
@@ -33,7 +34,7 @@ class Forwarding(grpc.GenericRpcHandler):
             address,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", most_received(settings)),  # refused where the rest is
                 ("grpc.max_metadata_size", settings.max_metadata_bytes),
                 ("grpc.max_reconnect_backoff_ms", 1000),
                 ("grpc.enable_retries", 0),

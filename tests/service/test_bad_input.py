@@ -64,10 +64,42 @@ def test_an_unusable_image_is_named_wherever_it_stands(stubs: Stubs, gallery: st
         assert "\n" not in error.details()
 
 
-def test_a_message_over_the_limit_is_refused(stubs: Stubs) -> None:
-    large = common_pb2.ImageInput(encoded=bytes(MAX_MESSAGE_BYTES + 1))
-    error = refused(stubs.match.Embed, match_pb2.EmbedRequest(image=large))
+def embedding_of(size: int) -> match_pb2.EmbedRequest:
+    """A request of so many bytes."""
+    request = match_pb2.EmbedRequest(image=common_pb2.ImageInput(encoded=bytes(size)))
+    request.image.encoded = bytes(2 * size - request.ByteSize())
+    assert request.ByteSize() == size
+    return request
+
+
+@pytest.mark.parametrize("size", [MAX_MESSAGE_BYTES + 1, 2 * MAX_MESSAGE_BYTES])
+def test_a_message_over_the_limit_is_refused_with_both_sizes(stubs: Stubs, size: int) -> None:
+    error = refused(stubs.match.Embed, embedding_of(size))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert info(rich(error)).reason == "REQUEST_TOO_LARGE"
+    assert f"{size:,} bytes, and one message carries {MAX_MESSAGE_BYTES:,}" in (error.details() or "")
+
+
+def test_a_message_of_the_largest_size_is_read(stubs: Stubs) -> None:
+    error = refused(stubs.match.Embed, embedding_of(MAX_MESSAGE_BYTES))
+    assert info(rich(error)).reason == "INVALID_IMAGE"
+
+
+def test_an_element_over_the_limit_ends_its_stream(stubs: Stubs) -> None:
+    large = match_pb2.ImagePair(a=common_pb2.ImageInput(encoded=bytes(MAX_MESSAGE_BYTES)), b=encoded(1))
+    elements = [
+        match_pb2.StreamVerifyRequest(config=match_pb2.StreamVerifyConfig()),
+        match_pb2.StreamVerifyRequest(pair=large),
+    ]
+    error = refused(lambda _: stubs.match.StreamVerify(iter(elements)), elements[0])
+    assert info(rich(error)).reason == "REQUEST_TOO_LARGE"
+
+
+def test_a_message_over_twice_the_limit_is_refused_before_it_is_taken_in(stubs: Stubs) -> None:
+    """By gRPC, which takes in no more, and says so in its own words."""
+    error = refused(stubs.match.Embed, embedding_of(2 * MAX_MESSAGE_BYTES + 1))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in (error.details() or "")
 
 
 def test_an_unknown_item_or_gallery_is_not_found(stubs: Stubs, gallery: str) -> None:

@@ -17,7 +17,7 @@ from lookalike.v1 import common_pb2, match_pb2
 from service import errors
 from service.errors import translated_errors
 from tests.client.flaky import Context, Flaky, serving
-from tests.service.harness import Loop, Stubs, encoded, info, refused, rich
+from tests.service.harness import MAX_MESSAGE_BYTES, Loop, Stubs, encoded, info, refused, rich
 
 
 def kinds(root: type[domain.LookalikeError]) -> Iterator[type[domain.LookalikeError]]:
@@ -96,10 +96,14 @@ def test_an_unforeseen_error_is_logged_and_never_shown(stubs: Stubs, monkeypatch
     assert "a secret path" in repr(line["exc_info"])
 
 
-def test_every_call_is_one_log_line_without_content(stubs: Stubs) -> None:
+TOO_LARGE = match_pb2.EmbedRequest(image=common_pb2.ImageInput(encoded=bytes(MAX_MESSAGE_BYTES)))
+
+
+@pytest.mark.parametrize("wrong", [match_pb2.EmbedRequest(), TOO_LARGE], ids=["without an image", "too large"])
+def test_every_call_is_one_log_line_without_content(stubs: Stubs, wrong: match_pb2.EmbedRequest) -> None:
     with capture_logs() as captured:
         stubs.match.Embed(match_pb2.EmbedRequest(image=encoded(1)))
-        refused(stubs.match.Embed, match_pb2.EmbedRequest())
+        refused(stubs.match.Embed, wrong)
         deadline = time.monotonic() + 10
         # A refusal is sent before its line is written; that of another test may still be on its way.
         while len(logs := [line for line in captured if line.get("method", "").endswith("/Embed")]) < 2:

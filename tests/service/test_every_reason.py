@@ -22,7 +22,20 @@ from service import errors, operations
 from service.admission import Room
 from service.server import Server
 from service.settings import Settings
-from tests.service.harness import Loop, Stubs, connected, encoded, fields, info, make_bundle, png, refused, rich, served
+from tests.service.harness import (
+    MAX_MESSAGE_BYTES,
+    Loop,
+    Stubs,
+    connected,
+    encoded,
+    fields,
+    info,
+    make_bundle,
+    png,
+    refused,
+    rich,
+    served,
+)
 from tests.service.test_error_table import kinds
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -213,6 +226,7 @@ PROVOKED = {
     "INVALID_OPERATING_POINT": lambda place, _: verify(
         place, encoded(1), operating_point=common_pb2.OperatingPoint(target_far=1e-9)
     ),
+    "REQUEST_TOO_LARGE": lambda place, _: verify(place, image(bytes(MAX_MESSAGE_BYTES))),
     "RESPONSE_TOO_LARGE": too_large,
     "INVALID_FILTER": lambda place, _: filtered(place, "name ="),
     "REQUEST_ID_REUSED": reused,
@@ -249,7 +263,7 @@ def test_a_reason_over_the_wire(place: Place, monkeypatch: pytest.MonkeyPatch, r
     expected = "RESOURCE_EXHAUSTED" if reason == "STORAGE_FAILED" else documented()[reason]
     assert code.name == expected
     details = {detail.type_url.rpartition(".")[2] for detail in status.details}
-    assert ("BadRequest" in details) == (code is grpc.StatusCode.INVALID_ARGUMENT)
+    assert ("BadRequest" in details) == (code is grpc.StatusCode.INVALID_ARGUMENT and reason != "REQUEST_TOO_LARGE")
     assert ("RetryInfo" in details) == (code.name in {"UNAVAILABLE", "RESOURCE_EXHAUSTED"})
     assert ("QuotaFailure" in details) == (code.name == "RESOURCE_EXHAUSTED")
     assert ("PreconditionFailure" in details) == (reason == "GALLERIES_INCOMPATIBLE")

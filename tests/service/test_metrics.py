@@ -26,7 +26,7 @@ from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
 from service.server import SERVICES, Server
 from service.settings import Settings
 from service.telemetry import collected as metrics_collected
-from tests.service.harness import Loop, Stubs, connected, encoded, refused, served, stored, unit
+from tests.service.harness import MAX_MESSAGE_BYTES, Loop, Stubs, connected, encoded, refused, served, stored, unit
 from tests.service.test_lifecycle import Held, fails_to_start
 
 VERIFY = match_pb2.VerifyRequest(a=encoded(1), b=encoded(2))
@@ -220,6 +220,13 @@ def test_the_labels_of_galleries_are_bounded(watched: Watched, monkeypatch: pyte
     }
     listed = watched.stubs.galleries.ListGalleries(gallery_pb2.ListGalleriesRequest(page_size=100)).galleries
     assert sum(items.values()) == sum(each.item_count for each in listed)
+
+
+def test_a_request_that_is_too_large_is_counted(watched: Watched) -> None:
+    before = scraped(watched.port)
+    large = common_pb2.ImageInput(encoded=bytes(MAX_MESSAGE_BYTES))
+    refused(watched.stubs.match.Embed, match_pb2.EmbedRequest(image=large))
+    assert watched.grown(before)[f"lookalike_calls_total{{code=INVALID_ARGUMENT,method={MATCH}/Embed}}"] == 1
 
 
 def test_an_unknown_method_makes_no_series(watched: Watched) -> None:
