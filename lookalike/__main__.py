@@ -11,8 +11,11 @@ FAILED = 2
 INTERRUPTED = 130
 
 _EXTRA_OF_MODULE = {
-    "typer": "cli",
-    "rich": "cli",
+    "typer": "serve",
+    "rich": "serve",
+    "faiss": "serve",
+    "threadpoolctl": "serve",
+    "uvloop": "serve",
     "torch": "serve",
     "torchvision": "serve",
     "PIL": "serve",
@@ -33,6 +36,12 @@ _EXTRA_OF_MODULE = {
     "training": "train",
 }
 """The extra that brings each module which the base install, the client alone, lacks."""
+
+_EXTRA_OF_COMMAND = {
+    **dict.fromkeys(("train", "evaluate", "calibrate", "compare", "one-shot"), "train"),
+    "demo": "serve,train",
+}
+"""Of those that want more than what answers: all that they lack, in place of one extra after the other."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +84,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         extra = _EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        return _failed(f"this command needs {error.name}: run pip install 'lookalike[{extra}]'")
+        if extra in {"serve", "train"}:
+            words = sys.argv[1:] if arguments is None else arguments
+            command = next((word for word in words if not word.startswith("-")), "")
+            extra = _EXTRA_OF_COMMAND.get(command, extra)
+        return _failed(
+            f"this command needs {error.name}: install lookalike's extra {extra}, in its checkout by "
+            f"pip install -c constraints.txt '.[{extra}]'"
+        )
     except BrokenPipeError:
         # The reader of the output has left, as `head` does; Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -87,16 +87,24 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> 
     monkeypatch.setitem(sys.modules, "lookalike.cli.local", None)
     with pytest.raises(ModuleNotFoundError):  # our own modules are never an extra: that is a bug, and shows as one
         main(["verify", __file__, __file__, "--bundle", "x"])
-    monkeypatch.delitem(sys.modules, "lookalike.cli.local")
-    monkeypatch.setitem(sys.modules, "service.server", None)
-    program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from lookalike.__main__ import main\n"
-        "sys.exit(main(['serve', '--bundle', 'x']))"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ran.returncode == 2
-    assert ran.stderr == "lookalike: this command needs torch: run pip install 'lookalike[serve]'\n"
+    for module, arguments, extra in (
+        ("torch", ["serve", "--bundle", "x"], "serve"),
+        ("typer", ["--help"], "serve"),
+        ("torch", ["train", "digits", "--out", "x"], "train"),
+        ("tomli_w", ["demo"], "serve,train"),
+        ("faiss", ["verify", __file__, __file__, "--bundle", "x"], "serve"),
+    ):
+        program = (
+            f"import sys; sys.modules[{module!r}] = None\n"
+            "from lookalike.__main__ import main\n"
+            f"sys.exit(main({arguments}))"
+        )
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert ran.returncode == 2
+        assert ran.stderr == (
+            f"lookalike: this command needs {module}: install lookalike's extra {extra}, in its checkout by "
+            f"pip install -c constraints.txt '.[{extra}]'\n"
+        )
 
 
 class TestModelShow:
