@@ -221,6 +221,18 @@ def test_a_budget_is_refilled_by_success() -> None:
     assert [budget.take() for _ in range(3)] == [True, True, False]
 
 
+def full(retry_after: float) -> ResourceExhausted:
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    return ResourceExhausted("full", code=code, reason="OVERLOADED", retry_after=retry_after)
+
+
+def test_what_is_not_repeated_for_want_of_time_takes_nothing_of_the_budget() -> None:
+    patience = Patience(Retry(budget=1), None)
+    assert patience.pause(full(100), 1, seconds_left=30) is None
+    assert patience.pause(full(1), 1, seconds_left=30) is not None
+    assert patience.pause(full(1), 1, seconds_left=30) is None
+
+
 def test_the_pause_that_the_server_asks_for_is_kept(loop: Loop) -> None:
     times: list[float] = []
 
@@ -432,7 +444,10 @@ def test_a_call_that_the_server_could_not_look_at_is_told_from_one_that_was_give
         "shop:1 has more calls than it can look at" in str(failed) if kind is not Cancelled else str(failed) == details
     )
     pauses = [Patience(Retry(), None).pause(failed, attempt, 30.0) for attempt in (1, 2, 4)]
+    bounded = Patience(Retry(max_backoff=0.15), None).pause(failed, 3, 30.0)
     if kind is ResourceExhausted:
+        assert bounded is not None
+        assert 0.15 <= bounded < 0.2
         assert pauses[0] is not None
         assert pauses[1] is not None
         assert pauses[0] < 0.2 < pauses[1] < 0.4
