@@ -116,6 +116,26 @@ def test_the_same_image_of_several_callers_is_embedded_once_and_as_long_as_one_w
     run(encoder, story)
 
 
+def test_an_image_that_nobody_waited_for_to_the_end_takes_no_other_of_its_bytes_along(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        gone = asyncio.create_task(embed(batcher, png(1)))
+        await entered(encoder)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        second = asyncio.create_task(embed(batcher, png(1)))
+        await settled()
+        encoder.let_go.set()
+        encoder.let_go.clear()  # the first batch goes, and the second is held up
+        await entered(encoder)
+        third = asyncio.create_task(embed(batcher, png(1)))
+        await settled()
+        encoder.let_go.set()
+        assert (await second).tobytes() == (await third).tobytes()
+        assert encoder.batches == [1, 1]
+
+    run(encoder, story, cache_bytes=0)
+
+
 def test_what_has_no_time_left_is_not_decoded(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
         encoder.let_go.set()
@@ -123,6 +143,10 @@ def test_what_has_no_time_left_is_not_decoded(encoder: HeldEncoder) -> None:
             await embed(batcher, png(1), seconds_left=0.0)
         assert encoder.decoded == []
         await embed(batcher, png(1), seconds_left=60.0)
+        assert encoder.decoded == [png(1)]
+        batcher._workbench.batch_pace.record(1e6)  # a batch is known to take long
+        with pytest.raises(DeadlineExceeded):
+            await embed(batcher, png(2), seconds_left=60.0)
         assert encoder.decoded == [png(1)]
 
     run(encoder, story)

@@ -48,6 +48,29 @@ def test_callers_take_turns_at_the_decoders(decoding_ahead: HeldEncoder) -> None
     run(decoding_ahead, story, batch_size=2, decode_threads=1)
 
 
+def test_large_images_of_one_call_are_decoded_by_several_threads(decoding_ahead: HeldEncoder) -> None:
+    """And small ones together; no batch waits for what has been decoded."""
+    met = threading.Barrier(2, timeout=10)
+    prepare = decoding_ahead.prepare
+
+    def meeting(data: bytes) -> Pixels:
+        if len(data) > batching.DECODED_TOGETHER:
+            met.wait()
+        return prepare(data)
+
+    decoding_ahead.prepare = meeting  # type: ignore[method-assign]
+
+    async def story(batcher: Batcher) -> None:
+        decoding_ahead.let_go.set()
+        large = [png(seed) + bytes(batching.DECODED_TOGETHER) for seed in (1, 2)]
+        assert not any(isinstance(each, Exception) for each in (await batcher.embed_all(large)).values())
+        await batcher.embed_all([png(seed) for seed in range(10, 18)])
+        batcher._workbench.batch_pace.record(1e6)  # a batch is known to take long
+        await embed(batcher, png(3))
+
+    run(decoding_ahead, story, delay_seconds=60.0)
+
+
 def test_one_call_s_images_share_a_batch(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
         encoder.let_go.set()

@@ -252,6 +252,19 @@ def test_a_new_key_counts_at_once_and_a_revocation_within_a_second(
         keys.of_key(first)
 
 
+def test_a_holder_whose_stream_lasts_has_the_rights_of_now(ring: KeyRing, tmp_path: Path) -> None:
+    key = made(ring)
+    keys = Keys(tmp_path / "keys.json")
+    holder = keys.of_key(key)
+    assert keys.still(holder) == holder
+    ring.rotate("shop", overlap=timedelta(hours=1))
+    now = keys.still(holder)
+    assert now is not None
+    assert now.expires is not None
+    ring.revoke("shop")
+    assert keys.still(holder) is None
+
+
 def test_a_damaged_file_under_a_running_server_locks_nobody_out(ring: KeyRing, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     key = made(ring)
