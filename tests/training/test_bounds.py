@@ -12,6 +12,7 @@ from training.bounds import (
     far_upper_bounds,
     frr_upper_bounds,
     group_across_variance,
+    of_units,
     upper_bound,
     within_variance,
 )
@@ -208,6 +209,9 @@ def test_degrees_of_freedom_say_how_many_identities_make_the_variance() -> None:
     assert degrees_of_freedom(alike)[0] == pytest.approx(400, rel=0.2)
     assert degrees_of_freedom(dominated)[0] == pytest.approx(2, rel=0.01)
     assert degrees_of_freedom(np.zeros((400, 1)))[0] == 1
+    shares = np.array([0.4, 0.2, 0.2, 0.2])  # as 1 / 0.28 of one size
+    uneven = of_units(np.full((4, 1), 0.1), shares, np.array([4]))
+    assert uneven.freedom_T[0] == pytest.approx(1 / 0.28 - 1)
 
 
 def test_bound_of_independent_trials_is_clopper_and_pearsons() -> None:

@@ -36,6 +36,9 @@ def test_every_row_counts_the_verdicts_a_service_would_give() -> None:
         assert row.far_upper95 >= row.far
         assert row.frr_upper95 >= row.frr
     assert len(calibration.curve) <= 300
+    strictest = max(row.threshold for row in calibration.curve if row.far == 0)
+    assert strictest == np.nextafter(impostor.min(), np.float32(0))
+    assert min(row.threshold for row in calibration.curve if row.frr == 0) == matching.max()
 
 
 def test_named_points_are_rows_and_keep_their_names() -> None:
@@ -120,6 +123,16 @@ def test_the_smallest_possible_set() -> None:
     calibration = calibrate(emb, np.array([0, 0, 1, 1]), protocol="identity-disjoint")
     assert set(calibration.named_points) == {"learned-margin", "equal-error"}
     assert calibration.rates_at(calibration.learned_margin).far_upper95 > 0.7, "two identities prove next to nothing"
+    thirty = calibrate(*(each[1:] for each in random_effects(2, 6)), protocol="identity-disjoint")
+    assert thirty.impostor_pairs == 30
+    assert "far-1e-1" in thirty.named_points, "three pairs of thirty support it"
+
+
+def test_equal_error_is_the_smallest_distance_at_which_far_reaches_frr() -> None:
+    angles = np.radians([0, 4, 10, 70])
+    emb = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    calibration = calibrate(emb, np.array([0, 0, 1, 1]), protocol="identity-disjoint")
+    assert calibration.named_points["equal-error"] == distance(emb[0], emb[2]), "where both are one half"
 
 
 def test_identity_with_one_image_counts_as_impostor_only() -> None:
