@@ -107,6 +107,10 @@ class Shelf:
         folder = self._root / gallery_id
         return folder.is_dir() and any(GALLERY_ID.fullmatch(path.name) for path in folder.iterdir())
 
+    def has_kept(self, gallery_id: str) -> bool:
+        """Whether there were ever snapshots of a gallery of this id: their folder stays."""
+        return (self._root / gallery_id).is_dir()
+
     def _seen(self, gallery_id: str, snapshot_id: str, *, full: bool = False) -> Copy:
         """What can be told of a snapshot, without reading it whole unless `full`. Raises NotFound."""
         folder = self._path(gallery_id, snapshot_id)

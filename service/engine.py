@@ -37,7 +37,7 @@ from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRe
 from index.aliases import Aliases, holds
 from index.engine import OnProgress
 from index.receipts import Token
-from index.shelf import Shelf
+from index.shelf import Copy, Shelf
 from service.call import principal
 from service.gate import Gate
 from service.sources import (
@@ -219,20 +219,41 @@ class Engine:
             return self.catalog.create(gallery_id, self.model, settings=settings, token=token, publishing=publishing)
         return self.catalog.create(gallery_id, self.model, settings=settings, publishing=publishing)
 
-    def kept_under(self, name: str) -> str:
-        """The id of the gallery whose snapshots a name or an alias stands for: its own, where there are any, since an
-        alias may have the name of a gallery that is gone. Raises GalleryForbidden."""
-        gallery_id = self.resolved(name)
-        return name if gallery_id != name and self.shelf.keeps(name) else gallery_id
+    def snapshots(self, name: str) -> tuple[str, tuple[Copy, ...]]:
+        """The id of the gallery whose snapshots a name or an alias stands for, and these."""
+        gallery_id = self._kept_under(name)
+        return gallery_id, self.shelf.list(gallery_id)
 
-    def check_restorable(self, gallery_id: str, snapshot: tuple[str, str]) -> None:
-        """Raises NotFound, and AlreadyExists when there is a gallery or an alias of that name."""
+    def delete_snapshot(self, gallery_id: str, snapshot_id: str) -> None:
+        """Delete a snapshot, named by its own gallery: what an alias stands for may change, and who asked twice would
+        delete two.
+
+        Raises NotFound, GalleryAliased for the name of an alias under which nothing was ever kept, and GalleryForbidden
+        as `resolved`.
+        """
+        try:
+            self.shelf.delete(gallery_id, snapshot_id)
+        except NotFound as error:
+            aliased = self.resolved(gallery_id)
+            if aliased == gallery_id:
+                raise
+            why = f"{gallery_id!r} is an alias of gallery {aliased!r}; to delete a snapshot of that, name it itself"
+            if self.shelf.has_kept(gallery_id):
+                raise NotFound(f"{error}; {why}", field="name") from error
+            raise GalleryAliased(why, field="name") from error
+
+    def to_restore(self, gallery_id: str, name: str, snapshot_id: str) -> tuple[str, str]:
+        """The snapshot of the gallery that a name or an alias stands for, as `restore_gallery` takes it.
+
+        Raises NotFound, and AlreadyExists when there is a gallery or an alias of the new name.
+        """
         self.check_no_alias(gallery_id)
-        self.shelf.get(*snapshot)
+        source = self._kept_under(name), snapshot_id
+        self.shelf.get(*source)
         try:
             self.catalog.get(gallery_id)
         except NotFound:
-            return
+            return source
         raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
 
     def restore_gallery(
@@ -344,6 +365,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _kept_under(self, name: str) -> str:
+        """The id of the gallery whose snapshots a name or an alias stands for: its own, where there are any, since an
+        alias may have the name of a gallery that is gone. Raises GalleryForbidden."""
+        gallery_id = self.resolved(name)
+        return name if gallery_id != name and self.shelf.keeps(name) else gallery_id
 
     @contextmanager
     def _named(self, gallery_id: str, *, if_loaded: bool = False) -> Iterator[None]:

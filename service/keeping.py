@@ -123,10 +123,9 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
         async with translated_errors(context):
             serving = self._serving.current
             named = parse.gallery_name(request.parent, "parent")
-            gallery_id = await serving.run(serving.engine.kept_under, named)
+            gallery_id, copies = await serving.run(serving.engine.snapshots, named)
             kind = pages.within("snapshots", f"galleries/{gallery_id}")
             size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, kind)
-            copies = await serving.run(serving.engine.shelf.list, gallery_id)
             found = [copy for copy in copies if copy.id > after]
             shown, following = pages.page(
                 kind, found, size, wire.snapshot, lambda copy: copy.id, most=pages.most_bytes()
@@ -140,7 +139,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
 
             def delete(again: bool) -> pb.DeleteSnapshotResponse:
                 with gone_already(again):
-                    serving.engine.shelf.delete(serving.engine.kept_under(gallery), snapshot)
+                    serving.engine.delete_snapshot(gallery, snapshot)
                 return pb.DeleteSnapshotResponse()
 
             return await self._once.done(
@@ -156,11 +155,10 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             serving = self._serving.current
             engine = serving.engine
             gallery, snapshot = parse.snapshot_name(request.snapshot, "snapshot")
-            source = (await serving.run(engine.kept_under, gallery), snapshot)
             token = token_of(request)
             if (before := self._operations.begun(token)) is not None:
                 return pb.RestoreGalleryResponse(operation=_told(before))
-            model = await serving.run(upkeep.restorable, engine, source, request.gallery_id)
+            source, model = await serving.run(upkeep.restorable, engine, request.gallery_id, gallery, snapshot)
             if request.validate_only:
                 return pb.RestoreGalleryResponse()
             begun = self._operations.start(

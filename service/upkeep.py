@@ -64,13 +64,13 @@ def snapshot(engine: Engine, gallery_id: str, snapshot_id: str, tell: OnProgress
     return engine.shelf.create(gallery, snapshot_id, on_progress=tell)
 
 
-def restorable(engine: Engine, source: tuple[str, str], gallery_id: str) -> ModelRef | None:
-    """The model of the gallery that a restoration will make, once all is checked that can be at once; None where the
-    snapshot is too damaged to say, which its restoration will tell."""
-    engine.check_restorable(gallery_id, source)
+def restorable(engine: Engine, gallery_id: str, name: str, snapshot_id: str) -> tuple[tuple[str, str], ModelRef | None]:
+    """`Engine.to_restore`, and the model of the gallery that will be made; None where the snapshot is too damaged to
+    say, which its restoration will tell."""
+    source = engine.to_restore(gallery_id, name, snapshot_id)
     with suppress(DamagedData):
-        return engine.shelf.model(*source)
-    return None
+        return source, engine.shelf.model(*source)
+    return source, None
 
 
 def restore(engine: Engine, source: tuple[str, str], gallery_id: str, tell: OnProgress) -> GalleryEngine:

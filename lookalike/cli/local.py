@@ -242,14 +242,13 @@ class LocalBackend:
         )
 
     def list_snapshots(self, gallery: str) -> Iterator[Snapshot]:
-        return (messages.snapshot(wire.snapshot(copy)) for copy in self._engine.shelf.list(self._id(gallery)))
+        return (messages.snapshot(wire.snapshot(copy)) for copy in self._engine.snapshots(gallery)[1])
 
     def delete_snapshot(self, gallery: str, snapshot: str) -> None:
-        self._engine.shelf.delete(self._id(gallery), snapshot)
+        self._engine.delete_snapshot(gallery, snapshot)
 
     def restore_gallery(self, gallery: str, snapshot: str, to: str) -> Operation:
-        source = (self._id(gallery), snapshot)
-        self._engine.check_restorable(to, source)
+        source = self._engine.to_restore(to, gallery, snapshot)
         return self._begun("restore", to, lambda tell: wire.gallery(upkeep.restore(self._engine, source, to, tell)))
 
     def wait_operation(self, operation: str, *, seconds: float = 10.0) -> Operation:

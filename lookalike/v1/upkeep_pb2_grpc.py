@@ -118,7 +118,7 @@ class UpkeepServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSnapshot(self, request, context):
-        """Deletes a snapshot.
+        """Deletes a snapshot, named by its own gallery: an alias stands for another one tomorrow.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,7 @@ class UpkeepServiceStub:
     ListSnapshots: _grpc.UnaryUnaryMultiCallable[_upkeep_pb2.ListSnapshotsRequest, _upkeep_pb2.ListSnapshotsResponse]
     """Lists the snapshots of a gallery by name, also after the gallery was deleted."""
     DeleteSnapshot: _grpc.UnaryUnaryMultiCallable[_upkeep_pb2.DeleteSnapshotRequest, _upkeep_pb2.DeleteSnapshotResponse]
-    """Deletes a snapshot."""
+    """Deletes a snapshot, named by its own gallery: an alias stands for another one tomorrow."""
     RestoreGallery: _grpc.UnaryUnaryMultiCallable[_upkeep_pb2.RestoreGalleryRequest, _upkeep_pb2.RestoreGalleryResponse]
     """Makes a new gallery from a snapshot. The operation's response is a Gallery."""
 
@@ -80,7 +80,7 @@ class UpkeepServiceAsyncStub(UpkeepServiceStub):
     ListSnapshots: _aio.UnaryUnaryMultiCallable[_upkeep_pb2.ListSnapshotsRequest, _upkeep_pb2.ListSnapshotsResponse]  # type: ignore[assignment]
     """Lists the snapshots of a gallery by name, also after the gallery was deleted."""
     DeleteSnapshot: _aio.UnaryUnaryMultiCallable[_upkeep_pb2.DeleteSnapshotRequest, _upkeep_pb2.DeleteSnapshotResponse]  # type: ignore[assignment]
-    """Deletes a snapshot."""
+    """Deletes a snapshot, named by its own gallery: an alias stands for another one tomorrow."""
     RestoreGallery: _aio.UnaryUnaryMultiCallable[_upkeep_pb2.RestoreGalleryRequest, _upkeep_pb2.RestoreGalleryResponse]  # type: ignore[assignment]
     """Makes a new gallery from a snapshot. The operation's response is a Gallery."""
 
@@ -141,7 +141,7 @@ class UpkeepServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _upkeep_pb2.DeleteSnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_upkeep_pb2.DeleteSnapshotResponse, _abc.Awaitable[_upkeep_pb2.DeleteSnapshotResponse]]:
-        """Deletes a snapshot."""
+        """Deletes a snapshot, named by its own gallery: an alias stands for another one tomorrow."""
 
     @_abc_1.abstractmethod
     def RestoreGallery(

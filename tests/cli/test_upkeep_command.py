@@ -112,6 +112,25 @@ def test_a_gallery_is_copied_and_restored(run: Run, where: list[str], filled: st
     run("gallery", "restore", filled, "before", f"{filled}-s", *where).failed_with("no snapshot")
 
 
+def test_an_alias_with_the_name_of_a_deleted_gallery_deletes_no_snapshot_of_another(
+    run: Run, where: list[str], name: str
+) -> None:
+    old, new = f"{name}-old", f"{name}-new"
+    for gallery in (old, new):
+        run("gallery", "create", gallery, *where)
+        run("gallery", "snapshot", gallery, "before", *where)
+    run("gallery", "delete", old, *where)
+    run("gallery", "alias", old, new, *where)
+    (line,) = run("gallery", "snapshots", old, "--json", *where).out.splitlines()
+    assert json.loads(line)["gallery"] == old
+    assert run("gallery", "restore", old, "before", f"{name}-r", *where).code == 0
+    assert run("gallery", "delete-snapshot", old, "before", *where).code == 0
+    run("gallery", "delete-snapshot", old, "before", *where).failed_with("no snapshot", f"alias of gallery {new!r}")
+    run("gallery", "alias", f"{name}-other", new, *where)
+    run("gallery", "delete-snapshot", f"{name}-other", "before", *where).failed_with("alias", "name it itself")
+    assert len(run("gallery", "snapshots", new, "--json", *where).out.splitlines()) == 1
+
+
 def test_a_damaged_snapshot_is_shown_and_not_restored(run: Run, bundle: Bundle, tmp_path: Path) -> None:
     where = ["--bundle", str(bundle.path), "--data", str(tmp_path / "galleries")]
     run("gallery", "create", "g", *where)

@@ -326,6 +326,27 @@ def test_a_delete_whose_process_was_killed_before_it_was_answered(
         assert refused(stubs.galleries.DeleteGallery, other).code() is grpc.StatusCode.NOT_FOUND
 
 
+def test_a_snapshot_whose_deletion_was_cut_short_takes_no_other_with_it_when_it_is_deleted_again(
+    loop: Loop, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = settings.model_copy(update={"galleries": tmp_path / "galleries"})
+    delete = upkeep_pb2.DeleteSnapshotRequest(name="galleries/old/snapshots/s", request_id=new_id())
+    with served(loop, own) as server, connected(server.address) as stubs:
+        for gallery in ("old", "new"):
+            stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+            copy = upkeep_pb2.CreateSnapshotRequest(parent=f"galleries/{gallery}", snapshot_id="s")
+            finished(stubs, stubs.upkeep.CreateSnapshot(copy).operation)
+        stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name="galleries/old"))
+        put_alias(stubs, "old", "new")
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "end", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+            assert refused(stubs.upkeep.DeleteSnapshot, delete).code() is grpc.StatusCode.INTERNAL
+    with served(loop, own) as server, connected(server.address) as stubs:
+        stubs.upkeep.DeleteSnapshot(delete)
+        left = stubs.upkeep.ListSnapshots(upkeep_pb2.ListSnapshotsRequest(parent="galleries/new")).snapshots
+        assert [copy.name for copy in left] == ["galleries/new/snapshots/s"]
+
+
 def test_an_item_stored_from_an_image_is_answered_alike(stubs: Stubs, filled: str) -> None:
     request = gallery_pb2.UpdateItemRequest(item=item(filled, "item-0"), image=encoded(1), request_id=new_id())
     request.item.metadata.update({"text": "x" * 3000})
