@@ -2,7 +2,8 @@
 
 Each worker answers the same on a socket that only this user can open; the parent asks all of them. What a worker counts
 has its number as the label `worker` and is not added up: a worker that is started anew counts from zero, and of a sum
-that fell Prometheus would take the rest for new. What all share, the galleries and their disk, is told once.
+that fell Prometheus would take the rest for new. What all share, how many galleries there are and their disk, is told
+once. Of one gallery the worker that writes alone tells: the others seal nothing, and know of no failure of that.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from service.telemetry.probes import Probes
 
 LABEL = "worker"
 
-SHARED = ("lookalike_build", "lookalike_disk_", "lookalike_galleries", "lookalike_gallery_")
+SHARED = ("lookalike_build", "lookalike_disk_", "lookalike_galleries")
 """How names of metrics begin that are the same for all workers; the first that answers tells them."""
+
+WRITERS = "lookalike_gallery_"
+"""How names of metrics begin that the worker which writes tells, and nobody while it does not answer."""
 
 _PATIENCE_SECONDS = 5.0
 _READY = "lookalike_ready"
@@ -53,8 +57,9 @@ class Gathered(Collector):
                 continue
             shared = set()
             for family in text_string_to_metric_families(answer.decode()):  # type: ignore[no-untyped-call]
-                is_shared = family.name.startswith(SHARED)
-                if family.name in told:
+                of_writer = family.name.startswith(WRITERS)
+                is_shared = of_writer or family.name.startswith(SHARED)
+                if family.name in told or (of_writer and number != 0):
                     continue
                 kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:

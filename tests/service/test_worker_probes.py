@@ -24,6 +24,7 @@ class Worker:
         registry = CollectorRegistry(auto_describe=True)
         Counter("lookalike_calls", "Calls.", ["code"], registry=registry).labels("OK").inc(calls)
         Gauge("lookalike_ready", "Ready.", registry=registry).set(1)
+        Gauge("lookalike_galleries", "Galleries.", registry=registry).set(calls)
         Gauge("lookalike_gallery_items", "Items.", ["gallery"], registry=registry).labels("shop").set(10 + calls)
         Histogram("lookalike_call_seconds", "Time.", ["method"], buckets=(0.1, 1), registry=registry).labels(
             "m"
@@ -57,6 +58,7 @@ def test_each_worker_s_series_are_told_apart_and_shared_ones_told_once(port: int
         "lookalike_ready{worker=0}": 1,
         "lookalike_ready{worker=1}": 1,
         "lookalike_ready{worker=2}": 0,
+        "lookalike_galleries{}": 3,
         "lookalike_gallery_items{gallery=shop}": 13,
         **{
             f"lookalike_call_seconds_{name},method=m,worker={number}}}".replace("{,", "{"): value
@@ -76,7 +78,9 @@ def test_shared_series_are_told_by_another_while_the_first_is_gone(
     loop: Loop, workers: list[Worker], port: int
 ) -> None:
     loop.run(workers[0].probes.stop())
-    assert scraped(port)["lookalike_gallery_items{gallery=shop}"] == 15
+    told = scraped(port)
+    assert told["lookalike_galleries{}"] == 5
+    assert "lookalike_gallery_items{gallery=shop}" not in told, "of one gallery only the worker that writes can tell"
     assert get(port, "/healthz") == (200, "alive\n")  # the parent starts it anew
 
 
