@@ -10,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -32,6 +32,8 @@ _log = structlog.get_logger(__name__)
 _SOON = 10.0  # seconds: a worker that dies sooner after its start is started anew only after a pause
 _PAUSE = 2.0
 _GRACE_SECONDS = 10.0  # beyond the time to drain
+_LONGEST = 103  # bytes of the path of a socket, on the system that allows the fewest
+_SHARED_MEMORY = Path("/dev/shm")  # containers have it, writable, where all else is read-only
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -60,8 +62,8 @@ def run(settings: Settings, work: Work, on_ready: Callable[[str], None] | None =
     `work` is a function of a module: each process imports it. Raises what the first start of a worker raises.
     """
     check(settings)
-    with _reserved(settings) as port, tempfile.TemporaryDirectory(prefix="lookalike-") as folder:
-        workers = _Workers(settings, work, port, Path(folder))
+    with _reserved(settings) as port, _folder(settings) as folder:
+        workers = _Workers(settings, work, port, folder)
         told_to_stop = threading.Event()
         for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: told_to_stop.set())
@@ -80,6 +82,26 @@ def run(settings: Settings, work: Work, on_ready: Callable[[str], None] | None =
             workers.stop()
             if endpoint is not None:
                 endpoint.stop()
+
+
+@contextmanager
+def _folder(settings: Settings) -> Iterator[Path]:
+    """A folder of this user alone, in which workers meet. Raises InvalidInput where there is no place for one."""
+    for place in (None, _SHARED_MEMORY):  # the first is where the system has temporary files
+        try:
+            made = tempfile.TemporaryDirectory(prefix="lookalike-", dir=place)
+        except OSError:
+            continue
+        with made as name:
+            if len(os.fsencode(name)) + len(f"/models-{settings.workers}") <= _LONGEST:
+                yield Path(name)
+                return
+    raise InvalidInput(
+        f"workers above 1 meet at sockets, and neither for temporary files nor in {_SHARED_MEMORY} is there a folder "
+        "that can be written to and has a short path; set TMPDIR to one, or give a read-only container one: "
+        "docker run --tmpfs /tmp",
+        field="workers",
+    )
 
 
 class _reserved:  # noqa: N801  # used as a context manager
