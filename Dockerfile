@@ -51,7 +51,8 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     PYTHONDONTWRITEBYTECODE=1 pip --python /opt/venv install --no-cache-dir --no-deps --no-index /wheel/*.whl
 
 ENV PATH=/opt/venv/bin:${PATH} \
-    PYTHONUNBUFFERED=1
+    PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1
 
 USER 10001:10001
 VOLUME /data

@@ -6,6 +6,7 @@ it is used only where it agrees with PyTorch. It needs the extra `onnx`.
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,11 @@ from embedding.onnx_graph import graph_of
 
 AGREEMENT = 1e-5
 """Most that a value of an embedding may differ from PyTorch's."""
+
+
+# Or it writes to ~/.cache/Microsoft and looks for mobile.events.data.microsoft.com as soon as it is imported; for that
+# its own `disable_telemetry_events` comes too late.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class Disagrees(Exception):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +141,19 @@ def test_a_runtime_that_disagrees_is_not_used(
     assert "PyTorch runs it instead" in caplog.text
     with pytest.raises(InvalidInput, match="differ"):
         Encoder(bundle, device="cpu", runtime="onnx")
+
+
+TRIED = """
+from embedding.networks import Architecture, build
+from embedding.onnx_road import OnnxNetwork
+architecture = Architecture(network="small_cnn", image_size=16, channels=1, embedding_dim=4, width=4)
+OnnxNetwork(build(architecture).eval(), threads=1)
+"""
+
+
+def test_nothing_is_left_in_the_home_folder_or_sent_from_it(tmp_path: Path) -> None:
+    """ONNX Runtime keeps what it means to send to Microsoft in ~/.cache/Microsoft, from its import on."""
+    unset = {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    subprocess.run([sys.executable, "-c", TRIED], env=environment | {"HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.rglob("*icrosoft*"))
