@@ -323,7 +323,7 @@ def test_a_server_is_called_as_by_the_other_commands(
 ) -> None:
     authority = Authority()
     certificate, key = authority.issue("localhost").write(tmp_path, "server")
-    mine = dict(zip(("certificate", "key"), authority.issue("me").write(tmp_path, "me"), strict=True))
+    my_certificate, my_key = authority.issue("me").write(tmp_path, "me")
     (tmp_path / "root.pem").write_bytes(authority.root)
     secret = KeyRing(tmp_path / "keys.json").create("somebody", scopes=["read"], galleries=["*"])[1]
     secure = whole.model_copy(
@@ -347,8 +347,8 @@ def test_a_server_is_called_as_by_the_other_commands(
         assert "--tls-ca" in told(*target)["server"]["do"]
         monkeypatch.setenv("LOOKALIKE_TLS_CA", str(tmp_path / "root.pem"))
         assert "--client-certificate" in told(*target)["server"]["do"]
-        for name, path in mine.items():
-            monkeypatch.setenv(f"LOOKALIKE_CLIENT_{name.upper()}", str(path))
+        monkeypatch.setenv("LOOKALIKE_CLIENT_CERTIFICATE", str(my_certificate))
+        monkeypatch.setenv("LOOKALIKE_CLIENT_KEY", str(my_key))
         found = told(*target)
         assert (found["server"]["state"], found["model"]["state"]) == ("ok", "warn")
         assert "LOOKALIKE_API_KEY" in found["model"]["do"]
