@@ -35,6 +35,7 @@ from lookalike.v1 import (
     upkeep_pb2,
     upkeep_pb2_grpc,
 )
+from service.accepted import Accepted
 from service.access.audit import Audit
 from service.admission import Admission
 from service.alias import AliasService
@@ -199,6 +200,7 @@ class Server:
         )
         # Who observes comes first, and is told of the end of calls that security refuses.
         hooks = (self._metrics, self._tracing, self._audit, self._security, admission, self._serving)
+        self._accepted = Accepted(health.SERVICE_NAME, reflection.SERVICE_NAME)
         self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -256,12 +258,13 @@ class Server:
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
     async def stop(self) -> None:
-        """Say NOT_SERVING, refuse new calls, give those in flight `drain_seconds`, close the galleries."""
+        """Say NOT_SERVING, refuse new calls, give those accepted `drain_seconds`, close the galleries."""
         self._state = "draining"
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         draining = asyncio.create_task(self._server.stop(self._settings.drain_seconds))
-        finishing = asyncio.create_task(self._finished())
-        # A client that watches the health service never hangs up, so the server alone would drain for the whole time.
+        finishing = asyncio.create_task(self._accepted.finished())
+        # The server alone would drain for the whole time: who watches the health service never hangs up, and it waits
+        # for silent connections too.
         await asyncio.wait((draining, finishing), return_when=asyncio.FIRST_COMPLETED)
         finishing.cancel()
         if self._follower is not None:  # calls were answered until now, by the same models as elsewhere
@@ -286,12 +289,8 @@ class Server:
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
 
-    async def _finished(self) -> None:
-        await self._calls.finished()
-        if self._forwarding is not None:
-            await self._forwarding.finished()
-
     def _register(self) -> None:
+        self._server.add_generic_rpc_handlers([self._accepted])
         server = self._calls.around(self._server)
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -16,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput, LookalikeError, NotFound
 from lookalike.v1 import match_pb2
+from service import server as service_server
 from service import workbench
 from service.server import SERVICES, Server
 from service.settings import Settings
@@ -107,6 +109,34 @@ def test_draining_finishes_calls_in_flight_and_takes_no_new_ones(
         stopping.result(timeout=20)  # although the watching client never hung up
         with pytest.raises(grpc.RpcError):
             next(watch)
+
+
+def test_draining_gives_its_time_to_a_call_whose_request_is_on_its_way(
+    loop: Loop, own: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_server, "_LAST_WRITES_SECONDS", 0.0)
+    server = loop.run(made(own.model_copy(update={"drain_seconds": 3600})))
+    loop.run(server.start())
+    whole = threading.Event()
+
+    def uploaded() -> Iterator[match_pb2.VerifyRequest]:  # on the wire, one message of a stream is a request
+        assert whole.wait(timeout=20)
+        yield VERIFY
+
+    with connected(server.address) as stubs:
+        method = stubs.channel.stream_unary(
+            "/lookalike.v1.MatchService/Verify",
+            match_pb2.VerifyRequest.SerializeToString,
+            match_pb2.VerifyResponse.FromString,
+        )
+        uploading = method.future(uploaded())
+        assert health(stubs) == SERVING  # asked later on the same connection, so that the other call has come
+        stopping = loop.start(server.stop())
+        with pytest.raises(TimeoutError):
+            stopping.result(timeout=0.2)
+        whole.set()
+        assert uploading.result(timeout=20).decision.distance >= 0
+        stopping.result(timeout=20)
 
 
 def test_draining_ends_after_its_time(loop: Loop, own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
