@@ -19,6 +19,7 @@ import numpy as np
 
 from embedding.decision import Vectors
 from index import approximate, exact
+from index.deadline import Deadline
 from index.engine import Effort, Exact, Fallback, IndexSettings, Raw, Recall
 from index.engine import Structure as Kind
 from index.exact import Rows, Span
@@ -201,7 +202,7 @@ class _Scan:
         self._vectors_ND = vectors_ND
         if vectors_ND.dtype == np.float16:
             halves = HalfRows(vectors_ND, self.take, moved=0.0)
-            self.nearest: Callable[[Vectors, int], Iterator[Hit]] = halves.nearest
+            self.nearest: Callable[..., Iterator[Hit]] = halves.nearest
             self.within: Callable[[Vectors, float], Hit] = halves.within
         else:
             spans = [Span(vectors_ND=vectors_ND, norms_N=exact.squared_lengths(vectors_ND))]
@@ -211,6 +212,17 @@ class _Scan:
         return self._vectors_ND.take(rows_R, 0).astype(np.float32, copy=False)
 
 
+class _Wanted(Deadline):
+    """Never passes; looks as often as a search does whether what is measured is still wanted."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self._step = step
+
+    def check(self) -> None:
+        self._step("measuring", 0, 1)
+
+
 class _Trial:
     """Held-out queries of one segment, and their true answers."""
 
@@ -218,7 +230,7 @@ class _Trial:
         self._vectors_ND = vectors_ND
         self._scan = _Scan(vectors_ND)
         self._margin = margin
-        self._step = step
+        self._step, self._wanted = step, _Wanted(step)
         rows = len(vectors_ND)
         rng = np.random.default_rng(rows)
         self._order = rng.permutation(rows)
@@ -247,9 +259,8 @@ class _Trial:
         return plan.model_copy(update={"curve": tuple(self._curve(structure, most, recall))})
 
     def _measure_truth(self) -> None:
-        self._step("measuring", 0, 1)
         self._kth: dict[int, list[float]] = {k: [] for k in KS}
-        found = self._scan.nearest(self._queries_QD, max(KS) + 1)
+        found = self._scan.nearest(self._queries_QD, max(KS) + 1, deadline=self._wanted)
         for (rows_R, dist_R), own in zip(found, self.queries_R, strict=True):
             others_R = np.sort(dist_R[rows_R != own])
             for k in KS:
@@ -322,7 +333,9 @@ class _Trial:
         recalls: list[float] = []
         for rows in (slice(0, _FIRST), slice(_FIRST, _QUERIES[k])):
             queries_QD = self._queries_QD[rows]
-            found = approximate.nearest(structure, self._scan.take, queries_QD, k, effort, known=1)
+            found = approximate.nearest(
+                structure, self._scan.take, queries_QD, k, effort, known=1, deadline=self._wanted
+            )
             recalls += (self._recall(row, k, *hit) for row, hit in enumerate(found, start=rows.start))
             if statistics.fmean(recalls) < _LOW:
                 break

@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embedding.decision import Vectors
 from embedding.errors import Cancelled, NotFound
-from index import Catalog, Gallery, Progress
+from index import Catalog, Gallery, IndexSettings, Item, ModelRef, Progress
+from index.engine import Structure
 from tests.index.contract import items_of
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -63,6 +65,31 @@ def broken_off(work: Callable[[Watching], object], stage: str, pieces_of: Path) 
 def test_a_check_is_broken_off_within_a_file(catalog: Catalog, sealed: Gallery) -> None:
     broken_off(lambda watching: sealed.verify(on_progress=watching), "summing", catalog.root / "shapes" / "segments")
     assert sealed.verify().sound
+
+
+@pytest.mark.parametrize(("structure", "most"), [("hnsw", 2**15 // 64), ("ivf-flat", 2**19 // (64 * 64))])
+def test_an_index_is_built_in_pieces_and_broken_off_between_them(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, structure: Structure, most: int
+) -> None:
+    """32,768 rows at once, wide ones, kept a server from ending for minutes."""
+    monkeypatch.setattr("index.progress.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("index.structures._MULTIPLIED_AT_ONCE", 2**19, raising=False)
+    wide = ModelRef(name="wide", fingerprint="1" * 64, embedding_dim=64)
+    gallery = catalog.create("wide", wide, settings=IndexSettings(structure=structure))
+    vectors_ND = np.random.default_rng(0).normal(size=(1200, 64))
+    vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    gallery.upsert([Item(name=f"{i}", embedding=each.astype(np.float32)) for i, each in enumerate(vectors_ND)])
+    whole = Watching()
+    gallery.reindex(on_progress=whole)
+    assert [segment.structure for segment in gallery.stats().segments] == [structure]
+    stages = ["adding"] if structure == "hnsw" else ["training", "adding"]
+    for stage in stages:
+        counts = [done for done, _ in whole.of(stage)]
+        assert max(np.diff(counts)) <= most
+        stopped = Watching(stage)
+        with pytest.raises(Cancelled, match="enough"):
+            gallery.reindex(on_progress=stopped)
+        assert [done for done, _ in stopped.of(stage)] == counts[:2]
 
 
 def test_a_check_of_the_store_is_broken_off_while_sqlite_walks_through_it(
