@@ -62,20 +62,13 @@ class Hook:
 
 
 class Calls:
-    """Logs and counts the calls of our own services, and tells hooks; health checks and reflection pass by."""
+    """Logs the calls of our own services, and tells hooks of them; health checks and reflection pass by."""
 
     def __init__(self, hooks: Sequence[Hook] = (), *, limits: Limits | None = None) -> None:
         self._hooks = tuple(hooks)
         self._limits = limits or Limits()
         self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
         self._holders = [hook for hook in hooks if type(hook).answered is not Hook.answered]
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def finished(self) -> None:
-        """Wait until no call is in flight."""
-        await self._idle.wait()
 
     def around(self, server: grpc.aio.Server) -> grpc.aio.Server:
         """What servicers are added to, in the place of `server`, so that their calls pass through here."""
@@ -89,7 +82,7 @@ class Calls:
         if handler.unary_unary is not None:
 
             async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with _Counted(self, method, context) as call:
+                async with _Served(self, method, context) as call:
                     async with translated_errors(context):
                         self._received(call, request)
                         answer = serialize(await respond(request, context))
@@ -104,7 +97,7 @@ class Calls:
             )
 
         async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with _Counted(self, method, context, streams=handler.request_streaming) as call:
+            async with _Served(self, method, context, streams=handler.request_streaming) as call:
                 if handler.request_streaming:
                     request = self._each_received(call, request)
                 else:
@@ -199,7 +192,7 @@ class _Observed(grpc.GenericRpcHandler):
         return wrapped
 
 
-class _Counted:
+class _Served:
     """One call, from its beginning to its end; a class, since a generator takes five times as long."""
 
     __slots__ = ("_begun", "_call", "_calls", "_context")
@@ -216,8 +209,6 @@ class _Counted:
         calls, call = self._calls, self._call
         CURRENT.set(call)
         self._context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
-        calls._in_flight += 1
-        calls._idle.clear()
         try:
             async with translated_errors(self._context):
                 for hook in calls._hooks:
@@ -234,7 +225,7 @@ class _Counted:
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
-        calls, call = self._calls, self._call
+        call = self._call
         code: Any
         if error is None:
             code = grpc.StatusCode.OK
@@ -242,9 +233,6 @@ class _Counted:
             code = self._context.code()
         else:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if _is_late(call) else grpc.StatusCode.CANCELLED
-        calls._in_flight -= 1
-        if not calls._in_flight:
-            calls._idle.set()
         code = code if isinstance(code, grpc.StatusCode) else _code_of(code)
         for hook in reversed(self._begun):
             hook.ended(call, code)

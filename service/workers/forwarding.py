@@ -6,7 +6,6 @@ here nothing is parsed.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -40,13 +39,6 @@ class Forwarding(grpc.GenericRpcHandler):
                 ("grpc.enable_retries", 0),
             ],
         )
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    async def finished(self) -> None:
-        """Wait until no call is in flight."""
-        await self._idle.wait()
 
     async def close(self) -> None:
         await self._channel.close()
@@ -57,15 +49,8 @@ class Forwarding(grpc.GenericRpcHandler):
             return None
 
         async def forward(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            self._in_flight += 1
-            self._idle.clear()
-            try:
-                async for response in self._forwarded(method, requests, context):
-                    yield response
-            finally:
-                self._in_flight -= 1
-                if not self._in_flight:
-                    self._idle.set()
+            async for response in self._forwarded(method, requests, context):
+                yield response
 
         # A call of one message travels like a stream of one.
         return grpc.stream_stream_rpc_method_handler(forward)

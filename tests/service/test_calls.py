@@ -117,7 +117,6 @@ class Served:
     servicer: Match
     match: match_pb2_grpc.MatchServiceStub
     search: search_pb2_grpc.SearchServiceStub
-    calls: Calls
 
 
 @pytest.fixture
@@ -137,15 +136,8 @@ def served(loop: Loop) -> Iterator[Served]:
 
     server, port = loop.run(start())
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield Served(
-            told,
-            a,
-            b,
-            servicer,
-            match_pb2_grpc.MatchServiceStub(channel),
-            search_pb2_grpc.SearchServiceStub(channel),
-            calls,
-        )
+        match, search = match_pb2_grpc.MatchServiceStub(channel), search_pb2_grpc.SearchServiceStub(channel)
+        yield Served(told, a, b, servicer, match, search)
     loop.run(server.stop(0))
 
 
@@ -262,10 +254,3 @@ def test_a_hook_that_breaks_is_no_open_door(served: Served) -> None:
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "a bug" not in str(error)
     assert served.servicer.served == 0
-
-
-def test_no_call_is_in_flight_once_all_have_ended(served: Served, loop: Loop) -> None:
-    served.a.raises_begun = Busy("not now")
-    refused(served.match.Embed, EMBED)
-    served.told.after()
-    loop.run(asyncio.wait_for(served.calls.finished(), 10))
