@@ -188,7 +188,7 @@ def nothing_held(loop: Loop, server: Server) -> bool:
         for room in rooms:
             while room is not None and (room.count or room.bytes or room._held or room.patient):
                 await asyncio.sleep(0.01)
-        await server._calls.finished()
+        await server._accepted.finished()
         return limits.stream_bytes.held == 0 if hasattr(limits.stream_bytes, "held") else True
 
     return loop.run(asyncio.wait_for(_of(empty), 30))
