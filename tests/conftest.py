@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 
 from embedding import runtime
+
+hypothesis.settings.register_profile("suite", deadline=None)  # what a machine shared with others takes says nothing
+hypothesis.settings.load_profile("suite")
 
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 * 10**9
