@@ -342,16 +342,12 @@ class Recipe(Section):
         for key in ("saturation", "grey"):
             if self.preprocessing.channels == 1 and getattr(self.augmentation, key):
                 raise error_at(f"augmentation.{key}", "grey images have no colour to change; remove this key")
-        if self.optimizer.warmup_steps > self.training.steps:
-            raise error_at(
-                "optimizer.warmup_steps",
-                f"got {self.optimizer.warmup_steps}; at most training.steps, which is {self.training.steps}",
-            )
-        if self.training.freeze_backbone_steps > self.training.steps:
-            raise error_at(
-                "training.freeze_backbone_steps",
-                f"got {self.training.freeze_backbone_steps}; at most training.steps, which is {self.training.steps}",
-            )
+        for key, steps in (
+            ("optimizer.warmup_steps", self.optimizer.warmup_steps),
+            ("training.freeze_backbone_steps", self.training.freeze_backbone_steps),
+        ):
+            if steps > self.training.steps:
+                raise error_at(key, f"got {steps}; at most training.steps, which is {self.training.steps}")
         if isinstance(self.loss, CrossBatchMemoryConfig) and self.loss.start >= self.training.steps:
             raise error_at(
                 "loss.start",

@@ -34,24 +34,24 @@ def facts(recipe: Recipe, material: Material, lineage: Lineage, result: Training
 
 def _modes(recipe: Recipe, result: TrainingResult) -> dict[str, str]:
     """How it was trained, as far as that is not the plain way."""
-    facts = {}
+    told = {}
     if recipe.training.mode == "self-supervised":
-        facts["mode"] = "self-supervised: training used no labels; calibration and test did"
+        told["mode"] = "self-supervised: training used no labels; calibration and test did"
     if recipe.classifier is not None:
-        facts["second stage"] = (
+        told["second stage"] = (
             f"a linear classifier on the frozen embeddings of the training side, {recipe.classifier.epochs} epochs; "
             f"{CLASSIFIER}"
         )
     stopping = recipe.training.early_stopping
     if stopping is not None and result.kept_step is not None:
         best = result.evaluations[result.kept_step][stopping.metric]
-        facts["early stopping"] = (
+        told["early stopping"] = (
             f"weights of step {result.kept_step} of {result.steps}, whose {stopping.metric} on the calibration side, "
             f"{best:.4f}, was the best: the calibration side has chosen among these weights"
         )
     if result.warnings:
-        facts["warnings in training"] = "; ".join(result.warnings)
-    return facts
+        told["warnings in training"] = "; ".join(result.warnings)
+    return told
 
 
 def environment(trainer: Trainer, result: TrainingResult, ranks: Ranks) -> dict[str, str]:

@@ -113,7 +113,7 @@ class ZipImages:
     def _archive(self) -> zipfile.ZipFile:
         archive: zipfile.ZipFile | None = getattr(self._local, "archive", None)
         if archive is None:
-            archive = self._local.archive = zipfile.ZipFile(self._path)
+            archive = self._local.archive = _opened(self._path)
         return archive
 
 
@@ -214,7 +214,7 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
 def zip_members(path: Path) -> list[str]:
     """Names of all files of a zip, sorted, without hidden ones. Raises InvalidDataset for a damaged or hostile zip."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path) as archive:
             names = [member.filename for member in archive.infolist() if not member.is_dir()]
     except (OSError, zipfile.BadZipFile) as error:
         raise InvalidDataset(
@@ -228,10 +228,20 @@ def zip_members(path: Path) -> list[str]:
 def read_member(path: Path, name: str) -> bytes:
     """A member of a zip that has one of this name. Raises InvalidDataset when it is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path) as archive:
             return archive.read(name)
     except _UNREADABLE as error:
         raise InvalidDataset(f"{path}/{name} cannot be unpacked ({error}); give a whole .zip file") from error
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    """A zip whose members have forward slashes in their names, where some programs write backslashes."""
+    archive = zipfile.ZipFile(path)
+    for member in archive.infolist():
+        if "\\" in member.filename:
+            member.filename = member.filename.replace("\\", "/")
+            archive.NameToInfo[member.filename] = member
+    return archive
 
 
 def check_inside(name: str, *, where: str) -> None:

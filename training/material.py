@@ -37,15 +37,15 @@ class Material:
     def of(cls, images: ImageSet, recipe: Recipe) -> Self:
         """Raises what `split` and `find` raise."""
         sides = split(images, recipe.split)
-        test = images.subset(sides.test_N)
-        watched_n = sampled(images.labels_N[sides.calibration_N], WATCHED_IMAGES, np.random.default_rng(recipe.seed))
+        calibration, test = images.subset(sides.calibration_N), images.subset(sides.test_N)
+        watched_n = sampled(calibration.labels_N, WATCHED_IMAGES, np.random.default_rng(recipe.seed))
         return cls(
             images=images,
             split=sides,
             train=images.subset(sides.train_N),
-            calibration=images.subset(sides.calibration_N),
+            calibration=calibration,
             test=test,
-            watched=images.subset(sides.calibration_N[watched_n]),
+            watched=calibration.subset(watched_n),
             searches=[find(search, test.names, test.labels_N) for search in recipe.evaluation.search],
         )
 

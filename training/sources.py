@@ -112,9 +112,8 @@ def list_zip(path: Path, *, prefix: str = "", manifest: str | None = None) -> Li
             sides=[row.side for row in rows],
             images=ZipImages(path, [start + row.path for row in rows]),
         )
-    members = [name for name in _images_of_zip(path) if _shown(name).startswith(start)]
-    names = [_shown(name).removeprefix(start) for name in members]
-    return _listing(names, ZipImages(path, members), where=f"{path}/{start}")
+    members = [name for name in _images_of_zip(path) if name.startswith(start)]
+    return _listing([name.removeprefix(start) for name in members], ZipImages(path, members), where=f"{path}/{start}")
 
 
 def _listing(names: list[str], images: Images, *, where: str) -> Listing:
@@ -144,11 +143,6 @@ def _refuse_sides_as_classes(folders: Set[str], *, where: str) -> None:
             )
 
 
-def _shown(member: str) -> str:
-    """The name of a zip's member with forward slashes, which some programs write as backslashes."""
-    return member.replace("\\", "/")
-
-
 def _manifest(table: Path, images: Path) -> Listing:
     try:
         data = table.read_bytes()
@@ -171,7 +165,7 @@ def _omniglot(path: Path) -> Listing:
     else:
         members = _images_of_zip(path)
         images = ZipImages(path, members)
-    tails = [PurePosixPath(_shown(member)).parts[-3:] for member in members]
+    tails = [PurePosixPath(member).parts[-3:] for member in members]
     if short := [member for member, tail in zip(members, tails, strict=True) if len(tail) < 3]:
         raise InvalidDataset(
             f"{path}: {short[0]} does not lie in ALPHABET/characterNN/; give a zip or folder of Omniglot's layout",
@@ -209,7 +203,7 @@ def _digits() -> Listing:
 
 
 def _images_of_zip(path: Path) -> list[str]:
-    return [name for name in zip_members(path) if PurePosixPath(_shown(name)).suffix.lower() in IMAGE_SUFFIXES]
+    return [name for name in zip_members(path) if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _member(path: Path, name: str) -> bytes:

@@ -335,6 +335,11 @@ class TestFolders:
         assert images.names == ["a/1.png", "a/2.png", "b/1.png"]
         assert images.identities == ["a", "b"]
         assert levels(images) == [1, 2, 3]
+        listed = {**files, "top\\all.csv": b"path,identity\na/1.png,x\na\\2.png,x\nb/1.png,y\n"}
+        write_zip(tmp_path / "listed.zip", listed)
+        images = load_part(tmp_path, source="zip", path="listed.zip", prefix="top", manifest="all.csv")
+        assert images.identities == ["x", "y"]
+        assert levels(images) == [1, 2, 3]
 
     @pytest.mark.parametrize("write", [write_folder, lambda path, files: write_zip(path.with_suffix(".zip"), files)])
     def test_sides_of_other_tools_are_no_classes(self, write: Callable[..., Path], tmp_path: Path) -> None:
