@@ -1,53 +1,29 @@
-"""Retries, their budget, what the server says about them, and hedging: both clients against servers that fail."""
+"""Retries, their budget, and what the server says about them: both clients against servers that fail."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import itertools
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import pytest
 from google.longrunning import operations_pb2
 
-from lookalike import AsyncClient, CallFailed, Cancelled, Client, NotFound, ResourceExhausted, Retry, Unavailable
-from lookalike._retry import HEDGED, Budget, Patience, service_config
+from lookalike import AsyncClient, CallFailed, Cancelled, Client, ResourceExhausted, Retry, Unavailable
+from lookalike._retry import Budget, Patience, service_config
 from lookalike.errors import from_call
 from lookalike.types import Neighbors
-from lookalike.v1 import match_pb2, search_pb2
-from service.access.rights import RULES
+from lookalike.v1 import search_pb2
 from tests.client.flaky import Context, Flaky, refuse, serving
+from tests.client.through import Ask, blocking, both
 from tests.service.harness import Loop
 
 FAST = Retry(initial_backoff=0.005, max_backoff=0.01, multiplier=1)
-Ask: TypeAlias = Callable[..., Any]
-
-
-def blocking(address: str, ask: Ask, **settings: Any) -> Any:
-    with Client(address, timeout=settings.pop("timeout", 20), **settings) as client:
-        return ask(client)
-
-
-def awaited(address: str, ask: Ask, **settings: Any) -> Any:
-    async def run() -> Any:
-        async with AsyncClient(address, timeout=settings.pop("timeout", 20), **settings) as client:
-            answer = ask(client)
-            return await answer if inspect.isawaitable(answer) else answer
-
-    return asyncio.run(run())
-
-
-both = pytest.mark.parametrize("through", [blocking, awaited])
 
 
 def search(client: Any) -> Any:
     return client.search("g", b"image")
-
-
-def embed(client: Any) -> Any:
-    return client.embed(b"image")
 
 
 @both
@@ -307,92 +283,6 @@ def test_the_service_config_says_what_retry_says() -> None:
     policy = config["methodConfig"][0]["retryPolicy"]
     assert (policy["maxAttempts"], policy["initialBackoff"]) == (3, "0.002500000s")
     assert config["retryThrottling"] == {"maxTokens": 14, "tokenRatio": 0.25}
-
-
-@both
-def test_a_slow_read_is_sent_again_and_the_first_answer_counts(loop: Loop, through: Ask) -> None:
-    async def slow_once(before: int, request: bytes, context: Context) -> bytes:
-        if not before:
-            await asyncio.sleep(30)
-        return match_pb2.EmbedResponse(embedding=b"\0\0\0\0").SerializeToString()
-
-    async def embedded(client: AsyncClient) -> Any:
-        found = await client.embed(b"image")
-        assert await asyncio.to_thread(handler.given_up.wait, 10)
-        return found
-
-    def ask(client: Any) -> Any:
-        if isinstance(client, AsyncClient):
-            return embedded(client)
-        found = embed(client)
-        assert handler.given_up.wait(10)  # the slow one, before the client is closed
-        return found
-
-    with serving(loop, handler := Flaky(slow_once)) as address:
-        assert through(address, ask, hedge_after=0.05, connections=2, timeout=60).shape == (1,)
-    assert handler.seen["Embed"] == 2
-    assert len(handler.peers) == 2  # over another connection
-
-
-@both
-def test_hedging_is_off_by_default_and_never_done_for_writes(loop: Loop, through: Ask) -> None:
-    async def slow(before: int, request: bytes, context: Context) -> bytes:
-        await asyncio.sleep(0.2)
-        return b""
-
-    with serving(loop, handler := Flaky(slow)) as address:
-        through(address, embed)
-        through(address, lambda client: client.delete_items("g", ["a"]), hedge_after=0.01)
-    assert handler.seen == {"Embed": 1, "BatchDeleteItems": 1}
-
-
-@both
-def test_a_failure_that_is_final_ends_both_copies_and_another_waits(loop: Loop, through: Ask) -> None:
-    def failing(code: grpc.StatusCode, *, first_answers: bool) -> Flaky:
-        second_came = asyncio.Event()
-
-        async def answer(before: int, request: bytes, context: Context) -> bytes:
-            if before:
-                second_came.set()
-                await refuse(context, code)
-            await second_came.wait()
-            if not first_answers:
-                await asyncio.sleep(60)  # it is given up before
-            return b""
-
-        return Flaky(answer)
-
-    with (
-        serving(loop, handler := failing(grpc.StatusCode.NOT_FOUND, first_answers=False)) as address,
-        pytest.raises(NotFound),
-    ):
-        through(address, embed, hedge_after=0.05)
-    assert handler.seen["Embed"] == 2
-    with serving(loop, handler := failing(grpc.StatusCode.RESOURCE_EXHAUSTED, first_answers=True)) as address:
-        assert through(address, embed, hedge_after=0.05).shape == (0,)
-    assert handler.seen["Embed"] == 2
-
-
-def test_second_copies_are_few(loop: Loop) -> None:
-    async def slow(before: int, request: bytes, context: Context) -> bytes:
-        await asyncio.sleep(0.02)
-        return b""
-
-    def ask(client: Any) -> None:
-        for _ in range(40):
-            embed(client)
-
-    with serving(loop, handler := Flaky(slow)) as address:
-        blocking(address, ask, hedge_after=0.001)
-    assert 41 <= handler.seen["Embed"] <= 40 + 10 + 4
-
-
-def test_only_what_reads_is_hedged() -> None:
-    reads = {method.removeprefix("/") for method, rule in RULES.items() if rule.scope == "read"}
-    assert HEDGED & reads == HEDGED - {name for name in HEDGED if RULES[f"/{name}"].scope == "admin"}
-    assert all(name.rpartition("/")[2].startswith(("Get", "List")) for name in HEDGED - reads)
-    assert "lookalike.v1.SearchService/Search" in HEDGED
-    assert not any("Wait" in name or "Stream" in name for name in HEDGED)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def filled(stubs: Stubs, gallery: str) -> Iterator[str]:
 
 def new_id() -> str:
     return str(uuid.uuid4())
+
+
+@contextmanager
+def killed_before_its_end_is_noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a call does within is done, and its receipt is not written."""
+
+    def end(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "end", end)
+        yield
 
 
 def item(gallery: str, name: str, **options: Any) -> gallery_pb2.Item:
@@ -315,8 +328,7 @@ def test_a_delete_whose_process_was_killed_before_it_was_answered(
     delete = gallery_pb2.DeleteGalleryRequest(name="galleries/g", request_id=new_id())
     with served(loop, own) as server, connected(server.address) as stubs:
         stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id="g"))
-        with monkeypatch.context() as patched:
-            patched.setattr(Ledger, "end", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with killed_before_its_end_is_noted(monkeypatch):
             assert refused(stubs.galleries.DeleteGallery, delete).code() is grpc.StatusCode.INTERNAL
     with served(loop, own) as server, connected(server.address) as stubs:
         changed = gallery_pb2.DeleteGalleryRequest(name="galleries/g", request_id=delete.request_id, force=True)
@@ -338,8 +350,7 @@ def test_a_snapshot_whose_deletion_was_cut_short_takes_no_other_with_it_when_it_
             finished(stubs, stubs.upkeep.CreateSnapshot(copy).operation)
         stubs.galleries.DeleteGallery(gallery_pb2.DeleteGalleryRequest(name="galleries/old"))
         put_alias(stubs, "old", "new")
-        with monkeypatch.context() as patched:
-            patched.setattr(Ledger, "end", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with killed_before_its_end_is_noted(monkeypatch):
             assert refused(stubs.upkeep.DeleteSnapshot, delete).code() is grpc.StatusCode.INTERNAL
     with served(loop, own) as server, connected(server.address) as stubs:
         stubs.upkeep.DeleteSnapshot(delete)
