@@ -7,6 +7,9 @@ from typing import Any
 
 import grpc
 
+LAST_ANSWERS_SECONDS = 0.5
+"""For answers that have been given but not yet sent."""
+
 
 class Accepted(grpc.GenericRpcHandler):
     """Answers nothing, and knows which calls run. Add it to a server before all that answers. For one event loop."""
@@ -27,3 +30,17 @@ class Accepted(grpc.GenericRpcHandler):
         """Wait until no call runs."""
         while self._running:
             await asyncio.wait(set(self._running))
+
+
+async def drained(server: grpc.aio.Server, accepted: Accepted, seconds: float) -> None:
+    """Refuse new calls, give those that run so many seconds, and stop.
+
+    The server alone would take the whole time: who watches the health service never hangs up, and it waits for silent
+    connections too.
+    """
+    stopping = asyncio.create_task(server.stop(seconds))
+    finishing = asyncio.create_task(accepted.finished())
+    await asyncio.wait((stopping, finishing), return_when=asyncio.FIRST_COMPLETED)
+    finishing.cancel()
+    await server.stop(LAST_ANSWERS_SECONDS)
+    await stopping

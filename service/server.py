@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ from lookalike.v1 import (
     upkeep_pb2,
     upkeep_pb2_grpc,
 )
-from service.accepted import Accepted
+from service.accepted import Accepted, drained
 from service.access.audit import Audit
 from service.admission import Admission
 from service.alias import AliasService
@@ -65,7 +66,9 @@ from service.workers import parent
 from service.workers.follower import Follower
 from service.workers.forwarding import Forwarding
 from service.workers.models import Followers
+from service.workers.orders import Orders
 from service.workers.part import Part
+from service.workers.private import Private
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Tracing
@@ -90,7 +93,6 @@ LIVENESS = "liveness"
 """What the health service calls the process itself: SERVING from when the port is open until it ends."""
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LAST_WRITES_SECONDS = 0.5  # for answers that have been given but not yet sent
 
 _log = structlog.get_logger(__name__)
 
@@ -130,27 +132,21 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def run_part(
-    settings: Settings,
-    part: Part,
-    on_ready: Callable[[str], None] | None = None,
-    restart: Callable[[int], None] | None = None,
-) -> None:
-    """`run` for one of several processes; `restart` has another killed and started anew, by number."""
+def run_part(settings: Settings, part: Part, orders: Orders) -> None:
+    """`run` for one of several processes."""
     tune_malloc()
     _schedule(settings)
     logs.configure(level=settings.log_level, form=settings.log_format)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings.model_copy(update={"port": part.port}), on_ready, part, restart))
+        runner.run(_serve_part(settings.model_copy(update={"port": part.port}), part, orders))
 
 
-async def _serve(
-    settings: Settings,
-    on_ready: Callable[[str], None] | None,
-    part: Part | None = None,
-    restart: Callable[[int], None] | None = None,
-) -> None:
-    await Server(settings, part, restart).serve_until_signal(on_ready)
+async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
+    await Server(settings).serve_until_signal(on_ready)
+
+
+async def _serve_part(settings: Settings, part: Part, orders: Orders) -> None:
+    await Server(settings, part, orders.restart).serve_until_ordered(orders)
 
 
 class Server:
@@ -163,6 +159,7 @@ class Server:
         self._settings = settings
         self._part = part
         self._forwarding: Forwarding | None = None
+        self._private = Private(part.writer, settings) if part is not None and part.writes else None
         self._serving = Serving()
         followers = Followers(part.models, restart) if part is not None and part.writes and restart else None
         self._operations = Operations()
@@ -235,6 +232,24 @@ class Server:
                 loop.remove_signal_handler(number)
             await self.stop()
 
+    async def serve_until_ordered(self, orders: Orders) -> None:
+        """`serve_until_signal` for one of several: its parent orders it to stop. SIGTERM, sent to this process, has it
+        stop alone."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, orders.leave)
+        orders.listen()
+        release: asyncio.Event | None = None
+        try:
+            await self.start()
+            settle()
+            release = orders.release
+            orders.ready(self.address)
+            await orders.drain.wait()
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+            await self.stop(release)
+            orders.close()
+
     async def start(self) -> None:
         """Listen, load the bundle and the galleries, warm the model, and turn SERVING.
 
@@ -248,6 +263,8 @@ class Server:
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
+        if self._private is not None:
+            await self._private.start()
         await self._observe()
         engine = engine or await self._rollout.start()
         if self._state == "loading":
@@ -257,20 +274,21 @@ class Server:
             _log.warning("anybody who reaches this address may read and write; ask for keys with --keys")
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
 
-    async def stop(self) -> None:
-        """Say NOT_SERVING, refuse new calls, give those accepted `drain_seconds`, close the galleries."""
+    async def stop(self, release: asyncio.Event | None = None) -> None:
+        """Say NOT_SERVING, refuse new calls, give those accepted `drain_seconds`, close the galleries.
+
+        What other workers pass on is answered until `release` is set, and refused then.
+        """
+        ends = time.monotonic() + self._settings.drain_seconds
         self._state = "draining"
         await self._say(health_pb2.HealthCheckResponse.NOT_SERVING)
-        draining = asyncio.create_task(self._server.stop(self._settings.drain_seconds))
-        finishing = asyncio.create_task(self._accepted.finished())
-        # The server alone would drain for the whole time: who watches the health service never hangs up, and it waits
-        # for silent connections too.
-        await asyncio.wait((draining, finishing), return_when=asyncio.FIRST_COMPLETED)
-        finishing.cancel()
+        await drained(self._server, self._accepted, self._settings.drain_seconds)
         if self._follower is not None:  # calls were answered until now, by the same models as elsewhere
             await self._follower.stop()
-        await self._server.stop(_LAST_WRITES_SECONDS)
-        await draining
+        if self._private is not None:
+            if release is not None:
+                await release.wait()
+            await self._private.stop(max(0.0, ends - time.monotonic()))
         await asyncio.to_thread(self._operations.close)
         if self._forwarding is not None:
             await self._forwarding.close()
@@ -302,6 +320,8 @@ class Server:
             self._forwarding = Forwarding(self._part.writer, others, self._settings)
             self._server.add_generic_rpc_handlers([self._forwarding])
             return
+        if self._private is not None:
+            server = self._calls.around(self._private.beside(self._server))
         gallery_pb2_grpc.add_GalleryServiceServicer_to_server(GalleryService(self._serving, self._once), server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelService(self._rollout, self._serving, self._once), server
@@ -340,9 +360,7 @@ class Server:
 
     def _bind(self) -> int:
         host, port = self._settings.host, self._settings.port
-        if self._part is not None and self._part.writes:
-            self._server.add_insecure_port(self._part.writer)
-        elif self._part is None:
+        if self._part is None:
             check_free(host, port)  # grpc would print several lines of its own, and raise without the reason
         try:
             if self._certificates is not None:

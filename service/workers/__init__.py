@@ -3,6 +3,6 @@
 Each listens on the same port, and the system gives every new connection to one of them. A replica follows the writer's
 galleries, so that a read sees every write that was acknowledged before it, whichever processes answered the two; all
 calls but those of MatchService and SearchService it passes on to the writer, through a socket that only this user can
-open. The parent starts them, starts anew what dies, and passes on the signal to drain. All change their models
-together; see `models.py`.
+open. The parent starts them, starts anew what dies, and has all drain at once when it is told to stop. All change
+their models together; see `models.py`.
 """

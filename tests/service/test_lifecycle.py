@@ -17,8 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput, LookalikeError, NotFound
 from lookalike.v1 import match_pb2
-from service import server as service_server
-from service import workbench
+from service import accepted, workbench
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served
@@ -114,7 +113,7 @@ def test_draining_finishes_calls_in_flight_and_takes_no_new_ones(
 def test_draining_gives_its_time_to_a_call_whose_request_is_on_its_way(
     loop: Loop, own: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_server, "_LAST_WRITES_SECONDS", 0.0)
+    monkeypatch.setattr(accepted, "LAST_ANSWERS_SECONDS", 0.0)
     server = loop.run(made(own.model_copy(update={"drain_seconds": 3600})))
     loop.run(server.start())
     whole = threading.Event()

@@ -26,6 +26,7 @@ from lookalike.errors import CallFailed
 from service.server import run_part
 from service.settings import Settings
 from service.workers import parent as workers
+from service.workers.orders import Orders
 from tests.processes import serving
 from tests.service.harness import DIM, Stubs, connected, encoded, make_bundle, png
 from tests.service.swapped import activate, decided, search
@@ -187,22 +188,25 @@ def test_all_drain_on_a_signal(running: Running) -> None:
 def test_the_parent_ends_what_the_writer_cannot_tell_of_a_change(tmp_path: Path) -> None:
     class Process:
         killed = False
+        pid = 1
 
         def kill(self) -> None:
             self.killed = True
 
     parent = workers._Workers(Settings.checked(bundle=tmp_path, workers=3), run_part, 0, tmp_path)
-    processes = [Process() for _ in range(3)]
-    pipe, theirs = multiprocessing.Pipe()
-    for part, process in zip(parent._parts, processes, strict=True):
+    processes, pipes = [Process() for _ in range(3)], [multiprocessing.Pipe() for _ in range(3)]
+    for part, process, (pipe, _) in zip(parent._parts, processes, pipes, strict=True):
         parent._running[part.number] = workers._Worker(part, process, pipe, 0.0)
-    theirs.send("127.0.0.1:1")  # it is ready, when it was started anew
-    theirs.send(2)
-    parent._end_what_is_stuck()
+    writer = Orders(pipes[0][1])
+    writer.ready("127.0.0.1:1")  # when it was started anew
+    writer.restart(2)
+    parent._hear()
     assert [process.killed for process in processes] == [False, False, True]
-    theirs.close()
-    parent._end_what_is_stuck()
-    pipe.close()
+    pipes[0][1].close()
+    parent._hear()
+    for pipe, theirs in pipes:
+        pipe.close()
+        theirs.close()
 
 
 def test_galleries_elsewhere_are_refused(tmp_path: Path) -> None:
