@@ -234,7 +234,7 @@ class _Workers:
             if not is_released and list(self._running) == [0]:
                 is_released = True
                 self._running[0].order("release")
-        return befell
+        return sorted(befell)
 
     def _look(self) -> list[_Worker]:
         """Take in what workers say, kill those whose time is over, and return those that have ended.

@@ -167,7 +167,10 @@ class Stubs:
 
 @contextmanager
 def connected(address: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Stubs]:
-    made = grpc.secure_channel(address, credentials) if credentials else grpc.insecure_channel(address)
+    options = [("grpc.use_local_subchannel_pool", 1)]  # or all that are open at a time would share one connection
+    made = (
+        grpc.secure_channel(address, credentials, options) if credentials else grpc.insecure_channel(address, options)
+    )
     with made as channel:
         grpc.channel_ready_future(channel).result(timeout=10)
         yield Stubs(channel)

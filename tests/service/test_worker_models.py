@@ -414,3 +414,22 @@ def test_a_follower_does_not_answer_with_another_bundle_than_the_writer(place: P
     make_bundle(place.one.path, seed=0, margin=0.2)
     with pytest.raises(DamagedData, match="no longer what it was"):
         place.start(FOLLOWER)
+
+
+def test_a_writer_that_drains_answers_what_is_passed_on_until_the_others_have_ended(pair: Place) -> None:
+    create = gallery_pb2.CreateGalleryRequest(gallery_id="passed-on")
+    get = gallery_pb2.GetGalleryRequest(name="galleries/passed-on")
+    with pair.both() as (writer, follower):
+        release = asyncio.Event()
+        stopping = pair.loop.start(pair.running.pop(WRITER).stop(release))
+        while refused(writer.galleries.GetGallery, get).code() is not grpc.StatusCode.UNAVAILABLE:
+            pass  # gRPC itself answers CANCELLED to a call that arrives in the very moment
+        follower.galleries.CreateGallery(create)
+        assert not stopping.done()
+
+        async def released() -> None:
+            release.set()
+
+        pair.loop.run(released())
+        stopping.result(timeout=20)
+        assert info(rich(refused(follower.galleries.GetGallery, get))).reason == "NOT_READY"
