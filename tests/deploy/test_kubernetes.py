@@ -90,7 +90,7 @@ def test_one_process_at_a_time_holds_the_galleries(
     deployment = named(manifests, "Deployment")["spec"]
     assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
     assert named(manifests, "PersistentVolumeClaim", "lookalike-data")["spec"]["accessModes"] == ["ReadWriteOncePod"]
-    assert pod["terminationGracePeriodSeconds"] >= settings.drain_seconds + 5
+    assert pod["terminationGracePeriodSeconds"] >= settings.drain_seconds + 10
 
 
 def test_every_path_of_the_settings_lies_on_a_volume_that_is_there(
