@@ -344,3 +344,6 @@ def _work(work: Work, settings: Settings, part: Part, pipe: Connection) -> None:
         with suppress(OSError):  # the parent has died
             pipe.send(error)
         sys.exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is closed; Python would take a second or several to take down what it had imported
