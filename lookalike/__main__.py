@@ -98,6 +98,16 @@ def _run(arguments: Sequence[str] | None) -> int:
         return FAILED
     except (LookalikeError, CallFailed, OSError) as error:
         return _failed(str(error))
+    except UnicodeEncodeError as error:
+        if not _is_no_text(error):
+            raise
+        name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return _failed(f"{name} holds bytes that are no UTF-8, as names and filters are; give it as it is listed")
+
+
+def _is_no_text(error: UnicodeEncodeError) -> bool:
+    """Whether it is about bytes of the command line that are no text; of files, those are read as text before."""
+    return all("\udc80" <= letter <= "\udcff" for letter in error.object[error.start : error.end])
 
 
 def _leave(*_: object) -> None:

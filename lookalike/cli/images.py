@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from embedding.errors import InvalidDataset
 from embedding.images import IMAGE_SUFFIXES, READABLE_SUFFIXES
@@ -23,7 +24,7 @@ class ImageFile:
 
     path: Path
     name: str
-    """With forward slashes, relative to the folder, or as the manifest has it."""
+    """With forward slashes, relative to the folder, or as the manifest has it; bytes that are no UTF-8 as \\xff."""
     identity: str | None = None
     metadata: Mapping[str, JSON] = field(default_factory=dict)
     id: str | None = None
@@ -51,6 +52,7 @@ def list_images(source: Path) -> list[ImageFile]:
 
     In a folder of class folders the identity is the path of the folder that an image lies in. A manifest has the
     columns path (relative to the manifest) and, optionally, identity and id; its other columns become metadata.
+    Raises InvalidDataset too for a folder that cannot be looked into.
     """
     if source.is_dir():
         images = list(_folder(source))
@@ -67,13 +69,28 @@ def list_images(source: Path) -> list[ImageFile]:
 
 
 def _folder(root: Path) -> Iterator[ImageFile]:
-    for path in sorted(root.rglob("*")):
-        relative = path.relative_to(root)
-        is_hidden = any(part.startswith(".") for part in relative.parts)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and path.is_file():
-            name = relative.as_posix()
+    found: list[Path] = []
+    for folder, below, files in os.walk(root, onerror=_refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found += [Path(folder, name) for name in files if _is_image(name)]
+    for path in sorted(found):
+        if path.is_file():
+            name = _as_text(path.relative_to(root).as_posix())
             above = PurePosixPath(name).parent.as_posix()
             yield ImageFile(path, name, None if above == "." else above, {"path": name})
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InvalidDataset(f"cannot look into {error.filename}: {error.strerror}; let this user read it") from error
+
+
+def _as_text(name: str) -> str:
+    """The name as text, also where the file system has bytes that are none."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _manifest(table: Path) -> Iterator[ImageFile]:

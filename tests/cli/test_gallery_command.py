@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from datetime import date, datetime
@@ -121,6 +122,48 @@ def test_names_are_shown_as_they_are(run: Run, where: list[str], name: str, pict
             assert f"{at}:a:b" in shown
             assert identity in shown
     assert "skipped 'a\\nb.png': not an image" in run("gallery", "add", name, pictures, *where).err
+
+
+def test_bytes_that_are_no_text_are_shown_in_names(
+    run: Run, where: list[str], name: str, pictures: Path, tmp_path: Path
+) -> None:
+    folder = pictures / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(png(7))
+    run("gallery", "create", name, *where)
+    assert run("gallery", "add", name, pictures, *where).out == f"stored 8 items in gallery {name}\n"
+    stored = items(run, name, where)[0]
+    assert stored["name"].endswith(r"/caf\xe9:\xff.png")
+    assert (stored["identity"], stored["metadata"]) == (r"caf\xe9", {"path": r"caf\xe9/\xff.png"})
+    found = run("batch-search", pictures, "--gallery", name, "--out", tmp_path / "out.parquet", *where)
+    assert (found.code, found.err) == (0, "")
+    assert r"caf\xe9/\xff.png" in pq.read_table(tmp_path / "out.parquet")["query"].to_pylist()
+
+    item = os.fsdecode(b"caf\xe9:\xff.png")
+    for command in (
+        ["gallery", "delete", name, item],
+        ["gallery", "list", name, "--filter", f'name = "{item}"'],
+        ["verify", folder / os.fsdecode(b"\xff.png"), f"galleries/{name}/items/{item}"],
+    ):
+        run(*command, *where).failed_with("ff.png")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_not_left_out(
+    run: Run, where: list[str], name: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = os.scandir  # of a path or, elsewhere, a descriptor
+
+    def locked(path: Any) -> Any:
+        if isinstance(path, str) and path.endswith("class-1"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return look(path)
+
+    run("gallery", "create", name, *where)
+    monkeypatch.setattr(os, "scandir", locked)
+    run("gallery", "add", name, pictures, *where).failed_with("class-1", "Permission denied", "let this user read it")
+    assert items(run, name, where) == []
+    out = tmp_path / "out.parquet"
+    run("batch-search", pictures, "--gallery", name, "--out", out, *where).failed_with("class-1")
 
 
 def test_an_export_holds_every_item_with_its_embedding(
