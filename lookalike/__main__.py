@@ -78,7 +78,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()  # here, where a reader that has left is no failure of the interpreter's
+        if sys.stdout:  # there is none where it was closed
+            sys.stdout.flush()  # here, where a reader that has left is no failure of the interpreter's
         return code
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
@@ -96,13 +97,22 @@ def _run(arguments: Sequence[str] | None) -> int:
         # The reader of the output has left, as `head` does; Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (LookalikeError, CallFailed, OSError) as error:
+    except (LookalikeError, CallFailed) as error:
         return _failed(str(error))
+    except OSError as error:
+        return _failed(_of_disk(error))
     except UnicodeEncodeError as error:
         if not _is_no_text(error):
             raise
         name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return _failed(f"{name} holds bytes that are no UTF-8, as names and filters are; give it as it is listed")
+
+
+def _of_disk(error: OSError) -> str:
+    """Its words, without the number that Python begins with."""
+    if not error.strerror or error.filename is None:
+        return error.strerror or str(error)
+    return f"cannot use {error.filename}: {error.strerror}; check the path and its permissions"
 
 
 def _is_no_text(error: UnicodeEncodeError) -> bool:

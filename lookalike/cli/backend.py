@@ -158,13 +158,16 @@ def open_backend(
 
 
 def image_argument(argument: str) -> ImageLike:
-    """An image named on the command line: a file, or a stored item as `galleries/GALLERY/items/ITEM`.
+    """An image named on the command line: a file or a pipe, or a stored item as `galleries/GALLERY/items/ITEM`.
 
-    Raises InvalidInput when there is no such file.
+    Raises InvalidInput when there is no such file, or it cannot be read.
     """
     path = Path(argument)
-    if path.is_file():
-        return path.read_bytes()
+    try:
+        if path.exists() and not path.is_dir():
+            return path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {argument}: {error.strerror}; check the path and its permissions") from error
     match argument.split("/"):
         case ["galleries", gallery, "items", item] if gallery and item:
             return ItemName(gallery, item)

@@ -194,7 +194,7 @@ def _searched(
     for image in batch:
         try:
             readable.append((image, image.read()))
-        except (OSError, LookalikeError) as error:
+        except LookalikeError as error:
             yield image, error
     outcomes = backend.search_batch(
         ask.gallery,

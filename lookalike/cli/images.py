@@ -31,11 +31,14 @@ class ImageFile:
     """Of the item, where a manifest names it."""
 
     def read(self) -> bytes:
-        """The bytes of the file. Raises OSError, or InvalidDataset for a file that is too large."""
-        size = self.path.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            raise InvalidDataset(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
-        return self.path.read_bytes()
+        """The bytes of the file. Raises InvalidDataset for one that cannot be read, or is too large."""
+        try:
+            size = self.path.stat().st_size
+            if size <= MAX_IMAGE_BYTES:
+                return self.path.read_bytes()
+        except OSError as error:
+            raise InvalidDataset(f"the file cannot be read: {error.strerror}") from error
+        raise InvalidDataset(f"the file has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are accepted")
 
     def item(self) -> NewItem:
         """The image as an item to store. Raises what `read` does."""

@@ -160,7 +160,7 @@ def _stored(
             for at, candidate in enumerate(batch):
                 try:
                     yield candidate.item()
-                except (OSError, LookalikeError) as error:
+                except LookalikeError as error:
                     failed[at] = error
 
         outcomes = iter(backend.update_items(gallery, items()))

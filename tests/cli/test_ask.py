@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -134,6 +135,42 @@ def test_a_reader_that_has_left_is_neither_yes_nor_no(bundle: Bundle, pictures: 
             command = [sys.executable, "-m", "lookalike", *asked, *more]
             ended = subprocess.run(command, check=False, stdout=out, stderr=subprocess.PIPE)
         assert (ended.returncode, ended.stderr) == (2, b"")
+
+
+def test_a_closed_output_is_no_failure(bundle: Bundle, pictures: Path) -> None:
+    image = str(pictures / "loose.png")
+    asked = [sys.executable, "-m", "lookalike", "verify", image, image, "--bundle", str(bundle.path), "--exit-code"]
+    ended = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *asked], check=False, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_an_image_may_come_through_a_pipe(run: Run, where: list[str], pictures: Path) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as out:
+        out.write((pictures / "loose.png").read_bytes())
+    ran = run("verify", pictures / "loose.png", f"/dev/fd/{reader}", *where)
+    os.close(reader)
+    assert ran.out.startswith("MATCH  distance 0.0000")
+
+
+def test_what_the_disk_refuses_is_told_in_words(
+    run: Run, where: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, image = Path.read_bytes, pictures / "loose.png"
+
+    def refused(path: Path) -> bytes:
+        if path == image:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    said = run("verify", image, image, *where)
+    said.failed_with(f"cannot read {image}: Permission denied")
+    assert "Errno" not in said.err
+    (pictures / "file").touch()
+    said = run("demo", "--out", pictures / "file" / "demo")
+    said.failed_with(f"cannot use {pictures / 'file' / 'demo'}: Not a directory")
+    assert "Errno" not in said.err
 
 
 def test_who_answers_must_be_clear(run: Run, bundle: Bundle, target: str, pictures: Path, tmp_path: Path) -> None:
