@@ -32,8 +32,9 @@ from lookalike.cli import (
 app = typer.Typer(
     name="lookalike",
     help="Learn an embedding from labelled images, and answer: do two images match, and what matches this one?",
+    epilog="Begin with `lookalike demo`; `lookalike COMMAND --help` says more of each.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -91,5 +92,16 @@ def _say_misuse(error: Exception) -> int:
         print(message)
     else:
         command = context.command_path if context else "lookalike"
-        print(f"lookalike: {' '.join(message.split())} See `{command} --help`.", file=sys.stderr)
+        words = " ".join(message.split())
+        stop = "" if words.endswith((".", "?")) else "."
+        print(f"lookalike: {words}{stop}{_place_of(error, command)} See `{command} --help`.", file=sys.stderr)
     return 2
+
+
+def _place_of(error: Exception, command: str) -> str:
+    """Where an option goes that the command does not have and `lookalike` itself does."""
+    option = getattr(error, "option_name", None)
+    name, _, rest = command.partition(" ")
+    if rest and any(option in parameter.opts for parameter in getattr(_command(), "params", ())):
+        return f" It goes before the command: `{name} {option} … {rest} …`."
+    return ""

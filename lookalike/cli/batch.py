@@ -33,7 +33,7 @@ def batch_search(
     queries: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[QUERIES]",
+            metavar="QUERIES",
             help="A folder of images, or a CSV or Parquet table of their paths; with --shards also a .npy array, or a "
             "Parquet column, of embeddings.",
         ),

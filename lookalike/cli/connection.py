@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,12 @@ from lookalike._settings import DEFAULT_TIMEOUT
 from lookalike.client import Client
 
 _chosen: dict[str, Any] = {}
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lookalike {version('lookalike')}")
+        raise typer.Exit
 
 
 def choose(
@@ -64,6 +71,9 @@ def choose(
         typer.Option(
             "--allow-insecure-key", envvar="LOOKALIKE_ALLOW_INSECURE_KEY", help="Send the key without TLS too."
         ),
+    ] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version, and end.")
     ] = False,
 ) -> None:
     """Learn an embedding from labelled images, and answer: do two images match, and what matches this one?"""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,36 @@ def test_a_group_alone_prints_its_help(run: Run, arguments: list[str]) -> None:
 )
 def test_misuse_is_one_line_that_names_the_help(run: Run, arguments: list[str]) -> None:
     run(*arguments).failed_with("--help")
+
+
+def test_an_option_that_goes_before_the_command_is_told_so(run: Run) -> None:
+    run("gallery", "list", "--tls").failed_with("`lookalike --tls … gallery list …`")
+    run("verify", "a", "b", "--api-key-file=key").failed_with("before the command")
+    assert "before the command" not in run("verify", "a", "b", "--nonsense").err
+    assert "before the command" not in run("--nonsense").err
+
+
+@pytest.mark.parametrize("command", [[], ["gallery", "add"], ["batch-search"]])
+def test_help_has_a_short_name(run: Run, command: list[str]) -> None:
+    ran = run(*command, "-h")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == run(*command, "--help").out
+    assert "[[" not in ran.out
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    assert run("--version").out == f"lookalike {version('lookalike')}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("lookalike batch", ["batch-search"]), ("lookalike gallery snap", ["snapshot", "snapshots"])],
+)
+def test_a_shell_completes_commands(typed: str, completed: list[str]) -> None:
+    asked = {"_LOOKALIKE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    command = [sys.executable, "-c", "from lookalike.__main__ import main; main()"]
+    ended = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == completed
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
