@@ -16,7 +16,7 @@ from lookalike.types import JSON, ItemName
 WHOLE = 2**53
 """Up to here a Struct's numbers, which are doubles, hold whole ones exactly."""
 
-_CARRIED = 30
+CARRIED = 30
 """So many objects inside one another fit into a message, which protocol buffers read 100 levels deep. A server stores
 fewer, and refuses the others each by itself."""
 
@@ -48,7 +48,7 @@ def last_part(name: str) -> str:
 def struct(metadata: Mapping[str, JSON]) -> Struct:
     """Raises TypeError naming the key that holds what JSON has no form for, ValueError for what no message carries."""
     struct = Struct()
-    struct.update({key: _sendable(value, key, _CARRIED - 1) for key, value in metadata.items()})
+    struct.update({key: _sendable(value, key, CARRIED - 1) for key, value in metadata.items()})
     return struct
 
 
@@ -57,7 +57,7 @@ def _sendable(value: object, key: object, levels: int) -> JSON:
     if not isinstance(key, str):
         raise TypeError(f"metadata has strings for keys; got {key!r}")
     if not levels:
-        raise ValueError(f"metadata is nested too deep: {key!r} lies in {_CARRIED} objects; send it as JSON text")
+        raise ValueError(f"metadata is nested too deep: {key!r} lies in {CARRIED} objects; send it as JSON text")
     match value:
         case None | bool() | float() | str():
             return value

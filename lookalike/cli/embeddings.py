@@ -90,7 +90,7 @@ def _object(metadata: Any) -> dict[str, JSON]:
     if isinstance(metadata, str):
         try:
             metadata = json.loads(metadata or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidDataset(f"its metadata is no JSON ({error})") from error
     if not isinstance(metadata, dict | None):
         raise InvalidDataset(f"its metadata is no JSON object but {type(metadata).__name__}")

@@ -65,6 +65,8 @@ def list_images(source: Path) -> list[ImageFile]:
         raise InvalidDataset(f"{source} is neither a folder nor a .csv or .parquet manifest; give one of these")
     else:
         raise InvalidDataset(f"no such folder or manifest: {source}; check the path")
+    if not images and not source.is_dir():
+        raise InvalidDataset(f"{source} names no images: under a row with its columns, such as path, it has none")
     if not images:
         raise InvalidDataset(f"no images in {source}; accepted are {', '.join(sorted(READABLE_SUFFIXES))}")
     _refuse_repeated(images, source)
@@ -99,7 +101,10 @@ def _as_text(name: str) -> str:
 def _manifest(table: Path) -> Iterator[ImageFile]:
     rows = _csv_rows(table) if table.suffix.lower() == ".csv" else _parquet_rows(table)
     for number, row in enumerate(rows, start=1):
-        name = row.pop("path", None)
+        if "path" not in row:
+            columns = ", ".join(map(repr, row))
+            raise InvalidDataset(f"{table} has no column path, which names the images; its columns are {columns}")
+        name = row.pop("path")
         if not isinstance(name, str) or not name or "\0" in name:
             raise InvalidDataset(f"{table}, row {number}: the column path must name an image; got {name!r}")
         identity, given_id = row.pop("identity", None), row.pop("id", None)

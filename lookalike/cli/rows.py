@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from embedding.errors import InvalidDataset
-from lookalike._messages.names import WHOLE
+from lookalike._messages.names import CARRIED, WHOLE
 from lookalike.types import JSON
 
 
@@ -28,6 +28,17 @@ def metadata_in(columns: Mapping[str, Any]) -> dict[str, JSON]:
     Raises InvalidDataset for what JSON has no form for, such as bytes.
     """
     return {name: _json(value, name) for name, value in columns.items() if not is_empty(value)}
+
+
+def check_depth(metadata: Mapping[str, JSON]) -> None:
+    """Raises InvalidDataset where more lists and objects lie inside one another than a message carries."""
+    if not _fits(metadata, CARRIED):
+        raise InvalidDataset(f"its metadata is nested deeper than {CARRIED} objects and lists; give it as text")
+
+
+def _fits(value: Any, levels: int) -> bool:
+    within = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_fits(each, levels - 1) for each in within)
 
 
 def is_empty(value: Any) -> bool:

@@ -17,6 +17,7 @@ import typer
 from embedding.errors import InvalidDataset, LookalikeError
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
+from lookalike.cli.rows import check_depth
 from lookalike.cli.told import told
 from lookalike.client import Client
 from lookalike.types import Gallery, Item, NewItem
@@ -159,9 +160,12 @@ def _stored(
         def items() -> Iterator[NewItem]:  # read one by one, as a call is filled
             for at, candidate in enumerate(batch):
                 try:
-                    yield candidate.item()
+                    item = candidate.item()
+                    check_depth(item.metadata or {})
                 except LookalikeError as error:
                     failed[at] = error
+                else:
+                    yield item
 
         outcomes = iter(backend.update_items(gallery, items()))
         return [(candidate, failed.get(at) or next(outcomes)) for at, candidate in enumerate(batch)]

@@ -77,6 +77,8 @@ def test_what_else_stands_in_the_table_is_metadata(run: Run, where: list[str], n
         ([float("nan")] * DIM, "{}", "finite"),
         (UNIT[1].tolist(), "[1]", "no JSON object"),
         (UNIT[1].tolist(), "{", "no JSON"),
+        (UNIT[1].tolist(), '{"a":' * 40 + "1" + "}" * 40, "nested deeper"),
+        pytest.param(UNIT[1].tolist(), "[" * 99_999, "no JSON", id="endless"),
     ],
 )
 def test_a_bad_row_is_listed_and_skipped(

@@ -108,6 +108,17 @@ def test_a_table_may_hold_more_than_text(run: Run, where: list[str], name: str, 
     run("gallery", "add", name, pictures / "manifest.csv", *where).failed_with("row 1", "path")
 
 
+def test_a_manifest_without_its_columns_is_told_so(run: Run, where: list[str], pictures: Path) -> None:
+    manifest = pictures / "manifest.csv"
+    for text, words in {
+        "loose.png\n": "names no images",
+        "": "names no images",
+        "path;id\na.png;1\n": "'path;id'",
+    }.items():
+        manifest.write_text(text)
+        run("gallery", "add", "g", manifest, *where).failed_with("manifest.csv", words)
+
+
 def test_names_are_shown_as_they_are(run: Run, where: list[str], name: str, pictures: Path) -> None:
     long = "l" * 200
     identities = ["[/x]", "[bold]b", ":fire:", long]
