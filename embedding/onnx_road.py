@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedding.errors import InvalidInput
+from embedding.extras import installing
 from embedding.networks import EmbeddingNetwork
 from embedding.onnx_graph import graph_of
 
@@ -49,7 +50,7 @@ class OnnxNetwork:
             import onnxruntime
         except ImportError as error:
             raise InvalidInput(
-                "ONNX Runtime is not installed; install lookalike[onnx], or choose another runtime", field="runtime"
+                f"ONNX Runtime is not installed: {installing('onnx')}, or choose another runtime", field="runtime"
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads

@@ -66,6 +66,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     import logging
 
     from embedding.errors import LookalikeError
+    from embedding.extras import installing
     from lookalike.errors import CallFailed
 
     if not _speaks():
@@ -89,10 +90,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             words = sys.argv[1:] if arguments is None else arguments
             command = next((word for word in words if not word.startswith("-")), "")
             extra = _EXTRA_OF_COMMAND.get(command, extra)
-        return _failed(
-            f"this command needs {error.name}: install lookalike's extra {extra}, in its checkout by "
-            f"pip install -c constraints.txt '.[{extra}]'"
-        )
+        return _failed(f"this command needs {error.name}: {installing(extra)}")
     except BrokenPipeError:
         # The reader of the output has left, as `head` does; Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

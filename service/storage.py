@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from embedding.errors import InvalidInput
+from embedding.extras import installing
 from index import Catalog, GalleryCatalog
 from service.settings import Settings
 from service.workers.part import Part
@@ -30,9 +31,7 @@ def catalog_of(settings: Settings, part: Part | None = None) -> Callable[[Path],
     try:
         from index.milvus import MilvusCatalog
     except ImportError as error:
-        raise InvalidInput(
-            f"engine milvus needs pymilvus ({error}); install it with: pip install 'lookalike[milvus]'", field="engine"
-        ) from error
+        raise InvalidInput(f"engine milvus needs pymilvus ({error}): {installing('milvus')}", field="engine") from error
 
     def opened(folder: Path) -> GalleryCatalog:
         return MilvusCatalog(

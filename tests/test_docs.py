@@ -37,6 +37,12 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert is_there(document.parent / path if path else document, anchor), link
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_nothing_is_installed_from_where_it_was_never_released(document: Path) -> None:
+    for command in re.findall(r"pip install [^`\n]*", document.read_text()):
+        assert not re.search(r"(?<![\w./-])lookalike(\[|\s|'|$)", command), command
+
+
 def test_documents_that_the_code_names_are_there() -> None:
     folders = ("embedding", "training", "index", "service", "lookalike", "benchmarks", "deploy", "recipes", "proto")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.*") if file.is_file()]

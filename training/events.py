@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedding.errors import InvalidRecipe
+from embedding.extras import installing
 from training.monitor import Report
 
 
@@ -28,8 +29,7 @@ class EventWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InvalidRecipe(
-                "training.tensorboard needs the package tensorboard: pip install 'lookalike[tensorboard]', or leave "
-                "the key out",
+                f"training.tensorboard needs the package tensorboard: {installing('tensorboard')}, or leave it out",
                 field="training.tensorboard",
             ) from error
         with self._told():

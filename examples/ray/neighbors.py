@@ -1,4 +1,6 @@
-"""The neighbours of any number of images or embeddings, found on a Ray cluster: `pip install 'ray[data]' lookalike`.
+"""The neighbours of any number of images or embeddings, found on a Ray cluster.
+
+It needs Ray and the client: `pip install 'ray[data]' -c constraints.txt .` in a checkout of lookalike.
 
 Each worker asks the server that LOOKALIKE_TARGET and its companions name (docs/clients.md); the rows are those of
 `lookalike batch-search --shards`, but for the place of the query and `truncated`.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from embedding.errors import CredentialsInvalid, InvalidInput
+from embedding.extras import installing
 from service.access.keys import scopes_of
 from service.access.principal import Principal
 from service.access.watched import Watched
@@ -157,7 +158,7 @@ def _read(path: Path) -> dict[tuple[str, str], _Key]:
     try:
         import jwt
     except ImportError as error:
-        raise InvalidInput("tokens need PyJWT: run pip install 'lookalike[jwt]'", field="jwt_keys") from error
+        raise InvalidInput(f"tokens need PyJWT: {installing('jwt')}", field="jwt_keys") from error
     try:
         listed = json.loads(path.read_bytes())["keys"]
     except OSError as error:

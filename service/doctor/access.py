@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from embedding.errors import InvalidInput, LookalikeError
+from embedding.extras import installing
 from embedding.masking import masked
 from service.access import keys
 from service.access.tokens import Tokens
@@ -227,5 +228,5 @@ def _traces() -> Iterator[Finding]:
             check="traces",
             state="fail",
             what=f"otlp_endpoint is set, and {error.name} is not installed",
-            do="run pip install 'lookalike[otel]', or leave otlp_endpoint out",
+            do=f"{installing('otel')}, or leave otlp_endpoint out",
         )

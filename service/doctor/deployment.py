@@ -20,6 +20,7 @@ from pathlib import Path
 
 from embedding.bundle import Bundle
 from embedding.errors import InvalidInput
+from embedding.extras import installing
 from index.catalog import LOCK
 from index.engine import GalleryEngine
 from service.doctor.access import access, surroundings
@@ -64,9 +65,7 @@ def looked_at(settings: Settings, *, full: bool = False, now: datetime | None = 
 def _packages() -> Iterator[Finding]:
     wrong = list(_outdated(metadata.requires("lookalike") or (), _installed))
     if wrong:
-        yield Finding(
-            check="packages", state="fail", what="; ".join(wrong), do="run pip install --upgrade 'lookalike[serve]'"
-        )
+        yield Finding(check="packages", state="fail", what="; ".join(wrong), do=installing("serve"))
     else:
         version = metadata.version("lookalike")
         yield Finding(check="packages", state="ok", what=f"lookalike {version} on Python {sys.version.split()[0]}")

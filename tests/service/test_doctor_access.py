@@ -105,7 +105,7 @@ def test_tokens_that_can_never_count(whole: Settings, tmp_path: Path, monkeypatc
     (tmp_path / "jwks.json").write_text('{"keys": []}')
     assert "no public key" in only(whole, "tokens", **good).what
     monkeypatch.setitem(sys.modules, "jwt", None)
-    assert "pip install 'lookalike[jwt]'" in only(whole, "tokens", **good).what
+    assert "pip install -c constraints.txt '.[jwt]'" in only(whole, "tokens", **good).what
 
 
 def test_a_clock_that_nothing_keeps_right(whole: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_milvus_that_is_not_there(whole: Settings, monkeypatch: pytest.MonkeyPat
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     missing = only(whole, "Milvus", **milvus, milvus_uri="http://127.0.0.1:9")
-    assert "pip install 'lookalike[milvus]'" in missing.what
+    assert "pip install -c constraints.txt '.[milvus]'" in missing.what
 
 
 def test_traces_without_their_extra(whole: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_traces_without_their_extra(whole: Settings, monkeypatch: pytest.MonkeyP
     for name in [each for each in sys.modules if each.partition(".")[0] == "opentelemetry"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    assert "lookalike[otel]" in only(whole, "traces", otlp_endpoint="http://127.0.0.1:9").do
+    assert "pip install -c constraints.txt '.[otel]'" in only(whole, "traces", otlp_endpoint="http://127.0.0.1:9").do
 
 
 def test_two_ports_that_are_one(whole: Settings) -> None:
