@@ -65,6 +65,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     import io
     import logging
 
+    if arguments is None and "serve" not in sys.argv:  # gRPC would tell each handshake that fails, in its own words
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from embedding.errors import LookalikeError
     from embedding.extras import installing
     from lookalike.errors import CallFailed

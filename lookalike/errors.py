@@ -17,6 +17,7 @@ CallFailed                  a call to the server failed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -124,6 +125,8 @@ _REFUSED_UNSEEN = ("RST_STREAM with error code 7", "RST_STREAM with error code 8
 """In gRPC's words for calls that the server's own gRPC refused, before its program saw them: HTTP/2's REFUSED_STREAM,
 which arrives as UNAVAILABLE, and CANCEL, which arrives as CANCELLED and mostly without these words."""
 
+_HOST_ALONE = re.compile(r"[\w.-]+|\[[\da-fA-F:]+\]")
+
 _HUNG_UP = ("Socket closed", "Connection reset by peer", "Broken pipe", "Endpoint closing")
 
 
@@ -157,7 +160,7 @@ def from_call(call: _EndedCall, *, target: str, timeout: float, encrypted: bool 
     if code is grpc.StatusCode.UNAVAILABLE:
         cause = details.rpartition(": ")[2].rstrip("]")  # gRPC strings the causes together, the first cause last
         message = not_understood(details, target, encrypted=encrypted) or (
-            f"no server answers at {target} ({cause}); start one with `lookalike serve`, or check the address"
+            f"no server answers at {target} ({cause}); {_to_find_it(target)}"
         )
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         message = f"{target} did not answer within {timeout:g} s; give it longer or send less at once"
@@ -169,6 +172,16 @@ def from_call(call: _EndedCall, *, target: str, timeout: float, encrypted: bool 
     else:
         message = details or f"the call to {target} ended with {code.name}"
     return _BY_CODE.get(code, ServerError)(message, code=code)
+
+
+def _to_find_it(target: str) -> str:
+    """What to do where nothing answers."""
+    scheme, is_url, rest = target.partition("://")
+    if is_url and scheme.lower() in {"http", "https", "grpc", "grpcs"}:
+        return f"give it as HOST:PORT, without {scheme}://: {rest.rstrip('/')}"
+    if _HOST_ALONE.fullmatch(target):
+        return f"give its port too, as in {target}:50051: without one port 443 is asked"
+    return "start one with `lookalike serve`, or check the address"
 
 
 def over_limit(size: int, limit: int) -> ResourceExhausted:

@@ -144,6 +144,15 @@ def test_a_closed_output_is_no_failure(bundle: Bundle, pictures: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 
+def test_a_handshake_that_fails_is_told_once(target: str, pictures: Path) -> None:
+    image = str(pictures / "loose.png")
+    asked = [sys.executable, "-m", "lookalike", "--tls", "verify", image, image, "--target", target]
+    surroundings = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    ended = subprocess.run(asked, check=False, capture_output=True, text=True, env=surroundings)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "does not speak TLS" in ended.stderr
+
+
 def test_an_image_may_come_through_a_pipe(run: Run, where: list[str], pictures: Path) -> None:
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as out:
@@ -179,6 +188,8 @@ def test_who_answers_must_be_clear(run: Run, bundle: Bundle, target: str, pictur
     run("verify", a, a, "--target", target, "--bundle", bundle.path).failed_with("not both")
     run("verify", a, a, "--target", target, "--device", "cpu").failed_with("--device goes with --bundle")
     run("verify", a, a, "--target", "127.0.0.1:1").failed_with("127.0.0.1:1", "lookalike serve")
+    run("verify", a, a, "--target", "http://127.0.0.1:1/").failed_with("without http://: 127.0.0.1:1\n")
+    run("verify", a, a, "--target", "127.0.0.1").failed_with("as in 127.0.0.1:50051")
     run("verify", a, a, "--bundle", tmp_path / "none").failed_with("no bundle", "lookalike train")
     run("health", "--target", "").failed_with("address is empty")
     here = ["--bundle", bundle.path, "--data", tmp_path / "nowhere"]
