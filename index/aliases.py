@@ -15,6 +15,7 @@ from pathlib import Path
 
 from embedding.errors import DamagedData, LookalikeError, NotFound, StorageFailed
 from index import alias_file
+from index.absent import no_alias
 from index.engine_catalog import GalleryCatalog
 from index.items import check_gallery_id
 
@@ -149,7 +150,7 @@ class Aliases:
         try:
             return self._targets[alias]
         except KeyError:
-            raise NotFound(f"no alias {alias!r} here", field="name") from None
+            raise no_alias(alias) from None
 
     def all(self) -> Mapping[str, str]:
         """Galleries by alias, in the order of the aliases."""

@@ -31,6 +31,7 @@ from embedding.errors import (
     NotFound,
     StorageFailed,
 )
+from index.absent import no_gallery
 from index.copies import read_copy
 from index.engine import IndexSettings, OnProgress, Problem, Verification
 from index.gallery import Gallery
@@ -183,7 +184,7 @@ class Catalog:
         self._check_writable()
         with self._changing:
             if not path.is_dir():
-                raise _no_gallery(gallery_id)
+                raise no_gallery(gallery_id)
             gone = self.root / f"{_DELETED}{uuid.uuid4().hex}"
             gallery = self._open.pop(gallery_id, None)
             if gallery is not None:
@@ -244,7 +245,7 @@ class Catalog:
 
     def _opened(self, gallery_id: str, path: Path) -> Gallery:
         if not path.is_dir():
-            raise _no_gallery(gallery_id)
+            raise no_gallery(gallery_id)
         gallery = Gallery(
             gallery_id,
             path,
@@ -303,10 +304,6 @@ def _locked(root: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
-
-
-def _no_gallery(gallery_id: str) -> NotFound:
-    return NotFound(f"no gallery {gallery_id!r} here", field="gallery_id")
 
 
 def _refused(path: Path, error: OSError) -> StorageFailed:

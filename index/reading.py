@@ -15,7 +15,8 @@ from typing import Any, cast
 import numpy as np
 
 from embedding.decision import Vectors
-from embedding.errors import DamagedData, NotFound
+from embedding.errors import DamagedData
+from index.absent import no_item
 from index.connections import Readers, connect, translated
 from index.deadline import Deadline
 from index.engine import Filter
@@ -121,7 +122,7 @@ class Reading:
         with self._readers.lend() as connection:
             row = connection.execute(f"SELECT {_ITEM} FROM items WHERE {LIVING} AND name = ?", (name,)).fetchone()
         if row is None:
-            raise NotFound(f"no item {name!r} in this gallery", field="name")
+            raise no_item(name, self._path.parent.name)
         return self._item(row)
 
     def thumbnail(self, name: str) -> bytes | None:
@@ -131,7 +132,7 @@ class Reading:
                 f"SELECT data FROM items LEFT JOIN thumbnails USING (key) WHERE {LIVING} AND name = ?", (name,)
             ).fetchone()
         if row is None:
-            raise NotFound(f"no item {name!r} in this gallery", field="name")
+            raise no_item(name, self._path.parent.name)
         data: bytes | None = row[0]
         return data
 

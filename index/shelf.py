@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
+from index.absent import no_snapshot
 from index.copies import CONTENTS, PARTIAL, altered, missing, model_of, read_contents
 from index.engine import GalleryEngine, OnProgress
 from index.engine_catalog import GalleryCatalog
@@ -115,7 +116,7 @@ class Shelf:
         """What can be told of a snapshot, without reading it whole unless `full`. Raises NotFound."""
         folder = self._path(gallery_id, snapshot_id)
         if not folder.is_dir():
-            raise NotFound(f"no snapshot {snapshot_id!r} of gallery {gallery_id!r} here", field="name")
+            raise no_snapshot(snapshot_id, gallery_id)
         try:
             contents = read_contents(folder)
             damage = missing(folder, contents) or (altered(folder, contents) if full else "")
@@ -139,7 +140,7 @@ class Shelf:
         """Delete a snapshot, damaged or not. Raises NotFound."""
         folder = self._path(gallery_id, snapshot_id)
         if not folder.is_dir():
-            raise NotFound(f"no snapshot {snapshot_id!r} of gallery {gallery_id!r} here", field="name")
+            raise no_snapshot(snapshot_id, gallery_id)
         gone = folder.with_name(f"{_DELETED}{uuid.uuid4().hex}")
         try:
             folder.rename(gone)

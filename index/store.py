@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from embedding.decision import Vectors
-from embedding.errors import LookalikeError, NotFound, StaleEtag
+from embedding.errors import LookalikeError, StaleEtag
+from index.absent import no_item
 from index.connections import translated
 from index.deadline import Deadline
 from index.engine import Filter
@@ -225,7 +226,7 @@ class Store(Reading):
         present = self._keys_of(names)
         for item in write.items:
             if not write.allow_missing and item.name not in present:
-                raise _no_item(item.name)
+                raise no_item(item.name, self._path.parent.name)
             if item.etag:
                 self._check_etag(item.name, item.etag, present)
         died_R = np.array(sorted(present.values()), np.int64)
@@ -273,7 +274,7 @@ class Store(Reading):
         present = self._keys_of(write.names)
         for name in write.names:
             if name not in present and not write.allow_missing:
-                raise _no_item(name)
+                raise no_item(name, self._path.parent.name)
             if write.etags.get(name):
                 self._check_etag(name, write.etags[name], present)
         return self._died(np.array(sorted(present.values()), np.int64))
@@ -341,7 +342,3 @@ def _blobs(vectors_ND: Vectors) -> Iterator[memoryview]:
     width = 4 * vectors_ND.shape[1]
     data = memoryview(vectors_ND.astype("<f4", copy=False).tobytes())
     return (data[start : start + width] for start in range(0, len(data), width))
-
-
-def _no_item(name: str) -> NotFound:
-    return NotFound(f"no item {name!r} in this gallery", field="name")

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Self, TypeAlias
 
 from embedding.errors import AlreadyExists, Busy, DamagedData, InvalidInput, LookalikeError, NotFound, NotSupported
+from index.absent import no_gallery
 from index.catalog import HeldFolder
 from index.engine import IndexSettings, OnProgress, Problem, Verification
 from index.items import GALLERY_ID, ModelRef, check_gallery_id
@@ -130,7 +131,7 @@ class MilvusCatalog:
                 if gallery is None or gallery.closed:
                     row = self._found(gallery_id)
                     if row is None:
-                        raise _no_gallery(gallery_id)
+                        raise no_gallery(gallery_id)
                     gallery = self._opened(Record.of(row))
         if model is not None:
             gallery.check_model(model)
@@ -169,7 +170,7 @@ class MilvusCatalog:
             self._check_owner()
             row = self._found(gallery_id)
             if row is None:
-                raise _no_gallery(gallery_id)
+                raise no_gallery(gallery_id)
             gallery = self._open.pop(gallery_id, None)
             if gallery is not None:
                 gallery.close()
@@ -247,7 +248,3 @@ class MilvusCatalog:
         for name in self._link.collections():
             if name.startswith(f"{self._prefix}_") and name not in known:
                 self._link.drop(name)
-
-
-def _no_gallery(gallery_id: str) -> NotFound:
-    return NotFound(f"no gallery {gallery_id!r} here", field="gallery_id")

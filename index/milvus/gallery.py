@@ -12,6 +12,7 @@ import numpy as np
 
 from embedding.decision import UNIT_TOLERANCE, Judge, Vectors, checked_embedding
 from embedding.errors import InvalidInput, ModelMismatch, NotSupported
+from index.absent import no_item
 from index.checks import checked_items
 from index.deadline import Deadline
 from index.engine import Effort, Filter, IndexSettings, Items, OnProgress, Problem, SegmentStats, Stats, Verification
@@ -31,7 +32,7 @@ from index.items import (
 from index.milvus.filters import expression
 from index.milvus.rows import WHOLE, Record
 from index.milvus.search import Answer, Asking
-from index.milvus.store import MilvusStore, no_item
+from index.milvus.store import MilvusStore
 from index.progress import Steps
 from index.schema import as_datetime
 from index.telling import Telling
@@ -164,7 +165,7 @@ class MilvusGallery:
         with self._store.view() as record:
             row = self._store.named(record, [name], WHOLE).get(name)
             if row is None:
-                raise no_item(name)
+                raise no_item(name, record.id)
             return record.item(row)
 
     def thumbnail(self, name: str) -> bytes | None:

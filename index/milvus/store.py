@@ -14,6 +14,7 @@ from typing import cast
 
 from embedding.decision import Vectors
 from embedding.errors import Busy, LookalikeError, NotFound, StaleEtag, StorageFailed
+from index.absent import no_item
 from index.deadline import Deadline
 from index.engine import Filter, IndexSettings
 from index.items import Item
@@ -191,7 +192,7 @@ class MilvusStore:
         """Raises NotFound."""
         row = self.named(record, [name], ("name", "thumbnail")).get(name)
         if row is None:
-            raise no_item(name)
+            raise no_item(name, self._record.id)
         return base64.b64decode(row["thumbnail"].partition(BEFORE_ORIGIN)[0]) or None
 
     def origins(self, record: Record, names: Sequence[str]) -> dict[str, str]:
@@ -214,7 +215,7 @@ class MilvusStore:
             present = self.named(record, [item.name for item in items], STORED)
             for item in items:
                 if not allow_missing and item.name not in present:
-                    raise no_item(item.name)
+                    raise no_item(item.name, self._record.id)
                 if item.etag:
                     _check_etag(record, item.name, item.etag, present)
             after = replace(
@@ -232,7 +233,7 @@ class MilvusStore:
             present = self.named(record, list(dict.fromkeys(names)), STORED)
             for name in names:
                 if name not in present and not allow_missing:
-                    raise no_item(name)
+                    raise no_item(name, self._record.id)
                 if etags.get(name):
                     _check_etag(record, name, etags[name], present)
             after = replace(record, generation=record.generation + 1, size=record.size - len(present))
@@ -368,10 +369,6 @@ class MilvusStore:
             if len(rows) < MOST_ROWS:
                 return names, bool(bound)
             bound = f"name < {literal(names[size + 1][0])}"
-
-
-def no_item(name: str) -> NotFound:
-    return NotFound(f"no item {name!r} in this gallery", field="name")
 
 
 def pause(turn: int, deadline: Deadline | None) -> None:

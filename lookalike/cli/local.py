@@ -75,7 +75,8 @@ class LocalBackend:
                 except NotFound as error:
                     if galleries.exists():
                         raise
-                    raise NotFound(f"{error}: there is no folder of galleries at {galleries}; check --data") from error
+                    what = str(error).partition(";")[0]
+                    raise NotFound(f"{what}: there is no folder of galleries at {galleries}; check --data") from error
                 finally:
                     backend._operations.close()
 

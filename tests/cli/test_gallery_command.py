@@ -108,6 +108,22 @@ def test_a_table_may_hold_more_than_text(run: Run, where: list[str], name: str, 
     run("gallery", "add", name, pictures / "manifest.csv", *where).failed_with("row 1", "path")
 
 
+def test_what_is_not_there_names_the_list_that_shows_what_is(
+    run: Run, where: list[str], name: str, pictures: Path
+) -> None:
+    run("gallery", "create", name, *where)
+    image = pictures / "loose.png"
+    for command, listing in (
+        (["gallery", "list", "nowhere"], "`lookalike gallery list`"),
+        (["search", image, "--gallery", "nowhere"], "`lookalike gallery list`"),
+        (["verify", image, f"galleries/{name}/items/none"], f"no item 'none' in gallery '{name}'"),
+        (["gallery", "delete", name, "none"], f"`lookalike gallery list {name}`"),
+        (["gallery", "restore", name, "none", "new"], f"`lookalike gallery snapshots {name}`"),
+        (["gallery", "delete-alias", "none"], "`lookalike gallery aliases`"),
+    ):
+        run(*command, *where).failed_with(listing)
+
+
 def test_a_manifest_without_its_columns_is_told_so(run: Run, where: list[str], pictures: Path) -> None:
     manifest = pictures / "manifest.csv"
     for text, words in {
