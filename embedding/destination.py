@@ -20,8 +20,10 @@ def check_destination(path: Path, *, overwrite: bool | None = False) -> None:
     """
     if path.exists() or path.is_symlink():
         if not overwrite:
-            ask = "" if overwrite is None else ", or ask to overwrite it"
-            raise AlreadyExists(f"{path} exists; choose another place{ask}")
+            asked = overwrite is not None and _is_replaceable(path)
+            raise AlreadyExists(
+                f"{path} exists; choose another place" + (", or replace the bundle with --overwrite" if asked else "")
+            )
         if not _is_replaceable(path):
             raise AlreadyExists(
                 f"{path} is no bundle, and only a bundle is overwritten; choose another place, or remove it yourself"

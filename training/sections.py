@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from embedding.errors import InvalidRecipe, NotFound
 
+_TOLD = 4
+"""Errors of a recipe that one message has."""
+
 
 class Section(BaseModel):
     """A table of a recipe. An unknown key is refused with the keys that are accepted."""
@@ -86,16 +89,17 @@ def did_you_mean(word: object, candidates: Sequence[str] | Mapping[str, object])
 
 
 def invalid_recipe(error: ValidationError, *, where: str, not_keys: Collection[str | int]) -> InvalidRecipe:
-    """The first error as one line: file, dotted key, what is wrong, what was got.
+    """Its errors as one line, most of them four: file, and of each dotted key, what is wrong, what was got.
 
     `not_keys` are parts of pydantic's path that a recipe does not spell, such as the discriminators of unions.
     """
-    first = error.errors(include_url=False)[0]
-    path = [part for part in first["loc"] if part not in not_keys] + _key_in_question(first)
-    key = ".".join(str(part) for part in path)
-    others = error.error_count() - 1
-    more = f" (and {others} more error{'s' if others > 1 else ''})" if others else ""
-    return InvalidRecipe(f"{where}: {key}: {_sentence(first)}{more}", field=key)
+    errors = error.errors(include_url=False)
+    paths = [(*(part for part in each["loc"] if part not in not_keys), *_key_in_question(each)) for each in errors]
+    keys = [".".join(map(str, path)) for path in paths]
+    told = "; ".join(f"{key}: {_sentence(each)}" for key, each in list(zip(keys, errors, strict=True))[:_TOLD])
+    others = len(errors) - _TOLD
+    more = f"; and {others} more error{'s' if others > 1 else ''}" if others > 0 else ""
+    return InvalidRecipe(f"{where}: {told}{more}", field=keys[0])
 
 
 def _key_in_question(error: ErrorDetails) -> list[str]:

@@ -211,7 +211,12 @@ class TestTrain:
         run("train", "digts", "--out", "bundle").failed_with("digits", "omniglot")
 
     def test_a_bundle_is_not_replaced_unasked(self, run: Run, bundle: Bundle) -> None:
-        run("train", "digits", "--out", bundle.path).failed_with("exists")
+        run("train", "digits", "--out", bundle.path).failed_with("exists", "--overwrite")
+        Path("mine").mkdir()
+        Path("mine/file").touch()
+        said = run("train", "digits", "--out", "mine")
+        said.failed_with("exists")
+        assert "--overwrite" not in said.err, "what is no bundle is never replaced"
 
     def test_absent_data_names_the_option_and_the_variable(self, run: Run) -> None:
         run("train", "omniglot", "--out", "bundle").failed_with("--data", "LOOKALIKE_DATA")

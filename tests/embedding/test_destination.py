@@ -50,7 +50,7 @@ def test_a_place_that_takes_no_files_is_known_at_once(tmp_path: Path) -> None:
 
 
 def test_overwriting_is_suggested_only_where_it_can_be_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(AlreadyExists, match="overwrite it"):
+    with pytest.raises(AlreadyExists, match="--overwrite"):
         check_destination(tmp_path)
     with pytest.raises(AlreadyExists, match=r"another place$"):
         check_destination(tmp_path, overwrite=None)

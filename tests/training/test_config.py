@@ -235,10 +235,15 @@ def test_random_weights_are_not_frozen() -> None:
     assert 'network.weights is "random"' in str(error)
 
 
-def test_one_error_is_shown_and_the_others_counted() -> None:
+def test_all_errors_are_shown_and_of_many_the_first() -> None:
     error = refused("steps = 200", 'steps = 0\nprecision = "fp8"')
     assert error.field == "training.steps"
-    assert "(and 1 more error)" in str(error)
+    assert "training.steps: must be greater" in str(error)
+    assert "; training.precision: got 'fp8'" in str(error)
+    with pytest.raises(InvalidRecipe) as caught:
+        parse_recipe("")
+    assert "name: this key is required; data: this key is required; " in str(caught.value)
+    assert str(caught.value).endswith("; and 2 more errors")
 
 
 def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
