@@ -13,6 +13,7 @@ from rich.progress import track
 
 from embedding.decision import Vectors
 from embedding.encoder import PixelEncoder
+from embedding.terminal import is_live
 from training.datasets import ImageSet, SkippedImage
 
 CHUNK_IMAGES = 256
@@ -31,7 +32,7 @@ def embed_with_norms(encoder: PixelEncoder, images: ImageSet, console: Console) 
         encoder.encode_with_norms(
             images.pixels(range(start, min(start + CHUNK_IMAGES, len(images))), encoder.preprocessing)
         )
-        for start in track(starts, "embed", console=console, transient=True, disable=not console.is_terminal)
+        for start in track(starts, "embed", console=console, transient=True, disable=not is_live(console))
     ]
     embeddings, norms = zip(*chunks, strict=True)
     return np.concatenate(embeddings), np.concatenate(norms)

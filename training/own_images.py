@@ -19,6 +19,7 @@ from embedding.calibration import Calibration
 from embedding.encoder import Encoder
 from embedding.errors import InvalidDataset
 from embedding.reference import Reference
+from embedding.terminal import is_live
 from training.calibration import calibrate
 from training.datasets import ImageSet, load_path
 from training.embedded import embed_with_norms, say_skipped
@@ -103,7 +104,7 @@ def _groups(bundle: Bundle, found: ImageSet) -> NDArray[np.int64] | None:
 def _read(images: Path, bundle: Bundle, max_bad_images: int | float, console: Console) -> ImageSet:
     if images.suffix.lower() in {".jsonl", ".sqlite"} and images.is_file():
         raise InvalidDataset(f"{images} is no set of labelled images; a file of feedback goes to --feedback")
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not is_live(console)) as progress:
         task = progress.add_task("read images", total=None)
         return load_path(
             images,

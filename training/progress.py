@@ -8,6 +8,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from embedding.terminal import is_live
 from training.monitor import Report
 
 
@@ -19,7 +20,7 @@ class TrainingDisplay:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._total = 0
-        if console.is_terminal:
+        if is_live(console):
             self._bar = Progress(
                 TextColumn("train"),
                 BarColumn(bar_width=12),

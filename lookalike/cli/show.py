@@ -32,7 +32,7 @@ def console(*, stderr: bool = False) -> Console:
     """A console that wraps at a terminal's width and, written to a file or pipe, leaves lines whole."""
     plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
     made = _Plain(**plain)
-    return made if made.is_terminal else _Plain(**plain, width=_WIDTH_OF_A_FILE)
+    return made if made.file.isatty() else _Plain(**plain, width=_WIDTH_OF_A_FILE)
 
 
 def decision(found: Decision, out: Console) -> None:

@@ -10,6 +10,8 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from embedding.terminal import is_live
+
 SAY_SECONDS = 30.0
 
 Tell: TypeAlias = Callable[[int, int], None]
@@ -35,7 +37,7 @@ def told(console: Console, command: str, things: str) -> Iterator[Tell]:
         left = f", {(total - done) / each_second / 60:,.0f} min left" if each_second else ""
         console.print(f"{done:,} of {total:,} {things}, {each_second:,.0f} a second{left}")
 
-    if not console.is_terminal:
+    if not is_live(console):
         yield line
         return
     columns = (

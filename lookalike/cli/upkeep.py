@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from embedding.errors import InvalidInput
+from embedding.terminal import is_live
 from lookalike.cli import options, show
 from lookalike.cli.backend import Backend, open_backend
 from lookalike.types import Operation
@@ -363,7 +364,7 @@ def _bar(verb: str) -> Iterator[Draw]:
     """A bar on the terminal, drawn by what is yielded; nothing where stderr is no terminal."""
     console = show.console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not is_live(console)) as bar:
         shown = bar.add_task(verb, total=1)
 
         def draw(stage: str, done: int, total: int) -> None:

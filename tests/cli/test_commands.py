@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from rich.console import Console
 
 from embedding.bundle import MANIFEST, Bundle, learned_metrics
 from lookalike import Client
@@ -21,6 +23,12 @@ from lookalike.__main__ import main
 from tests.cli.conftest import Run
 from tests.processes import serving
 from tests.service.harness import MARGIN, connected, make_bundle, png
+from training.monitor import Report
+from training.progress import TrainingDisplay
+
+REPORT = Report(
+    step=1, loss=1, active_fraction=1, d_ap=1, d_an=1, spread=1, learning_rate=1, images=1, seconds=1, cpu_seconds=1
+)
 
 
 def python(program: str) -> str:
@@ -296,3 +304,32 @@ class TestSeveralProcesses:
         monkeypatch.setattr("logging.disable", lambda _: None)
         failed = run("train", "absent.toml", "--out", "out")
         assert (failed.code, failed.out, failed.err.count("\n")) == (2, "", lines)
+
+
+class TestOutput:
+    """Bars are for terminals that move their cursor; all others get lines."""
+
+    @pytest.mark.parametrize(("term", "is_drawn"), [("xterm", True), ("dumb", False)])
+    def test_a_bar_is_drawn_on_a_terminal_that_can_show_it(
+        self, monkeypatch: pytest.MonkeyPatch, term: str, is_drawn: bool
+    ) -> None:
+        monkeypatch.setenv("TERM", term)
+        ours, theirs = pty.openpty()
+        with os.fdopen(ours, "rb", buffering=0) as terminal, os.fdopen(theirs, "w") as output:
+            with TrainingDisplay(Console(file=output)) as display:
+                display.start(done=0, total=2)
+                display.report(REPORT)
+            output.flush()
+            shown = terminal.read(4096)
+        assert (b"\x1b[?25l" in shown, b"step 1/2" in shown) == (is_drawn, not is_drawn)
+
+    def test_colours_in_a_pipe_bring_no_bars_and_no_breaks(
+        self, run: Run, bundle: Bundle, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        here = ["--bundle", bundle.path, "--data", "galleries"]
+        out = run("verify", pictures / "loose.png", pictures / "loose.png", *here).out
+        assert out.startswith("\x1b[1;32mMATCH\x1b[0m")
+        assert out.count("\n") == 2
+        run("gallery", "create", "g", *here)
+        assert run("gallery", "add", "g", pictures, *here).err == ""

@@ -143,6 +143,7 @@ def test_how_far_it_is_is_told_in_lines_or_as_a_bar(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(told, "SAY_SECONDS", 0.0)
     for is_terminal in (False, True):
         said = StringIO()
+        monkeypatch.setattr(said, "isatty", lambda answer=is_terminal: answer)
         console = Console(file=said, force_terminal=is_terminal, width=100)
         with told.told(console, "add", "items") as tell:
             tell(1024, 4096)

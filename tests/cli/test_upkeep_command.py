@@ -190,6 +190,7 @@ def test_damage_is_found_and_mended(
     run("gallery", "verify", "nowhere", *alone).failed_with("no gallery 'nowhere'")
     with monkeypatch.context() as patched:  # a terminal, which is shown how far it is
         patched.setenv("FORCE_COLOR", "1")
+        patched.setattr("lookalike.cli.upkeep.is_live", lambda console: console.is_interactive)
         patched.setattr("index.progress.LOOK_SECONDS", 0.0)
         assert "verify: comparing" in run("gallery", "verify", "g", *alone).err
     assert run("gallery", "verify", "g", *alone).err == ""
