@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from embedding.errors import InvalidInput
 from embedding.terminal import is_live
-from lookalike.cli import options, show
+from lookalike.cli import options, show, told
 from lookalike.cli.backend import Backend, open_backend
 from lookalike.types import Operation
 
@@ -361,13 +362,17 @@ def _finished(backend: Backend, operation: Operation) -> Operation:
 
 @contextmanager
 def _bar(verb: str) -> Iterator[Draw]:
-    """A bar on the terminal, drawn by what is yielded; nothing where stderr is no terminal."""
-    console = show.console(stderr=True)
+    """A bar on the terminal, drawn by what is yielded; a line now and then where stderr is none."""
+    console, said = show.console(stderr=True), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"))
     with Progress(*columns, console=console, transient=True, disable=not is_live(console)) as bar:
         shown = bar.add_task(verb, total=1)
 
         def draw(stage: str, done: int, total: int) -> None:
+            nonlocal said
+            if bar.disable and time.monotonic() - said >= told.SAY_SECONDS:
+                said = time.monotonic()
+                console.print(f"{verb}: {stage} {done:,.0f}/{max(total, done, 1):,.0f}")
             bar.update(shown, description=f"{verb}: {stage}", completed=done, total=max(total, done, 1))
 
         yield draw

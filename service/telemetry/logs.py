@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import MutableMapping
@@ -99,12 +100,17 @@ def _is_text(form: Format, stream: TextIO) -> bool:
     return form == "console" or (form == "auto" and stream.isatty())
 
 
+def _takes_colors(stream: TextIO) -> bool:
+    """NO_COLOR: https://no-color.org"""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def _rendering(form: Format, stream: TextIO) -> list[Processor]:
     if _is_text(form, stream):
         # The renderer's own choice of traceback prints every local variable.
         return [
             structlog.dev.ConsoleRenderer(
-                colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
+                colors=_takes_colors(stream), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
             )
         ]
     return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str, ensure_ascii=False)]

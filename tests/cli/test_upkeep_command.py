@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partialmethod
 from pathlib import Path
 
@@ -193,6 +194,10 @@ def test_damage_is_found_and_mended(
         patched.setattr("lookalike.cli.upkeep.is_live", lambda console: console.is_interactive)
         patched.setattr("index.progress.LOOK_SECONDS", 0.0)
         assert "verify: comparing" in run("gallery", "verify", "g", *alone).err
+    with monkeypatch.context() as patched:  # a file, which gets a line now and then
+        patched.setattr("lookalike.cli.told.SAY_SECONDS", 0.0)
+        patched.setattr("index.progress.LOOK_SECONDS", 0.0)
+        assert re.search(r"^verify: comparing \d+/\d+$", run("gallery", "verify", "g", *alone).err, re.MULTILINE)
     assert run("gallery", "verify", "g", *alone).err == ""
 
     (path,) = data.glob("g/segments/*/vectors.f32")

@@ -67,7 +67,11 @@ def test_a_line_of_json_has_level_time_logger_and_traceback(form: logs.Format, s
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
-def test_text_shows_the_traceback_without_the_values_of_variables(stream: io.StringIO) -> None:
+def test_text_shows_the_traceback_without_the_values_of_variables(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     configured("info", "auto" if stream.isatty() else "console", stream)
     try:
         fail("pixels")
@@ -77,6 +81,15 @@ def test_text_shows_the_traceback_without_the_values_of_variables(stream: io.Str
     assert "RuntimeError: the reason 18" in text
     assert "pixels-of-an-image" not in text
     assert ("\x1b[" in text) == stream.isatty()
+
+
+@pytest.mark.parametrize("variable", [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_without_colours_gets_none(variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*variable)
+    stream = configured("info", "auto", Terminal())
+    structlog.get_logger("ours").info("begun")
+    assert "begun" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
 
 
 def test_the_level_holds_for_both_kinds_of_records() -> None:
