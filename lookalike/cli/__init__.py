@@ -38,19 +38,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+SHOWN = {
+    "train": "train digits --out bundles/digits",
+    "evaluate": "evaluate bundles/digits UNSEEN_IMAGES --json",
+    "calibrate": "calibrate bundles/digits --images LABELLED_IMAGES --out bundles/recalibrated",
+    "compare": "compare contrasting_losses --quick",
+    "serve": "serve --bundle bundles/digits --data galleries",
+    "verify": "verify one.jpg other.jpg --target 127.0.0.1:50051",
+    "search": "search one.jpg --gallery shelf -k 5 --bundle bundles/digits --data galleries",
+    "batch-search": "batch-search images --gallery shelf --out neighbours.parquet --target 127.0.0.1:50051",
+}
+"""What the help of these commands shows as an example."""
+
+
+def _example(command: str) -> str:
+    return f"\b\nExample:\n  lookalike {SHOWN[command]}"  # \b: a line that is to be copied stays whole
+
+
 app.callback()(connection.choose)
-app.command()(train.train)
-app.command()(train.evaluate)
-app.command()(feedback.calibrate)
-app.command()(compare.compare)
+app.command(epilog=_example("train"))(train.train)
+app.command(epilog=_example("evaluate"))(train.evaluate)
+app.command(epilog=_example("calibrate"))(feedback.calibrate)
+app.command(epilog=_example("compare"))(compare.compare)
 app.add_typer(one_shot.app, name="one-shot")
 transfer.add_commands(gallery.app)
 upkeep.add_commands(gallery.app)
 app.add_typer(gallery.app, name="gallery")
-app.command()(serve.serve)
-app.command()(ask.verify)
-app.command()(ask.search)
-app.command(name="batch-search")(batch.batch_search)
+app.command(epilog=_example("serve"))(serve.serve)
+app.command(epilog=_example("verify"))(ask.verify)
+app.command(epilog=_example("search"))(ask.search)
+app.command(name="batch-search", epilog=_example("batch-search"))(batch.batch_search)
 app.add_typer(model.app, name="model")
 app.add_typer(feedback.app, name="feedback")
 app.command()(serve.health)

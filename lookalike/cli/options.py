@@ -57,16 +57,24 @@ EffortWanted: TypeAlias = Annotated[
     typer.Option("--effort", help="exact, a recall such as 0.95, or parameters such as nprobe=8,rescore=4."),
 ]
 MinRecall: TypeAlias = Annotated[
-    float | None, typer.Option("--min-recall", min=0.01, max=1, help="Recall that searches reach by default.")
+    float | None,
+    typer.Option("--min-recall", min=0.01, max=1, help="Recall that searches reach. [a new gallery: 0.99]"),
 ]
 Structure: TypeAlias = Annotated[
-    str | None, typer.Option("--structure", help="auto, exact, hnsw, ivf-flat, ivf-sq8 or ivf-pq.")
+    str | None,
+    typer.Option("--structure", help="auto, exact, hnsw, ivf-flat, ivf-sq8 or ivf-pq. [a new gallery: auto]"),
 ]
 MemoryBytes: TypeAlias = Annotated[
-    int | None, typer.Option("--memory-bytes", min=0, help="Most that the index may take in memory; 0 for no bound.")
+    int | None,
+    typer.Option(
+        "--memory-bytes", min=0, help="Most that the index may take in memory; 0 for no bound. [a new gallery: 0]"
+    ),
 ]
 Vectors: TypeAlias = Annotated[
-    str | None, typer.Option("--vectors", help="float32, or float16 in half the memory with the same decisions.")
+    str | None,
+    typer.Option(
+        "--vectors", help="float32, or float16 in half the memory with the same decisions. [a new gallery: float32]"
+    ),
 ]
 Thumbnails: TypeAlias = Annotated[
     int | None,

@@ -16,10 +16,12 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from rich.console import Console
+from typer.main import get_command
 
 from embedding.bundle import MANIFEST, Bundle, learned_metrics
 from lookalike import Client
 from lookalike.__main__ import main
+from lookalike.cli import SHOWN, app
 from tests.cli.conftest import Run
 from tests.processes import serving
 from tests.service.harness import MARGIN, connected, make_bundle, png
@@ -105,6 +107,15 @@ def test_help_has_a_short_name(run: Run, command: list[str]) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert ran.out == run(*command, "--help").out
     assert "[[" not in ran.out
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_the_example_in_a_commands_help_is_one(run: Run, command: str) -> None:
+    (line,) = [line.strip() for line in run(command, "--help").out.splitlines() if line.startswith("    lookalike ")]
+    words = line.split()[1:]
+    assert words[0] == command
+    parsed = get_command(app).commands[command].make_context(command, words[1:])  # type: ignore[attr-defined]
+    assert parsed.params
 
 
 def test_the_version_is_that_of_the_package(run: Run) -> None:
