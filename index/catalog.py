@@ -299,7 +299,8 @@ def _locked(root: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise Busy(
-            f"process {holder(root)} writes to the galleries in {root}; stop it, send the work to it, or open read-only"
+            f"process {holder(root)} writes to the galleries in {root}; stop it, or send the work to it: --target "
+            "HOST:PORT, where it is a server"
         ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -176,7 +176,7 @@ def read_feedback(galleries: Path) -> Iterator[Feedback]:
     """
     path = galleries / FILE
     if not path.is_file():
-        raise NotFound(f"no feedback was recorded in {galleries}; record some with RecordFeedback")
+        raise NotFound(f"no feedback was recorded in {galleries}; record some as docs/feedback.md says")
     with reading(path, TABLES, advice=ADVICE) as connection:
         for row in _select(connection, 0, -1, ""):
             yield _feedback(row, path)

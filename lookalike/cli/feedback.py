@@ -112,7 +112,8 @@ def calibrate(
     from embedding.destination import check_destination
 
     if (images is None) == (feedback is None):
-        raise InvalidInput("give --images, labelled images to learn the margin from, or --feedback on decisions")
+        both = ", not both" if images else ""
+        raise InvalidInput(f"give --images, labelled images to learn the margin from, or --feedback on decisions{both}")
     given = {"--accepted-rate": accepted_rate is not None, "--rejected-rate": rejected_rate is not None}
     if feedback is not None:
         given = {"--closed-set": closed_set, "--max-bad-images": max_bad_images > 0, "--device": device != "auto"}

@@ -59,8 +59,10 @@ def rates(found: Decision) -> str:
 def neighbors(found: Neighbors, out: Console, *, within: bool = False, filtered: bool = False) -> None:
     """A table of neighbours, and under it the threshold that they share."""
     if not found:
-        what = "the filter accepts" if filtered else "the gallery holds"
-        out.print("nothing in the gallery matches" if within else f"{what} nothing else")
+        what = (
+            "the filter accepts nothing" if filtered else "nothing is in the gallery; `lookalike gallery add` fills it"
+        )
+        out.print("nothing in the gallery matches" if within else what)
         return
     shown = table(["rank", "item", "identity", "verdict", "distance", "probability"])
     for rank, neighbor in enumerate(found, start=1):

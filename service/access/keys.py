@@ -139,7 +139,8 @@ def read(path: Path) -> KeyFile:
         return KeyFile.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise InvalidInput(
-            f"there is no file of keys at {path}; make one with `lookalike keys create NAME --file {path}`",
+            f"there is no file of keys at {path}; make one with `lookalike keys create NAME --scope read "
+            f"--gallery '*' --file {path}`",
             field="keys",
         ) from error
     except OSError as error:

@@ -137,6 +137,14 @@ def test_a_reader_that_has_left_is_neither_yes_nor_no(bundle: Bundle, pictures: 
         assert (ended.returncode, ended.stderr) == (2, b"")
 
 
+def test_an_empty_gallery_is_told_how_it_is_filled(run: Run, where: list[str], name: str, pictures: Path) -> None:
+    run("gallery", "create", name, *where)
+    search = ("search", pictures / "loose.png", "--gallery", name, *where)
+    assert "lookalike gallery add" in run(*search).out
+    assert run(*search, "--filter", 'identity = "x"').out == "the filter accepts nothing\n"
+    assert run(*search, "--json").out == "[]\n"
+
+
 def test_a_closed_output_is_no_failure(bundle: Bundle, pictures: Path) -> None:
     image = str(pictures / "loose.png")
     asked = [sys.executable, "-m", "lookalike", "verify", image, image, "--bundle", str(bundle.path), "--exit-code"]
