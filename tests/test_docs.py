@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from lookalike.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
@@ -41,6 +45,35 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_nothing_is_installed_from_where_it_was_never_released(document: Path) -> None:
     for command in re.findall(r"pip install [^`\n]*", document.read_text()):
         assert not re.search(r"(?<![\w./-])lookalike(\[|\s|'|$)", command), command
+
+
+COMMAND = re.compile(r"^(?:\$ )?(?:until |docker exec \w+ |torchrun .*-m )?(lookalike .*)", re.MULTILINE)
+
+
+def commands(document: Path) -> list[str]:
+    """Those of its blocks of code, without what the shell makes of their output."""
+    blocks = re.findall(r"^```(?:sh|console)$(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = COMMAND.findall("\n".join(blocks).replace("\\\n", " "))
+    return [re.split(r" \|\|? | &$| > | 2>> |; ", line)[0] for line in lines if not line.startswith("lookalike is ")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
+def test_its_commands_have_the_arguments_and_options_that_it_gives_them(document: Path) -> None:
+    for line in commands(document):
+        context = None
+        command, words = get_command(app), shlex.split(line, comments=True)[1:]
+        words = [word.lower() if word.isupper() else word for word in words]  # OLD stands for the name of a gallery
+        while True:
+            context = command.make_context(command.name, words, parent=context)
+            words = [*context._protected_args, *context.args]
+            if not hasattr(command, "commands"):
+                break
+            command, words = command.commands[words[0]], words[1:]
+
+
+def test_there_are_commands_in_the_documents() -> None:
+    assert "lookalike demo" in commands(ROOT / "README.md")
+    assert sum(len(commands(document)) for document in DOCUMENTS) > 70
 
 
 def test_documents_that_the_code_names_are_there() -> None:
