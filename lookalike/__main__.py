@@ -10,6 +10,9 @@ from collections.abc import Sequence
 FAILED = 2
 INTERRUPTED = 130
 
+_ENDING = tuple(number for number in signal.Signals if number.name in {"SIGTERM", "SIGHUP"})
+_ended_by: list[int] = []
+
 _EXTRA_OF_MODULE = {
     "typer": "serve",
     "rich": "serve",
@@ -52,12 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     try:
-        return _run(arguments)
+        code = _run(arguments)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     finally:
         if arguments is None:  # this process ends: Python would answer an interrupt from here on with a traceback
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for number in (signal.SIGINT, *_ENDING):
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, signal.SIG_DFL)
+    return 128 + _ended_by[-1] if _ended_by and code == INTERRUPTED else code
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -80,6 +86,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
         if signal.getsignal(signal.SIGINT) is _leave:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if arguments is None and "serve" not in sys.argv:  # which drains
+            for number in _ENDING:
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, _end)
         code = run(sys.argv[1:] if arguments is None else arguments)
         if sys.stdout:  # there is none where it was closed
             sys.stdout.flush()  # here, where a reader that has left is no failure of the interpreter's
@@ -118,6 +128,12 @@ def _of_disk(error: OSError) -> str:
 def _is_no_text(error: UnicodeEncodeError) -> bool:
     """Whether it is about bytes of the command line that are no text; of files, those are read as text before."""
     return all("\udc80" <= letter <= "\udcff" for letter in error.object[error.start : error.end])
+
+
+def _end(number: int, _: object) -> None:
+    """Told to end, or its terminal is gone: as when it is interrupted, so that nothing half done is left."""
+    _ended_by.append(number)
+    raise KeyboardInterrupt
 
 
 def _leave(*_: object) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import lookalike
+from embedding.bundle import Bundle
+from lookalike.__main__ import main
 from tests.processes import COMMAND, ROOT, environment
 
 INTERRUPTS_ITSELF = """
@@ -47,6 +49,30 @@ def test_while_the_command_is_imported(module: str, tmp_path: Path) -> None:
         check=False,
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.usefixtures("interruptible")
+def test_one_that_is_told_to_end_leaves_nothing_half_done(
+    number: signal.Signals, code: int, bundle: Bundle, pictures: Path, tmp_path: Path
+) -> None:
+    here = ["--bundle", str(bundle.path), "--data", str(tmp_path / "galleries")]
+    assert main(["gallery", "create", "g", *here]) == 0
+    assert main(["gallery", "add", "g", str(pictures), *here]) == 0
+    out = tmp_path / "out" / "neighbours.parquet"
+    program = (
+        "import os, sys; from lookalike.__main__ import main; import lookalike.cli.batch as batch\n"
+        "def ended(*_):\n"
+        f"    assert os.listdir({str(out.parent)!r}), 'a file is being written'\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    yield\n"
+        "batch._searched = ended\n"
+        f"sys.argv[1:] = {['batch-search', str(pictures), '--gallery', 'g', '--out', str(out), *here]!r}\n"
+        "sys.exit(main())"
+    )
+    ran = subprocess.run([*COMMAND[:1], "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
+    assert list(out.parent.iterdir()) == []
 
 
 def test_the_package_is_imported_when_a_name_of_it_is_asked_for() -> None:
