@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from typing import Annotated
 
 import typer
 
 from lookalike.cli import options, show
 from lookalike.cli.backend import open_backend
+from lookalike.client import Client
 
 app = typer.Typer(help="Create, fill, list, look after and delete galleries.", no_args_is_help=True)
 
@@ -73,6 +75,8 @@ def list_(
     out = show.console()
     with open_backend(target, bundle, data) as backend:
         if gallery is None:
+            if not isinstance(backend, Client) and not data.exists():
+                print(f"there is no folder of galleries at {data}; name it with --data", file=sys.stderr)
             table = show.table(["gallery", "items", "model", "damage"])
             for found in backend.list_galleries():
                 table.add_row(found.id, f"{found.item_count:,}", found.model, found.damage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -274,6 +275,8 @@ def snapshots(
                 print(show.as_json(copy))
     if not json:
         show.console().print(table)
+    if not table.row_count:
+        print(f"there are no snapshots of a gallery {gallery}", file=sys.stderr)
 
 
 def delete_snapshot(

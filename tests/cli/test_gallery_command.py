@@ -108,6 +108,17 @@ def test_a_table_may_hold_more_than_text(run: Run, where: list[str], name: str, 
     run("gallery", "add", name, pictures / "manifest.csv", *where).failed_with("row 1", "path")
 
 
+def test_an_empty_list_tells_a_slip_of_the_pen(run: Run, bundle: Bundle, where: list[str], name: str) -> None:
+    nowhere = run("gallery", "list", "--bundle", bundle.path, "--data", "galeries", "--json")
+    assert (nowhere.code, nowhere.out) == (0, "")
+    assert nowhere.err == "there is no folder of galleries at galeries; name it with --data\n"
+    run("gallery", "create", name, *where)
+    assert run("gallery", "list", *where).err == ""
+    assert f"no snapshots of a gallery {name}" in run("gallery", "snapshots", name, *where).err
+    run("gallery", "snapshot", name, "one", *where)
+    assert run("gallery", "snapshots", name, *where).err == ""
+
+
 def test_what_is_not_there_names_the_list_that_shows_what_is(
     run: Run, where: list[str], name: str, pictures: Path
 ) -> None:
