@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from embedding.errors import Busy, InvalidInput
+from embedding.extras import installing
 from embedding.runtime import settle, share_cores, tune_malloc
 from lookalike.v1 import (
     alias_pb2,
@@ -380,7 +381,7 @@ def _traced(settings: Settings) -> Tracing:
         from service.telemetry import tracing
     except ModuleNotFoundError as error:
         raise InvalidInput(
-            f"traces need {error.name}: run pip install 'lookalike[otel]', or leave otlp_endpoint unset",
+            f"traces need {error.name}: {installing('otel')}, or leave otlp_endpoint unset",
             field="otlp_endpoint",
         ) from error
     return tracing.Tracing(tracing.processor(settings), share=settings.trace_share)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import stat
 import threading
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedding.errors import InvalidDataset, InvalidImage
-from embedding.images import IMAGE_SUFFIXES, decode
+from embedding.images import decode
 
 MAX_FILE_BYTES = 256 * 2**20
 """Larger files are not read as images; in a zip this stops a small member that inflates without end."""
@@ -183,32 +182,6 @@ class ChainedImages:
     def _find(self, row: int) -> tuple[Images, int]:
         at = bisect_right(self._starts, row) - 1
         return self._parts[at], row - self._starts[at]
-
-
-def image_files(root: Path) -> list[str]:
-    """Paths below `root`, with forward slashes and sorted, of all files whose ending says image.
-
-    Hidden files and folders are passed over; links are followed, but never back into a folder they lie in.
-    """
-    found = [path.relative_to(root).as_posix() for path in _walk(root, frozenset())]
-    return sorted(path for path in found if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    try:
-        status = folder.stat()
-        with os.scandir(folder) as scan:
-            entries = [(Path(entry.path), entry.is_dir()) for entry in scan if not entry.name.startswith(".")]
-    except OSError as error:
-        raise InvalidDataset(f"the folder {folder} cannot be listed ({error.strerror})", field="data.path") from error
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    for path, is_folder in entries:
-        if is_folder:
-            yield from _walk(path, above | {here})
-        else:
-            yield path
 
 
 def zip_members(path: Path) -> list[str]:

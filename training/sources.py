@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from embedding.errors import InvalidDataset
+from embedding.image_files import image_files
 from embedding.images import IMAGE_SUFFIXES, READABLE_SUFFIXES
 from training.config import DATA_VARIABLE, Side
 from training.datasets_config import DataConfig, DigitsData, FolderData, ManifestData, MnistData, OmniglotData, ZipData
@@ -22,7 +23,6 @@ from training.images import (
     Images,
     SelectedImages,
     ZipImages,
-    image_files,
     read_member,
     zip_members,
 )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 from embedding.errors import InvalidDataset
-from embedding.images import IMAGE_SUFFIXES, READABLE_SUFFIXES
+from embedding.image_files import image_files
+from embedding.images import READABLE_SUFFIXES
 from lookalike.cli.rows import identity_in, is_empty, metadata_in
 from lookalike.types import JSON, NewItem
 
@@ -74,23 +74,12 @@ def list_images(source: Path) -> list[ImageFile]:
 
 
 def _folder(root: Path) -> Iterator[ImageFile]:
-    found: list[Path] = []
-    for folder, below, files in os.walk(root, onerror=_refuse):
-        below[:] = [name for name in below if not name.startswith(".")]
-        found += [Path(folder, name) for name in files if _is_image(name)]
-    for path in sorted(found):
+    for relative in image_files(root):
+        path = root / relative
         if path.is_file():
-            name = _as_text(path.relative_to(root).as_posix())
+            name = _as_text(relative)
             above = PurePosixPath(name).parent.as_posix()
             yield ImageFile(path, name, None if above == "." else above, {"path": name})
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise InvalidDataset(f"cannot look into {error.filename}: {error.strerror}; let this user read it") from error
 
 
 def _as_text(name: str) -> str:

@@ -36,6 +36,18 @@ def test_a_folder_becomes_items_with_identities(run: Run, where: list[str], name
     assert f"{name}  7" in " ".join(run("gallery", "list", *where).out.split()).replace(f"{name} 7", f"{name}  7")
 
 
+def test_links_to_folders_are_followed_as_training_follows_them(
+    run: Run, where: list[str], name: str, pictures: Path, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "one").symlink_to(pictures / "class-1")
+    (linked / "again").symlink_to(linked)
+    run("gallery", "create", name, *where)
+    assert run("gallery", "add", name, linked, *where).code == 0
+    assert {item["identity"] for item in items(run, name, where)} == {"one"}
+
+
 def test_adding_again_changes_nothing(run: Run, where: list[str], name: str, pictures: Path) -> None:
     run("gallery", "create", name, *where)
     for _ in range(2):
@@ -192,7 +204,7 @@ def test_a_folder_that_cannot_be_looked_into_is_not_left_out(
     look = os.scandir  # of a path or, elsewhere, a descriptor
 
     def locked(path: Any) -> Any:
-        if isinstance(path, str) and path.endswith("class-1"):
+        if isinstance(path, str | Path) and os.fspath(path).endswith("class-1"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
         return look(path)
 
