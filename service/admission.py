@@ -122,12 +122,16 @@ class Room:
     ) -> Ticket:
         """Hold `count` and `size` bytes; `then_seconds` are to be waited for something else afterwards, within the
         `seconds_left`. Raises Overloaded."""
+        self.check(caller, count, size)
+        self._check_time(caller, count, seconds_left, then_seconds)
+        return Ticket(self, caller, count, size)
+
+    def check(self, caller: str, count: int = 1, size: int = 1) -> None:
+        """Raises Overloaded where this caller could not hold so many more, and so many bytes."""
         if self._is_full(caller, count, size):
             raise self._overloaded(
                 caller, f"it holds as many {self._subject} as it takes on from one caller, or from all"
             )
-        self._check_time(caller, count, seconds_left, then_seconds)
-        return Ticket(self, caller, count, size)
 
     async def enter_patiently(self, caller: str, size: int = 0) -> Ticket:
         """Hold one, and `size` bytes, as soon as there is room: for those whose own caller is held back meanwhile.
@@ -265,6 +269,8 @@ class Admission(Hook):
 
     def begun(self, call: Call) -> None:
         self._tickets[call] = [self.calls.enter(call.payer)]
+        if not call.streams:
+            self.requests.check(call.payer)  # its request would be refused, and is not taken in for that
 
     def received(self, call: Call, request: Message) -> None:
         if not call.streams:

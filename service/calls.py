@@ -1,5 +1,8 @@
 """Every call, as it passes: hooks that admit and observe it, one log line, and a count in flight.
 
+To gRPC every method takes a stream, which is the same on the wire: so hooks judge a call's metadata before its message
+is read, where gRPC would first take in the whole of it.
+
 Methods are wrapped once: an interceptor would make a new handler for every call. Neither images nor
 vectors nor any other content of a message is ever logged.
 """
@@ -17,7 +20,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from embedding.errors import InvalidInput, RequestTooLarge, ResponseTooLarge
+from embedding.errors import InvalidInput, NotSupported, RequestTooLarge, ResponseTooLarge
 from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 from service.telemetry import logs
@@ -81,8 +84,9 @@ class Calls:
         serialize = _unless_formed(handler.response_serializer)
         if handler.unary_unary is not None:
 
-            async def served(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-                async with _Served(self, method, context) as call:
+            async def served(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+                async with self.observed(Call(method, context, limits=self._limits)) as call:
+                    request: Any = await context.read()
                     async with translated_errors(context):
                         self._received(call, request)
                         answer = serialize(await respond(request, context))
@@ -92,15 +96,18 @@ class Calls:
                                 hook.answered(call, len(answer))
                     return answer
 
-            return grpc.unary_unary_rpc_method_handler(
+            return grpc.stream_unary_rpc_method_handler(
                 served, request_deserializer=self._reading(handler.request_deserializer)
             )
 
-        async def streamed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with _Served(self, method, context, streams=handler.request_streaming) as call:
+        async def streamed(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            begun = Call(method, context, limits=self._limits, streams=handler.request_streaming)
+            async with self.observed(begun) as call:
+                request: Any
                 if handler.request_streaming:
-                    request = self._each_received(call, request)
+                    request = self._each_received(call, requests)
                 else:
+                    request = await context.read()
                     async with translated_errors(context):
                         self._received(call, request)
                 async for response in respond(request, context):
@@ -109,11 +116,13 @@ class Calls:
                         self._check_size(answer)
                     yield answer
 
-        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
-        made: grpc.RpcMethodHandler[Any, Any] = make(
+        return grpc.stream_stream_rpc_method_handler(
             streamed, request_deserializer=self._reading(handler.request_deserializer)
         )
-        return made
+
+    def observed(self, call: Call) -> _Served:
+        """For an `async with` statement: the call begins and ends with it, which hooks are told of, and the log."""
+        return _Served(self, call)
 
     def _reading(self, deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         most = self._limits.message_bytes
@@ -135,9 +144,13 @@ class Calls:
 
         return read
 
-    def _received(self, call: Call, request: Message | _Unread) -> None:
+    def _received(self, call: Call, request: Any) -> None:
+        if not call.streams:
+            call.started = time.perf_counter()  # what its caller took to send it is no time of ours
         if isinstance(request, _Unread):
             raise request.error
+        if request is grpc.aio.EOF:  # gRPC's own code for it: doc/statuscodes.md. Of a call given up nobody hears it
+            raise NotSupported("the call has no message, and its method takes one; make it with this API's stubs")
         for hook in self._receivers:
             hook.received(call, request)
 
@@ -195,22 +208,19 @@ class _Observed(grpc.GenericRpcHandler):
 class _Served:
     """One call, from its beginning to its end; a class, since a generator takes five times as long."""
 
-    __slots__ = ("_begun", "_call", "_calls", "_context")
+    __slots__ = ("_begun", "_call", "_calls")
 
-    def __init__(
-        self, calls: Calls, method: str, context: grpc.aio.ServicerContext[Any, Any], *, streams: bool = False
-    ) -> None:
+    def __init__(self, calls: Calls, call: Call) -> None:
         self._calls = calls
-        self._context = context
-        self._call = Call(method, context, limits=calls._limits, streams=streams)
+        self._call = call
         self._begun: list[Hook] = []
 
     async def __aenter__(self) -> Call:
         calls, call = self._calls, self._call
         CURRENT.set(call)
-        self._context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
+        call.context.set_trailing_metadata(((REQUEST_ID, call.request_id),))
         try:
-            async with translated_errors(self._context):
+            async with translated_errors(call.context):
                 for hook in calls._hooks:
                     self._begun.append(hook)
                     hook.begun(call)
@@ -230,7 +240,7 @@ class _Served:
         if error is None:
             code = grpc.StatusCode.OK
         elif isinstance(error, grpc.aio.AbortError):
-            code = self._context.code()
+            code = call.context.code()
         else:
             code = grpc.StatusCode.DEADLINE_EXCEEDED if _is_late(call) else grpc.StatusCode.CANCELLED
         code = code if isinstance(code, grpc.StatusCode) else _code_of(code)
