@@ -59,12 +59,17 @@ class Security(Hook):
         return self._keys is not None or self._tokens is not None
 
     def begun(self, call: Call) -> None:
-        if not self.asks:
-            call.principal = self._somebody(call.context) if self._certificates else ANYBODY
-            return
-        call.principal = self._authenticated(call.context)
-        self._limits.admit(call.principal)
-        _require(call.principal, _rule(call.method).scope)
+        call.principal = self._caller(call.context)
+        if self.asks:
+            self._limits.admit(call.principal)
+            _require(call.principal, _rule(call.method).scope)
+
+    def judge(self, call: Call) -> None:
+        """`begun`, where another process answers the call, and counts its rate. Raises Unauthenticated and
+        PermissionDenied."""
+        call.principal = self._caller(call.context)
+        if self.asks:
+            _require(call.principal, _rule(call.method).scope)
 
     def received(self, call: Call, request: Message) -> None:
         if not self.asks and not self._audited:
@@ -90,6 +95,11 @@ class Security(Hook):
         if call.requests > 1:
             for gallery, scope in call.galleries:
                 self._check(call.principal, gallery, scope)  # an alias may have moved since the stream began
+
+    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Principal:
+        if self.asks:
+            return self._authenticated(context)
+        return self._somebody(context) if self._certificates else ANYBODY
 
     def _authenticated(self, context: grpc.aio.ServicerContext[Any, Any]) -> Principal:
         shown = _credential(context)

@@ -39,6 +39,7 @@ from lookalike.v1 import (
 )
 from service.accepted import Accepted, drained
 from service.access.audit import Audit
+from service.access.rights import RULES
 from service.admission import Admission
 from service.alias import AliasService
 from service.call import Limits, StreamBytes
@@ -197,13 +198,14 @@ class Server:
             seconds=settings.max_queue_seconds,
         )
         # Who observes comes first, and is told of the end of calls that security refuses.
-        hooks = (self._metrics, self._tracing, self._audit, self._security, admission, self._serving)
+        observers = [hook for hook in (self._metrics, self._tracing, self._audit) if hook is not None]
         self._accepted = Accepted(health.SERVICE_NAME, reflection.SERVICE_NAME)
-        self._calls = Calls([hook for hook in hooks if hook is not None], limits=limits)
+        self._calls = Calls([*observers, self._security, admission, self._serving], limits=limits)
+        self._not_passed_on = Calls(observers)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=channel_options(settings, shares_port=part is not None),
-            # A backstop for calls whose requests never come whole: those that have come are counted by `Admission`.
+            # A backstop for what passes `Admission` by: health checks and reflection, and what a replica passes on.
             maximum_concurrent_rpcs=4 * settings.max_calls,
         )
         self.port = settings.port
@@ -316,9 +318,11 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflect()
         if self._part is not None and not self._part.writes:
-            own = {match_pb2.DESCRIPTOR.package + ".MatchService", search_pb2.DESCRIPTOR.package + ".SearchService"}
-            others = (*(name for name in SERVICES if name not in own), OPERATIONS)
-            self._forwarding = Forwarding(self._part.writer, others, self._settings)
+            own = tuple(f"/{match_pb2.DESCRIPTOR.package}.{name}/" for name in ("MatchService", "SearchService"))
+            others = frozenset(method for method in RULES if not method.startswith(own))
+            self._forwarding = Forwarding(
+                self._part.writer, others, self._settings, calls=self._not_passed_on, judge=self._security.judge
+            )
             self._server.add_generic_rpc_handlers([self._forwarding])
             return
         if self._private is not None:

@@ -1,34 +1,49 @@
 """Calls that another process of this server answers: passed on as they are, byte by byte, with their metadata.
 
-A replica passes on everything that it does not answer by itself. The process that answers checks rights and limits;
-here nothing is parsed.
+A replica passes on everything that it does not answer by itself. Who calls, and whether they may at all, is judged
+before anything but the metadata is read; the process that answers judges that again, and all else. Nothing is parsed.
+
+The process that answers observes a call: it logs, counts and traces it. A call that ends here, and that it has not
+heard of, is observed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Container
 from typing import Any
 
 import grpc
 
 from embedding.errors import NotReady
+from service.call import REQUEST_ID, Call
+from service.calls import Calls
 from service.errors import translated_errors
 from service.settings import Settings
 from service.transport import most_received
 from service.workers.passed_on import PREFIX, said_of
 
 _HOP = ("grpc-", ":", PREFIX)
-_HOPS = {"te", "content-type", "user-agent"}
-"""Metadata that each connection makes for itself: how its names begin, and whole names."""
-_DETAILS = "grpc-status-details-bin"
-"""What the statuses of our own have."""
+_HOPS = {"te", "content-type", "user-agent", REQUEST_ID}
+"""Metadata that is made anew for each connection: how its names begin, and whole names."""
 
 
 class Forwarding(grpc.GenericRpcHandler):
-    """The methods of some services, answered at another address. For one event loop."""
+    """Some methods, answered at another address. For one event loop."""
 
-    def __init__(self, address: str, services: tuple[str, ...], settings: Settings) -> None:
-        self._services = tuple(f"/{service}/" for service in services)
+    def __init__(
+        self,
+        address: str,
+        methods: Container[str],
+        settings: Settings,
+        *,
+        calls: Calls | None = None,
+        judge: Callable[[Call], None] = lambda _: None,
+    ) -> None:
+        """`judge` raises LookalikeError for calls that are not passed on; `calls` is told of what ends here."""
+        self._methods = methods
+        self._calls = calls or Calls()
+        self._judge = judge
         self._channel = grpc.aio.insecure_channel(
             address,
             options=[
@@ -45,39 +60,72 @@ class Forwarding(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
-        if not method.startswith(self._services):
+        if method not in self._methods:
             return None
 
         async def forward(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async for response in self._forwarded(method, requests, context):
+            async for response in self._forwarded(Call(method, context, streams=True), requests):
                 yield response
 
         # A call of one message travels like a stream of one.
         return grpc.stream_stream_rpc_method_handler(forward)
 
-    async def _forwarded(
-        self, method: str, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[bytes]:
-        metadata = [
-            (key, value)
-            for key, value in context.invocation_metadata() or ()
-            if key not in _HOPS and not key.startswith(_HOP)
-        ]
-        metadata += said_of(context)
-        ask: Any = self._channel.stream_stream(method)
-        call = ask(requests, metadata=metadata, timeout=context.time_remaining())
+    async def _forwarded(self, call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        context = call.context
         try:
-            async for response in call:
+            self._judge(call)
+        except Exception as error:
+            await self._refuse(call, error)
+        ask: Any = self._channel.stream_stream(call.method)
+        asked = ask(requests, metadata=_passed_on(call), timeout=context.time_remaining())
+        try:
+            async for response in asked:
                 yield response
-            context.set_trailing_metadata(tuple(await call.trailing_metadata()))
+            context.set_trailing_metadata(tuple(await asked.trailing_metadata()))
         except grpc.aio.AioRpcError as error:
-            trailing: Any = tuple(error.trailing_metadata() or ())
-            if error.code() is grpc.StatusCode.UNAVAILABLE and not any(key == _DETAILS for key, _ in trailing):
-                async with translated_errors(context):  # gRPC's own words would be of sockets of ours
-                    raise NotReady(
-                        "the process that answers this call is away, and comes back by itself; try again, a write "
-                        "under the same request_id: it may have been done"
-                    ) from error
-            await context.abort(error.code(), error.details() or "", trailing)
+            await self._end(call, error.code(), error.details(), error.trailing_metadata())
+        except asyncio.CancelledError:
+            if not self._is_connected:
+                async with self._calls.observed(call):
+                    raise
+            raise
         finally:
-            call.cancel()  # when the caller has gone
+            asked.cancel()  # when the caller has gone
+
+    async def _end(self, call: Call, code: grpc.StatusCode, details: str | None, metadata: Any) -> None:
+        """End a call as it ended there, or on the way."""
+        trailing: Any = tuple(metadata or ())
+        if any(key == REQUEST_ID for key, _ in trailing) or (
+            code is grpc.StatusCode.DEADLINE_EXCEEDED and self._is_connected
+        ):
+            await call.context.abort(code, details or "", trailing)  # the process that answers has heard of it
+        if code is grpc.StatusCode.UNAVAILABLE:  # gRPC's own words would be of sockets of ours
+            await self._refuse(
+                call,
+                NotReady(
+                    "the process that answers this call is away, and comes back by itself; try again, a write under "
+                    "the same request_id: it may have been done"
+                ),
+            )
+        async with self._calls.observed(call):
+            await call.context.abort(code, details or "", (*trailing, (REQUEST_ID, call.request_id)))
+
+    async def _refuse(self, call: Call, error: Exception) -> None:
+        async with self._calls.observed(call), translated_errors(call.context):
+            raise error
+
+    @property
+    def _is_connected(self) -> bool:
+        """Whether the process that answers hears of what is passed on, and of its end."""
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
+
+
+def _passed_on(call: Call) -> list[tuple[str, str | bytes]]:
+    """The metadata of a call, who made it, and the id that it has here, for one in the logs of both."""
+    context = call.context
+    metadata: list[tuple[str, str | bytes]] = [
+        (key, value)
+        for key, value in context.invocation_metadata() or ()
+        if key not in _HOPS and not key.startswith(_HOP)
+    ]
+    return [*metadata, (REQUEST_ID, call.request_id), *said_of(context)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from service.workers import passed_on
 from tests.authority import Authority, Pair
 from tests.processes import serving
 from tests.service.harness import connected, info, rich
+from tests.service.test_metrics import scraped
 
 ROBOT = "spiffe://example.org/robot"
 CONNECTIONS = 24
@@ -31,6 +33,7 @@ class Secured:
 
     address: str
     audit_log: Path
+    log: Path
     authority: Authority
 
     def create(self, pair: Pair, metadata: Sequence[tuple[str, Any]] = ()) -> str:
@@ -54,9 +57,10 @@ def secured(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     options = [
         "--tls-certificate", str(certificate), "--tls-key", str(key), "--tls-client-ca", str(folder / "ca.crt"),
         "--keys", str(folder / "keys.json"), "--audit-log", str(folder / "audit.jsonl"), "--set", "workers=2",
+        "--set", "metrics_port=0",
     ]  # fmt: skip
     with serving(bundle.path, folder / "galleries", log=folder / "log", options=options) as (_, address):
-        yield Secured(f"localhost:{address.rpartition(':')[2]}", folder / "audit.jsonl", authority)
+        yield Secured(f"localhost:{address.rpartition(':')[2]}", folder / "audit.jsonl", folder / "log", authority)
 
 
 def test_a_certificate_counts_whichever_process_takes_the_connection(secured: Secured) -> None:
@@ -74,6 +78,34 @@ def test_nobody_is_who_he_says_in_metadata_of_ours(secured: Secured) -> None:
     reasons = {secured.create(stranger, made_up) for _ in range(CONNECTIONS)}
     assert reasons == {"CREDENTIALS_MISSING"}
     assert "1.2.3.4" not in secured.audit_log.read_text()
+
+
+def test_who_is_refused_is_counted_logged_and_audited_by_the_process_that_took_the_connection(
+    secured: Secured,
+) -> None:
+    stranger = secured.authority.issue("nobody", uri="spiffe://example.org/nobody")
+    lines = secured.log.read_text().splitlines()
+    (port,) = [json.loads(line)["port"] for line in lines if '"event": "metrics"' in line]
+
+    def told() -> tuple[dict[str, float], int, int]:
+        refused = {
+            name: value
+            for name, value in scraped(port).items()
+            if name.startswith("lookalike_calls_total") and "UNAUTHENTICATED" in name and "CreateGallery" in name
+        }
+        return refused, *(
+            sum("CreateGallery" in line and "UNAUTHENTICATED" in line for line in path.read_text().splitlines())
+            for path in (secured.log, secured.audit_log)
+        )
+
+    before, logged, audited = told()
+    assert {secured.create(stranger) for _ in range(CONNECTIONS)} == {"CREDENTIALS_MISSING"}
+    patience = time.monotonic() + 20
+    while (now := told()) and (now[1], now[2]) != (logged + CONNECTIONS, audited + CONNECTIONS):
+        assert time.monotonic() < patience, now
+    grown = {name: value - before.get(name, 0) for name, value in told()[0].items()}
+    assert sum(grown.values()) == CONNECTIONS
+    assert [sum(f"worker={number}" in name for name, value in grown.items() if value) for number in (0, 1)] == [1, 1]
 
 
 class Told:
