@@ -194,7 +194,7 @@ class Batcher:
         return self._brief if is_brief else self._queue
 
     def _leave(self, image: Image, waiter: Waiter) -> None:
-        image.waiters.remove(waiter)
+        del image.waiters[waiter]
         if image.outcome is None and not image.waiters:
             self._forget(image)
 

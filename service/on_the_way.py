@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from embedding.images import Pixels
 from service.sources import Embedded
-from service.stages import Work
+from service.stages import Shared, Work
 
 
 class Waiter:
@@ -38,14 +38,18 @@ class Image:
     key: bytes
     caller: str
     data: bytes
-    work: Work = field(default_factory=Work)
-    """Of the call that brought it first."""
-    waiters: list[Waiter] = field(default_factory=list)
+    work: Shared = field(init=False)
+    """Of all who wait."""
+    waiters: dict[Waiter, Work] = field(default_factory=dict)
+    """Who wait, each with what its call is told by."""
     ends: float | None = 0.0
     """When its last waiter gives up, in the time of `time.monotonic`; None for never."""
     pixels: Pixels | None = None
     outcome: Embedded | Exception | None = None
     """None until it is known."""
+
+    def __post_init__(self) -> None:
+        self.work = Shared(self.waiters)
 
     @property
     def is_wanted(self) -> bool:
@@ -53,9 +57,9 @@ class Image:
         return self.outcome is None and bool(self.waiters)
 
     def join(self, waiter: Waiter, ends: float | None) -> None:
-        """Let this one wait for it too, until `ends`."""
+        """Let this one wait for it too, until `ends`; in the name of the current call."""
         waiter.expect()
-        self.waiters.append(waiter)
+        self.waiters[waiter] = Work()
         if self.ends is not None:
             self.ends = None if ends is None else max(ends, self.ends)
 

@@ -8,8 +8,8 @@ call begins; work of calls that nobody observes costs two readings of the clock.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from service.call import CURRENT
 
@@ -30,7 +30,7 @@ class Observer(Protocol):
         """A stage of one call is over, ended by an error or not."""
 
     def batched(self, calls: Sequence[Observed], images: int, started: float, ended: float) -> None:
-        """Images were embedded together; `calls` has an entry for each that a call sent."""
+        """Images were embedded together; `calls` has an entry for each of them that a call waits for."""
 
     def looked_up(self, is_hit: bool) -> None:
         """An image was looked for among those embedded lately."""
@@ -82,16 +82,54 @@ class Work:
                 work._since = ended
                 work._told(stage, started, ended)
 
+
+class Shared:
+    """One piece of work that several calls wait for, each from when it came: all are told of its stages."""
+
+    __slots__ = ("_works",)
+
+    def __init__(self, works: Mapping[Any, Work]) -> None:
+        """`works` has one for each that waits, who may come and go while a thread runs a stage."""
+        self._works = works
+
+    def run(self, stage: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function as the next stage of this work; what it raises is raised."""
+        return Shared._run([self], stage, None, function, *args, **kwargs)
+
     @staticmethod
     def run_together(
-        works: Sequence[Work], stage: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+        pieces: Sequence[Shared], stage: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """The same for images of a batch, whose observers are told how many there were."""
+        return Shared._run(pieces, stage, len(pieces), function, *args, **kwargs)
+
+    @staticmethod
+    def _run(
+        pieces: Sequence[Shared],
+        stage: str,
+        images: int | None,
+        function: Callable[P, R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
         started = time.perf_counter()
+        works = _waiting(pieces)
+        for work in works:
+            work._told("queue", work._since, started)
         try:
-            return Work.run_as_one(works, stage, function, *args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             ended = time.perf_counter()
-            calls = [work._call for work in works if work._call is not None]
-            for observer in dict.fromkeys(observer for call in calls for observer in call.observers):
-                observer.batched([call for call in calls if observer in call.observers], len(works), started, ended)
+            works = list(dict.fromkeys((*works, *_waiting(pieces))))
+            for work in works:
+                begun = max(started, work._since)  # of who came meanwhile
+                work._since = ended
+                work._told(stage, begun, ended)
+            if images is not None:
+                calls = [work._call for work in works if work._call is not None]
+                for observer in dict.fromkeys(observer for call in calls for observer in call.observers):
+                    observer.batched([call for call in calls if observer in call.observers], images, started, ended)
+
+
+def _waiting(pieces: Sequence[Shared]) -> list[Work]:
+    return [work for piece in pieces for work in list(piece._works.values())]  # a copy, in one step of the interpreter

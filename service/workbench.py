@@ -14,7 +14,7 @@ from embedding.errors import ImageTooLarge
 from embedding.images import Pixels
 from service.admission import Pace
 from service.sources import Embedded
-from service.stages import Work
+from service.stages import Shared
 
 BRIEF_BYTES = 16 * 1024
 """Largest file that may be decoded by the thread that embeds it."""
@@ -51,7 +51,7 @@ class Workbench:
         self._work_pace = Pace()
         """Of an image there, by the processor time of the thread: what it would take on the event loop."""
 
-    def decoded(self, images: Sequence[tuple[Work, bytes]]) -> list[Pixels | Exception]:
+    def decoded(self, images: Sequence[tuple[Shared, bytes]]) -> list[Pixels | Exception]:
         """Each image decoded."""
         outcomes: list[Pixels | Exception] = []
         for work, data in images:
@@ -66,7 +66,7 @@ class Workbench:
                 self.brief_pace.record(seconds)
         return outcomes
 
-    def is_instant(self, pieces: Sequence[tuple[Work, bytes | Pixels]]) -> bool:
+    def is_instant(self, pieces: Sequence[tuple[Shared, bytes | Pixels]]) -> bool:
         """Whether `embedded` would be over before it was worth going to a thread for."""
         each = self._work_pace.latest
         return (
@@ -75,7 +75,7 @@ class Workbench:
             and all(isinstance(piece, np.ndarray) or len(piece) <= INSTANT_BYTES for _, piece in pieces)
         )
 
-    def embedded(self, pieces: Sequence[tuple[Work, bytes | Pixels]]) -> list[Outcome]:
+    def embedded(self, pieces: Sequence[tuple[Shared, bytes | Pixels]]) -> list[Outcome]:
         """What becomes of these images, given as pixels or as files of few bytes; an error of all is that of each."""
         start, cpu = time.perf_counter(), time.thread_time()
         outcomes: list[Outcome] = [None] * len(pieces)
@@ -94,7 +94,7 @@ class Workbench:
             works = [pieces[at][0] for at in pixels]
             try:
                 embedded: Sequence[Embedded | Exception] = list(
-                    Work.run_together(works, "embed", self._forward, list(pixels.values()))
+                    Shared.run_together(works, "embed", self._forward, list(pixels.values()))
                 )
             except Exception as error:
                 embedded = [error] * len(pixels)

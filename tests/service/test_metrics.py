@@ -143,6 +143,24 @@ def test_stages_add_up_to_less_than_the_call(watched: Watched) -> None:
     assert grown["lookalike_batch_seconds_total{}"] > 0
 
 
+def test_the_stages_of_an_image_count_for_all_who_wait_for_it(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, held = scraped(watched.port), Held(monkeypatch, "encode_pixels")
+    image = match_pb2.EmbedRequest(image=encoded(90))
+    calls = [watched.stubs.match.Embed.future(image)]
+    assert held.entered.wait(timeout=20)
+    calls += [watched.stubs.match.Embed.future(image) for _ in range(3)]
+    while watched.grown(before).get("lookalike_embedding_cache_lookups_total{result=hit}", 0) < 3:
+        assert not any(call.done() for call in calls)
+    held.let_go.set()
+    for call in calls:
+        call.result(timeout=20)
+    grown = watched.grown(before)
+    assert grown[f"lookalike_stage_seconds_count{{method={MATCH}/Embed,stage=embed}}"] == 4
+    assert grown["lookalike_batch_images_sum{}"] == 1
+
+
 def test_a_running_call_is_in_flight(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch, "encode_pixels")
     running = watched.stubs.match.Verify.future(VERIFY)

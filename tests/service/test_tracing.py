@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -19,6 +20,7 @@ from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput
 from lookalike.v1 import match_pb2
+from service import batching
 from service.engine import Engine
 from service.server import Server
 from service.settings import Settings
@@ -114,6 +116,54 @@ def test_a_batch_is_linked_to_the_calls_it_held(traced: Traced, monkeypatch: pyt
     assert set().union(*linked) == ids
     assert max(map(len, linked)) > 1
     assert sum(span.attributes["lookalike.images"] for span in batches if span.attributes) == 4  # type: ignore[misc]
+
+
+class Joined:
+    """Tells when a call has come that waits for an image which another brought."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._hits, looked_up = threading.Semaphore(0), batching.looked_up
+
+        def told(is_hit: bool) -> None:
+            looked_up(is_hit)
+            if is_hit:
+                self._hits.release()
+
+        monkeypatch.setattr(batching, "looked_up", told)
+
+    def wait(self) -> None:
+        assert self._hits.acquire(timeout=20)
+
+
+def test_all_who_wait_for_an_image_have_its_stages_whoever_brought_it_first(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, joined = Held(monkeypatch, "encode_pixels"), Joined(monkeypatch)
+    embed = traced.stubs.match.Embed.future
+    calls = [embed(match_pb2.EmbedRequest(image=encoded(80)))]
+    assert held.entered.wait(timeout=20)
+    calls.append(embed(match_pb2.EmbedRequest(image=encoded(80))))  # while it is embedded
+    joined.wait()
+    verify = match_pb2.VerifyRequest(a=encoded(81), b=encoded(81))
+    calls += [traced.stubs.match.Verify.future(verify), embed(match_pb2.EmbedRequest(image=encoded(81)))]
+    joined.wait()
+    held.let_go.set()
+    for call in calls:
+        call.result(timeout=20)
+    spans = settled(traced, 4)
+    served = {span.context.span_id: span for span in of_calls(spans)}
+    stages: dict[int, list[ReadableSpan]] = {number: [] for number in served}
+    for span in spans:
+        if span.parent is not None:
+            stages[span.parent.span_id].append(span)
+    for number, children in stages.items():
+        names = [span.name for span in children]
+        assert names.count("embed") == 1, names
+        for span in children:
+            assert served[number].start_time <= span.start_time <= span.end_time  # type: ignore[operator]
+    batches = [span for span in spans if span.name == "batch"]
+    assert set().union(*({link.context.span_id for link in span.links} for span in batches)) == set(served)
+    assert sum(span.attributes["lookalike.images"] for span in batches if span.attributes) == 2  # type: ignore[misc]
 
 
 def test_a_callers_trace_goes_on(traced: Traced) -> None:
