@@ -233,6 +233,8 @@ class _Served:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._end(error)
+        if isinstance(error, grpc.aio.AbortError):
+            error.__traceback__ = None  # gRPC keeps it in a circle with the call; its frames have request and answer
 
     def _end(self, error: BaseException | None) -> None:
         call = self._call

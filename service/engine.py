@@ -52,7 +52,6 @@ from service.sources import (
     distinct_images,
     located,
     naming,
-    value_of,
 )
 
 Answer = TypeVar("Answer")
@@ -429,7 +428,8 @@ class Engine:
                 )
             match source:
                 case EncodedImage():
-                    return value_of(images[source.data])
+                    found = images[source.data]  # raised, its frames would hold it, and all images with it
+                    return located(found, source.path) if isinstance(found, LookalikeError) else found
                 case StoredItem():
                     return self.gallery(source.gallery).get(source.item).embedding
                 case GivenEmbedding():

@@ -106,9 +106,18 @@ class translated_errors:  # noqa: N801  # used as a context manager; a generator
         if isinstance(error, domain.LookalikeError):
             # gRPC keeps the error in a circle with the call, until the collector finds them: without its frames, which
             # hold what was read and formed, a hundred megabytes of an answer that was too large.
-            error.__traceback__ = error.__context__ = None
+            error.__context__ = None
+            _forget_frames(error)
             del traceback
         await self._context.abort(made.code, made.details, trailing)  # abort forgets what was set before
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Also of what caused it, and of what else was found wrong."""
+    error.__traceback__ = None
+    for other in (error.__cause__, *(error.also if isinstance(error, domain.InvalidInput) else ())):
+        if other is not None:
+            _forget_frames(other)
 
 
 @dataclass(frozen=True, slots=True)

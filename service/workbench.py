@@ -10,7 +10,7 @@ import numpy as np
 
 from embedding.decision import Vectors
 from embedding.encoder import Encoder
-from embedding.errors import ImageTooLarge
+from embedding.errors import ImageTooLarge, LookalikeError
 from embedding.images import Pixels
 from service.admission import Pace
 from service.sources import Embedded
@@ -59,7 +59,7 @@ class Workbench:
             try:
                 outcomes.append(work.run("decode", self.encoder.prepare, data))
             except Exception as error:  # of this image alone
-                outcomes.append(error)
+                outcomes.append(_kept(error))
             seconds = time.perf_counter() - start
             self.decode_pace.record(seconds)
             if len(data) <= BRIEF_BYTES:
@@ -89,7 +89,7 @@ class Workbench:
             except ImageTooLarge:
                 pass  # for the decoders, who know what is too large
             except Exception as error:  # of this image alone
-                outcomes[at] = error
+                outcomes[at] = _kept(error)
         if pixels:
             works = [pieces[at][0] for at in pixels]
             try:
@@ -115,3 +115,8 @@ class Workbench:
 
     def _forward(self, pixels: list[Pixels]) -> Vectors:
         return self.encoder.encode_pixels(np.stack(pixels))
+
+
+def _kept(error: Exception) -> Exception:
+    """Without its frames, which hold the image and the list of outcomes, in a circle until the collector comes by."""
+    return error.with_traceback(None) if isinstance(error, LookalikeError) else error

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import struct
+import time
 import zlib
+from pathlib import Path
+from types import FrameType
 
 import grpc
 import numpy as np
 import pytest
 
+import embedding
+import service
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, search_pb2
+from service.sources import EncodedImage
 from tests.service.harness import DIM, MAX_MESSAGE_BYTES, Stubs, encoded, fields, info, png, refused, rich, stored, unit
 
 
@@ -151,3 +158,35 @@ def test_an_item_of_another_gallery_cannot_be_deleted_through_this_one(stubs: St
         parent="galleries/elsewhere", names=[f"galleries/{gallery}/items/one"]
     )
     assert fields(rich(refused(stubs.galleries.BatchDeleteItems, request))) == ["names[0]"]
+
+
+@pytest.mark.parametrize("size", [1_000, 100_000])  # decoded by the thread that embeds, and by one of its own
+def test_bad_images_are_freed_as_soon_as_their_calls_have_ended(stubs: Stubs, gallery: str, size: int) -> None:
+    """Not when the collector comes by, which may be after hundreds of them, of some megabytes each."""
+    data = b"not an image" * (size // 12)
+    image = common_pb2.ImageInput(encoded=data)
+    stubs.galleries.CreateGallery(gallery_pb2.CreateGalleryRequest(gallery_id=gallery))
+    item = gallery_pb2.Item(name=f"galleries/{gallery}/items/x")
+    gc.collect()
+    gc.disable()
+    try:
+        for call, request in (
+            (stubs.match.Verify, match_pb2.VerifyRequest(a=image, b=encoded(1))),
+            (stubs.match.Verify, match_pb2.VerifyRequest(a=image)),
+            (stubs.match.Embed, match_pb2.EmbedRequest(image=image)),
+            (stubs.search.Search, search_pb2.SearchRequest(gallery=f"galleries/{gallery}", query=image)),
+            (stubs.galleries.UpdateItem, gallery_pb2.UpdateItemRequest(item=item, image=image, allow_missing=True)),
+        ):
+            refused(call, request)
+        patience = time.monotonic() + 10
+        while any(type(each) is EncodedImage and each.data == data for each in gc.get_objects()):
+            assert time.monotonic() < patience
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        ours = {Path(service.__file__).parent, Path(embedding.__file__).parent}
+        frames = [each.f_code for each in gc.garbage if isinstance(each, FrameType)]
+        assert [code for code in frames if Path(code.co_filename).parent in ours] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

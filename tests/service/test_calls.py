@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +25,10 @@ from service.errors import translated_errors
 from tests.service.harness import Loop, info, refused, rich
 
 EMBED = match_pb2.EmbedRequest(image=common_pb2.ImageInput(item="galleries/a/items/b"))
+
+
+class Kept:
+    """What a servicer holds while it answers."""
 
 
 @dataclass
@@ -83,10 +90,13 @@ class Match(match_pb2_grpc.MatchServiceServicer):
     fails: Exception | None = None
     waits = threading.Event()
     served: int = 0
+    kept: weakref.ref[Kept] | None = None
 
     async def Embed(self, request: match_pb2.EmbedRequest, context: Any) -> match_pb2.EmbedResponse:  # noqa: N802
         async with translated_errors(context):
             self.served += 1
+            kept = Kept()
+            self.kept = weakref.ref(kept)
             if self.fails is not None:
                 raise self.fails
             if request.image.item == "wait":
@@ -254,3 +264,18 @@ def test_a_hook_that_breaks_is_no_open_door(served: Served) -> None:
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "a bug" not in str(error)
     assert served.servicer.served == 0
+
+
+def test_a_call_that_failed_holds_nothing_that_it_had(served: Served) -> None:
+    """Requests and answers are large: the collector may come by only after hundreds of them."""
+    served.servicer.fails = NotFound("no such item")
+    gc.collect()
+    gc.disable()
+    try:
+        refused(served.match.Embed, EMBED)
+        served.told.after()
+        patience = time.monotonic() + 10
+        while served.servicer.kept is not None and served.servicer.kept() is not None:  # gRPC ends it after we did
+            assert time.monotonic() < patience
+    finally:
+        gc.enable()
