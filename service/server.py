@@ -47,6 +47,7 @@ from service.calls import Calls
 from service.feedback import FeedbackService
 from service.feedback_store import FeedbackStore
 from service.galleries import GalleryService
+from service.given_back import GivenBack
 from service.keeping import OperationsService, UpkeepService
 from service.match import MatchService
 from service.models import ModelService
@@ -167,12 +168,12 @@ class Server:
         self._operations = Operations()
         self._rollout = Rollout(settings, self._serving, self._operations, part, followers)
         self._follower = None if part is None or part.writes else Follower(part, self._rollout)
-        admission = Admission(
+        self._admission = admission = Admission(
             most_calls=settings.max_calls,
             most_bytes=settings.max_request_bytes,
             most_answer_bytes=settings.max_answer_bytes,
         )
-        limits = Limits(
+        self._limits = limits = Limits(
             batch=settings.max_batch,
             k=settings.max_k,
             message_bytes=settings.max_message_bytes,
@@ -184,6 +185,7 @@ class Server:
         self._metrics = None if settings.metrics_port is None else self._measured()
         self._probes = None if self._metrics is None else Probes(self._metrics.registry, lambda: self._state)
         self._loop_watch: asyncio.Task[None] | None = None
+        self._giving_back: asyncio.Task[None] | None = None
         self._tracing = None if settings.otlp_endpoint is None else _traced(settings)
         self._certificates: Certificates | None = None
         self._security = Security(settings, self._serving, self._operations)
@@ -273,6 +275,7 @@ class Server:
         if self._state == "loading":
             self._state = "serving"
             await self._say(health_pb2.HealthCheckResponse.SERVING)
+            self._giving_back = asyncio.create_task(GivenBack(self._in_flight).go_on())
         if not self._security.asks and not is_loopback(self._settings.host):
             _log.warning("anybody who reaches this address may read and write; ask for keys with --keys")
         _log.info("serving", address=self.address, model=engine.bundle.name, galleries=str(self._settings.galleries))
@@ -303,8 +306,9 @@ class Server:
         if self._serving.every:
             await self._rollout.stop()
             _log.info("stopped", address=self.address)
-        if self._loop_watch is not None:
-            self._loop_watch.cancel()
+        for task in (self._loop_watch, self._giving_back):
+            if task is not None:
+                task.cancel()
         if self._probes is not None:
             await self._probes.stop()
         if self._tracing is not None:
@@ -353,6 +357,10 @@ class Server:
             )
         )
         return metrics
+
+    def _in_flight(self) -> int:
+        """Bytes of requests and answers that are held now."""
+        return self._admission.requests.bytes + self._admission.answers.bytes + self._limits.stream_bytes.held
 
     async def _observe(self) -> None:
         if self._metrics is None or self._probes is None or self._settings.metrics_port is None:
