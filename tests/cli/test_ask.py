@@ -126,15 +126,15 @@ def test_an_effort_out_of_range_is_refused(run: Run, where: list[str], pictures:
     run("search", pictures / "loose.png", "--gallery", "g", "--effort", effort, *where).failed_with("--effort", effort)
 
 
-def test_a_reader_that_has_left_is_neither_yes_nor_no(bundle: Bundle, pictures: Path) -> None:
-    asked = ["verify", str(pictures / "loose.png"), str(pictures / "loose.png"), "--bundle", str(bundle.path)]
-    for more in (["--exit-code"], ["--exit-code", "--json"]):
-        reader, writer = os.pipe()
-        os.close(reader)
-        with os.fdopen(writer, "wb") as out:
-            command = [sys.executable, "-m", "lookalike", *asked, *more]
-            ended = subprocess.run(command, check=False, stdout=out, stderr=subprocess.PIPE)
-        assert (ended.returncode, ended.stderr) == (2, b"")
+@pytest.mark.parametrize("more", [["--exit-code"], pytest.param(["--exit-code", "--json"], marks=pytest.mark.slow)])
+def test_a_reader_that_has_left_is_neither_yes_nor_no(more: list[str], bundle: Bundle, pictures: Path) -> None:
+    image = str(pictures / "loose.png")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as out:
+        command = [sys.executable, "-m", "lookalike", "verify", image, image, "--bundle", str(bundle.path), *more]
+        ended = subprocess.run(command, check=False, stdout=out, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (2, b"")
 
 
 def test_an_empty_gallery_is_told_how_it_is_filled(run: Run, where: list[str], name: str, pictures: Path) -> None:
@@ -145,10 +145,17 @@ def test_an_empty_gallery_is_told_how_it_is_filled(run: Run, where: list[str], n
     assert run(*search, "--json").out == "[]\n"
 
 
-def test_a_closed_output_is_no_failure(bundle: Bundle, pictures: Path) -> None:
-    image = str(pictures / "loose.png")
-    asked = [sys.executable, "-m", "lookalike", "verify", image, image, "--bundle", str(bundle.path), "--exit-code"]
-    ended = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *asked], check=False, stderr=subprocess.PIPE)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--version"],
+        pytest.param(["verify", "loose.png", "loose.png", "--bundle", "BUNDLE", "--exit-code"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_closed_output_is_no_failure(asked: list[str], bundle: Bundle, pictures: Path) -> None:
+    asked = [str(bundle.path) if each == "BUNDLE" else each for each in asked]
+    command = ["sh", "-c", '"$@" >&-', "sh", sys.executable, "-m", "lookalike", *asked]
+    ended = subprocess.run(command, check=False, stderr=subprocess.PIPE, cwd=pictures)
     assert (ended.returncode, ended.stderr) == (0, b"")
 
 

@@ -133,28 +133,32 @@ def test_a_shell_completes_commands(typed: str, completed: list[str]) -> None:
     assert ended.stdout.split() == completed
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+def test_a_module_of_ours_that_is_missing_is_no_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lookalike.cli.local", None)
-    with pytest.raises(ModuleNotFoundError):  # our own modules are never an extra: that is a bug, and shows as one
+    with pytest.raises(ModuleNotFoundError):  # that is a bug, and shows as one
         main(["verify", __file__, __file__, "--bundle", "x"])
-    for module, arguments, extra in (
-        ("torch", ["serve", "--bundle", "x"], "serve"),
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "extra"),
+    [
         ("typer", ["--help"], "serve"),
         ("torch", ["train", "digits", "--out", "x"], "train"),
-        ("tomli_w", ["demo"], "serve,train"),
-        ("faiss", ["verify", __file__, __file__, "--bundle", "x"], "serve"),
-    ):
-        program = (
-            f"import sys; sys.modules[{module!r}] = None\n"
-            "from lookalike.__main__ import main\n"
-            f"sys.exit(main({arguments}))"
-        )
-        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-        assert ran.returncode == 2
-        assert ran.stderr == (
-            f"lookalike: this command needs {module}: install lookalike's extra {extra}, in its checkout by "
-            f"pip install -c constraints.txt '.[{extra}]'\n"
-        )
+        pytest.param("torch", ["serve", "--bundle", "x"], "serve", marks=pytest.mark.slow),
+        pytest.param("tomli_w", ["demo"], "serve,train", marks=pytest.mark.slow),
+        pytest.param("faiss", ["verify", __file__, __file__, "--bundle", "x"], "serve", marks=pytest.mark.slow),
+    ],
+)
+def test_a_missing_extra_is_named(module: str, arguments: list[str], extra: str) -> None:
+    program = (
+        f"import sys; sys.modules[{module!r}] = None\nfrom lookalike.__main__ import main\nsys.exit(main({arguments}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == (
+        f"lookalike: this command needs {module}: install lookalike's extra {extra}, in its checkout by "
+        f"pip install -c constraints.txt '.[{extra}]'\n"
+    )
 
 
 class TestModelShow:
@@ -338,6 +342,7 @@ class TestOutput:
         self, run: Run, bundle: Bundle, pictures: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
         here = ["--bundle", bundle.path, "--data", "galleries"]
         out = run("verify", pictures / "loose.png", pictures / "loose.png", *here).out
         assert out.startswith("\x1b[1;32mMATCH\x1b[0m")

@@ -29,10 +29,12 @@ sys.meta_path.insert(0, Interrupting())
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A process that is started in the background of a shell ignores interrupts, and so do those that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A process that is started in the background of a shell, or by nohup, ignores signals, as do those it starts."""
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_ups = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupts)
+    signal.signal(signal.SIGHUP, hang_ups)
 
 
 @pytest.mark.usefixtures("interruptible")

@@ -50,7 +50,9 @@ def test_an_embedding_does_not_depend_on_its_batch(encoder: Encoder, start: int,
     assert part.tobytes() == encoder.encode_pixels(pixels)[start : start + length].tobytes()
 
 
-@pytest.mark.parametrize("network", ["resnet18", "mobilenet_v3_small", "convnext_tiny", "vit_b_16"])
+@pytest.mark.parametrize(
+    "network", ["resnet18", "mobilenet_v3_small", "convnext_tiny", pytest.param("vit_b_16", marks=pytest.mark.slow)]
+)
 def test_torchvision_networks_do_not_depend_on_the_batch_beyond_1e_5(
     tmp_path: Path, make_bundle: MakeBundle, network: str
 ) -> None:

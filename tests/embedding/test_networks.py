@@ -184,6 +184,7 @@ assert roi_align(torch.ones(1, 3, 8, 8), torch.tensor([[0, 0.0, 0.0, 4.0, 4.0]])
     subprocess.run([sys.executable, "-W", "error::ImportWarning", "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_torchvision_is_taken_as_it_is_where_the_compiler_is_there() -> None:
     script = """
 import sys

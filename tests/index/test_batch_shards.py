@@ -70,7 +70,7 @@ def as_texts(answered: Answered) -> Answered:
     return Answered(**{**kept, "items": Texts.of(answered.items), "identities": identities})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(outcomes, st.data())
 def test_bytes_are_the_same_however_outcomes_come(
     found: list[tuple[str, Answer | Failure]], data: st.DataObject

@@ -61,6 +61,7 @@ def generation(address: str) -> int:
     return int(patiently(address, lambda stubs: stubs.galleries.GetGallery(request)).gallery.generation)
 
 
+@pytest.mark.slow
 def test_every_write_is_done_once_though_the_writer_is_killed_among_them(running: Running) -> None:
     create = gallery_pb2.CreateGalleryRequest(gallery_id="g", request_id=str(uuid.uuid4()))
     created = patiently(running.address, lambda stubs: stubs.galleries.CreateGallery(create))
@@ -91,6 +92,7 @@ def test_every_write_is_done_once_though_the_writer_is_killed_among_them(running
     assert same.gallery.create_time == created.gallery.create_time
 
 
+@pytest.mark.slow
 def test_what_is_no_write_to_items_is_known_to_the_writer_that_comes_after(running: Running) -> None:
     ids = {name: str(uuid.uuid4()) for name in ("create", "alias", "drop", "delete", "snapshot")}
     calls: dict[str, Callable[[Stubs], Any]] = {

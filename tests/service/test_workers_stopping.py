@@ -92,7 +92,7 @@ def to_all(running: Running) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("tell", [to_the_parent, to_all])
+@pytest.mark.parametrize("tell", [pytest.param(to_the_parent, marks=pytest.mark.slow), to_all])
 def test_all_drain_at_once_and_answer_what_they_have_accepted(
     running: Running, tell: Callable[[Running], None]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from training.monitor import Report
@@ -21,6 +22,11 @@ REPORT = Report(
     seconds=1.0,
     cpu_seconds=1.0,
 )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def shown(console: Console, out: io.StringIO) -> str:
@@ -41,9 +47,10 @@ def test_lines_where_there_is_no_terminal() -> None:
     ]
 
 
-def test_a_bar_on_a_terminal_of_80_columns_has_room_for_its_figures() -> None:
-    out = io.StringIO()
-    text = shown(Console(file=out, width=80, force_terminal=True, color_system=None), out)
+def test_a_bar_on_a_terminal_of_80_columns_has_room_for_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    text = shown(Console(file=out, width=80, color_system=None), out)
     assert "20/40" in text
     assert "loss 0.1235  active 25%  1,200 images/s" in text
     assert "step 20: [recall] 0.5" in text
