@@ -27,6 +27,8 @@ Format = Literal["auto", "json", "console"]
 
 _NOBODY = '""'
 
+_log = structlog.get_logger(__name__)
+
 
 class _Plain:
     """Lines of calls, written without the way through the formatter.
@@ -36,6 +38,8 @@ class _Plain:
 
     stream: TextIO | None = None
     """None where they are not JSON, or not written."""
+    lost: int = 0
+    """Lines that were refused since the last that was written."""
 
 
 def configure(*, level: Level = "info", form: Format = "auto", stream: TextIO | None = None) -> None:
@@ -83,11 +87,24 @@ def call(logger: Any, *, method: str, code: str, ms: float, request_id: str, cal
     seconds, rest = divmod(time.time_ns(), 10**9)
     served = CURRENT.get()
     trace = f', "trace_id": "{served.trace_id}"' if served is not None and served.trace_id else ""
-    _Plain.stream.write(
+    _write(
+        _Plain.stream,
         f'{{"method": "{method}", "code": "{code}", "ms": {ms}, "request_id": "{request_id}", '
         f'"caller": {json.dumps(caller) if caller else _NOBODY}, "event": "call", "level": "info", '
-        f'"logger": "service.calls", "timestamp": "{_written(seconds)}.{rest // 1000:06}Z"{trace}}}\n'
+        f'"logger": "service.calls", "timestamp": "{_written(seconds)}.{rest // 1000:06}Z"{trace}}}\n',
     )
+
+
+def _write(stream: TextIO, line: str) -> None:
+    """Write it, or count it: a call has not failed because the disk takes no more of the log, or nobody reads it."""
+    try:
+        stream.write(line)
+    except OSError:
+        _Plain.lost += 1
+        return
+    if _Plain.lost:
+        lost, _Plain.lost = _Plain.lost, 0
+        _log.warning("lines of calls are missing in this log, which could not be written", lines=lost)
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,8 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -155,3 +157,23 @@ def test_a_call_is_logged_as_configured(level: logs.Level, form: logs.Format, li
     logs.call(structlog.get_logger("service.calls"), method="/a/B", code="OK", ms=1.5, request_id="abc", caller="")
     assert len(stream.getvalue().splitlines()) == lines
     assert "{" not in stream.getvalue()
+
+
+def test_a_call_is_answered_where_the_disk_takes_no_log(stubs: Stubs) -> None:
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115  # closing it fails too
+    try:
+        logs.configure(level="info", form="json", stream=full)
+        assert stubs.match.Verify(VERIFY).decision.threshold > 0
+        with pytest.raises(grpc.RpcError) as caught:
+            stubs.match.Verify(match_pb2.VerifyRequest(a=encoded(1)))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    finally:
+        with suppress(OSError):
+            full.close()
+    stream = configured("info", "json", io.StringIO())
+    said = {"method": "/a/B", "code": "OK", "request_id": "abc", "caller": ""}
+    logs.call(structlog.get_logger("service.calls"), ms=1.5, **said)
+    call, told = map(json.loads, stream.getvalue().splitlines())
+    assert call["event"] == "call"
+    assert told["lines"] >= 1
+    assert told["level"] == "warning"
