@@ -39,6 +39,7 @@ _CODED_LISTS = 1024
 """Lists from which these are chosen by codes of their centroids: 11 µs in place of 30 at 4,096 of width 128."""
 _CHOSEN = 8
 """How many times as many centroids as lists are wanted are measured, of those that are nearest by their codes."""
+_WRITTEN_AT_ONCE = 2**20
 _KNOWN = 64  # parameter objects kept, which take longer to make than to use
 
 # A damaged length in a file must not make FAISS ask for the whole memory; sums are checked before all the same.
@@ -173,7 +174,7 @@ def build_hnsw(vectors_ND: Stored, path: Path, step: Step) -> None:
     with one_thread():
         index.train(np.ascontiguousarray(vectors_ND[:1], np.float32))
         _add(index, vectors_ND, max(1, _LINKED_AT_ONCE // index.d), step)
-        faiss.write_index(index, str(path))
+        _write(index, path)
 
 
 def build_ivf(kind: Kind, vectors_ND: Stored, sample_SD: Vectors, lists: int, path: Path, step: Step) -> None:
@@ -192,7 +193,25 @@ def build_ivf(kind: Kind, vectors_ND: Stored, sample_SD: Vectors, lists: int, pa
         _add(index, vectors_ND, _chosen_at_once(lists, width), step)
         if lists >= _CODED_LISTS and width % 2 == 0:
             index.quantizer = chooser = _chooser(centroids_LD, quantizer)  # noqa: F841  # FAISS keeps a pointer only
-        faiss.write_index(index, str(path))
+        _write(index, path)
+
+
+def _write(index: Any, path: Path) -> None:
+    """Raises OSError where the disk refuses: FAISS's own file loses its kind, and of the last bytes all of it."""
+    refused: list[OSError] = []
+
+    with path.open("wb") as file:
+
+        def write(data: bytes) -> None:
+            try:
+                if not refused:
+                    file.write(data)
+            except OSError as error:  # FAISS would make another of it
+                refused.append(error)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write, _WRITTEN_AT_ONCE))
+        if refused:
+            raise refused[0]
 
 
 def _chooser(centroids_LD: Vectors, exact: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 
 from embedding.decision import Judge, Vectors
 from embedding.errors import LookalikeError, StorageFailed
-from index import Catalog, Gallery, Item
+from index import Catalog, Gallery, IndexSettings, Item, ModelRef
+from index.engine import Structure
+from index.planner import FEWEST
 from tests.index.contract import items_of, pairs, ranked
 
 OPERATIONS: dict[str, Callable[[Gallery, Path], object]] = {
@@ -103,3 +106,29 @@ def test_a_vector_file_that_cannot_grow_leaves_the_gallery_in_memory(
     assert filled.stats().last_failure == ""
     assert filled.stats().fresh == 0
     assert np.isclose(filled.search(pool[0], k=1, judge=judge).neighbors[0].decision.distance, 0)
+
+
+@pytest.mark.parametrize("structure", ["hnsw", "ivf-flat"])
+def test_a_structure_that_the_disk_refuses_is_told_as_any_other_file(tmp_path: Path, structure: Structure) -> None:
+    """FAISS's own file tells it as another error, and not at all of the last bytes."""
+    model = ModelRef(name="wide", fingerprint="f" * 64, embedding_dim=16)
+    rows_ND = np.random.default_rng(5).normal(size=(FEWEST, 16)).astype(np.float32)
+    rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", model, settings=IndexSettings(structure=structure))
+        gallery.upsert([Item(name=f"{i:05}", embedding=vector) for i, vector in enumerate(rows_ND)])
+        gallery.compact()
+        segment = gallery.stats().segments[0].name
+        (path,) = tmp_path.glob("g/segments/*/index.faiss")
+        size = path.stat().st_size
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        assert size > len(rows_ND) * 64 + 1  # of the vectors, which are written before
+        for most in (size - 1, len(rows_ND) * 64 + 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))  # of a file; a full disk is refused as this is
+            try:
+                with pytest.raises(StorageFailed, match=os.strerror(errno.EFBIG)):
+                    gallery.reindex()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert [each.name for each in gallery.stats().segments] == [segment]
+        assert gallery.verify().problems == []
