@@ -296,6 +296,9 @@ class GalleryEngine(Protocol):
     def origins(self, names: Sequence[str]) -> Mapping[str, str]:
         """The origins, by name, of those of these items that were written with one."""
 
+    def names(self) -> Collection[str]:
+        """Of all items, at one generation."""
+
     def list(
         self,
         *,

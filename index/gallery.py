@@ -244,6 +244,10 @@ class Gallery:
         """The origins, by name, of those of these items that were written with one."""
         return self._live.store.origins(names)
 
+    def names(self) -> Collection[str]:
+        """Of all items, at one generation."""
+        return self._live.store.names()
+
     def list(
         self,
         *,

@@ -147,6 +147,11 @@ class Reading:
                 )
             )
 
+    def names(self) -> list[str]:
+        """Of all items, from an index of names alone."""
+        with self._readers.lend() as connection:
+            return [name for (name,) in connection.execute(f"SELECT name FROM items WHERE {LIVING} ORDER BY name")]
+
     def answered(self, token: Token) -> bytes | None:
         """What this request was answered before; None when it was not. Raises RequestIdReused."""
         with self._readers.lend() as connection:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -87,9 +88,9 @@ class Migration:
     gallery by others since the old one's version was stands as it is: it was imported with its image. Everything else
     needs a stored thumbnail.
 
-    The old gallery may be written to meanwhile; passes are repeated until one begins and ends at the same generation;
-    then writes wait while the last of them is copied and the alias moves, so that each is in the gallery that the alias
-    stands for.
+    The old gallery may be written to meanwhile; passes are repeated until few items are left. Then writes wait while
+    these are copied and the alias moves, so that each is in the gallery that the alias stands for; so is what was said
+    meanwhile of how the old one is indexed.
     """
 
     def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
@@ -100,6 +101,8 @@ class Migration:
         """
         self._engine = engine
         self._alias = alias
+        self._made: set[str] = set()
+        """Names of the target's items that were made of the source's."""
         self._source = engine.gallery(source, path="name", any_model=True)
         if self._source.id == target:
             raise InvalidInput("a gallery is migrated into another one; give another gallery_id", field="gallery_id")
@@ -142,26 +145,30 @@ class Migration:
         self.check_images(tell)
         settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
         target = self._target or self._engine.create_gallery(self._target_id, settings)
-        since = 0
+        self._made = set(_origins(target))
+        since, before = 0, math.inf
         for turn in itertools.count(1):
             generation = source.generation
-            self._copy(target, since, f"embedding, pass {turn}", tell)
+            copied = self._copy(target, since, f"embedding, pass {turn}", tell)
             self._drop_deleted(target)
-            if source.generation == generation:
-                since = generation
+            since = generation
+            # A few are left when nothing was written, or when the passes, each of what was written during the one
+            # before, no longer get shorter.
+            if source.generation == generation or (copied <= BATCH and 2 * copied > before):
                 break
             if turn == _MAX_PASSES:
                 raise Busy(
-                    f"gallery {source.id!r} was written to during each of {turn} passes; pause the writes, then begin "
-                    "again: what was embedded is kept"
+                    f"gallery {source.id!r} was written to faster than it is embedded, through {turn} passes; pause "
+                    "the writes, then begin again: what was embedded is kept"
                 )
-            since = generation
-        if self._alias:
-            # Writes wait: those before are copied, those after find the alias moved.
-            with self._engine.gate.closed():
-                if source.generation != since:
-                    self._copy(target, since, "embedding, last pass", tell)
-                    self._drop_deleted(target)
+            before = copied
+        # Writes wait: those before are copied, those after find the alias moved.
+        with self._engine.gate.closed():
+            if source.generation != since:
+                self._copy(target, since, "embedding, last pass", tell)
+                self._drop_deleted(target)
+            _configure_alike(target, settings, replace(source.stats().settings, margin=None))
+            if self._alias:
                 self._engine.put_alias(self._alias, target.id, if_loaded=True)
         return target
 
@@ -195,8 +202,9 @@ class Migration:
         except NotFound:
             return True  # deleted meanwhile, and not to be copied
 
-    def _copy(self, target: GalleryEngine, since: int, stage: str, tell: OnProgress) -> None:
-        """Embed what the source has written after generation `since`, all it holds for 0, and the target lacks."""
+    def _copy(self, target: GalleryEngine, since: int, stage: str, tell: OnProgress) -> int:
+        """Embed what the source has written after generation `since`, all it holds for 0, and the target lacks; how
+        many there were."""
         newer = parse_filter(f"generation > {since}") if since else None
         total, done = self._source.size if newer is None else self._source.count(newer), 0
         for page in _pages(self._source, newer):
@@ -207,12 +215,16 @@ class Migration:
                 # What somebody has imported while these were embedded stands.
                 etags = {item.name: etag for item, etag in self._outdated(target, outdated.keys()).items()}
                 try:
-                    target.upsert([replace(item, etag=etags[item.name]) for item in made if item.name in etags])
+                    stored = target.upsert(
+                        [replace(item, etag=etags[item.name]) for item in made if item.name in etags]
+                    )
                 except StaleEtag:
                     continue
+                self._made.update(item.name for item in stored)
                 break
             done += len(page)
         tell(Progress(stage=stage, done=done, total=total))
+        return done
 
     def _outdated(self, target: GalleryEngine, items: Collection[Item]) -> dict[Item, str]:
         """Those of the source's items that the target lacks or has of an earlier version, with its version's etag."""
@@ -275,7 +287,7 @@ class Migration:
     def _drop_deleted(self, target: GalleryEngine) -> None:
         """Delete from the target what was made of items that the source has no more. What the target has beyond the
         source, because somebody imported it, stays."""
-        while lost := _origins(target).keys() - {item.name for page in _pages(self._source, None) for item in page}:
+        while lost := self._made.difference(self._source.names()):
             etags = {}
             for name in lost:
                 with suppress(NotFound):
@@ -285,7 +297,15 @@ class Migration:
                 target.delete(sorted(made), allow_missing=True, etags=etags)
             except StaleEtag:
                 continue
+            self._made -= lost
             return
+
+
+def _configure_alike(target: GalleryEngine, before: IndexSettings, after: IndexSettings) -> None:
+    """Change of the target's settings what was changed of the source's."""
+    changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
+    if changed:
+        target.configure(replace(target.stats().settings, **changed))
 
 
 def _origins(gallery: GalleryEngine) -> dict[str, str]:

@@ -191,8 +191,7 @@ class UpdateGallery:
 
     def write(self, engine: Engine) -> GalleryEngine:
         """Raises NotFound and StaleEtag."""
-        gallery = engine.gallery(self.gallery, path="gallery.name", any_model=True)
-        with _CONFIGURING:
+        with engine.written(self.gallery, path="gallery.name", any_model=True) as gallery, _CONFIGURING:
             keeper = gallery if self.token is not None and keeps_receipts(gallery) else None
             if keeper is not None and self.token is not None and keeper.answered(self.token) is not None:
                 return gallery

@@ -177,6 +177,9 @@ class MilvusGallery:
         with self._store.view() as record:
             return self._store.origins(record, names)
 
+    def names(self) -> Collection[str]:
+        return [item.name for item in self.iterate()]
+
     def list(
         self,
         *,

@@ -12,12 +12,12 @@ import pytest
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
-from embedding.errors import Cancelled, ImagesNeeded, InvalidInput, ModelMismatch
-from index import GalleryEngine, Item, Progress
+from embedding.errors import Busy, Cancelled, ImagesNeeded, InvalidInput, ModelMismatch
+from index import GalleryEngine, IndexSettings, Item, Progress
 from service import upkeep
 from service.engine import Engine
 from service.sources import EncodedImage
-from service.writes import Draft, UpdateItems
+from service.writes import Draft, UpdateGallery, UpdateItems
 from tests.service.harness import make_bundle, png
 
 
@@ -276,3 +276,77 @@ def test_no_write_is_lost_in_the_moment_in_which_an_alias_moves(
     assert old.gallery("old", any_model=True).size == 7
     seeds = {f"item-{seed}": seed for seed in (0, 2, 3, 4, 5)} | {"amid": 20}
     assert held(new, "now") == expected(new, seeds)
+
+
+def test_a_migration_ends_beside_writers_who_never_pause(old: Engine, new: Engine) -> None:
+    """Each pass finds that something was written during the one before; the last of it is copied while writes wait."""
+    new.put_alias("now", "old")
+    passes: set[str] = set()
+
+    def writing(progress: Progress) -> None:
+        if progress.stage.startswith("embedding, pass") and progress.stage not in passes:
+            passes.add(progress.stage)
+            write(old, 30 + len(passes))
+            old.gallery("old").delete([f"item-{len(passes) - 1}"])
+
+    upkeep.Migration(new, "old", "new", alias="now").run(writing)
+    assert len(passes) == 3
+    assert held(new, "now") == expected(new, {f"item-{seed}": seed for seed in (3, 4, 5, 31, 32, 33)})
+
+
+def test_writers_who_are_faster_than_the_encoder_keep_a_migration_from_ending(
+    old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 2)
+    new.put_alias("now", "old")
+    done: set[tuple[str, int]] = set()
+
+    def writing(progress: Progress) -> None:
+        if progress.stage.startswith("embedding, pass") and (progress.stage, progress.done) not in done:
+            done.add((progress.stage, progress.done))
+            write(old, len(done) % 6)
+
+    with pytest.raises(Busy, match="pause the writes"):
+        upkeep.Migration(new, "old", "new", alias="now").run(writing)
+    assert new.aliases.get("now") == "old"
+    upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+    assert held(new, "now") == expected(new, {f"item-{seed}": seed for seed in range(6)})
+
+
+def configure(engine: Engine, gallery: str, settings: IndexSettings, part: str) -> None:
+    UpdateGallery(gallery=gallery, settings=settings, parts=[part]).write(engine)
+
+
+def test_settings_changed_during_a_migration_are_taken_over(old: Engine, new: Engine) -> None:
+    new.create_gallery("new", IndexSettings(structure="hnsw", min_recall=0.7))
+    new.put_alias("now", "old")
+    configuring = During(lambda: configure(old, "now", IndexSettings(min_recall=0.8), "min_recall"))
+    upkeep.Migration(new, "old", "new", alias="now").run(configuring)
+    settings = new.gallery("now").stats().settings
+    assert (settings.min_recall, settings.structure) == (0.8, "hnsw")
+
+
+def test_settings_changed_while_an_alias_moves_are_those_of_its_new_gallery(
+    old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new.put_alias("now", "old")
+    come = threading.Event()
+    real_passing, real_put = new.gate.passing, Engine.put_alias
+    configuring = threading.Thread(target=configure, args=(old, "now", IndexSettings(min_recall=0.8), "min_recall"))
+
+    def passing() -> object:
+        come.set()
+        return real_passing()
+
+    def moving(self: Engine, *names: str, **more: object) -> None:
+        configuring.start()
+        assert come.wait(timeout=20)
+        real_put(self, *names, **more)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(new.gate, "passing", passing)
+        patch.setattr(Engine, "put_alias", moving)
+        upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+        configuring.join(timeout=20)
+    assert new.gallery("now").stats().settings.min_recall == 0.8
+    assert old.gallery("old").stats().settings.min_recall != 0.8
