@@ -16,7 +16,7 @@ from lookalike.v1 import match_pb2_grpc
 from service import errors, parse, questions, wire
 from service.errors import translated_errors
 from service.serving import AsyncEngine, Serving
-from service.sources import Embedded, Source, StoredItem, Unusable, under
+from service.sources import Embedded, Names, Source, StoredItem, Unusable, under
 from service.streams import Elements, answered_id, check_id
 
 MAX_PAIRS = 256
@@ -41,9 +41,10 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
 
     async def Verify(self, request: pb.VerifyRequest, context: Context) -> pb.VerifyResponse:
         async with translated_errors(context):
+            names = self._names()
             question = questions.Verify(
-                a=parse.image(request.a, "a"),
-                b=parse.image(request.b, "b"),
+                a=names.placed(parse.image(request.a, "a")),
+                b=names.placed(parse.image(request.b, "b")),
                 point=parse.operating_point(request.operating_point),
             )
             serving = await self._serving.of_items(question.sources)
@@ -52,9 +53,13 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
     async def BatchVerify(self, request: pb.BatchVerifyRequest, context: Context) -> pb.BatchVerifyResponse:
         async with translated_errors(context):
             parse.check_batch(request.pairs, most=MAX_PAIRS, path="pairs")
+            names = self._names()
             question = questions.VerifyBatch(
                 pairs=[
-                    (parse.image(pair.a, f"pairs[{i}].a"), parse.image(pair.b, f"pairs[{i}].b"))
+                    (
+                        names.placed(parse.image(pair.a, f"pairs[{i}].a")),
+                        names.placed(parse.image(pair.b, f"pairs[{i}].b")),
+                    )
                     for i, pair in enumerate(request.pairs)
                 ],
                 point=parse.operating_point(request.operating_point),
@@ -71,13 +76,14 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
             with under("config"):
                 line_up[0].engine.judge(point)  # says at once when the threshold cannot be put there
             async for some in elements.batches():
-                question = questions.VerifyBatch(pairs=[_pair(request) for request in some], point=point)
+                names = self._names()
+                question = questions.VerifyBatch(pairs=[_pair(request, names) for request in some], point=point)
                 for response in await self._verified(question, line_up, partial(_stream_responses, some)):
                     yield response
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         async with translated_errors(context):
-            question = questions.Embed(image=parse.image(request.image, "image"))
+            question = questions.Embed(image=self._names().placed(parse.image(request.image, "image")))
             # One read: a swap cannot pair an embedding with another model's name.
             serving = await self._serving.of_items(question.sources)
             model = wire.model_name(serving.engine.bundle.name)
@@ -90,7 +96,9 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
         async with translated_errors(context):
             parse.check_batch(request.images, most=MAX_IMAGES, path="images")
             question = questions.EmbedBatch(
-                images=[parse.image(image, f"images[{i}]") for i, image in enumerate(request.images)]
+                images=self._names().all_placed(
+                    [parse.image(image, f"images[{i}]") for i, image in enumerate(request.images)]
+                )
             )
             serving = await self._serving.of_items(question.sources)
             model = wire.model_name(serving.engine.bundle.name)
@@ -98,6 +106,9 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
                 question,
                 lambda outcomes: pb.BatchEmbedResponse(results=map(_embed_result, outcomes), model=model),
             )
+
+    def _names(self) -> Names:
+        return Names(self._serving.current.engine.aliases.resolve)
 
     async def _verified(
         self,
@@ -125,7 +136,7 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
         return form([outcomes[row] for row in range(len(question.pairs))])
 
 
-def _pair(request: pb.StreamVerifyRequest) -> tuple[Source, Source]:
+def _pair(request: pb.StreamVerifyRequest, names: Names) -> tuple[Source, Source]:
     try:
         check_id(request.id)
         if request.WhichOneof("element") == "config":
@@ -134,7 +145,8 @@ def _pair(request: pb.StreamVerifyRequest) -> tuple[Source, Source]:
             raise InvalidInput("pair is required: set its two images", field="pair")
     except InvalidInput as error:
         return Unusable(error=error), Unusable(error=error)
-    return parse.image(request.pair.a, "pair.a"), parse.image(request.pair.b, "pair.b")
+    pair = request.pair
+    return names.placed(parse.image(pair.a, "pair.a")), names.placed(parse.image(pair.b, "pair.b"))
 
 
 def _stream_responses(

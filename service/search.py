@@ -20,7 +20,7 @@ from service.call import answer_held, limits
 from service.errors import translated_errors
 from service.search_elements import Searching
 from service.serving import Serving
-from service.sources import naming, under
+from service.sources import Names, naming, under
 from service.streams import Elements
 
 MAX_QUERIES = 1024
@@ -54,15 +54,15 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> Any:
         async with translated_errors(context):
-            scope, fields, k = self._parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
-            serving = await self._serving.of(scope.gallery)
-            resolve = serving.engine.aliases.resolve
+            names = self._names()
+            scope, fields, k = self._parsed(request, context, names, request.k, DEFAULT_K, most=MAX_K, path="k")
             question = questions.Search(
                 scope=scope,
-                query=parse.image(request.query, "query"),
+                query=names.placed(parse.image(request.query, "query")),
                 k=k,
-                exclude=parse.excluded(request.exclude, scope.gallery, resolve),
+                exclude=parse.excluded(request.exclude, scope.gallery, names.__getitem__),
             )
+            serving = await self._serving.of(scope.gallery)
             return await serving.search(
                 question,
                 encoded.search_responses(scope.gallery, fields, most_bytes=limits().message_bytes),
@@ -73,14 +73,15 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         async with translated_errors(context):
             parse.check_batch(request.queries, most=MAX_QUERIES, path="queries")
             parse.layout(request.layout, "layout")
-            scope, fields, k = self._parsed(request, context, request.k, default=DEFAULT_K, most=MAX_K, path="k")
-            serving = await self._serving.of(scope.gallery)
+            names = self._names()
+            scope, fields, k = self._parsed(request, context, names, request.k, DEFAULT_K, most=MAX_K, path="k")
             in_columns = request.layout == pb.BATCH_LAYOUT_COLUMNS
             question = questions.SearchBatch(
                 scope=replace(scope, many=in_columns),
-                queries=parse.images(request.queries, "queries"),
+                queries=names.all_placed(parse.images(request.queries, "queries")),
                 k=k,
             )
+            serving = await self._serving.of(scope.gallery)
             form = partial(
                 columns.batch_response if in_columns else encoded.batch_response,
                 gallery_id=scope.gallery,
@@ -91,18 +92,18 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
 
     async def SearchMatches(self, request: pb.SearchMatchesRequest, context: Context) -> AsyncIterator[Any]:
         async with translated_errors(context):
+            names = self._names()
             scope, fields, limit = self._parsed(
-                request, context, request.limit, default=MAX_MATCHES, most=MAX_MATCHES, path="limit"
+                request, context, names, request.limit, MAX_MATCHES, most=MAX_MATCHES, path="limit"
             )
             scope = replace(scope, most_bytes=_most_matched())
-            serving = await self._serving.of(scope.gallery)
-            resolve = serving.engine.aliases.resolve
             question = questions.SearchMatches(
                 scope=scope,
-                query=parse.image(request.query, "query"),
+                query=names.placed(parse.image(request.query, "query")),
                 limit=limit,
-                exclude=parse.excluded(request.exclude, scope.gallery, resolve),
+                exclude=parse.excluded(request.exclude, scope.gallery, names.__getitem__),
             )
+            serving = await self._serving.of(scope.gallery)
             form_held = partial(_held, telling=scope.telling("limit"))
             found, size = await serving.ask(question, form_held, deadline=scope.deadline)
             with answer_held(size):
@@ -130,7 +131,7 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             serving = await self._serving.of(scope.gallery)
             with under("config"):
                 await serving.run(scope.begin, serving.engine)  # says at once when the gallery cannot be searched
-            searching = Searching(serving=serving, scope=scope, k=k, fields=fields)
+            searching = Searching(begun=serving, serving=self._serving, scope=scope, k=k, fields=fields)
             async for some in elements.batches():
                 async for response in searching.answers(some):
                     yield response
@@ -139,15 +140,16 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
         self,
         request: pb.SearchRequest | pb.BatchSearchRequest | pb.SearchMatchesRequest,
         context: Context,
+        names: Names,
         wanted: int,
-        *,
         default: int,
+        *,
         most: int,
         path: str,
     ) -> tuple[questions.Scope, frozenset[str], int]:
         """Where to search, which fields to return, and how many; all that is wrong with these is raised together.
 
-        An alias is looked up here, once: it may move while the call lasts, and items are named as what was searched.
+        An alias is looked up once: it may move while the call lasts, and items are named as what was searched.
         """
         wrong = parse.Violations()
         with wrong:
@@ -158,8 +160,11 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             count = parse.count(wanted, default=default, most=most, path=path)
         wrong.check()
         with naming("gallery"):
-            gallery = self._serving.current.engine.resolved(scope.gallery)
+            gallery = names[scope.gallery] = self._serving.current.engine.resolved(scope.gallery)
         return replace(scope, gallery=gallery), fields, count
+
+    def _names(self) -> Names:
+        return Names(self._serving.current.engine.aliases.resolve)
 
 
 def _most_matched() -> int | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from embedding.errors import InvalidInput, LookalikeError, Overloaded, ResponseTooLarge
+from embedding.errors import InvalidInput, LookalikeError, ModelMismatch, Overloaded, ResponseTooLarge
 from index import Deadline, Found
 from lookalike.v1 import search_pb2 as pb
 from service import encoded, parse, questions
 from service.call import CURRENT, limits
 from service.calls import LARGE
 from service.questions import MAX_RESULTS
-from service.serving import AsyncEngine
-from service.sources import Source, Unusable
+from service.serving import AsyncEngine, Serving
+from service.sources import GivenEmbedding, Names, Source, Unusable
 from service.streams import answered_id, check_id
 
 MAX_TOGETHER = 256
@@ -37,7 +37,10 @@ class Element:
 class Searching:
     """How all elements of a stream are searched."""
 
-    serving: AsyncEngine
+    begun: AsyncEngine
+    """What answered when the stream began, and answers as long as its gallery is of that model."""
+    serving: Serving
+    """What answers where an alias has moved to a gallery of another."""
     scope: questions.Scope
     k: int
     fields: frozenset[str]
@@ -80,19 +83,40 @@ class Searching:
                 yield response
 
     async def _answered(self, elements: Sequence[Element]) -> list[bytes]:
-        gallery_id = self.serving.engine.resolved(self.scope.gallery)
+        engine = self.begun.engine
+        names = Names(engine.aliases.resolve)
+        gallery_id = names[self.scope.gallery] = engine.resolved(self.scope.gallery)
+        queries = [names.placed(source) for element in elements for source in element.sources]
+        serving = await self._answering(gallery_id)
+        if serving is not self.begun:
+            queries = [self._of_another(query, serving) for query in queries]
         deadline, most = Deadline(), limits().message_bytes
         question = questions.SearchBatch(
-            scope=replace(self.scope, gallery=gallery_id, deadline=deadline),
-            queries=[source for element in elements for source in element.sources],
-            k=self.k,
+            scope=replace(self.scope, gallery=gallery_id, deadline=deadline), queries=queries, k=self.k
         )
 
         def form(outcomes: Sequence[Found | LookalikeError]) -> list[bytes]:
             shapes = [(element.id, len(element.sources) if element.several else None) for element in elements]
             return encoded.stream_responses(shapes, outcomes, gallery_id, self.fields, most_bytes=most)
 
-        return await self.serving.ask(question, form, deadline=deadline)
+        return await serving.ask(question, form, deadline=deadline)
+
+    async def _answering(self, gallery_id: str) -> AsyncEngine:
+        gallery = self.begun.engine.catalog.opened(gallery_id)
+        if gallery is not None and gallery.model.fingerprint == self.begun.engine.model.fingerprint:
+            return self.begun
+        others = [each for each in self.serving.every if each is not self.begun]
+        return await self.serving.of(gallery_id, (self.begun, *others))
+
+    def _of_another(self, query: Source, serving: AsyncEngine) -> Source:
+        """The query, when another model answers than did: an embedding that does not say its model is of that."""
+        if not isinstance(query, GivenEmbedding) or query.model:
+            return query
+        told = (
+            f"{self.scope.gallery!r} stands for a gallery of {serving.engine.bundle.name} since this stream began with "
+            f"{self.begun.engine.bundle.name}; embed the image anew, and say by `model` what has embedded it"
+        )
+        return Unusable(error=ModelMismatch(told, field=query.path))
 
     def _searches(self, elements: Sequence[Element]) -> Iterator[Sequence[Element]]:
         """Elements that are searched together: as many as one search may answer."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar, overload
 
 from embedding.decision import Vectors
@@ -104,6 +104,33 @@ class EmbeddedRows(Sequence[Embedded]):
 
 
 _Error = TypeVar("_Error", bound=LookalikeError)
+
+
+class Names(dict[str, str]):
+    """Which gallery each name stood for when it was looked up first: an alias may move while a call lasts, and what is
+    compared would be of two models."""
+
+    def __init__(self, resolve: Callable[[str], str]) -> None:
+        super().__init__()
+        self._resolve = resolve
+
+    def __missing__(self, name: str) -> str:
+        found = self[name] = self._resolve(name)
+        return found
+
+    def placed(self, source: Source) -> Source:
+        """The source, with a stored item's gallery by its own id; `Unusable` where nobody knows what the name stands
+        for."""
+        if not isinstance(source, StoredItem):
+            return source
+        try:
+            return replace(source, gallery=self[source.gallery])
+        except LookalikeError as error:
+            return Unusable(error=located(error, source.path))
+
+    def all_placed(self, sources: Sequence[Source]) -> Sequence[Source]:
+        """`placed` of each."""
+        return sources if isinstance(sources, GivenEmbeddings) else [self.placed(source) for source in sources]
 
 
 def distinct_images(sources: Iterable[Source]) -> list[bytes]:

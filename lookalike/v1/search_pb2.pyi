@@ -772,7 +772,9 @@ class StreamSearchConfig(_message.Message):
     EFFORT_FIELD_NUMBER: _builtins.int
     READ_MASK_FIELD_NUMBER: _builtins.int
     gallery: _builtins.str
-    """The gallery to search, `galleries/{gallery}`. Required."""
+    """The gallery to search, `galleries/{gallery}`. Required. An alias counts as it stands when an element is answered: where
+    it has moved to a gallery of another model, that model answers from then on, and refuses embeddings without `model`.
+    """
     k: _builtins.int
     """How many nearest items to return for each, 1 to 1,000; unset (0) means 10."""
     filter: _builtins.str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -13,9 +15,10 @@ from google.rpc import error_details_pb2
 
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
-from lookalike.v1 import alias_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
+from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service import upkeep
 from service.engine import Engine
+from service.serving import AsyncEngine
 from service.settings import Settings
 from tests.service.harness import (
     Held,
@@ -33,6 +36,7 @@ from tests.service.harness import (
     refused,
     rich,
     served,
+    stored,
     vector,
 )
 
@@ -283,3 +287,88 @@ def test_a_migration_whose_model_is_unloaded_by_force_leaves_the_alias(
         two.models.ActivateModel(model_pb2.ActivateModelRequest(name=name, keep_previous=True))
     gallery_of(finished(two, two.upkeep.MigrateGallery(migration("now", newer.name)).operation))
     assert names_found(two, "now", encoded(1)) == ["galleries/new/items/a"]
+
+
+@pytest.fixture
+def migrated(two: Stubs, newer: Bundle) -> Stubs:
+    """A gallery `old`, a gallery `new` of the same images by the newer model, and an alias `now` of the first."""
+    two.fill("old", {f"item-{i}": encoded(i) for i in range(4)})
+    finished(two, two.upkeep.MigrateGallery(migration(model=newer.name)).operation)
+    put_alias(two, "now", "old")
+    return two
+
+
+@pytest.mark.parametrize(
+    "kind", ["verify", "batch verify", "stream verify", "embed", "batch embed", "search", "matches"]
+)
+def test_an_item_is_of_the_gallery_that_its_alias_stood_for_when_the_call_came(
+    migrated: Stubs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its embedding was of the new model and was compared by the old, which refused it."""
+    item = stored("now", "item-0")
+    pair = match_pb2.ImagePair(a=item, b=stored("now", "item-1"))
+    point = common_pb2.OperatingPoint(threshold=2)
+    asked: dict[str, Callable[[], Any]] = {
+        "verify": lambda: migrated.match.Verify(match_pb2.VerifyRequest(a=pair.a, b=pair.b)),
+        "batch verify": lambda: migrated.match.BatchVerify(match_pb2.BatchVerifyRequest(pairs=[pair])),
+        "stream verify": lambda: list(
+            migrated.match.StreamVerify(
+                iter(
+                    [
+                        match_pb2.StreamVerifyRequest(config=match_pb2.StreamVerifyConfig()),
+                        match_pb2.StreamVerifyRequest(pair=pair),
+                    ]
+                )
+            )
+        ),
+        "embed": lambda: migrated.match.Embed(match_pb2.EmbedRequest(image=item)),
+        "batch embed": lambda: migrated.match.BatchEmbed(match_pb2.BatchEmbedRequest(images=[item])),
+        "search": lambda: migrated.search.Search(search_pb2.SearchRequest(gallery="galleries/now", query=item)),
+        "matches": lambda: list(
+            migrated.search.SearchMatches(
+                search_pb2.SearchMatchesRequest(gallery="galleries/now", query=item, operating_point=point)
+            )
+        ),
+    }
+    before = asked[kind]()
+
+    def moves_first(function: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(self: AsyncEngine, *args: Any, **options: Any) -> Any:
+            self.engine.put_alias("now", "new")
+            return function(self, *args, **options)
+
+        return moved
+
+    for name in ("ask", "search"):
+        monkeypatch.setattr(AsyncEngine, name, moves_first(getattr(AsyncEngine, name)))
+    assert asked[kind]() == before
+    assert migrated.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/now")).alias.gallery == "galleries/new"
+
+
+def test_a_stream_of_searches_goes_on_when_its_alias_moves_to_a_gallery_of_another_model(
+    migrated: Stubs, newer: Bundle
+) -> None:
+    moved = threading.Event()
+    bare, named = vector(1), vector(1)
+    named.model = f"models/{newer.name}"
+
+    def sent() -> Iterator[search_pb2.StreamSearchRequest]:
+        config = search_pb2.StreamSearchConfig(gallery="galleries/now", k=2)
+        yield search_pb2.StreamSearchRequest(config=config)
+        yield search_pb2.StreamSearchRequest(query=bare)
+        assert moved.wait(timeout=20)
+        for query in (encoded(1), bare, named, stored("now", "item-2")):
+            yield search_pb2.StreamSearchRequest(query=query)
+
+    responses = migrated.search.StreamSearch(sent())
+    assert {each.item.split("/")[1] for each in next(responses).neighbors.neighbors} == {"old"}
+    put_alias(migrated, "now", "new")
+    moved.set()
+    image, refusal, of_model, item = responses
+    assert info(refusal.error).reason == "MODEL_MISMATCH"
+    assert info(refusal.error).metadata["field"] == "query.embedding"
+    alone = migrated.search.Search(search_pb2.SearchRequest(gallery="galleries/now", query=encoded(1), k=2))
+    assert list(image.neighbors.neighbors) == list(alone.neighbors)
+    for response in (image, of_model, item):
+        assert {each.item.split("/")[1] for each in response.neighbors.neighbors} == {"new"}
+        assert {each.decision.model for each in response.neighbors.neighbors} == {f"models/{newer.name}"}
