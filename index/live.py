@@ -66,6 +66,7 @@ class Live:
         self._writes = WriteQueue()
         self._sealing = threading.RLock()  # taken before the lock of `_writes`
         self._sealer: threading.Thread | None = None
+        self._settling = threading.Lock()  # for `settings`, which readers change too; taken after that of `_writes`
         self.snapshot: Snapshot
         """What readers see: one reference, replaced as a whole."""
         self._shown = Shown(followed=followed)
@@ -106,14 +107,17 @@ class Live:
     def note_margin(self, margin: float) -> None:
         """Tune the recall of matches at this distance from the next segment on, unless one is set already."""
         if self.settings.margin is None:
-            self.settings = replace(self.settings, margin=margin)
+            with self._settling:
+                if self.settings.margin is None:
+                    self.settings = replace(self.settings, margin=margin)
 
     def change_settings(self, settings: IndexSettings, token: Token | None = None) -> None:
         with self.write_lock():
             if settings.margin is None:
                 settings = replace(settings, margin=self.settings.margin)
             self.store.record_settings(json.dumps(asdict(settings)), token)
-            self.settings = settings
+            with self._settling:
+                self.settings = settings
 
     @contextmanager
     def write_lock(self) -> Iterator[None]:
@@ -160,7 +164,8 @@ class Live:
                 last_key = self.store.header.next_key - 1
                 start = 0 if everything else merge_from(since, self._seal_after)
                 first_key = sealed[start - 1].last_key + 1 if start else 0
-                precise = self._read_again(since.parts[start:], first_key, last_key)
+                settings = self.settings  # to the end: whether rows are read again depends on them
+                precise = self._read_again(since.parts[start:], first_key, last_key, settings)
             nothing_new = not len(since.fresh.keys_N) and start == len(sealed)
             whole = everything and len(sealed) == 1 and not since.unsealed
             if (nothing_new or whole) and not (anew and sealed):
@@ -173,7 +178,7 @@ class Live:
                 merged = since.parts[start:]
                 if sum(part.size for part in merged):
                     rows = living_rows(merged, step) if precise is None else told(precise, since.size, step)
-                    segment = self._write_segment(rows, since.generation, step, moved=moved_most(merged))
+                    segment = self._write_segment(rows, since.generation, settings, step, moved=moved_most(merged))
                     segments.append(segment)
                     ranges.append(
                         SealedRange(
@@ -353,19 +358,22 @@ class Live:
             self.last_failure = str(error)
             _log.warning("gallery %r stays unsealed for now: %s", self.id, error)
 
-    def _read_again(self, parts: Sequence[Part], first_key: int, last_key: int) -> Blocks | None:
+    def _read_again(
+        self, parts: Sequence[Part], first_key: int, last_key: int, settings: IndexSettings
+    ) -> Blocks | None:
         """The rows of these parts from the store, of this generation, where they are kept rounded and are not to be.
 
         The caller holds the write lock.
         """
-        if self.settings.vectors == "float16" or not any(part.halves for part in parts):
+        if settings.vectors == "float16" or not any(part.halves for part in parts):
             return None
         blocks = self.store.vectors(first_key, last_key)
         first = next(blocks, None)  # from here on what it reads is of this generation
         return chain([first], blocks) if first is not None else []
 
-    def _write_segment(self, rows: Blocks, generation: int, step: Steps, *, moved: float) -> Segment:
-        settings = self.settings
+    def _write_segment(
+        self, rows: Blocks, generation: int, settings: IndexSettings, step: Steps, *, moved: float
+    ) -> Segment:
         return self._write(
             rows,
             generation,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from embedding.decision import Judge, Vectors, distance
-from index import Catalog, Gallery, Item, ModelRef
+from index import Catalog, Gallery, IndexSettings, Item, ModelRef
 
 Answer = list[tuple[float, str, int]]
 WRITES = 150
@@ -88,3 +91,22 @@ def test_writers_of_many_threads_lose_nothing(gallery: Gallery, pool: Vectors) -
         list(threads.map(write, range(4)))
     assert (gallery.size, gallery.generation) == (80, 80)
     assert len(list(gallery.iterate())) == 80
+
+
+def test_settings_stored_while_a_reader_notes_its_margin_stay(
+    gallery: Gallery, judge: Judge, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery.upsert([Item(name="a", embedding=pool[0])])
+    asked_for = IndexSettings(min_recall=0.7)
+    configuring = threading.Thread(target=gallery.configure, args=[asked_for])
+
+    def noted(settings: IndexSettings, **changes: object) -> IndexSettings:
+        if not configuring.ident:
+            configuring.start()
+            configuring.join(timeout=0.3)  # it has to wait for the reader; where it did not, it is over by then
+        return replace(settings, **changes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("index.live.replace", noted)
+    gallery.search(pool[0], k=1, judge=judge)
+    configuring.join()
+    assert gallery.stats().settings.min_recall == 0.7

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from index import Catalog, Deadline, Gallery, GalleryCatalog, IndexSettings, Ite
 from index.engine import Precision
 from index.halves import HalfRows, rounded, rounding_slack
 from index.living import Living
+from index.sealing import moved_most
+from index.snapshot import Part
 from tests.index.contract import GalleryContract
 
 
@@ -140,6 +142,30 @@ def test_a_gallery_changes_what_it_keeps_and_answers_alike(
             assert len(of_query) > 1
             for name, dist in of_query:
                 assert dist == distance(query, again.get(name).embedding)
+
+
+def test_what_is_kept_changes_only_between_segments(
+    tmp_path: Path, model: ModelRef, judge: Judge, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were rounded stood for those of the store, where float32 was asked for as they were written."""
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", model, settings=IndexSettings(vectors="float16"))
+        gallery.upsert([Item(name=f"{row:02}", embedding=vector) for row, vector in enumerate(pool)])
+        gallery.seal()
+        found = [pairs(gallery, query, judge) for query in pool]
+
+        def asked_for(parts: Sequence[Part]) -> float:
+            gallery.configure(IndexSettings(vectors="float32"))
+            return moved_most(parts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("index.live.moved_most", asked_for)
+            gallery.reindex()
+        assert gallery.verify().problems == []
+        assert [pairs(gallery, query, judge) for query in pool] == found
+        gallery.reindex()
+        assert [file.suffix for file in tmp_path.glob("g/segments/*/vectors.*")] == [".f32"]
+        assert gallery.verify().problems == []
 
 
 def pairs(gallery: Gallery, query: Vectors, judge: Judge) -> list[tuple[str, float]]:
