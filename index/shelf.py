@@ -160,11 +160,19 @@ class Shelf:
     ) -> GalleryEngine:
         """A new gallery `into` from a snapshot, named within `publishing`.
 
-        Raises NotFound, AlreadyExists, DamagedData.
+        Raises NotFound, also when it is deleted meanwhile, AlreadyExists, DamagedData.
         """
         self.get(gallery_id, snapshot_id)
         folder = self._path(gallery_id, snapshot_id)
-        return catalog.restore(into, folder, on_progress=on_progress, publishing=publishing)
+        try:
+            return catalog.restore(into, folder, on_progress=on_progress, publishing=publishing)
+        except (DamagedData, StorageFailed) as error:
+            if folder.is_dir():
+                raise
+            raise NotFound(
+                f"snapshot {snapshot_id!r} of gallery {gallery_id!r} was deleted while it was restored",
+                field="snapshot",
+            ) from error
 
     def _path(self, gallery_id: str, snapshot_id: str) -> Path:
         check_gallery_id(gallery_id, field="parent")

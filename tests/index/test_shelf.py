@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from embedding.errors import AlreadyExists, DamagedData, InvalidInput, NotFound
-from index import Catalog, Gallery, ModelRef
+from index import Catalog, Gallery, ModelRef, Progress
 from index.copies import CONTENTS
 from index.live import STORE
 from index.shelf import FOLDER, Shelf
@@ -120,3 +120,17 @@ def test_what_is_no_snapshot_is_not_listed(catalog: Catalog, filled: Gallery) ->
     (catalog.root / FOLDER / "shapes" / "file").touch()
     assert shelf.list("shapes") == (copy,)
     assert shelf.galleries() == ("shapes",)
+
+
+def test_a_snapshot_that_is_deleted_while_it_is_restored_is_not_told_to_be_damaged(
+    catalog: Catalog, filled: Gallery
+) -> None:
+    shelf = Shelf(catalog.root)
+    shelf.create(filled, "one")
+
+    def deleting(_: Progress) -> None:
+        shelf.delete("shapes", "one")
+
+    with pytest.raises(NotFound, match="deleted while it was restored"):
+        shelf.restore(catalog, "shapes", "one", into="again", on_progress=deleting)
+    assert [path.name for path in catalog.root.iterdir() if path.name.startswith((".making", "again"))] == []
