@@ -354,9 +354,17 @@ class Live:
         except NotFound:
             pass  # closed meanwhile: the next opening finds all vectors in the store
         except (DamagedData, StorageFailed, Busy) as error:
-            self._failed_at = len(self.snapshot.fresh.keys_N)
-            self.last_failure = str(error)
+            self._note_failure(str(error))
             _log.warning("gallery %r stays unsealed for now: %s", self.id, error)
+        except (
+            Exception
+        ) as error:  # MemoryError among them; or the next write would begin it again, and each after that
+            self._note_failure(repr(error))
+            _log.exception("gallery %r stays unsealed for now", self.id)
+
+    def _note_failure(self, why: str) -> None:
+        self._failed_at = len(self.snapshot.fresh.keys_N)
+        self.last_failure = why
 
     def _read_again(
         self, parts: Sequence[Part], first_key: int, last_key: int, settings: IndexSettings

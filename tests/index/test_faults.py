@@ -108,6 +108,34 @@ def test_a_vector_file_that_cannot_grow_leaves_the_gallery_in_memory(
     assert np.isclose(filled.search(pool[0], k=1, judge=judge).neighbors[0].decision.distance, 0)
 
 
+def test_sealing_that_fails_for_whatever_reason_is_told_and_not_begun_with_every_write(
+    filled: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun = 0
+
+    def exhausted(*_: object, **__: object) -> None:
+        nonlocal begun
+        begun += 1
+        raise MemoryError("no room for a graph")
+
+    def write(*names: str) -> None:
+        filled.upsert([Item(name=name, embedding=pool[0]) for name in names])
+        if live._sealer is not None:
+            live._sealer.join()
+
+    live = filled._live
+    live._seal_after = 20
+    with monkeypatch.context() as patch:
+        patch.setattr("index.live.plan_segment", exhausted)
+        write(*(f"a{i}" for i in range(24)))
+        assert "no room for a graph" in filled.stats().last_failure
+        assert "stays unsealed for now" in caplog.text
+        write("b")
+        assert begun == 1
+    write(*(f"c{i}" for i in range(24)))
+    assert (filled.stats().last_failure, filled.stats().fresh) == ("", 0)
+
+
 @pytest.mark.parametrize("structure", ["hnsw", "ivf-flat"])
 def test_a_structure_that_the_disk_refuses_is_told_as_any_other_file(tmp_path: Path, structure: Structure) -> None:
     """FAISS's own file tells it as another error, and not at all of the last bytes."""
