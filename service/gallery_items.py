@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from embedding.errors import InvalidInput, LookalikeError, ResponseTooLarge
+from embedding.errors import InvalidInput, LookalikeError, ModelMismatch, ResponseTooLarge
 from index import Deadline
 from index.filters import parse_filter
 from index.receipts import Token
@@ -21,7 +21,7 @@ from service.call import limits
 from service.errors import translated_errors
 from service.once import Once
 from service.serving import AsyncEngine, Serving
-from service.sources import Unusable, naming
+from service.sources import GivenEmbedding, Unusable, naming
 from service.streams import Elements
 
 MAX_ITEMS = 1024
@@ -31,6 +31,7 @@ IMPORT_WINDOW = 256
 """Most items of one ImportItems that are stored and acknowledged together."""
 
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -104,7 +105,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                 pb.BatchUpdateItemsResponse,
                 serving,
                 gallery_id,
-                lambda token: _stored(serving, question, token, form, pb.BatchUpdateItemsResponse),
+                lambda token: self._stored(serving, question, token, form, pb.BatchUpdateItemsResponse),
             )
 
     async def UpdateItem(self, request: pb.UpdateItemRequest, context: Context) -> pb.UpdateItemResponse:
@@ -126,7 +127,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                 pb.UpdateItemResponse,
                 serving,
                 gallery_id,
-                lambda token: _stored(serving, question, token, form, pb.UpdateItemResponse),
+                lambda token: self._stored(serving, question, token, form, pb.UpdateItemResponse),
             )
 
     async def ImportItems(
@@ -140,7 +141,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             acknowledged = stored = 0
             async for some in elements.batches():
                 for window in _without_repeats(some):
-                    outcomes = await _imported(serving, gallery_id, window, not first.config.existing_only)
+                    outcomes = await self._imported(serving, gallery_id, window, not first.config.existing_only)
                     failures = [
                         pb.ImportFailure(
                             index=acknowledged + i, name=request.item.item.name, error=errors.status(outcome)
@@ -224,34 +225,73 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
                 request, pb.BatchDeleteItemsResponse, serving, gallery_id, lambda token: serving.run(delete, token)
             )
 
+    async def _stored(
+        self,
+        serving: AsyncEngine,
+        question: writes.UpdateItems,
+        token: Token | None,
+        form: Callable[[Sequence[writes.Stored]], R],
+        response: type[R],
+    ) -> R:
+        """The answer to what is to be stored; with a token it is made where the items are written, and kept with them.
 
-async def _stored(
-    serving: AsyncEngine,
-    question: writes.UpdateItems,
-    token: Token | None,
-    form: Callable[[Sequence[writes.Stored]], R],
-    response: type[R],
-) -> R:
-    """The answer to what is to be stored; with a token it is made where the items are written, and kept with them.
+        Raises ResponseTooLarge; with a token nothing is stored then.
+        """
+        most = limits().message_bytes
 
-    Raises ResponseTooLarge; with a token nothing is stored then.
-    """
-    most = limits().message_bytes
+        def receipt(outcomes: Sequence[writes.Stored]) -> bytes:
+            answer = form(outcomes).SerializeToString()
+            if len(answer) > most:  # by metadata that was stored before
+                raise ResponseTooLarge(
+                    f"the items as stored take {len(answer):,} bytes, and one message carries {most:,}; nothing was "
+                    "stored: send fewer items at once",
+                    field="requests",
+                )
+            return answer
 
-    def receipt(outcomes: Sequence[writes.Stored]) -> bytes:
-        answer = form(outcomes).SerializeToString()
-        if len(answer) > most:  # by metadata that was stored before
-            raise ResponseTooLarge(
-                f"the items as stored take {len(answer):,} bytes, and one message carries {most:,}; nothing was "
-                "stored: send fewer items at once",
-                field="requests",
-            )
-        return answer
+        asked = replace(question, token=token, form=receipt, answered=[])
+        return await self._asked(
+            serving,
+            asked,
+            lambda outcomes: response.FromString(asked.answered[0]) if asked.answered else form(outcomes),
+        )
 
-    asked = replace(question, token=token, form=receipt, answered=[])
-    return await serving.ask(
-        asked, lambda outcomes: response.FromString(asked.answered[0]) if asked.answered else form(outcomes)
-    )
+    async def _imported(
+        self,
+        serving: AsyncEngine,
+        gallery_id: str,
+        requests: Sequence[pb.ImportItemsRequest],
+        allow_missing: bool,
+    ) -> list[writes.Stored]:
+        resolve = serving.engine.aliases.resolve
+        drafts: list[writes.Draft | Unusable] = []
+        for request in requests:
+            match request.WhichOneof("element"):
+                case "item":
+                    drafts.append(parse.draft(request.item, gallery_id, "item", resolve=resolve))
+                case "config":
+                    error = InvalidInput("only the first element is a config; send items after it", field="config")
+                    drafts.append(Unusable(error=error))
+                case _:
+                    drafts.append(Unusable(error=InvalidInput("an element must hold an item", field="item")))
+        question = writes.UpdateItems(gallery=gallery_id, drafts=drafts, allow_missing=allow_missing)
+        return await self._asked(serving, question, list)
+
+    async def _asked(
+        self, serving: AsyncEngine, question: writes.UpdateItems, form: Callable[[list[writes.Stored]], T]
+    ) -> T:
+        """What `form` makes of the outcomes; where an alias has moved to a gallery of another model since `serving` was
+        chosen, by that model.
+
+        Raises ModelMismatch for embeddings that came with the request: nothing says that they are of that model.
+        """
+        try:
+            return await serving.ask(question, form)
+        except ModelMismatch:
+            another = await self._serving.of(question.gallery)
+            if another is serving or any(isinstance(source, GivenEmbedding) for source in question.sources):
+                raise
+            return await another.ask(question, form)
 
 
 def _deleted(count: int) -> bytes:
@@ -274,24 +314,6 @@ def _without_repeats(requests: Sequence[pb.ImportItemsRequest]) -> Iterator[list
         window.append(request)
         names.add(name)
     yield window
-
-
-async def _imported(
-    serving: AsyncEngine, gallery_id: str, requests: Sequence[pb.ImportItemsRequest], allow_missing: bool
-) -> list[writes.Stored]:
-    resolve = serving.engine.aliases.resolve
-    drafts: list[writes.Draft | Unusable] = []
-    for request in requests:
-        match request.WhichOneof("element"):
-            case "item":
-                drafts.append(parse.draft(request.item, gallery_id, "item", resolve=resolve))
-            case "config":
-                error = InvalidInput("only the first element is a config; send items after it", field="config")
-                drafts.append(Unusable(error=error))
-            case _:
-                drafts.append(Unusable(error=InvalidInput("an element must hold an item", field="item")))
-    question = writes.UpdateItems(gallery=gallery_id, drafts=drafts, allow_missing=allow_missing)
-    return await serving.ask(question, list)
 
 
 def _batch_response(outcomes: Sequence[writes.Stored], gallery_id: str) -> pb.BatchUpdateItemsResponse:

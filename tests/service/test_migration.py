@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,20 @@ def migrated(two: Stubs, newer: Bundle) -> Stubs:
     return two
 
 
+def move_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the alias moves to the new gallery when a call has chosen its model and is about to be worked on."""
+
+    def moves_first(function: Callable[..., Any]) -> Callable[..., Any]:
+        def moved(self: AsyncEngine, *args: Any, **options: Any) -> Any:
+            self.engine.put_alias("now", "new")
+            return function(self, *args, **options)
+
+        return moved
+
+    for name in ("ask", "search"):
+        monkeypatch.setattr(AsyncEngine, name, moves_first(getattr(AsyncEngine, name)))
+
+
 @pytest.mark.parametrize(
     "kind", ["verify", "batch verify", "stream verify", "embed", "batch embed", "search", "matches"]
 )
@@ -332,15 +347,7 @@ def test_an_item_is_of_the_gallery_that_its_alias_stood_for_when_the_call_came(
     }
     before = asked[kind]()
 
-    def moves_first(function: Callable[..., Any]) -> Callable[..., Any]:
-        def moved(self: AsyncEngine, *args: Any, **options: Any) -> Any:
-            self.engine.put_alias("now", "new")
-            return function(self, *args, **options)
-
-        return moved
-
-    for name in ("ask", "search"):
-        monkeypatch.setattr(AsyncEngine, name, moves_first(getattr(AsyncEngine, name)))
+    move_first(monkeypatch)
     assert asked[kind]() == before
     assert migrated.aliases.GetAlias(alias_pb2.GetAliasRequest(name="aliases/now")).alias.gallery == "galleries/new"
 
@@ -372,3 +379,51 @@ def test_a_stream_of_searches_goes_on_when_its_alias_moves_to_a_gallery_of_anoth
     for response in (image, of_model, item):
         assert {each.item.split("/")[1] for each in response.neighbors.neighbors} == {"new"}
         assert {each.decision.model for each in response.neighbors.neighbors} == {f"models/{newer.name}"}
+
+
+def write_in(stubs: Stubs, kind: str, image: common_pb2.ImageInput) -> list[Any]:
+    """What becomes of a new item of the gallery that the alias stands for."""
+    update = gallery_pb2.UpdateItemRequest(
+        item=gallery_pb2.Item(name="galleries/now/items/more"),
+        image=image,
+        allow_missing=True,
+        request_id=str(uuid.uuid4()) if kind == "one" else "",
+    )
+    match kind:
+        case "one":
+            return [stubs.galleries.UpdateItem(update).item]
+        case "batch":
+            batch = gallery_pb2.BatchUpdateItemsRequest(
+                parent="galleries/now", requests=[update], allow_missing=True, request_id=str(uuid.uuid4())
+            )
+            return [result.item for result in stubs.galleries.BatchUpdateItems(batch).results]
+        case _:
+            config = gallery_pb2.ImportItemsConfig(parent="galleries/now")
+            sent = [gallery_pb2.ImportItemsRequest(config=config), gallery_pb2.ImportItemsRequest(item=update)]
+            (told,) = stubs.galleries.ImportItems(iter(sent))
+            assert (told.stored_count, list(told.failures)) == (1, [])
+            return []
+
+
+@pytest.mark.parametrize("kind", ["one", "batch", "import"])
+def test_an_image_written_while_its_alias_moves_is_embedded_by_the_model_of_the_new_gallery(
+    migrated: Stubs, newer: Bundle, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It was refused for being embedded by the old one."""
+    move_first(monkeypatch)
+    for item in write_in(migrated, kind, encoded(9)):
+        assert item.name == "galleries/new/items/more"
+    (emb_D,) = Encoder(newer, device="cpu").encode([png(9)])
+    assert np.array_equal(np.frombuffer(embedding(migrated, "new", "more"), "<f4"), emb_D)
+
+
+@pytest.mark.parametrize("kind", ["one", "batch", "import"])
+def test_an_embedding_written_while_its_alias_moves_is_refused(
+    migrated: Stubs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    move_first(monkeypatch)
+    with pytest.raises(grpc.RpcError) as caught:
+        write_in(migrated, kind, vector(1))
+    assert info(rich(caught.value)).reason == "MODEL_MISMATCH"
+    missing = gallery_pb2.GetItemRequest(name="galleries/new/items/more")
+    assert refused(migrated.galleries.GetItem, missing).code() is grpc.StatusCode.NOT_FOUND
