@@ -145,11 +145,15 @@ def _refusal(message: str, subject: str, retry_seconds: float) -> _Made:
     return _made(status(domain.Overloaded(message, subject=subject, retry_seconds=retry_seconds)))
 
 
-def status(error: BaseException) -> status_pb2.Status:
-    """The status of an error. An error that nobody foresaw is logged; the caller learns only the request's id."""
+def status(error: BaseException, *, operation: str = "") -> status_pb2.Status:
+    """The status of an error. Of one that nobody foresaw the caller learns only the request's id, under which it is
+    logged; or that of the operation that failed with it, which has logged it."""
     code = code_of(error)
     if code is None or not isinstance(error, domain.LookalikeError):
-        return _unforeseen(error)
+        if operation and not isinstance(error, domain.LookalikeError):
+            return _internal("operation", operation)
+        _log.error("unforeseen error", request_id=request_id(), exc_info=error)
+        return _internal("request", request_id())
     message = shortened(str(error), MAX_MESSAGE)
     metadata = {"field": error.field} if error.field else {}
     if isinstance(error, domain.InvalidFilter) and error.position is not None:
@@ -235,14 +239,13 @@ def code_of(error: BaseException) -> grpc.StatusCode | None:
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), None)
 
 
-def _unforeseen(error: BaseException) -> status_pb2.Status:
-    _log.error("unforeseen error", request_id=request_id(), exc_info=error)
+def _internal(kind: str, logged_as: str) -> status_pb2.Status:
     return _status(
         grpc.StatusCode.INTERNAL,
-        f"internal error; the server's log has it under request {request_id()}",
+        f"internal error; the server's log has it under {kind} {logged_as}",
         [
             error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN),
-            error_details_pb2.RequestInfo(request_id=request_id()),
+            error_details_pb2.RequestInfo(request_id=logged_as),
         ],
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import grpc
@@ -260,4 +261,4 @@ def _gallery(made: GalleryEngine) -> gallery_pb2.Gallery:
 
 
 def _told(operation: Operation[Any]) -> operations_pb2.Operation:
-    return wire.operation(operation, errors.status)
+    return wire.operation(operation, partial(errors.status, operation=operation.id))

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import structlog
+
 from embedding.errors import Busy, Cancelled, LookalikeError, NotFound
 from embedding.runtime import trim_malloc
 from index import ModelRef, Progress
@@ -23,6 +25,8 @@ from index.engine import OnProgress
 from index.receipts import Token, reused
 
 R = TypeVar("R")
+
+_log = structlog.get_logger(__name__)
 
 MAX_KEPT = 1000
 """Operations remembered; of the finished ones the oldest are forgotten first."""
@@ -91,6 +95,10 @@ class Operation(Generic[R]):
             self.result = work(self._tell)
         except Exception as error:
             self.error = error
+            if not isinstance(error, LookalikeError):  # here, since nobody may ever ask what became of it
+                _log.error(
+                    "an operation failed", operation=self.id, verb=self.verb, gallery=self.target, exc_info=error
+                )
         finally:
             self.ended = datetime.now(UTC)
             self._finished.set()

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from google.longrunning import operations_pb2
 from google.protobuf.duration_pb2 import Duration
+from structlog.testing import capture_logs
 
 from index import Gallery, Progress
 from index.engine import OnProgress
@@ -17,6 +18,7 @@ from tests.service.harness import (
     encoded,
     fields,
     finished,
+    info,
     metadata_of,
     refused,
     rich,
@@ -61,6 +63,26 @@ def test_an_operation_is_cancelled(stubs: Stubs, filled: str, monkeypatch: pytes
     assert refused(stubs.operations.DeleteOperation, delete).code() is grpc.StatusCode.UNAVAILABLE
     stubs.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=begun.name))
     assert finished(stubs, begun).error.code == grpc.StatusCode.CANCELLED.value[0]
+
+
+def test_an_operation_that_fails_unforeseen_is_logged_once_whoever_asks(
+    stubs: Stubs, filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Gallery, settings: object, *, on_progress: OnProgress) -> None:
+        raise ZeroDivisionError("private")
+
+    monkeypatch.setattr(Gallery, "reindex", broken)
+    with capture_logs() as lines:
+        begun = stubs.upkeep.ReindexGallery(upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{filled}")).operation
+        told = [finished(stubs, begun).error for _ in range(3)]
+    operation = begun.name.removeprefix("operations/")
+    (logged,) = [line for line in lines if line["log_level"] == "error"]
+    assert (logged["operation"], logged["gallery"], logged["verb"]) == (operation, filled, "reindex")
+    assert isinstance(logged["exc_info"], ZeroDivisionError)
+    for error in told:
+        assert info(error).reason == "INTERNAL"
+        assert operation in error.message
+        assert "private" not in error.message
 
 
 def test_ways_to_ask_for_operations_wrongly(stubs: Stubs) -> None:
