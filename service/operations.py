@@ -187,7 +187,9 @@ class Operations:
             return self._operations[operation_id]
         except KeyError:
             raise NotFound(
-                f"no operation {operation_id!r} here; operations are forgotten when the server stops", field="name"
+                f"no operation {operation_id!r} here; operations end and are forgotten when the server stops: look "
+                "what there is of its work, and ask for it again where that is not all",
+                field="name",
             ) from None
 
     def all(self) -> list[Operation[Any]]:

@@ -46,6 +46,7 @@ def test_operations_are_listed_and_forgotten(stubs: Stubs, filled: str) -> None:
     stubs.operations.DeleteOperation(operations_pb2.DeleteOperationRequest(name=done[0].name))
     error = refused(stubs.operations.GetOperation, operations_pb2.GetOperationRequest(name=done[0].name))
     assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert "ask for it again" in rich(error).message
 
 
 def test_an_operation_is_cancelled(stubs: Stubs, filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
