@@ -190,6 +190,7 @@ def test_damage_is_found_and_mended(
     assert "nothing is wrong" in whole.out
     run("gallery", "verify", "nowhere", *alone).failed_with("no gallery 'nowhere'")
     with monkeypatch.context() as patched:  # a terminal, which is shown how far it is
+        patched.setenv("TERM", "xterm")
         patched.setenv("FORCE_COLOR", "1")
         patched.setattr("lookalike.cli.upkeep.is_live", lambda console: console.is_interactive)
         patched.setattr("index.progress.LOOK_SECONDS", 0.0)
