@@ -9,7 +9,7 @@ from embedding.calibration import Calibration
 from embedding.decision import Judge, OperatingPoint
 from embedding.errors import InvalidInput, NotFound
 from lookalike.v1 import common_pb2
-from service import wire
+from service.messages import wire
 
 _TOLERANCE = 1e-6
 """What callers may lose of a number on its way through formats of their own."""

@@ -41,21 +41,21 @@ from service.accepted import Accepted, drained
 from service.access.audit import Audit
 from service.access.rights import RULES
 from service.admission import Admission
-from service.alias import AliasService
 from service.call import Limits, StreamBytes
 from service.calls import Calls
-from service.feedback import FeedbackService
 from service.feedback_store import FeedbackStore
-from service.galleries import GalleryService
 from service.given_back import GivenBack
-from service.keeping import OperationsService, UpkeepService
-from service.match import MatchService
-from service.models import ModelService
 from service.once import Once
 from service.operations import Operations
-from service.rollout import Rollout
-from service.search import SearchService
+from service.rollout.swap import Rollout
 from service.security import Security
+from service.servicers.alias import AliasService
+from service.servicers.feedback import FeedbackService
+from service.servicers.galleries import GalleryService
+from service.servicers.keeping import OperationsService, UpkeepService
+from service.servicers.match import MatchService
+from service.servicers.models import ModelService
+from service.servicers.search import SearchService
 from service.serving import Serving
 from service.settings import Settings
 from service.settings_sources import Origins

@@ -11,7 +11,8 @@ import grpc
 
 from embedding.errors import LookalikeError, NotFound, NotReady, ResponseTooLarge
 from index import Deadline, Found
-from service.batching import Batcher, Bounds
+from service.batching.batcher import Batcher, Bounds
+from service.batching.together import Form, Together
 from service.call import CURRENT, Call
 from service.calls import Hook
 from service.engine import Answer, Engine, Question
@@ -21,7 +22,6 @@ from service.settings import Settings
 from service.sources import Source, StoredItem, distinct_images
 from service.stages import Work
 from service.telemetry.watch import ModelWatch
-from service.together import Form, Together
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -45,11 +45,12 @@ from lookalike.types import (
     Snapshot,
     Verification,
 )
-from service import errors, operations, parse, upkeep, wire
+from service import errors, operations, upkeep
 from service.engine import Engine
+from service.messages import parse, wire
 from service.questions import Scope, Search, SearchBatch, SearchMatches, Verify
+from service.rollout.stock import Model as Available
 from service.sources import EncodedImage, GivenEmbedding, Source, StoredItem
-from service.stock import Model as Available
 from service.writes import Draft, PurgeItems, UpdateGallery, UpdateItems
 
 

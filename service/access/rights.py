@@ -16,8 +16,8 @@ from google.protobuf.message import Message
 
 from embedding.errors import InvalidInput
 from lookalike.v1 import common_pb2
-from service import parse
 from service.access.principal import Scope
+from service.messages import parse
 
 IMAGE = common_pb2.ImageInput.DESCRIPTOR.full_name
 

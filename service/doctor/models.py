@@ -8,10 +8,10 @@ from pathlib import Path
 from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from embedding.errors import DamagedData, LookalikeError
-from service import standing
 from service.doctor.finding import Finding
+from service.rollout import standing
+from service.rollout.stock import Choice, Stock
 from service.settings import Settings
-from service.stock import Choice, Stock
 
 
 def models(settings: Settings, answering: list[Bundle]) -> Iterator[Finding]:

@@ -14,11 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from embedding.errors import InvalidInput, LookalikeError
 from lookalike.v1 import model_pb2, model_pb2_grpc
-from service import standing
 from service.doctor.finding import Finding
 from service.doctor.galleries import holder
+from service.rollout import standing
+from service.rollout.stock import Choice, Stock
 from service.settings import Settings
-from service.stock import Choice, Stock
 from service.transport import joined
 
 _SECONDS = 5.0

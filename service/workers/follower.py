@@ -8,7 +8,7 @@ import structlog
 
 from embedding.errors import Busy, LookalikeError
 from service.engine import Engine
-from service.rollout import Rollout
+from service.rollout.swap import Rollout
 from service.workers import words as worker_words
 from service.workers.line_up import LineUp
 from service.workers.part import Part

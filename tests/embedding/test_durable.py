@@ -12,9 +12,9 @@ from embedding import durable
 from embedding.durable import replace_file
 from embedding.errors import StorageFailed
 from index.aliases import Aliases
-from service import standing
-from service.standing import Standing
-from service.stock import Choice
+from service.rollout import standing
+from service.rollout.standing import Standing
+from service.rollout.stock import Choice
 
 
 @pytest.fixture

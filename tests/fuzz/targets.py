@@ -30,8 +30,8 @@ from index.filters import parse_filter
 from index.segments import MANIFEST, open_segment, segment_path, write_segment
 from index.structures import Plan
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, search_pb2, upkeep_pb2
-from service import parse
 from service.access.rights import RULES, elements, named
+from service.messages import parse
 from tests.service.harness import DIM, encoded, make_bundle, stored, unit
 from tests.tiff import tiled
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from embedding.bundle import Bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder
-from service import batching, workbench
-from service.batching import Batcher, Bounds
+from service.batching import batcher as batching
+from service.batching import workbench
+from service.batching.batcher import Batcher, Bounds
 from service.sources import value_of
 from tests.service.harness import png
 

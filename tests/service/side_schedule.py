@@ -22,12 +22,12 @@ from embedding.errors import AlreadyExists, NotFound
 from embedding.feedback import Feedback
 from index.aliases import Aliases
 from index.receipts import Token
-from service import standing
 from service.access.key_ring import KeyRing
 from service.feedback_store import FeedbackStore, Kept
 from service.once import Ledger
-from service.standing import Standing
-from service.stock import Choice
+from service.rollout import standing
+from service.rollout.standing import Standing
+from service.rollout.stock import Choice
 from tests.index.calibrations import calibration
 
 FINGERPRINT = "a" * 64

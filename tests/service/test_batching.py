@@ -10,7 +10,7 @@ import pytest
 
 from embedding.encoder import Encoder
 from embedding.errors import DeadlineExceeded, InvalidImage, Overloaded
-from service.batching import Batcher
+from service.batching.batcher import Batcher
 from tests.service.batches import (
     HeldEncoder,
     embed,

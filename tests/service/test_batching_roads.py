@@ -12,8 +12,9 @@ import pytest
 from embedding.bundle import Bundle
 from embedding.decision import Vectors
 from embedding.encoder import Encoder
-from service import batching, workbench
-from service.batching import Batcher
+from service.batching import batcher as batching
+from service.batching import workbench
+from service.batching.batcher import Batcher
 from service.sources import value_of
 from tests.service.batches import (
     HeldEncoder,

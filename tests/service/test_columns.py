@@ -20,9 +20,9 @@ from index import Catalog, Exact, Gallery, IndexSettings, Item, ModelRef, Raw, T
 from index.engine import Effort, Structure
 from index.telling import MANY_NAMES
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
-from service import columns, encoded, wire
+from service.messages import columns, encoded, wire
+from service.messages.parse import NEIGHBOR_FIELDS
 from service.outcomes import Outcomes
-from service.parse import NEIGHBOR_FIELDS
 from service.telemetry import watch
 from tests.service.harness import Stubs, fields, refused, rich, unit
 from tests.service.harness import encoded as image

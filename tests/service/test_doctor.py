@@ -28,7 +28,7 @@ from index.schema import SCHEMA_VERSION
 from index.shelf import FOLDER, Shelf
 from lookalike.__main__ import main
 from lookalike.v1 import gallery_pb2, model_pb2
-from service import feedback_store, once, standing
+from service import feedback_store, once
 from service.access.key_ring import KeyRing
 from service.doctor import deployment as doctor
 from service.doctor.certificate_dates import NotValid, expiry
@@ -36,6 +36,7 @@ from service.doctor.deployment import looked_at
 from service.doctor.server import asked
 from service.feedback_store import FeedbackStore
 from service.once import Ledger
+from service.rollout import standing
 from service.server import SERVICES
 from service.settings import Settings
 from tests.authority import Authority

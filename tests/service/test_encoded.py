@@ -15,8 +15,9 @@ from embedding.decision import Judge, OperatingPoint
 from embedding.errors import InvalidInput, LookalikeError
 from index import JSON, Entry, Found, Neighbors
 from lookalike.v1 import search_pb2 as pb
-from service import encoded, errors, wire
-from service.parse import NEIGHBOR_FIELDS
+from service import errors
+from service.messages import encoded, wire
+from service.messages.parse import NEIGHBOR_FIELDS
 
 MOST = 2**20
 

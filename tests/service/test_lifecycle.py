@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from embedding.encoder import Encoder
 from embedding.errors import Busy, InvalidInput, LookalikeError, NotFound
 from lookalike.v1 import match_pb2
-from service import accepted, workbench
+from service import accepted
+from service.batching import workbench
 from service.server import SERVICES, Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, info, refused, rich, served

@@ -9,7 +9,7 @@ from embedding.bundle import Bundle
 from embedding.calibration import IsotonicProbability
 from lookalike._messages import calibration
 from lookalike.v1 import model_pb2 as pb
-from service import wire
+from service.messages import wire
 from tests.service.harness import DIM, MARGIN, SIDE, Stubs, fields, refused, rich
 
 

@@ -105,7 +105,7 @@ def test_ways_to_ask_for_operations_wrongly(stubs: Stubs) -> None:
 
 
 def test_a_wait_ends_when_its_time_is_over(stubs: Stubs, gallery: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.keeping.MAX_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("service.servicers.keeping.MAX_WAIT_SECONDS", 0.01)
     stubs.fill(gallery, {"a": encoded(1)})
     begun = stubs.upkeep.ReindexGallery(upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{gallery}")).operation
     request = operations_pb2.WaitOperationRequest(name=begun.name, timeout=Duration(seconds=3600))
@@ -122,7 +122,7 @@ def test_a_wait_may_be_asked_to_take_any_time(
     begun = stubs.upkeep.ReindexGallery(upkeep_pb2.ReindexGalleryRequest(name=f"galleries/{gallery}")).operation
     request = operations_pb2.WaitOperationRequest(name=begun.name, timeout=Duration(seconds=seconds))
     with monkeypatch.context() as patched:
-        patched.setattr("service.keeping.MAX_WAIT_SECONDS", 0.01)
+        patched.setattr("service.servicers.keeping.MAX_WAIT_SECONDS", 0.01)
         assert stubs.operations.WaitOperation(request).name == begun.name
     finished(stubs, begun)
 

@@ -16,8 +16,9 @@ from embedding.encoder import Encoder
 from index.gallery import Gallery
 from lookalike import Client, ResourceExhausted, Retry
 from lookalike.v1 import common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
-from service import admission, workbench
+from service import admission
 from service.admission import Pace
+from service.batching import workbench
 from service.server import Server
 from service.settings import Settings
 from tests.service.harness import Loop, Stubs, connected, encoded, info, png, refused, rich, served, unit

@@ -9,7 +9,7 @@ import pytest
 from google.longrunning import operations_pb2
 
 from lookalike.v1 import alias_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, upkeep_pb2
-from service import pages
+from service.servicers import pages
 from tests.service.harness import Stubs, encoded, fields, finished, refused, rich
 
 Ask = Callable[..., Any]

@@ -23,7 +23,9 @@ from embedding.errors import InvalidInput
 from index import Gallery
 from lookalike import Client, EmbeddingOf, FailedPrecondition
 from lookalike.v1 import common_pb2, feedback_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2
-from service import rollout, standing, workbench
+from service.batching import workbench
+from service.rollout import standing
+from service.rollout import swap as rollout
 from tests.service.harness import (
     Loop,
     Stubs,

@@ -14,7 +14,7 @@ from index.catalog import Catalog
 from lookalike.v1 import gallery_pb2, model_pb2, upkeep_pb2
 from service import upkeep
 from service.engine import Engine
-from service.loading import Loading
+from service.rollout.loading import Loading
 from tests.service.harness import (
     Held,
     Loop,

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from index.aliases import Aliases
-from service import standing
 from service.access.key_ring import KeyRing
 from service.feedback_store import FeedbackStore, read_feedback
 from service.once import Ledger
+from service.rollout import standing
 from tests.processes import piped
 from tests.service.side_schedule import FINGERPRINT, KEYS, Truth, answer, form, kind, said, token, truth_after
 

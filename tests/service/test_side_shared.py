@@ -13,9 +13,9 @@ import pytest
 
 from embedding.errors import NotFound
 from index.aliases import Aliases
-from service import standing
 from service.access.keys import read
 from service.feedback_store import read_feedback
+from service.rollout import standing
 from tests.processes import piped
 from tests.service.side_schedule import KEYS, truth_after
 

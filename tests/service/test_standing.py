@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from embedding.errors import DamagedData
-from service.standing import FILE, Standing, kept, read, write
-from service.stock import Choice
+from service.rollout.standing import FILE, Standing, kept, read, write
+from service.rollout.stock import Choice
 
 GIVEN = (Choice("shapes-0123456789ab", 1), Choice("shapes-ba9876543210", 1))
 STANDING = Standing(given=GIVEN, active=Choice("shapes-0123456789ab", 3), others=(GIVEN[1],))

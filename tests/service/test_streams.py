@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from lookalike.v1 import common_pb2
-from service.streams import Elements
+from service.servicers.streams import Elements
 
 BYTES = common_pb2.ImageInput(encoded=bytes(100)).ByteSize()
 

@@ -13,9 +13,9 @@ import pytest
 
 from index import Deadline, Found
 from lookalike.v1 import common_pb2, search_pb2
+from service.batching.together import LOOK_EVERY, Together
 from service.questions import Scope, Search, SearchBatch
 from service.sources import GivenEmbedding
-from service.together import LOOK_EVERY, Together
 from tests.service.harness import Stubs, info, refused, rich, unit
 
 POINTS = (None, common_pb2.OperatingPoint(threshold=0.5), common_pb2.OperatingPoint(target_far=0.5))

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput
 from lookalike.v1 import match_pb2
-from service import batching
+from service.batching import batcher as batching
 from service.engine import Engine
 from service.server import Server
 from service.settings import Settings

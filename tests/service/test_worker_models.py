@@ -22,8 +22,8 @@ import pytest
 from embedding.bundle import Bundle
 from embedding.errors import DamagedData
 from lookalike.v1 import gallery_pb2, model_pb2
-from service import standing
-from service.loading import Loading
+from service.rollout import standing
+from service.rollout.loading import Loading
 from service.server import Server
 from service.settings import Settings
 from service.workers import words as worker_words

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedding.durable import replace_file
 from embedding.errors import DamagedData, StorageFailed
-from service.stock import Choice
+from service.rollout.stock import Choice
 
 FILE = ".models.json"
 

@@ -21,8 +21,9 @@ from embedding.errors import LookalikeError, ResponseTooLarge
 from index import Deadline, Entry, Filter, Found, GalleryEngine, Neighbors
 from index.items import name_of_page_token, page_token_after
 from lookalike.v1 import common_pb2, gallery_pb2, search_pb2
-from service import errors, wire
-from service.parse import NEIGHBOR_FIELDS
+from service import errors
+from service.messages import wire
+from service.messages.parse import NEIGHBOR_FIELDS
 
 # A field is a key, its number and the kind of its value, then the value: https://protobuf.dev/programming-guides/encoding
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5

@@ -13,19 +13,21 @@ from index import GalleryCatalog, IndexSettings
 from index.items import name_of_page_token
 from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
-from service import pages, parse, wire, writes
+from service import writes
 from service.access.principal import Principal
 from service.call import principal
 from service.engine import Engine
 from service.errors import translated_errors
-from service.gallery_items import ItemMethods
+from service.messages import parse, wire
 from service.once import gone_already, keeps_receipts, token_of
+from service.servicers import pages
+from service.servicers.gallery_items import ItemMethods
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class GalleryService(ItemMethods):
-    """Named collections of items embedded by one model; the methods on items stand in `service.gallery_items`."""
+    """Named collections of items embedded by one model; the methods on items stand in `gallery_items`."""
 
     async def CreateGallery(self, request: pb.CreateGalleryRequest, context: Context) -> pb.CreateGalleryResponse:
         async with translated_errors(context):

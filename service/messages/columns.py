@@ -15,8 +15,9 @@ from index import Answers, Entry
 from index.hits import spread
 from index.texts import Texts
 from lookalike.v1 import search_pb2
-from service import errors, wire
-from service.encoded import VERDICT_BYTES, field, keep_formed, too_large
+from service import errors
+from service.messages import wire
+from service.messages.encoded import VERDICT_BYTES, field, keep_formed, too_large
 from service.outcomes import Outcomes
 
 _COLUMNS = search_pb2.NeighborColumns

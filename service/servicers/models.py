@@ -9,10 +9,11 @@ import grpc
 from index.items import name_of_page_token
 from lookalike.v1 import model_pb2 as pb
 from lookalike.v1 import model_pb2_grpc
-from service import pages, parse, wire
 from service.errors import translated_errors
+from service.messages import parse, wire
 from service.once import Once
-from service.rollout import Rollout
+from service.rollout.swap import Rollout
+from service.servicers import pages
 from service.serving import Serving
 
 Context = grpc.aio.ServicerContext[Any, Any]

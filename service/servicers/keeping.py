@@ -17,11 +17,13 @@ from index.items import name_of_page_token
 from index.schema import as_datetime, as_us
 from lookalike.v1 import gallery_pb2, upkeep_pb2_grpc
 from lookalike.v1 import upkeep_pb2 as pb
-from service import errors, pages, parse, upkeep, wire
+from service import errors, upkeep
 from service.call import principal
 from service.errors import translated_errors
+from service.messages import parse, wire
 from service.once import Once, gone_already, token_of
 from service.operations import Makes, Operation, Operations
+from service.servicers import pages
 from service.serving import Serving
 
 MAX_WAIT_SECONDS = 60.0

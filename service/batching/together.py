@@ -16,9 +16,9 @@ from typing import Any
 
 from embedding.errors import LookalikeError, ResponseTooLarge
 from index import Found
+from service.batching.quiet import Quiet
 from service.engine import Engine
 from service.questions import Search, SearchBatch
-from service.quiet import Quiet
 from service.stages import Work
 from service.telemetry.watch import ModelWatch
 

@@ -13,11 +13,12 @@ from embedding.decision import Decision
 from embedding.errors import InvalidInput, InvalidOperatingPoint, LookalikeError
 from lookalike.v1 import match_pb2 as pb
 from lookalike.v1 import match_pb2_grpc
-from service import errors, parse, questions, wire
+from service import errors, questions
 from service.errors import translated_errors
+from service.messages import parse, wire
+from service.servicers.streams import Elements, answered_id, check_id
 from service.serving import AsyncEngine, Serving
 from service.sources import Embedded, Names, Source, StoredItem, Unusable, under
-from service.streams import Elements, answered_id, check_id
 
 MAX_PAIRS = 256
 """Most pairs of one BatchVerify."""

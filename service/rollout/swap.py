@@ -19,12 +19,12 @@ from embedding.bundle import Bundle, Described
 from embedding.errors import ModelActive, NotFound
 from embedding.runtime import trim_malloc
 from service.engine import Engine
-from service.left_behind import check_galleries
-from service.loading import Loading
 from service.operations import Operations
+from service.rollout.left_behind import check_galleries
+from service.rollout.loading import Loading
+from service.rollout.stock import Choice, Model
 from service.serving import AsyncEngine, Serving
 from service.settings import Settings
-from service.stock import Choice, Model
 from service.workers.line_up import LineUp, Named, digest_of
 from service.workers.models import Followers, Prepared
 from service.workers.part import Part

@@ -12,12 +12,12 @@ import structlog
 from embedding.bundle import Bundle, Described
 from embedding.encoder import Encoder
 from embedding.errors import LookalikeError
-from service import standing
 from service.engine import Engine
+from service.rollout import standing
+from service.rollout.standing import Standing
+from service.rollout.stock import Choice, Stock
 from service.serving import AsyncEngine
 from service.settings import Settings
-from service.standing import Standing
-from service.stock import Choice, Stock
 from service.storage import catalog_of
 from service.workers.line_up import Named
 from service.workers.part import Part

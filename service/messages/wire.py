@@ -20,10 +20,11 @@ from index.engine import Fallback, Stats, Verification
 from index.shelf import Copy
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, search_pb2, upkeep_pb2
 from lookalike.v1 import operations_pb2 as pb
-from service import operations, parse
+from service import operations
+from service.messages import parse
+from service.messages.parse import NEIGHBOR_FIELDS
 from service.operations import Operation
-from service.parse import NEIGHBOR_FIELDS
-from service.stock import Model
+from service.rollout.stock import Model
 from service.writes import settings_etag
 
 VERDICTS = {

@@ -9,10 +9,11 @@ import grpc
 from index.items import name_of_page_token
 from lookalike.v1 import alias_pb2 as pb
 from lookalike.v1 import alias_pb2_grpc
-from service import pages, parse, wire
 from service.call import principal
 from service.errors import translated_errors
+from service.messages import parse, wire
 from service.once import Once, gone_already
+from service.servicers import pages
 from service.serving import Serving
 
 Context = grpc.aio.ServicerContext[Any, Any]

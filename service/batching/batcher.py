@@ -26,14 +26,14 @@ from embedding.encoder import Encoder
 from embedding.errors import DeadlineExceeded, LookalikeError
 from embedding.images import Pixels
 from service.admission import Room
-from service.admitted import Admitted
+from service.batching.admitted import Admitted
+from service.batching.on_the_way import Image, Waiter
+from service.batching.quiet import Quiet
+from service.batching.recent import Recent
+from service.batching.workbench import BRIEF_BYTES, BRIEF_SECONDS, Outcome, Workbench
 from service.fairness import FairQueue
-from service.on_the_way import Image, Waiter
-from service.quiet import Quiet
-from service.recent import Recent
 from service.sources import Embedded
 from service.stages import looked_up
-from service.workbench import BRIEF_BYTES, BRIEF_SECONDS, Outcome, Workbench
 
 HASHED_AT_ONCE = 64 * 1024
 """Bytes of an image that are hashed on the event loop; hashing more takes longer than going to a thread."""

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from embedding.errors import InvalidInput, LookalikeError, ModelMismatch, Overloaded, ResponseTooLarge
 from index import Deadline, Found
 from lookalike.v1 import search_pb2 as pb
-from service import encoded, parse, questions
+from service import questions
 from service.call import CURRENT, limits
 from service.calls import LARGE
+from service.messages import encoded, parse
 from service.questions import MAX_RESULTS
+from service.servicers.streams import answered_id, check_id
 from service.serving import AsyncEngine, Serving
 from service.sources import GivenEmbedding, Names, Source, Unusable
-from service.streams import answered_id, check_id
 
 MAX_TOGETHER = 256
 """Most images of one element."""

@@ -16,13 +16,15 @@ from index.filters import parse_filter
 from index.receipts import Token
 from lookalike.v1 import gallery_pb2 as pb
 from lookalike.v1 import gallery_pb2_grpc
-from service import encoded, errors, pages, parse, wire, writes
+from service import errors, writes
 from service.call import limits
 from service.errors import translated_errors
+from service.messages import encoded, parse, wire
 from service.once import Once
+from service.servicers import pages
+from service.servicers.streams import Elements
 from service.serving import AsyncEngine, Serving
 from service.sources import GivenEmbedding, Unusable, naming
-from service.streams import Elements
 
 MAX_ITEMS = 1024
 """Most items of one BatchUpdateItems or BatchDeleteItems."""

@@ -11,7 +11,7 @@ from service.admission import Ticket
 from service.sources import Embedded
 
 if TYPE_CHECKING:
-    from service.batching import Batcher
+    from service.batching.batcher import Batcher
 
 
 class Admitted:

@@ -15,13 +15,14 @@ from embedding.feedback import MAX_TEXT, Feedback
 from index.items import name_of_page_token
 from lookalike.v1 import common_pb2, feedback_pb2_grpc
 from lookalike.v1 import feedback_pb2 as pb
-from service import pages, parse, wire
 from service.errors import translated_errors
 from service.feedback_store import FeedbackStore, Kept
 from service.made_decisions import Known, check_made, gathered
+from service.messages import parse, wire
 from service.once import Once, gone_already, token_of
 from service.pool import Pool
-from service.rollout import Rollout
+from service.rollout.swap import Rollout
+from service.servicers import pages
 from service.serving import Serving, run_in
 
 MAX_CASES = 1024

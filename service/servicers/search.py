@@ -15,13 +15,14 @@ import grpc
 from index import MAX_K, MAX_MATCHES, Deadline, Found, Telling, metadata_bytes
 from lookalike.v1 import search_pb2 as pb
 from lookalike.v1 import search_pb2_grpc
-from service import columns, encoded, parse, questions, wire
+from service import questions
 from service.call import answer_held, limits
 from service.errors import translated_errors
-from service.search_elements import Searching
+from service.messages import columns, encoded, parse, wire
+from service.servicers.search_elements import Searching
+from service.servicers.streams import Elements
 from service.serving import Serving
 from service.sources import Names, naming, under
-from service.streams import Elements
 
 MAX_QUERIES = 1024
 """Most images of one BatchSearch."""

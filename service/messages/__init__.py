@@ -1,0 +1,1 @@
+"""Between messages and the domain: what is parsed of requests, and what answers are formed of."""

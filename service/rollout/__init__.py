@@ -1,0 +1,1 @@
+"""Which models answer: where bundles are found, how they are loaded, swapped, and remembered after a restart."""
