@@ -29,7 +29,7 @@ from embedding.calibration import Calibration, ErrorRates, MatchProbability
 from embedding.decision import Vectors
 from embedding.networks import build
 from lookalike.v1 import common_pb2, match_pb2
-from service.server import run
+from service.process import run
 from service.settings import Settings
 from training.config import load_recipe
 

@@ -1,4 +1,4 @@
-"""The server: listen, load, say SERVING, and drain on a signal.
+"""The server: what it is made of, from when it listens until it has drained.
 
 It listens before it loads, so that a port in use is told at once and health checks are answered NOT_SERVING until the
 model is warm.
@@ -7,7 +7,6 @@ model is warm.
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,7 +19,6 @@ from grpc_reflection.v1alpha import reflection
 
 from embedding.errors import Busy, InvalidInput
 from embedding.extras import installing
-from embedding.runtime import settle, share_cores, tune_malloc
 from lookalike.v1 import (
     alias_pb2,
     alias_pb2_grpc,
@@ -58,18 +56,14 @@ from service.servicers.models import ModelService
 from service.servicers.search import SearchService
 from service.serving import Serving
 from service.settings import Settings
-from service.settings_sources import Origins
-from service.telemetry import logs
 from service.telemetry.collected import Collected
 from service.telemetry.metrics import Metrics
 from service.telemetry.probes import Probes
 from service.tls import Certificates, certificates, is_loopback
 from service.transport import channel_options, check_free, joined
-from service.workers import parent
 from service.workers.follower import Follower
 from service.workers.forwarding import Forwarding
 from service.workers.models import Followers
-from service.workers.orders import Orders
 from service.workers.part import Part
 from service.workers.private import Private
 
@@ -95,61 +89,7 @@ OPERATIONS = operations_pb2.DESCRIPTOR.services_by_name["Operations"].full_name
 LIVENESS = "liveness"
 """What the health service calls the process itself: SERVING from when the port is open until it ends."""
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 _log = structlog.get_logger(__name__)
-
-
-def run(settings: Settings, on_ready: Callable[[str], None] | None = None, *, origins: Origins | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; `on_ready` is called with `host:port` once the model is warm.
-
-    The settings are logged at start, secrets masked; `origins` tells where they came from.
-
-    For a process of its own: it configures logging and memory allocation. Raises LookalikeError when it cannot start.
-    """
-    if settings.workers == 1:
-        tune_malloc()
-        _schedule(settings)
-    logs.configure(level=settings.log_level, form=settings.log_format)
-    told = origins or Origins(settings=settings, of={})
-    _log.info("settings", **told.shown(), origins=dict(told.of))
-    if settings.workers > 1:
-        parent.run(settings, run_part, on_ready)
-        return
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, on_ready))
-
-
-def _schedule(settings: Settings) -> None:
-    if settings.batch_scheduling:
-        share_cores()
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one: an empty call costs a fifth less. None for asyncio's own."""
-    try:
-        import uvloop
-    except ImportError:  # Windows has none
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
-
-
-def run_part(settings: Settings, part: Part, orders: Orders) -> None:
-    """`run` for one of several processes."""
-    tune_malloc()
-    _schedule(settings)
-    logs.configure(level=settings.log_level, form=settings.log_format)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve_part(settings.model_copy(update={"port": part.port}), part, orders))
-
-
-async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
-    await Server(settings).serve_until_signal(on_ready)
-
-
-async def _serve_part(settings: Settings, part: Part, orders: Orders) -> None:
-    await Server(settings, part, orders.restart).serve_until_ordered(orders)
 
 
 class Server:
@@ -158,7 +98,7 @@ class Server:
     def __init__(
         self, settings: Settings, part: Part | None = None, restart: Callable[[int], None] | None = None
     ) -> None:
-        """`part` and `restart` are for one of several processes; see `run_part`."""
+        """`part` and `restart` are for one of several processes; see `service.process.run_part`."""
         self._settings = settings
         self._part = part
         self._forwarding: Forwarding | None = None
@@ -219,41 +159,6 @@ class Server:
     def address(self) -> str:
         """`host:port` for clients of this machine."""
         return joined(self._settings.host, self.port)
-
-    async def serve_until_signal(self, on_ready: Callable[[str], None] | None = None) -> None:
-        """Start, and stop on SIGTERM or SIGINT; a second signal ends the process without waiting for calls."""
-        loop = asyncio.get_running_loop()
-        told_to_stop = asyncio.Event()
-        for number in _STOP_SIGNALS:
-            loop.add_signal_handler(number, told_to_stop.set)
-        try:
-            await self.start()
-            settle()
-            if on_ready is not None and not told_to_stop.is_set():
-                on_ready(self.address)
-            await told_to_stop.wait()
-        finally:
-            for number in _STOP_SIGNALS:
-                loop.remove_signal_handler(number)
-            await self.stop()
-
-    async def serve_until_ordered(self, orders: Orders) -> None:
-        """`serve_until_signal` for one of several: its parent orders it to stop. SIGTERM, sent to this process, has it
-        stop alone."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, orders.leave)
-        orders.listen()
-        release: asyncio.Event | None = None
-        try:
-            await self.start()
-            settle()
-            release = orders.release
-            orders.ready(self.address)
-            await orders.drain.wait()
-        finally:
-            loop.remove_signal_handler(signal.SIGTERM)
-            await self.stop(release)
-            orders.close()
 
     async def start(self) -> None:
         """Listen, load the bundle and the galleries, warm the model, and turn SERVING.

@@ -153,7 +153,7 @@ def serve(
     if print_settings:
         print(origins.text())
         return
-    from service.server import run
+    from service.process import run
 
     run(
         origins.settings,

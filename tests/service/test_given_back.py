@@ -79,7 +79,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from service import given_back
-from service.server import run
+from service.process import run
 from service.settings import Settings
 given_back.LOOK_SECONDS = 0.05
 settings = Settings(bundle=Path(sys.argv[1]), galleries=Path(sys.argv[2]), port=0, device="cpu", encode_threads=1)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="coun
 SERVE = """
 import sys
 from pathlib import Path
-from service.server import run
+from service.process import run
 from service.settings import Settings
 settings = Settings(
     bundle=Path(sys.argv[1]), galleries=Path(sys.argv[2]), port=0, device="cpu", encode_threads=1,

@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr
 from structlog.testing import capture_logs
 
 from embedding.errors import InvalidInput, LookalikeError, NotFound
-from service import server, settings_sources
+from service import process, settings_sources
 from service import settings as settings_module
 from service.settings import NEEDS, Settings
 from service.settings_sources import Flag, Origins, set_flags
@@ -291,10 +291,10 @@ def test_what_is_printed_is_a_settings_file(tmp_path: Path) -> None:
 
 
 def test_several_workers_log_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.logs, "configure", lambda **_: None)
-    monkeypatch.setattr(server.parent, "run", lambda *_: None)
+    monkeypatch.setattr(process.logs, "configure", lambda **_: None)
+    monkeypatch.setattr(process.parent, "run", lambda *_: None)
     with capture_logs() as logs:
-        server.run(Settings(bundle=Path("b"), workers=2))
+        process.run(Settings(bundle=Path("b"), workers=2))
     assert [line["event"] for line in logs] == ["settings"]
     assert logs[0]["workers"] == 2
 

@@ -23,7 +23,7 @@ from embedding.bundle import Bundle
 from embedding.errors import InvalidInput
 from lookalike import Client, NewItem
 from lookalike.errors import CallFailed
-from service.server import run_part
+from service.process import run_part
 from service.settings import Settings
 from service.workers import parent as workers
 from service.workers.orders import Orders
