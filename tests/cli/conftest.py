@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,3 +94,13 @@ def pictures(tmp_path: Path) -> Path:
     (folder / "loose.png").write_bytes(png(6))
     (folder / "notes.txt").write_text("not an image, and not named like one")
     return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that is started in the background of a shell, or by nohup, ignores signals, as do those it starts."""
+    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_ups = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, interrupts)
+    signal.signal(signal.SIGHUP, hang_ups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,6 @@ class Interrupting:
 
 sys.meta_path.insert(0, Interrupting())
 """
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A process that is started in the background of a shell, or by nohup, ignores signals, as do those it starts."""
-    interrupts = signal.signal(signal.SIGINT, signal.default_int_handler)
-    hang_ups = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGINT, interrupts)
-    signal.signal(signal.SIGHUP, hang_ups)
 
 
 @pytest.mark.usefixtures("interruptible")

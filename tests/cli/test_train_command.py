@@ -66,6 +66,7 @@ def test_stopped_when_the_bundle_is_there_it_says_that(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_after_all_is_said_brings_no_traceback() -> None:
     script = (
         "import atexit, os, signal, sys; from lookalike.__main__ import main;"

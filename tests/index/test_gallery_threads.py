@@ -31,6 +31,7 @@ def test_each_answer_is_that_of_a_generation_between_its_start_and_end(
         names = [f"n{i}" for i in range(16)]
         query = pool[0]
         start, done = threading.Barrier(3), threading.Event()
+        answered = threading.Event()
         expected: dict[int, Answer] = {0: []}
 
         def write() -> None:
@@ -43,6 +44,9 @@ def test_each_answer_is_that_of_a_generation_between_its_start_and_end(
                 truth = {item.name: (float(distance(query, item.embedding)), item.name, generation) for item in items}
                 expected[generation] = sorted(truth.values())[:5]
                 gallery.upsert(items)
+                if generation % 10 == 0:  # or a busy machine lets the readers come too seldom
+                    answered.clear()
+                    assert answered.wait(timeout=60)
             done.set()
 
         def read() -> list[tuple[int, Answer, int]]:
@@ -51,6 +55,7 @@ def test_each_answer_is_that_of_a_generation_between_its_start_and_end(
             while not done.is_set():
                 first = gallery.generation
                 seen.append((first, answer_of(gallery, query, judge), gallery.generation))
+                answered.set()
             return seen
 
         with ThreadPoolExecutor(3) as threads:
