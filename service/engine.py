@@ -6,9 +6,8 @@ the same questions without blocking an event loop. Swapping a model is replacing
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,25 +20,17 @@ from embedding.bundle import Bundle
 from embedding.decision import Judge, OperatingPoint, Vectors, checked_embedding, checked_embeddings
 from embedding.encoder import Encoder
 from embedding.errors import (
-    AlreadyExists,
-    DamagedData,
-    GalleryAliased,
-    GalleryForbidden,
-    GalleryNotEmpty,
     InvalidVector,
     LookalikeError,
     ModelMismatch,
-    NotFound,
 )
 from embedding.images import MAX_PIXELS
 from embedding.runtime import Precision, Runtime
 from index import Catalog, GalleryCatalog, GalleryEngine, IndexSettings, ModelRef
 from index.aliases import Aliases, holds
-from index.engine import OnProgress
 from index.receipts import Token
-from index.shelf import Copy, Shelf
-from service.call import principal
-from service.gate import Gate
+from index.shelf import Shelf
+from service.namespace import Namespace
 from service.sources import (
     Embedded,
     EmbeddedRows,
@@ -80,20 +71,12 @@ class Engine:
     """An encoder and the galleries that it answers from. Methods may be called from any thread."""
 
     encoder: Encoder
-    catalog: GalleryCatalog
-    aliases: Aliases
-    shelf: Shelf
+    names: Namespace
+    """What its galleries are called; shared by the engines of all models of a server."""
     thumbnails: int = 0
     """Side, in pixels, of the thumbnails stored with new items; 0 stores none."""
     max_pixels: int = MAX_PIXELS
     """Largest width × height of an image."""
-    gate: Gate = field(default_factory=Gate)
-    """Writes to galleries pass it; shared by the engines of all models of a server."""
-    names: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Held from looking whether a gallery or an alias may get or lose a name until it has; shared as `gate` is, and
-    taken after it."""
-    unloaded: set[str] = field(default_factory=set, repr=False)
-    """Fingerprints of models that no longer answer; shared as `names` is, and changed by who holds that."""
     model: ModelRef = field(init=False)
     """The model as galleries are stamped with it."""
     _judges: dict[tuple[OperatingPoint | None, int | None], Judge] = field(default_factory=dict, init=False, repr=False)
@@ -149,9 +132,7 @@ class Engine:
             shelf.clear_away()
         return cls(
             encoder=encoder,
-            catalog=opened,
-            aliases=aliases,
-            shelf=shelf,
+            names=Namespace(catalog=opened, aliases=aliases, shelf=shelf),
             thumbnails=thumbnails,
             max_pixels=max_pixels,
         )
@@ -159,11 +140,6 @@ class Engine:
     @property
     def bundle(self) -> Bundle:
         return self.encoder.bundle
-
-    @property
-    def keeps_receipts(self) -> bool:
-        """Whether galleries keep receipts of requests in the same step as what these wrote."""
-        return isinstance(self.catalog, Catalog)
 
     def judge(self, point: OperatingPoint | None, *, searched: GalleryEngine | None = None) -> Judge:
         """What decides at this operating point, on pairs or in searches of a gallery. Raises InvalidOperatingPoint."""
@@ -176,170 +152,25 @@ class Engine:
             self._judges[point, among] = judge
         return judge
 
-    def resolved(self, name: str) -> str:
-        """The id of the gallery that a name or an alias stands for now.
-
-        Raises GalleryForbidden where whoever makes the call being served has no rights on it: he had when the call
-        came, and the alias may have moved since.
-        """
-        gallery_id = self.aliases.resolve(name)
-        by = principal()
-        if not by.allows(gallery_id):
-            raise GalleryForbidden(
-                f"{name!r} stands for another gallery since the call came, on which {by.name!r} has no rights",
-                needed={"gallery": name},
-            )
-        return gallery_id
-
     def gallery(self, name: str, *, path: str | None = None, any_model: bool = False) -> GalleryEngine:
         """The gallery that a name or an alias stands for, of this model unless `any_model`.
 
         Raises NotFound, ModelMismatch, DamagedData or GalleryForbidden, naming the request field `path`.
         """
         with naming(path):
-            return self.catalog.get(self.resolved(name), model=None if any_model else self.model)
+            return self.names.catalog.get(self.names.resolved(name), model=None if any_model else self.model)
 
     @contextmanager
     def written(self, name: str, *, path: str | None = None, any_model: bool = False) -> Iterator[GalleryEngine]:
         """`gallery`, to write to: an alias that moves does so before or after what is written within."""
-        with self.gate.passing():
+        with self.names.gate.passing():
             yield self.gallery(name, path=path, any_model=any_model)
 
     def create_gallery(
         self, gallery_id: str, settings: IndexSettings | None = None, token: Token | None = None
     ) -> GalleryEngine:
-        """An empty gallery of this model, with a receipt of the request when it has a token.
-
-        Raises AlreadyExists, and ModelMismatch when this model has been unloaded.
-        """
-        self.check_no_alias(gallery_id)  # now rather than after the work
-        publishing = self._named(gallery_id, if_loaded=True)
-        if isinstance(self.catalog, Catalog):
-            return self.catalog.create(gallery_id, self.model, settings=settings, token=token, publishing=publishing)
-        return self.catalog.create(gallery_id, self.model, settings=settings, publishing=publishing)
-
-    def snapshots(self, name: str) -> tuple[str, tuple[Copy, ...]]:
-        """The id of the gallery whose snapshots a name or an alias stands for, and these."""
-        gallery_id = self._kept_under(name)
-        return gallery_id, self.shelf.list(gallery_id)
-
-    def delete_snapshot(self, gallery_id: str, snapshot_id: str) -> None:
-        """Delete a snapshot, named by its own gallery: what an alias stands for may change, and who asked twice would
-        delete two.
-
-        Raises NotFound, GalleryAliased for the name of an alias under which nothing was ever kept, and GalleryForbidden
-        as `resolved`.
-        """
-        try:
-            self.shelf.delete(gallery_id, snapshot_id)
-        except NotFound as error:
-            aliased = self.resolved(gallery_id)
-            if aliased == gallery_id:
-                raise
-            why = f"{gallery_id!r} is an alias of gallery {aliased!r}; to delete a snapshot of that, name it itself"
-            if self.shelf.has_kept(gallery_id):
-                raise NotFound(f"{error}; {why}", field="name") from error
-            raise GalleryAliased(why, field="name") from error
-
-    def to_restore(self, gallery_id: str, name: str, snapshot_id: str) -> tuple[str, str]:
-        """The snapshot of the gallery that a name or an alias stands for, as `restore_gallery` takes it.
-
-        Raises NotFound, and AlreadyExists when there is a gallery or an alias of the new name.
-        """
-        self.check_no_alias(gallery_id)
-        source = self._kept_under(name), snapshot_id
-        self.shelf.get(*source)
-        try:
-            self.catalog.get(gallery_id)
-        except NotFound:
-            return source
-        raise AlreadyExists(f"there is a gallery {gallery_id!r} already; delete it, or choose another name")
-
-    def restore_gallery(
-        self, gallery_id: str, snapshot: tuple[str, str], *, on_progress: OnProgress | None = None
-    ) -> GalleryEngine:
-        """A gallery made from a snapshot, given as the ids of its gallery and its own. Raises AlreadyExists."""
-        self.check_no_alias(gallery_id)
-        return self.shelf.restore(
-            self.catalog,
-            *snapshot,
-            into=gallery_id,
-            on_progress=on_progress,
-            publishing=self._named(gallery_id),
-        )
-
-    def check_loaded(self) -> None:
-        """Raises ModelMismatch when this model has been unloaded; until it is loaded again."""
-        if self.model.fingerprint in self.unloaded:
-            raise ModelMismatch(
-                f"{self.model.name} has been unloaded meanwhile, so that nobody could search what is made with it; "
-                "load it, then ask again"
-            )
-
-    def put_alias(self, alias: str, gallery_id: str, *, allow_missing: bool = True, if_loaded: bool = False) -> None:
-        """Let `alias` stand for a gallery from now on.
-
-        Raises NotFound, AlreadyExists when a gallery has that name, GalleryForbidden as `resolved`, and with
-        `if_loaded` ModelMismatch when this model has been unloaded.
-        """
-        with naming("alias.gallery"):
-            self.catalog.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
-        with self.names:
-            with naming("alias.gallery"):
-                self.catalog.get(gallery_id)
-            self.check_no_gallery(alias, path="alias.name")
-            with naming("alias.name"):
-                self.resolved(alias)  # or it would be taken away from those who use it now
-            if if_loaded:
-                self.check_loaded()
-            self.aliases.put(alias, gallery_id, allow_missing=allow_missing)
-
-    def check_no_alias(self, gallery_id: str) -> None:
-        """Raises AlreadyExists when an alias has this name."""
-        if gallery_id in self.aliases.all():
-            raise AlreadyExists(
-                f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; choose another name"
-            )
-
-    def check_no_gallery(self, alias: str, *, path: str) -> None:
-        """Raises AlreadyExists, naming the request field `path`, when a gallery has this name, damaged or not."""
-        with naming(path):
-            try:
-                self.catalog.get(alias)
-            except NotFound:
-                return
-            except DamagedData:
-                pass
-            raise AlreadyExists(f"there is a gallery {alias!r}; choose another name for the alias")
-
-    def delete_alias(self, alias: str) -> None:
-        """Delete an alias; the gallery stays. Raises NotFound, and GalleryForbidden as `resolved`."""
-        with self.names:
-            self.resolved(alias)
-            self.aliases.delete(alias)
-
-    def delete_gallery(self, gallery_id: str, *, force: bool = False, validate_only: bool = False) -> None:
-        """Delete a gallery of any model, or with `validate_only` look whether it could be.
-
-        Raises NotFound, GalleryAliased, and GalleryNotEmpty unless it is empty or `force` is set.
-        """
-        with self.names, naming("name"):
-            if aliases := self.aliases.of(gallery_id):
-                raise GalleryAliased(
-                    f"alias {aliases[0]!r} stands for gallery {gallery_id!r}; move or delete the alias first"
-                )
-            if gallery_id in self.aliases.all():
-                raise GalleryAliased(
-                    f"{gallery_id!r} is an alias of gallery {self.aliases.resolve(gallery_id)!r}; delete the alias, or "
-                    "name the gallery itself"
-                )
-            if not force:
-                self._check_empty(gallery_id)
-            if not validate_only:
-                self.catalog.delete(gallery_id)
-                return
-            with suppress(DamagedData):  # such a one can be deleted
-                self.catalog.get(gallery_id)
+        """`Namespace.create_gallery` of this model."""
+        return self.names.create_gallery(gallery_id, self.model, settings, token)
 
     def ask(self, question: Question[Answer]) -> Answer:
         """Answer in this thread. Raises LookalikeError."""
@@ -355,7 +186,7 @@ class Engine:
 
     def close(self) -> None:
         """Close the galleries."""
-        self.catalog.close()
+        self.names.catalog.close()
 
     def __enter__(self) -> Self:
         return self
@@ -364,35 +195,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def _kept_under(self, name: str) -> str:
-        """The id of the gallery whose snapshots a name or an alias stands for: its own, where there are any, since an
-        alias may have the name of a gallery that is gone. Raises GalleryForbidden."""
-        gallery_id = self.resolved(name)
-        return name if gallery_id != name and self.shelf.keeps(name) else gallery_id
-
-    @contextmanager
-    def _named(self, gallery_id: str, *, if_loaded: bool = False) -> Iterator[None]:
-        """Within, no other name is given or taken, and no model unloaded.
-
-        Raises AlreadyExists when an alias has this one, and with `if_loaded` ModelMismatch when this model has been
-        unloaded.
-        """
-        with self.names:
-            self.check_no_alias(gallery_id)
-            if if_loaded:
-                self.check_loaded()
-            yield
-
-    def _check_empty(self, gallery_id: str) -> None:
-        try:
-            size = self.catalog.get(gallery_id).size
-        except DamagedData as error:
-            raise GalleryNotEmpty(
-                f"gallery {gallery_id!r} is damaged and may hold items; set force to delete it all the same"
-            ) from error
-        if size:
-            raise GalleryNotEmpty(f"gallery {gallery_id!r} holds {size} items; delete them with it by force (--force)")
 
     def _given(self, sources: Sequence[Source]) -> Vectors | None:
         """The embeddings [N, D] where all sources are just that, sent as bytes; None where one is not, or is wrong."""

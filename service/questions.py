@@ -257,14 +257,14 @@ def is_quick(question: Question[Any], engine: Engine) -> bool:
         case Verify() | Embed():
             return not any(isinstance(source, StoredItem) for source in question.sources)
         case Search(query=GivenEmbedding(), scope=Scope(allowed=None) as scope):
-            gallery = engine.catalog.opened(engine.aliases.resolve(scope.gallery))
+            gallery = engine.names.catalog.opened(engine.names.aliases.resolve(scope.gallery))
             return gallery is not None and gallery.is_quick(k=question.k + len(question.exclude), effort=scope.effort)
         case SearchBatch(scope=Scope(allowed=None) as scope) if (
             len(question.queries) <= _QUICK_QUERIES
             and len(question.queries) * question.k <= _QUICK_RESULTS
             and all(isinstance(query, GivenEmbedding) for query in question.queries)
         ):
-            gallery = engine.catalog.opened(engine.aliases.resolve(scope.gallery))
+            gallery = engine.names.catalog.opened(engine.names.aliases.resolve(scope.gallery))
             return gallery is not None and gallery.is_quick(k=question.k, effort=scope.effort)
         case _:
             return False
@@ -284,5 +284,5 @@ def _outcome(a: Embedded, b: Embedded, judge: Judge) -> Decision | LookalikeErro
 
 
 def _itself(query: Source, gallery: GalleryEngine, engine: Engine) -> tuple[str, ...]:
-    same = isinstance(query, StoredItem) and engine.aliases.resolve(query.gallery) == gallery.id
+    same = isinstance(query, StoredItem) and engine.names.aliases.resolve(query.gallery) == gallery.id
     return (query.item,) if isinstance(query, StoredItem) and same else ()

@@ -147,7 +147,7 @@ class Security(Hook):
         """Raises PermissionDenied without rights on this name, and on the gallery that it stands for as an alias."""
         _require(principal, scope)
         if principal.allows(gallery) and (
-            "*" in principal.galleries or principal.allows(self._serving.current.engine.aliases.resolve(gallery))
+            "*" in principal.galleries or principal.allows(self._serving.current.engine.names.aliases.resolve(gallery))
         ):
             return
         raise GalleryForbidden(

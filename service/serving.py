@@ -241,7 +241,7 @@ class Serving(Hook):
             except LookalikeError:
                 return ""
 
-        opened = current.engine.catalog.opened(current.engine.aliases.resolve(name))
+        opened = current.engine.names.catalog.opened(current.engine.names.aliases.resolve(name))
         # Where nothing has to be read from a disk, a search does not wait for a thread, among writes that do.
         wanted = await current.run(fingerprint) if opened is None else opened.model.fingerprint
         return next((each for each in line_up if each.engine.model.fingerprint == wanted), current)

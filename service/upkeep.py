@@ -48,35 +48,35 @@ def existing(engine: Engine, name: str) -> str:
     """The id of the gallery that a name or an alias stands for, damaged or not. Raises NotFound and
     GalleryForbidden."""
     with naming("name"):
-        gallery_id = engine.resolved(name)
+        gallery_id = engine.names.resolved(name)
         with suppress(DamagedData):
-            engine.catalog.get(gallery_id)
+            engine.names.catalog.get(gallery_id)
     return gallery_id
 
 
 def verify(engine: Engine, gallery_id: str, repair: bool, tell: OnProgress) -> Verification:
     """Check a gallery, of whatever model, and mend with `repair` what can be."""
-    return engine.catalog.verify(gallery_id, repair=repair, on_progress=tell)
+    return engine.names.catalog.verify(gallery_id, repair=repair, on_progress=tell)
 
 
 def snapshot(engine: Engine, gallery_id: str, snapshot_id: str, tell: OnProgress) -> Copy:
     """Copy a gallery onto the shelf."""
     gallery = engine.gallery(gallery_id, path="parent", any_model=True)
-    return engine.shelf.create(gallery, snapshot_id, on_progress=tell)
+    return engine.names.shelf.create(gallery, snapshot_id, on_progress=tell)
 
 
 def restorable(engine: Engine, gallery_id: str, name: str, snapshot_id: str) -> tuple[tuple[str, str], ModelRef | None]:
     """`Engine.to_restore`, and the model of the gallery that will be made; None where the snapshot is too damaged to
     say, which its restoration will tell."""
-    source = engine.to_restore(gallery_id, name, snapshot_id)
+    source = engine.names.to_restore(gallery_id, name, snapshot_id)
     with suppress(DamagedData):
-        return source, engine.shelf.model(*source)
+        return source, engine.names.shelf.model(*source)
     return source, None
 
 
 def restore(engine: Engine, source: tuple[str, str], gallery_id: str, tell: OnProgress) -> GalleryEngine:
     """Make a gallery from a snapshot, given as the ids of its gallery and its own."""
-    return engine.restore_gallery(gallery_id, source, on_progress=tell)
+    return engine.names.restore_gallery(gallery_id, source, on_progress=tell)
 
 
 class Migration:
@@ -107,11 +107,11 @@ class Migration:
         if self._source.id == target:
             raise InvalidInput("a gallery is migrated into another one; give another gallery_id", field="gallery_id")
         try:
-            self._target: GalleryEngine | None = engine.catalog.get(target)
+            self._target: GalleryEngine | None = engine.names.catalog.get(target)
         except NotFound:
             self._target = None
             with naming("gallery_id"):
-                engine.check_no_alias(target)
+                engine.names.check_no_alias(target)
         self._target_id = target
         if self._target is not None and self._target.model.fingerprint != engine.model.fingerprint:
             raise ModelMismatch(
@@ -127,7 +127,7 @@ class Migration:
         if alias == target:
             raise InvalidInput("an alias has another name than its gallery; give another alias", field="alias")
         if alias:
-            engine.check_no_gallery(alias, path="alias")
+            engine.names.check_no_gallery(alias, path="alias")
 
     @property
     def source_id(self) -> str:
@@ -141,7 +141,7 @@ class Migration:
         when the model is unloaded meanwhile; Cancelled, and what else stopped it: it can then be begun again.
         """
         source = self._source
-        self._engine.check_loaded()
+        self._engine.names.check_loaded(self._engine.model)
         self.check_images(tell)
         settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
         target = self._target or self._engine.create_gallery(self._target_id, settings)
@@ -163,13 +163,13 @@ class Migration:
                 )
             before = copied
         # Writes wait: those before are copied, those after find the alias moved.
-        with self._engine.gate.closed():
+        with self._engine.names.gate.closed():
             if source.generation != since:
                 self._copy(target, since, "embedding, last pass", tell)
                 self._drop_deleted(target)
             _configure_alike(target, settings, replace(source.stats().settings, margin=None))
             if self._alias:
-                self._engine.put_alias(self._alias, target.id, if_loaded=True)
+                self._engine.names.put_alias(self._alias, target.id, of_loaded=self._engine.model)
         return target
 
     def check_images(self, tell: OnProgress = lambda _: None) -> None:
@@ -209,7 +209,7 @@ class Migration:
         total, done = self._source.size if newer is None else self._source.count(newer), 0
         for page in _pages(self._source, newer):
             tell(Progress(stage=stage, done=done, total=total))
-            self._engine.check_loaded()
+            self._engine.names.check_loaded(self._engine.model)
             while outdated := self._outdated(target, page):
                 made = self._embedded(outdated)
                 # What somebody has imported while these were embedded stands.

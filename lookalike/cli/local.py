@@ -151,7 +151,7 @@ class LocalBackend:
 
     def list_galleries(self) -> Iterator[Gallery]:
         """Every gallery, by name, damaged ones included."""
-        return map(messages.gallery, wire.galleries(self._engine.catalog))
+        return map(messages.gallery, wire.galleries(self._engine.names.catalog))
 
     def update_gallery(self, gallery: str, index: IndexSettings, *, etag: str = "") -> Gallery:
         change = UpdateGallery(
@@ -163,7 +163,7 @@ class LocalBackend:
         return messages.gallery(wire.gallery(change.write(self._engine), with_stats=True))
 
     def delete_gallery(self, gallery: str, *, force: bool = False) -> None:
-        self._engine.delete_gallery(gallery, force=force)
+        self._engine.names.delete_gallery(gallery, force=force)
 
     def get_item(self, name: ItemName) -> Item:
         found = self._engine.gallery(name.gallery, any_model=True)
@@ -206,14 +206,14 @@ class LocalBackend:
         return Purged(count=purged.count, sample=sample)
 
     def put_alias(self, alias: str, gallery: str, *, allow_missing: bool = True) -> Alias:
-        self._engine.put_alias(alias, gallery, allow_missing=allow_missing)
+        self._engine.names.put_alias(alias, gallery, allow_missing=allow_missing)
         return Alias(id=alias, gallery=gallery)
 
     def list_aliases(self) -> Iterator[Alias]:
-        return (Alias(id=alias, gallery=gallery) for alias, gallery in self._engine.aliases.all().items())
+        return (Alias(id=alias, gallery=gallery) for alias, gallery in self._engine.names.aliases.all().items())
 
     def delete_alias(self, alias: str) -> None:
-        self._engine.delete_alias(alias)
+        self._engine.names.delete_alias(alias)
 
     def reindex_gallery(self, gallery: str, *, index: IndexSettings | None = None) -> Operation:
         settings = _settings(index)
@@ -238,19 +238,19 @@ class LocalBackend:
 
     def create_snapshot(self, gallery: str, snapshot: str) -> Operation:
         found = self._engine.gallery(gallery, any_model=True)
-        self._engine.shelf.check_free(found.id, snapshot)
+        self._engine.names.shelf.check_free(found.id, snapshot)
         return self._begun(
             "snapshot", found.id, lambda tell: wire.snapshot(upkeep.snapshot(self._engine, found.id, snapshot, tell))
         )
 
     def list_snapshots(self, gallery: str) -> Iterator[Snapshot]:
-        return (messages.snapshot(wire.snapshot(copy)) for copy in self._engine.snapshots(gallery)[1])
+        return (messages.snapshot(wire.snapshot(copy)) for copy in self._engine.names.snapshots(gallery)[1])
 
     def delete_snapshot(self, gallery: str, snapshot: str) -> None:
-        self._engine.delete_snapshot(gallery, snapshot)
+        self._engine.names.delete_snapshot(gallery, snapshot)
 
     def restore_gallery(self, gallery: str, snapshot: str, to: str) -> Operation:
-        source = self._engine.to_restore(to, gallery, snapshot)
+        source = self._engine.names.to_restore(to, gallery, snapshot)
         return self._begun("restore", to, lambda tell: wire.gallery(upkeep.restore(self._engine, source, to, tell)))
 
     def wait_operation(self, operation: str, *, seconds: float = 10.0) -> Operation:
@@ -266,7 +266,7 @@ class LocalBackend:
 
     def _id(self, gallery: str) -> str:
         """The gallery that an alias stands for."""
-        return self._engine.aliases.resolve(gallery)
+        return self._engine.names.aliases.resolve(gallery)
 
 
 def verified(galleries: Path, gallery: str, *, repair: bool, on_progress: OnProgress) -> Verification:

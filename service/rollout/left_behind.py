@@ -24,7 +24,7 @@ def check_galleries(
     # Before the galleries: that of an operation which ends in between is found among these.
     unfinished = {each.id: each.makes for each in operations.all() if each.makes is not None and not each.done}
     lost = {name: makes for name, makes in unfinished.items() if makes.model.fingerprint not in served}
-    healthy, _ = engine.catalog.survey()
+    healthy, _ = engine.names.catalog.survey()
     left = {one.id: one.model.name for one in healthy if one.model.fingerprint not in served}
     left |= {makes.gallery: makes.model.name for makes in lost.values()}
     left = dict(sorted(left.items()))

@@ -226,7 +226,7 @@ class Rollout:
     def put(self, engines: Sequence[AsyncEngine]) -> None:
         """Let these answer from now on, the first as the active one, and free those that no longer do."""
         freed = self._serving.replace(engines[0], engines[1:])
-        unloaded = engines[0].engine.unloaded
+        unloaded = engines[0].engine.names.unloaded
         unloaded.update(each.engine.model.fingerprint for each in freed)
         unloaded.difference_update(each.engine.model.fingerprint for each in engines)
         self._free(freed)
@@ -254,9 +254,9 @@ class Rollout:
         prepared: Prepared | None,
         check: Callable[[], T],
     ) -> T:
-        names = engines[0].engine.names
+        lock = engines[0].engine.names.lock
         # Not in the pool, whose threads may all wait for names, nor on the event loop, which may not wait.
-        await asyncio.to_thread(names.acquire)
+        await asyncio.to_thread(lock.acquire)
         try:
             checked = await asyncio.to_thread(check)  # once more: from here on no gallery gets a name
             await asyncio.to_thread(self._loading.remember, bundles)
@@ -266,7 +266,7 @@ class Rollout:
             finally:
                 self.put(engines)
         finally:
-            names.release()
+            lock.release()
         return checked
 
     def _free(self, engines: Iterable[AsyncEngine]) -> None:

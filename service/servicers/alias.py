@@ -33,7 +33,7 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
             serving = self._serving.current
 
             def put(_: bool) -> pb.UpdateAliasResponse:
-                serving.engine.put_alias(alias, gallery_id, allow_missing=request.allow_missing)
+                serving.engine.names.put_alias(alias, gallery_id, allow_missing=request.allow_missing)
                 return pb.UpdateAliasResponse(alias=wire.alias(alias, gallery_id))
 
             return await self._once.done(
@@ -43,13 +43,13 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
     async def GetAlias(self, request: pb.GetAliasRequest, context: Context) -> pb.GetAliasResponse:
         async with translated_errors(context):
             alias = parse.alias_name(request.name, "name")
-            return pb.GetAliasResponse(alias=wire.alias(alias, self._serving.current.engine.aliases.get(alias)))
+            return pb.GetAliasResponse(alias=wire.alias(alias, self._serving.current.engine.names.aliases.get(alias)))
 
     async def ListAliases(self, request: pb.ListAliasesRequest, context: Context) -> pb.ListAliasesResponse:
         async with translated_errors(context):
             size = parse.page_size(request.page_size)
             after = name_of_page_token(request.page_token, "aliases")
-            aliases = self._serving.current.engine.aliases.all().items()
+            aliases = self._serving.current.engine.names.aliases.all().items()
             found = [pair for pair in aliases if pair[0] > after and all(map(principal().allows, pair))]
             shown, following = pages.page(
                 "aliases", found, size, lambda pair: wire.alias(*pair), lambda pair: pair[0], most=pages.most_bytes()
@@ -63,7 +63,7 @@ class AliasService(alias_pb2_grpc.AliasServiceServicer):
 
             def delete(again: bool) -> pb.DeleteAliasResponse:
                 with gone_already(again):
-                    serving.engine.delete_alias(alias)
+                    serving.engine.names.delete_alias(alias)
                 return pb.DeleteAliasResponse()
 
             return await self._once.done(

@@ -37,7 +37,7 @@ class GalleryService(ItemMethods):
                 else None
             )
             serving = self._serving.current
-            if serving.engine.keeps_receipts:
+            if serving.engine.names.keeps_receipts:
                 return await self._of_active(lambda engine: _created(engine, request, settings))
 
             async def create(again: bool) -> pb.CreateGalleryResponse:
@@ -70,7 +70,7 @@ class GalleryService(ItemMethods):
                 updated = replace(question, token=token).write(serving.engine)
                 return pb.UpdateGalleryResponse(gallery=wire.gallery(updated, with_stats=True))
 
-            if serving.engine.keeps_receipts:
+            if serving.engine.names.keeps_receipts:
                 # Its receipt says that it was done; the answer is the gallery as it stands.
                 return await serving.run(lambda: update(token_of(request)))
             return await self._once.done(
@@ -82,7 +82,7 @@ class GalleryService(ItemMethods):
             size = parse.page_size(request.page_size)
             serving = self._serving.current
             after, most = name_of_page_token(request.page_token, "galleries"), pages.most_bytes()
-            return await serving.run(_page, serving.engine.catalog, principal(), size, after, most)
+            return await serving.run(_page, serving.engine.names.catalog, principal(), size, after, most)
 
     async def DeleteGallery(self, request: pb.DeleteGalleryRequest, context: Context) -> pb.DeleteGalleryResponse:
         async with translated_errors(context):
@@ -91,7 +91,9 @@ class GalleryService(ItemMethods):
 
             def delete(again: bool) -> pb.DeleteGalleryResponse:
                 with gone_already(again):
-                    serving.engine.delete_gallery(gallery_id, force=request.force, validate_only=request.validate_only)
+                    serving.engine.names.delete_gallery(
+                        gallery_id, force=request.force, validate_only=request.validate_only
+                    )
                 return pb.DeleteGalleryResponse()
 
             return await self._once.done(
@@ -122,7 +124,7 @@ def _created(
             gallery=wire.gallery(engine.create_gallery(request.gallery_id, settings, token))
         )
     except AlreadyExists:
-        if token is None or request.gallery_id in engine.aliases.all():
+        if token is None or request.gallery_id in engine.names.aliases.all():
             raise
         gallery = engine.gallery(request.gallery_id, any_model=True)
         if not keeps_receipts(gallery) or gallery.answered(token) is None:
@@ -143,7 +145,7 @@ def _created_once(
 
 
 def _described(engine: Engine, gallery_id: str) -> pb.Gallery:
-    engine.aliases.resolve(gallery_id)  # that these are damaged says nothing of a gallery
+    engine.names.aliases.resolve(gallery_id)  # that these are damaged says nothing of a gallery
     try:
         return wire.gallery(engine.gallery(gallery_id, path="name", any_model=True), with_stats=True)
     except DamagedData as error:

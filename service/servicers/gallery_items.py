@@ -89,7 +89,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             gallery_id = parse.gallery_name(request.parent, "parent")
             parse.check_batch(request.requests, most=MAX_ITEMS, path="requests")
             serving = await self._serving.of(gallery_id)
-            resolve = serving.engine.aliases.resolve
+            resolve = serving.engine.names.aliases.resolve
             question = writes.UpdateItems(
                 gallery=gallery_id,
                 drafts=[
@@ -115,7 +115,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             gallery_id, _ = parse.item_name(request.item.name, "item.name")
             draft = parse.draft(request, gallery_id, "")
             serving = await self._serving.of(gallery_id)
-            resolve = serving.engine.aliases.resolve
+            resolve = serving.engine.names.aliases.resolve
             question = writes.UpdateItems(gallery=gallery_id, drafts=[draft], allow_missing=request.allow_missing)
 
             def form(outcomes: Sequence[writes.Stored]) -> pb.UpdateItemResponse:
@@ -212,7 +212,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
             gallery_id = parse.gallery_name(request.parent, "parent")
             parse.check_batch(request.names, most=MAX_ITEMS, path="names")
             serving = self._serving.current
-            resolve = serving.engine.aliases.resolve
+            resolve = serving.engine.names.aliases.resolve
             names = [
                 parse.item_in(gallery_id, name, f"names[{i}]", resolve=resolve) for i, name in enumerate(request.names)
             ]
@@ -265,7 +265,7 @@ class ItemMethods(gallery_pb2_grpc.GalleryServiceServicer):
         requests: Sequence[pb.ImportItemsRequest],
         allow_missing: bool,
     ) -> list[writes.Stored]:
-        resolve = serving.engine.aliases.resolve
+        resolve = serving.engine.names.aliases.resolve
         drafts: list[writes.Draft | Unusable] = []
         for request in requests:
             match request.WhichOneof("element"):

@@ -111,7 +111,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
             if (before := self._operations.begun(token)) is not None:
                 return pb.CreateSnapshotResponse(operation=_told(before))
             gallery_id = await self._existing(parse.gallery_name(request.parent, "parent"), "parent")
-            await self._serving.current.run(engine.shelf.check_free, gallery_id, request.snapshot_id)
+            await self._serving.current.run(engine.names.shelf.check_free, gallery_id, request.snapshot_id)
             if request.validate_only:
                 return pb.CreateSnapshotResponse()
             begun = self._operations.start(
@@ -126,7 +126,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
         async with translated_errors(context):
             serving = self._serving.current
             named = parse.gallery_name(request.parent, "parent")
-            gallery_id, copies = await serving.run(serving.engine.snapshots, named)
+            gallery_id, copies = await serving.run(serving.engine.names.snapshots, named)
             kind = pages.within("snapshots", f"galleries/{gallery_id}")
             size, after = parse.page_size(request.page_size), name_of_page_token(request.page_token, kind)
             found = [copy for copy in copies if copy.id > after]
@@ -142,7 +142,7 @@ class UpkeepService(upkeep_pb2_grpc.UpkeepServiceServicer):
 
             def delete(again: bool) -> pb.DeleteSnapshotResponse:
                 with gone_already(again):
-                    serving.engine.delete_snapshot(gallery, snapshot)
+                    serving.engine.names.delete_snapshot(gallery, snapshot)
                 return pb.DeleteSnapshotResponse()
 
             return await self._once.done(

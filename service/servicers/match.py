@@ -109,7 +109,7 @@ class MatchService(match_pb2_grpc.MatchServiceServicer):
             )
 
     def _names(self) -> Names:
-        return Names(self._serving.current.engine.aliases.resolve)
+        return Names(self._serving.current.engine.names.aliases.resolve)
 
     async def _verified(
         self,

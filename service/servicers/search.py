@@ -161,11 +161,11 @@ class SearchService(search_pb2_grpc.SearchServiceServicer):
             count = parse.count(wanted, default=default, most=most, path=path)
         wrong.check()
         with naming("gallery"):
-            gallery = names[scope.gallery] = self._serving.current.engine.resolved(scope.gallery)
+            gallery = names[scope.gallery] = self._serving.current.engine.names.resolved(scope.gallery)
         return replace(scope, gallery=gallery), fields, count
 
     def _names(self) -> Names:
-        return Names(self._serving.current.engine.aliases.resolve)
+        return Names(self._serving.current.engine.names.aliases.resolve)
 
 
 def _most_matched() -> int | None:

@@ -85,8 +85,8 @@ class Searching:
 
     async def _answered(self, elements: Sequence[Element]) -> list[bytes]:
         engine = self.begun.engine
-        names = Names(engine.aliases.resolve)
-        gallery_id = names[self.scope.gallery] = engine.resolved(self.scope.gallery)
+        names = Names(engine.names.aliases.resolve)
+        gallery_id = names[self.scope.gallery] = engine.names.resolved(self.scope.gallery)
         queries = [names.placed(source) for element in elements for source in element.sources]
         serving = await self._answering(gallery_id)
         if serving is not self.begun:
@@ -103,7 +103,7 @@ class Searching:
         return await serving.ask(question, form, deadline=deadline)
 
     async def _answering(self, gallery_id: str) -> AsyncEngine:
-        gallery = self.begun.engine.catalog.opened(gallery_id)
+        gallery = self.begun.engine.names.catalog.opened(gallery_id)
         if gallery is not None and gallery.model.fingerprint == self.begun.engine.model.fingerprint:
             return self.begun
         others = [each for each in self.serving.every if each is not self.begun]

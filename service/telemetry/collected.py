@@ -97,7 +97,7 @@ class Collected(Collector):
 def _read(engine: AsyncEngine) -> _Shelf:
     stats: dict[str, Stats] = {}
     try:
-        galleries, damaged = engine.engine.catalog.survey()
+        galleries, damaged = engine.engine.names.catalog.survey()
     except LookalikeError:
         return _Shelf(stats={}, unreadable=1)  # the folder of galleries itself
     for gallery in galleries:

@@ -95,7 +95,7 @@ def test_what_an_alias_stood_for_is_searched_and_named_though_it_moves_meanwhile
 
     def moves_first(function: Callable[..., Any]) -> Callable[..., Any]:
         def moved(self: AsyncEngine, *args: Any, **options: Any) -> Any:
-            self.engine.put_alias(alias, other)
+            self.engine.names.put_alias(alias, other)
             return function(self, *args, **options)
 
         return moved

@@ -37,7 +37,7 @@ def image(seed: int) -> EncodedImage:
 @pytest.fixture
 def engine(bundle: Bundle, tmp_path: Path) -> Iterator[Engine]:
     with Engine.open(bundle.path, tmp_path / "galleries", device="cpu") as engine:
-        engine.catalog.create("g", engine.model)
+        engine.names.catalog.create("g", engine.model)
         drafts = [Draft(name=f"item-{seed}", image=image(seed), identity=str(seed)) for seed in range(5)]
         stored = engine.ask(UpdateItems(gallery="g", drafts=drafts))
         assert all(isinstance(item, Item) for item in stored)
@@ -110,14 +110,14 @@ def test_conditional_writes(engine: Engine) -> None:
 
 def test_a_gallery_goes_with_its_items_only_by_force(engine: Engine) -> None:
     with pytest.raises(GalleryNotEmpty, match="5 items"):
-        engine.delete_gallery("g")
-    engine.delete_gallery("g", force=True)
+        engine.names.delete_gallery("g")
+    engine.names.delete_gallery("g", force=True)
     with pytest.raises(NotFound):
-        engine.delete_gallery("g")
+        engine.names.delete_gallery("g")
 
 
 def test_one_engine_writes_and_others_read(engine: Engine, bundle: Bundle) -> None:
-    root = engine.catalog.root
+    root = engine.names.catalog.root
     with pytest.raises(Busy):
         Engine.open(bundle.path, root, device="cpu")
     with Engine.open(bundle.path, root, read_only=True, device="cpu") as reader:

@@ -205,7 +205,7 @@ def test_galleries_are_told_in_numbers(watched: Watched, gallery: str) -> None:
     assert now[f"lookalike_gallery_unsealed_items{{{of}}}"] >= 4
     assert now[f"lookalike_gallery_segments{{{of}}}"] == 0
     assert now[f"lookalike_gallery_wal_bytes{{{of}}}"] > 0
-    engine = watched.server._serving.every[0].engine.catalog.get(gallery)
+    engine = watched.server._serving.every[0].engine.names.catalog.get(gallery)
     engine.seal()
     engine.upsert([engine.get("i1")])
     engine.compact()

@@ -18,7 +18,7 @@ from embedding.bundle import Bundle
 from embedding.encoder import Encoder
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, match_pb2, model_pb2, search_pb2, upkeep_pb2
 from service import upkeep
-from service.engine import Engine
+from service.namespace import Namespace
 from service.serving import AsyncEngine
 from service.settings import Settings
 from tests.service.harness import (
@@ -259,7 +259,7 @@ def test_the_active_model_that_a_migration_waits_to_use_is_not_swapped_out(
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(None, "waiting"), (upkeep.Migration, "check_images"), (Encoder, "encode_with_norms"), (Engine, "put_alias")],
+    [(None, "waiting"), (upkeep.Migration, "check_images"), (Encoder, "encode_with_norms"), (Namespace, "put_alias")],
 )
 def test_a_migration_whose_model_is_unloaded_by_force_leaves_the_alias(
     two: Stubs, newer: Bundle, monkeypatch: pytest.MonkeyPatch, owner: type | None, step: str
@@ -304,7 +304,7 @@ def move_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def moves_first(function: Callable[..., Any]) -> Callable[..., Any]:
         def moved(self: AsyncEngine, *args: Any, **options: Any) -> Any:
-            self.engine.put_alias("now", "new")
+            self.engine.names.put_alias("now", "new")
             return function(self, *args, **options)
 
         return moved

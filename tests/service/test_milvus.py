@@ -67,7 +67,7 @@ def checked(stubs: Stubs, *, repair: bool = False) -> upkeep_pb2.Verification:
 
 def lose_one(server: Server) -> None:
     """As Milvus would, with nothing said."""
-    gallery = server._serving.current.engine.catalog.get("mugs")
+    gallery = server._serving.current.engine.names.catalog.get("mugs")
     assert isinstance(gallery, MilvusGallery)
     gallery._store.link.delete(gallery._store.record.collection, 'name == "i0"')
 

@@ -64,7 +64,7 @@ def before(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, meanwhile:
 
 
 def names_of(engine: Engine) -> tuple[list[str], dict[str, str]]:
-    return [gallery.id for gallery in engine.catalog.list()], dict(engine.aliases.all())
+    return [gallery.id for gallery in engine.names.catalog.list()], dict(engine.names.aliases.all())
 
 
 def test_an_alias_put_while_a_gallery_of_its_name_is_made_keeps_the_name(
@@ -74,7 +74,7 @@ def test_an_alias_put_while_a_gallery_of_its_name_is_made_keeps_the_name(
 
     def filled(*given: Any) -> None:
         real(*given)
-        engine.put_alias("new", "old")
+        engine.names.put_alias("new", "old")
 
     monkeypatch.setattr(Gallery, "create", staticmethod(filled))
     with pytest.raises(AlreadyExists, match="'new' is an alias"):
@@ -86,12 +86,12 @@ def test_an_alias_put_while_a_gallery_of_its_name_is_restored_keeps_the_name(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is put while the copying goes on."""
-    engine.shelf.create(engine.gallery("old"), "copy")
-    monkeypatch.setattr("index.catalog.read_copy", _copied_after(lambda: engine.put_alias("new", "old")))
+    engine.names.shelf.create(engine.gallery("old"), "copy")
+    monkeypatch.setattr("index.catalog.read_copy", _copied_after(lambda: engine.names.put_alias("new", "old")))
     with pytest.raises(AlreadyExists, match="'new' is an alias"):
-        engine.restore_gallery("new", ("old", "copy"))
+        engine.names.restore_gallery("new", ("old", "copy"))
     assert names_of(engine) == (["old"], {"new": "old"})
-    assert [path.name for path in engine.shelf._root.parent.iterdir() if path.name.startswith(".making")] == []
+    assert [path.name for path in engine.names.shelf._root.parent.iterdir() if path.name.startswith(".making")] == []
 
 
 def _copied_after(meanwhile: Callable[[], object]) -> Callable[..., None]:
@@ -109,23 +109,23 @@ def test_a_gallery_made_while_an_alias_of_its_name_is_put_is_refused(
 ) -> None:
     create = Meanwhile(lambda: engine.create_gallery("new"))
     before(monkeypatch, Aliases, "put", create)
-    engine.put_alias("new", "old")
+    engine.names.put_alias("new", "old")
     assert isinstance(create.ended().error, AlreadyExists)
     assert names_of(engine) == (["old"], {"new": "old"})
 
 
 def test_an_alias_put_while_its_gallery_is_deleted_finds_none(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = Meanwhile(lambda: engine.put_alias("new", "old"))
+    put = Meanwhile(lambda: engine.names.put_alias("new", "old"))
     before(monkeypatch, Catalog, "delete", put)
-    engine.delete_gallery("old")
+    engine.names.delete_gallery("old")
     assert isinstance(put.ended().error, NotFound)
     assert names_of(engine) == ([], {})
 
 
 def test_a_gallery_deleted_while_an_alias_of_it_is_put_stays(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    delete = Meanwhile(lambda: engine.delete_gallery("old"))
+    delete = Meanwhile(lambda: engine.names.delete_gallery("old"))
     before(monkeypatch, Aliases, "put", delete)
-    engine.put_alias("new", "old")
+    engine.names.put_alias("new", "old")
     assert isinstance(delete.ended().error, GalleryAliased)
     assert names_of(engine) == (["old"], {"new": "old"})
 
@@ -133,10 +133,10 @@ def test_a_gallery_deleted_while_an_alias_of_it_is_put_stays(engine: Engine, mon
 def test_a_gallery_made_while_its_alias_is_deleted_gets_the_name(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.put_alias("new", "old")
+    engine.names.put_alias("new", "old")
     held: list[bool] = []
-    before(monkeypatch, Aliases, "delete", lambda: held.append(engine.names.locked()))
-    engine.delete_alias("new")
+    before(monkeypatch, Aliases, "delete", lambda: held.append(engine.names.lock.locked()))
+    engine.names.delete_alias("new")
     assert held == [True]
     engine.create_gallery("new")
     assert names_of(engine) == (["new", "old"], {})

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from index import receipts
 from lookalike.v1 import alias_pb2, common_pb2, gallery_pb2, model_pb2, upkeep_pb2
-from service.engine import Engine
+from service.namespace import Namespace
 from service.once import Ledger
 from service.settings import Settings
 from tests.service.harness import (
@@ -136,7 +136,7 @@ def receipts_kept(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if request.param != "with the write":
         monkeypatch.setattr("service.once.keeps_receipts", lambda _: False)
         monkeypatch.setattr("service.writes.keeps_receipts", lambda _: False)
-        monkeypatch.setattr(Engine, "keeps_receipts", False)
+        monkeypatch.setattr(Namespace, "keeps_receipts", False)
         monkeypatch.setattr("index.gallery.Gallery.answered", lambda *_: pytest.fail("it keeps none"))
     return str(request.param)
 

@@ -129,7 +129,7 @@ def test_an_alias_that_moves_while_a_call_is_worked_on_takes_it_to_no_gallery_of
 
     @contextmanager
     def moved_before(engine: Engine, gallery: str, **options: Any) -> Iterator[GalleryEngine]:
-        engine.put_alias("mine-now", "theirs-w")
+        engine.names.put_alias("mine-now", "theirs-w")
         with written(engine, gallery, **options) as found:
             yield found
 
@@ -228,7 +228,7 @@ def moves(moving: None, as_all: Stubs, monkeypatch: pytest.MonkeyPatch) -> Itera
     def moved_after(security: Security, call: Call, request: Message) -> None:
         received(security, call, request)
         if b"mine-now" in request.SerializeToString():
-            security._serving.current.engine.put_alias("mine-now", "theirs-m")
+            security._serving.current.engine.names.put_alias("mine-now", "theirs-m")
 
     with monkeypatch.context() as patched:
         patched.setattr(Security, "received", moved_after)

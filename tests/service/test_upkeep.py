@@ -16,6 +16,7 @@ from embedding.errors import Busy, Cancelled, ImagesNeeded, InvalidInput, ModelM
 from index import GalleryEngine, IndexSettings, Item, Progress
 from service import upkeep
 from service.engine import Engine
+from service.namespace import Namespace
 from service.sources import EncodedImage
 from service.writes import Draft, UpdateGallery, UpdateItems
 from tests.service.harness import make_bundle, png
@@ -79,7 +80,7 @@ def test_writes_during_a_migration_are_taken_over(old: Engine, new: Engine) -> N
     assert during.passes == 2
     seeds = {f"item-{seed}": seed for seed in (0, 3, 4, 5, 7)} | {"item-1": 8}
     assert held(new, "new") == expected(new, seeds)
-    assert new.aliases.get("now") == target.id == "new"
+    assert new.names.aliases.get("now") == target.id == "new"
     assert old.gallery("old").size == 6
 
 
@@ -180,7 +181,7 @@ def test_a_cancelled_migration_moves_no_alias_and_goes_on_later(
     old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upkeep, "BATCH", 2)
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
 
     def cancel(progress: Progress) -> None:
         if progress.stage.startswith("embedding") and progress.done == 2:
@@ -188,10 +189,10 @@ def test_a_cancelled_migration_moves_no_alias_and_goes_on_later(
 
     with pytest.raises(Cancelled):
         upkeep.Migration(new, "old", "new", alias="now").run(cancel)
-    assert new.aliases.get("now") == "old"
+    assert new.names.aliases.get("now") == "old"
     assert len(held(new, "new")) == 2
     upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
-    assert new.aliases.get("now") == "new"
+    assert new.names.aliases.get("now") == "new"
     assert held(new, "new") == expected(new, {f"item-{seed}": seed for seed in range(6)})
 
 
@@ -200,10 +201,10 @@ def test_an_image_lost_during_a_migration_stops_it(old: Engine, new: Engine) -> 
         gallery = old.gallery("old")
         gallery.upsert([replace(gallery.get("item-0"), etag="", thumbnail=None)])
 
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
     with pytest.raises(ImagesNeeded, match="item-0"):
         upkeep.Migration(new, "old", "new", alias="now").run(During(bare))
-    assert new.aliases.get("now") == "old"
+    assert new.names.aliases.get("now") == "old"
 
 
 def test_a_damaged_thumbnail_is_named(old: Engine, new: Engine) -> None:
@@ -225,10 +226,10 @@ def test_no_write_is_lost_in_the_moment_in_which_an_alias_moves(
 ) -> None:
     """Writers that came through the alias: one is in the midst of its write when the migration has caught up and wants
     to move the alias; another comes while it moves, and a third has named its gallery before and stores afterwards."""
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
     inside, go_on = threading.Event(), threading.Event()
     source = old.gallery("old")
-    real_upsert, real_closed, real_put = type(source).upsert, new.gate.closed, Engine.put_alias
+    real_upsert, real_closed, real_put = type(source).upsert, new.names.gate.closed, Namespace.put_alias
     refused: list[Exception] = []
     deletions: list[int] = []
 
@@ -252,7 +253,7 @@ def test_no_write_is_lost_in_the_moment_in_which_an_alias_moves(
 
     deleter = threading.Thread(target=deleting)
 
-    def moving(self: Engine, *names: str, **more: object) -> None:
+    def moving(self: Namespace, *names: str, **more: object) -> None:
         deleter.start()  # held up until the alias has moved
         real_put(self, *names, **more)  # type: ignore[arg-type]
 
@@ -260,8 +261,8 @@ def test_no_write_is_lost_in_the_moment_in_which_an_alias_moves(
     writer = threading.Thread(target=old.ask, args=(UpdateItems(gallery="now", drafts=drafts),))
     with monkeypatch.context() as patch:
         patch.setattr(type(source), "upsert", slow)
-        patch.setattr(new.gate, "closed", closing)
-        patch.setattr(Engine, "put_alias", moving)
+        patch.setattr(new.names.gate, "closed", closing)
+        patch.setattr(Namespace, "put_alias", moving)
         writer.start()
         assert inside.wait(timeout=20)
         upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
@@ -280,7 +281,7 @@ def test_no_write_is_lost_in_the_moment_in_which_an_alias_moves(
 
 def test_a_migration_ends_beside_writers_who_never_pause(old: Engine, new: Engine) -> None:
     """Each pass finds that something was written during the one before; the last of it is copied while writes wait."""
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
     passes: set[str] = set()
 
     def writing(progress: Progress) -> None:
@@ -298,7 +299,7 @@ def test_writers_who_are_faster_than_the_encoder_keep_a_migration_from_ending(
     old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upkeep, "BATCH", 2)
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
     done: set[tuple[str, int]] = set()
 
     def writing(progress: Progress) -> None:
@@ -308,7 +309,7 @@ def test_writers_who_are_faster_than_the_encoder_keep_a_migration_from_ending(
 
     with pytest.raises(Busy, match="pause the writes"):
         upkeep.Migration(new, "old", "new", alias="now").run(writing)
-    assert new.aliases.get("now") == "old"
+    assert new.names.aliases.get("now") == "old"
     upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
     assert held(new, "now") == expected(new, {f"item-{seed}": seed for seed in range(6)})
 
@@ -319,7 +320,7 @@ def configure(engine: Engine, gallery: str, settings: IndexSettings, part: str) 
 
 def test_settings_changed_during_a_migration_are_taken_over(old: Engine, new: Engine) -> None:
     new.create_gallery("new", IndexSettings(structure="hnsw", min_recall=0.7))
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
     configuring = During(lambda: configure(old, "now", IndexSettings(min_recall=0.8), "min_recall"))
     upkeep.Migration(new, "old", "new", alias="now").run(configuring)
     settings = new.gallery("now").stats().settings
@@ -329,23 +330,23 @@ def test_settings_changed_during_a_migration_are_taken_over(old: Engine, new: En
 def test_settings_changed_while_an_alias_moves_are_those_of_its_new_gallery(
     old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new.put_alias("now", "old")
+    new.names.put_alias("now", "old")
     come = threading.Event()
-    real_passing, real_put = new.gate.passing, Engine.put_alias
+    real_passing, real_put = new.names.gate.passing, Namespace.put_alias
     configuring = threading.Thread(target=configure, args=(old, "now", IndexSettings(min_recall=0.8), "min_recall"))
 
     def passing() -> object:
         come.set()
         return real_passing()
 
-    def moving(self: Engine, *names: str, **more: object) -> None:
+    def moving(self: Namespace, *names: str, **more: object) -> None:
         configuring.start()
         assert come.wait(timeout=20)
         real_put(self, *names, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(new.gate, "passing", passing)
-        patch.setattr(Engine, "put_alias", moving)
+        patch.setattr(new.names.gate, "passing", passing)
+        patch.setattr(Namespace, "put_alias", moving)
         upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
         configuring.join(timeout=20)
     assert new.gallery("now").stats().settings.min_recall == 0.8
