@@ -253,7 +253,7 @@ class GalleryContract:
         assert engine.thumbnail("mug é 1") == b"\0x"
         assert engine.thumbnail("item-00") is None
         assert engine.origins(["mug é 1", "item-00", "none"]) == {"mug é 1": "2026 abc-1"}
-        assert set(engine.names.lock()) == {item.name for item in engine.iterate()} > {"mug é 1", "item-00"}
+        assert set(engine.names()) == {item.name for item in engine.iterate()} > {"mug é 1", "item-00"}
         engine.upsert([Item(name="mug é 1", embedding=pool[3])])
         assert engine.origins(["mug é 1"]) == {}
         assert engine.thumbnail("mug é 1") is None
