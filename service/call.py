@@ -142,7 +142,7 @@ class Call:
         """Whose share of the server the call takes: the caller's, or else that of the address it comes from."""
         if self.caller:
             return self.caller
-        self._address = self._address or _address(peer_of(self.context))
+        self._address = self._address or address_of(self.context)
         return self._address
 
     @property
@@ -156,8 +156,9 @@ CURRENT: ContextVar[Call | None] = ContextVar("call", default=None)
 """The call that the running task serves, or that work in a thread is done for; None outside of one."""
 
 
-def _address(peer: str) -> str:
-    """Without the port: a caller may have any number of connections."""
+def address_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Where a call comes from, without the port: a caller may have any number of connections."""
+    peer = peer_of(context)
     kind, _, address = peer.partition(":")
     return f"{kind}:{address.rpartition(':')[0]}" if kind in {"ipv4", "ipv6"} else peer
 

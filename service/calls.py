@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import grpc
 import structlog
@@ -172,24 +172,30 @@ class Calls:
             yield request
 
 
-class Registrar:
-    """Takes servicers as a server does, through the generated functions, and adds them with their calls observed."""
+class Wrapping(Protocol):
+    """What is done around each call of a method."""
 
-    def __init__(self, calls: Calls, server: grpc.aio.Server) -> None:
+    def handler(self, method: str, handler: grpc.RpcMethodHandler[Any, Any], /) -> grpc.RpcMethodHandler[Any, Any]: ...
+
+
+class Registrar:
+    """Takes servicers as a server does, through the generated functions, and adds them with their methods wrapped."""
+
+    def __init__(self, calls: Wrapping, server: grpc.aio.Server) -> None:
         self._calls = calls
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        self._server.add_generic_rpc_handlers([_Observed(self._calls, handler) for handler in handlers])
+        self._server.add_generic_rpc_handlers([_Wrapped(self._calls, handler) for handler in handlers])
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Nothing: the generated functions give the same handlers both ways, and servers of asyncio use the other."""
 
 
-class _Observed(grpc.GenericRpcHandler):
+class _Wrapped(grpc.GenericRpcHandler):
     """The methods of one servicer, each wrapped when it is first called."""
 
-    def __init__(self, calls: Calls, plain: grpc.GenericRpcHandler) -> None:
+    def __init__(self, calls: Wrapping, plain: grpc.GenericRpcHandler) -> None:
         self._calls = calls
         self._plain = plain
         self._wrapped: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}

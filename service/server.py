@@ -15,7 +15,7 @@ import grpc
 import structlog
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from embedding.errors import Busy, InvalidInput
 from embedding.extras import installing
@@ -44,6 +44,7 @@ from service.calls import Calls
 from service.feedback_store import FeedbackStore
 from service.given_back import GivenBack
 from service.once import Once
+from service.open_calls import OpenCalls
 from service.operations import Operations
 from service.rollout.swap import Rollout
 from service.security import Security
@@ -147,7 +148,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             options=channel_options(settings, shares_port=part is not None),
-            # A backstop for what passes `Admission` by: health checks and reflection, and what a replica passes on.
+            # A backstop for what passes `Admission` by: watches of health, and what a replica passes on.
             maximum_concurrent_rpcs=4 * settings.max_calls,
         )
         self.port = settings.port
@@ -224,7 +225,7 @@ class Server:
         server = self._calls.around(self._server)
         match_pb2_grpc.add_MatchServiceServicer_to_server(MatchService(self._serving), server)
         search_pb2_grpc.add_SearchServiceServicer_to_server(SearchService(self._serving), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, OpenCalls().around(self._server))
         self._reflect()
         if self._part is not None and not self._part.writes:
             own = tuple(f"/{match_pb2.DESCRIPTOR.package}.{name}/" for name in ("MatchService", "SearchService"))
@@ -250,7 +251,8 @@ class Server:
         names = (*SERVICES, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME)
         described = self._settings.reflection
         if is_loopback(self._settings.host) if described is None else described:
-            reflection.enable_server_reflection(names, self._server)
+            servicer = reflection.aio.ReflectionServicer(names)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, OpenCalls().around(self._server))  # type: ignore[no-untyped-call]
 
     def _measured(self) -> Metrics:
         metrics = Metrics()
