@@ -77,6 +77,8 @@ class Limits:
     """Neighbours."""
     message_bytes: int = 64 * 2**20
     """Of one message, received or sent."""
+    message_seconds: float = 300.0
+    """Until the message of a call that has one must have come."""
     answers: Room | None = None
     """Where large answers are held until they are sent; None for any number."""
     window: int = 256

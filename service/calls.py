@@ -20,7 +20,15 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from embedding.errors import InvalidInput, NotSupported, RequestTooLarge, ResponseTooLarge
+from embedding.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    LookalikeError,
+    NotSupported,
+    RequestTooLarge,
+    ResponseTooLarge,
+)
+from service.awaited import Awaited
 from service.call import CURRENT, REQUEST_ID, Call, Limits
 from service.errors import translated_errors
 from service.telemetry import logs
@@ -42,7 +50,7 @@ class _Unread:
     """Stands for a request that is not read, so that it is refused where all others are; gRPC's own answer to one that
     cannot be parsed would be UNKNOWN, with the parser's words."""
 
-    error: InvalidInput
+    error: LookalikeError
 
 
 class Hook:
@@ -70,6 +78,7 @@ class Calls:
     def __init__(self, hooks: Sequence[Hook] = (), *, limits: Limits | None = None) -> None:
         self._hooks = tuple(hooks)
         self._limits = limits or Limits()
+        self._awaited = Awaited(self._limits.message_seconds)
         self._receivers = [hook for hook in hooks if type(hook).received is not Hook.received]
         self._holders = [hook for hook in hooks if type(hook).answered is not Hook.answered]
 
@@ -86,7 +95,7 @@ class Calls:
 
             async def served(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
                 async with self.observed(Call(method, context, limits=self._limits)) as call:
-                    request: Any = await context.read()
+                    request: Any = await self._only(context)
                     async with translated_errors(context):
                         self._received(call, request)
                         answer = serialize(await respond(request, context))
@@ -107,7 +116,7 @@ class Calls:
                 if handler.request_streaming:
                     request = self._each_received(call, requests)
                 else:
-                    request = await context.read()
+                    request = await self._only(context)
                     async with translated_errors(context):
                         self._received(call, request)
                 async for response in respond(request, context):
@@ -143,6 +152,18 @@ class Calls:
                 )
 
         return read
+
+    async def _only(self, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        """The message of a call that has one: `_received` refuses what is none."""
+        try:
+            return await self._awaited.read(context)
+        except TimeoutError:
+            return _Unread(
+                DeadlineExceeded(
+                    f"the message of the call has not come within {self._limits.message_seconds:g} s "
+                    "(max_message_seconds); send less at once, or over a faster connection"
+                )
+            )
 
     def _received(self, call: Call, request: Any) -> None:
         if not call.streams:

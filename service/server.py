@@ -118,6 +118,7 @@ class Server:
             batch=settings.max_batch,
             k=settings.max_k,
             message_bytes=settings.max_message_bytes,
+            message_seconds=settings.max_message_seconds,
             answers=admission.answers,
             window=settings.stream_window,
             stream_bytes=StreamBytes(settings.max_stream_bytes),

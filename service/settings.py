@@ -72,6 +72,9 @@ class Settings(BaseModel):
     """Largest message received or sent, in bytes; larger requests end with REQUEST_TOO_LARGE, and calls whose answer
     would be larger with RESPONSE_TOO_LARGE. Requests over twice as large, or by more than 16 MiB, gRPC
     ends itself, with RESOURCE_EXHAUSTED."""
+    max_message_seconds: Annotated[float, Field(gt=0, le=86400)] = 300.0
+    """How long the message of a call that has one may take to come in, an eighth more or less; the call, which counts
+    among `max_calls` meanwhile, ends with DEADLINE_EXCEEDED then. Streams may be silent for longer."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Largest width × height of an image, read from its header before anything is decoded."""
     device: str = "auto"

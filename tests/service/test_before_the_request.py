@@ -21,6 +21,7 @@ from service.settings import Settings
 from tests.service.harness import MAX_MESSAGE_BYTES, Loop, connected, info, refused, rich, served, vector
 
 EMBED = "/lookalike.v1.MatchService/Embed"
+STREAM = "/lookalike.v1.MatchService/StreamVerify"
 MATCHES = "/lookalike.v1.SearchService/SearchMatches"
 CREATE = "/lookalike.v1.GalleryService/CreateGallery"
 REQUEST = match_pb2.EmbedRequest(image=vector(1.0)).SerializeToString()
@@ -172,6 +173,31 @@ def test_a_call_that_is_given_up_before_its_message_has_come_is_told_as_cancelle
         hook.next()
         asked.call.cancel()
         assert hook.code() is grpc.StatusCode.CANCELLED
+
+
+@pytest.mark.parametrize("method", [EMBED, MATCHES])
+def test_a_message_that_does_not_come_is_not_waited_for(
+    loop: Loop, settings: Settings, tmp_path: Path, method: str
+) -> None:
+    """And the place among `max_calls` is another's again."""
+    hurried = {"galleries": tmp_path / "galleries", "max_calls": 1, "max_message_seconds": 0.2}
+    with served(loop, settings.model_copy(update=hurried)) as server, connected(server.address) as stubs:
+        hook = Seen()
+        server._calls._hooks = (hook, *server._calls._hooks)
+        with late(server.address, method) as asked, pytest.raises(grpc.RpcError) as caught:
+            list(asked.call)
+        assert info(rich(caught.value)).reason == "DEADLINE_EXCEEDED"
+        assert hook.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert stubs.match.Embed(match_pb2.EmbedRequest(image=vector(1.0))).model
+
+
+def test_a_stream_may_be_silent_for_longer(loop: Loop, settings: Settings, tmp_path: Path) -> None:
+    hurried = {"galleries": tmp_path / "galleries", "max_message_seconds": 0.2}
+    with served(loop, settings.model_copy(update=hurried)) as server, late(server.address, STREAM) as silent:
+        with late(server.address, EMBED) as asked, pytest.raises(grpc.RpcError):
+            list(asked.call)  # one that is not, and that came later, has ended by now
+        silent.send(None)
+        assert info(rich(silent.error())).reason == "INVALID_INPUT"  # it ends, and had no config
 
 
 def test_what_grpc_refuses_by_its_length_it_answers_itself(seen: tuple[Server, Seen]) -> None:
