@@ -27,6 +27,10 @@ _HOP = ("grpc-", ":", PREFIX)
 _HOPS = {"te", "content-type", "user-agent", REQUEST_ID}
 """Metadata that is made anew for each connection: how its names begin, and whole names."""
 
+_AWAY = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+"""What gRPC itself ends a call with over there: where nobody listens, and where a server stops, or is too busy to look,
+in the moment in which the call comes. A caller that gives up here is told of no code."""
+
 
 class Forwarding(grpc.GenericRpcHandler):
     """Some methods, answered at another address. For one event loop."""
@@ -99,7 +103,7 @@ class Forwarding(grpc.GenericRpcHandler):
             code is grpc.StatusCode.DEADLINE_EXCEEDED and self._is_connected
         ):
             await call.context.abort(code, details or "", trailing)  # the process that answers has heard of it
-        if code is grpc.StatusCode.UNAVAILABLE:  # gRPC's own words would be of sockets of ours
+        if code in _AWAY:  # gRPC's own words would be of sockets of ours
             await self._refuse(
                 call,
                 NotReady(

@@ -166,18 +166,26 @@ def test_what_the_other_answers_it_observes_itself_under_the_same_id(
     assert not told.codes
 
 
-@pytest.mark.parametrize("observed", [False, True])
-def test_a_call_that_the_other_ends_as_cancelled_ends_so(
-    loop: Loop, settings: Settings, tmp_path: Path, observed: bool
-) -> None:
-    trailing = ((REQUEST_ID, "x"),) if observed else ()
+def test_a_call_that_the_other_ends_as_cancelled_ends_so(loop: Loop, settings: Settings, tmp_path: Path) -> None:
     with (
-        ending_with_cancelled(loop, tmp_path / "writer", trailing) as address,
+        ending_with_cancelled(loop, tmp_path / "writer", ((REQUEST_ID, "x"),)) as address,
         worker(loop, address, settings) as (stubs, told),
     ):
         error = refused(lambda request: stubs.galleries.GetGallery(request, timeout=20), GET)
         assert (error.code(), error.details()) == (grpc.StatusCode.CANCELLED, "enough")
-        assert told.codes == [] if observed else told.code() is grpc.StatusCode.CANCELLED
+        assert told.codes == []
+
+
+def test_a_call_that_grpc_cancels_there_is_told_as_to_try_again(loop: Loop, settings: Settings, tmp_path: Path) -> None:
+    """Nobody looked at it: that server stops in this moment, or is too busy."""
+    with (
+        ending_with_cancelled(loop, tmp_path / "writer", ()) as address,
+        worker(loop, address, settings) as (stubs, told),
+    ):
+        error = refused(lambda request: stubs.galleries.GetGallery(request, timeout=20), GET)
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert info(rich(error)).reason == "NOT_READY"
+        assert told.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_a_call_that_was_given_up_before_the_other_heard_of_it_is_observed_here(
