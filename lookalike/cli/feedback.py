@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from embedding.errors import InvalidDataset, InvalidInput, NotFound
+from embedding.errors import InvalidInput, NotFound
 from lookalike import types
 from lookalike.cli import options
 from lookalike.cli.connection import connect
@@ -68,9 +68,7 @@ def import_(
     target = target or os.environ.get("LOOKALIKE_TARGET")
     if not target:
         raise InvalidInput("nobody to record it: give --target HOST:PORT, or set LOOKALIKE_TARGET")
-    cases = last_of_each_case(read_lines(file))
-    if not cases:
-        raise InvalidDataset(f"there is no feedback in {file}; write such files with `lookalike feedback export`")
+    cases = last_of_each_case(read_lines(file))  # none, where there was nothing to export
     with connect(target) as client:
         there = {(case.fingerprint, case.case_id): case.time for case in client.list_feedback()}
         new = [case for case in cases if there.get((case.fingerprint, case.case_id), _NEVER) < case.time]
