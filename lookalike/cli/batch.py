@@ -162,9 +162,11 @@ def _into_one_file(backend: Backend, ask: Asked, images: Path, out: Path, *, ove
             done += len(batch)
             tell(done, len(queries))
         if not searched:
-            raise InvalidDataset(f"none of the {len(queries)} images of {images} could be searched; {out} not written")
+            tried = show.counted(len(queries), "image")
+            raise InvalidDataset(f"of {tried} of {images} none could be searched; {out} not written")
     skipped = len(queries) - searched
-    print(f"wrote the neighbours of {searched:,} images to {out}" + (f" ({skipped:,} skipped)" if skipped else ""))
+    left_out = f" ({skipped:,} skipped)" if skipped else ""
+    print(f"wrote the neighbours of {show.counted(searched, 'image')} to {out}{left_out}")
 
 
 def _holds_embeddings(source: Path) -> bool:

@@ -139,21 +139,21 @@ def _answered(folder: Path) -> int:
     return manifest.totals.queries if manifest else 0
 
 
+_QUERIES = ("query", "queries")
+
+
 def summary(done: Done, folder: Path) -> str:
     """What came of a job, in two lines."""
     totals = done.totals
     before = f"; {done.resumed:,} of them were answered before" if done.resumed else ""
-    redone = f"; {_counted(done.redone)} written again, damaged" if done.redone else ""
+    redone = f"; {show.counted(done.redone, 'shard')} written again, damaged" if done.redone else ""
     more = f", {totals.truncated:,} with more than the limit" if totals.truncated else ""
     return (
-        f"answered {totals.queries:,} queries in {_counted(done.shards)} of {folder}{before}{redone}\n"
-        f"{totals.errors:,} errors; {totals.matched:,} queries with a match, {totals.matches:,} matches{more}; "
-        f"{totals.rows:,} rows, {totals.bytes:,} bytes"
+        f"answered {show.counted(totals.queries, *_QUERIES)} in {show.counted(done.shards, 'shard')} of {folder}"
+        f"{before}{redone}\n{show.counted(totals.errors, 'error')}; "
+        f"{show.counted(totals.matched, *_QUERIES)} with a match, {show.counted(totals.matches, 'match', 'matches')}"
+        f"{more}; {show.counted(totals.rows, 'row')}, {show.counted(totals.bytes, 'byte')}"
     )
-
-
-def _counted(shards: int) -> str:
-    return f"{shards:,} shard{'' if shards == 1 else 's'}"
 
 
 def _on_server(client: Client, job: Job, queries: Queries | None) -> tuple[Queries, Answering, Conditions]:

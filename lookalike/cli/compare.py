@@ -36,4 +36,4 @@ def compare(
         loaded = loaded.quick()
     folder = out or Path("runs") / loaded.name
     done = run(loaded, out=folder, data_root=data, device=device, workers=workers, console=show.console())
-    print(f"wrote the report of {len(done.runs)} runs to {folder / 'README.md'}")
+    print(f"wrote the report of {show.counted(len(done.runs), 'run')} to {folder / 'README.md'}")

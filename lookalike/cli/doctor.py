@@ -92,7 +92,7 @@ def doctor(
     failed = sum(finding.state == "fail" for finding in findings)
     if not json:
         warned = sum(finding.state == "warn" for finding in findings)
-        print(f"{len(findings)} check{'s' * (len(findings) != 1)}: {failed} failed, {warned} with a warning")
+        print(f"{show.counted(len(findings), 'check')}: {failed} failed, {warned} with a warning")
     if failed:
         raise typer.Exit(UNWELL)
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from embedding.decision import Vectors
 from embedding.errors import InvalidDataset
 from index.batch.queries import IDS, columns_of, vectors_of
+from lookalike.cli import show
 from lookalike.cli.rows import identity_in, metadata_in
 from lookalike.types import JSON, NewItem
 
@@ -78,7 +79,8 @@ class EmbeddedItems:
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
             raise InvalidDataset(f"{self._table}: {self._id} holds {kind}; items are named by text or whole numbers")
         if names.null_count:
-            raise InvalidDataset(f"{self._table}: {names.null_count:,} rows have no {self._id}; name each item")
+            rows = show.counted(names.null_count, "row")
+            raise InvalidDataset(f"{self._table}: {rows} without {self._id}; name each item")
         counts = pc.value_counts(names)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(repeated):

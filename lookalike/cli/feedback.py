@@ -13,7 +13,7 @@ import typer
 
 from embedding.errors import InvalidInput, NotFound
 from lookalike import types
-from lookalike.cli import options
+from lookalike.cli import options, show
 from lookalike.cli.connection import connect
 from lookalike.cli.whole_file import refusals, whole_file
 
@@ -50,7 +50,7 @@ def export(
         raise InvalidInput("give --target to ask a server, or --data to read its folder of galleries")
     with whole_file(out, overwrite=overwrite) as file, refusals(out):
         count = write_lines(file, _of_server(target) if target else _of_folder(data or Path()))
-    print(f"wrote {count} cases to {out}")
+    print(f"wrote {show.counted(count, 'case')} to {out}")
 
 
 @app.command(name="import")
@@ -74,7 +74,8 @@ def import_(
         new = [case for case in cases if there.get((case.fingerprint, case.case_id), _NEVER) < case.time]
         recorded = client.record_feedback(map(_to_record, new))
     known = len(cases) - len(recorded)
-    print(f"recorded {len(recorded)} cases of {file}" + (f"; {known} were there already" if known else ""))
+    before = f"; {known} {'was' if known == 1 else 'were'} there already" if known else ""
+    print(f"recorded {show.counted(len(recorded), 'case')} of {file}{before}")
 
 
 def calibrate(

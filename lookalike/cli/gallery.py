@@ -52,7 +52,7 @@ def delete(
         raise typer.BadParameter("--force is for a whole gallery; items are deleted without it.")
     with open_backend(target, bundle, data, read_only=False) as backend:
         if items:
-            print(f"deleted {backend.delete_items(gallery, items)} items of gallery {gallery}")
+            print(f"deleted {show.counted(backend.delete_items(gallery, items), 'item')} of gallery {gallery}")
         else:
             backend.delete_gallery(gallery, force=force)
             print(f"deleted gallery {gallery}")

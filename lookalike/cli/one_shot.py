@@ -32,7 +32,7 @@ def draw(
     from training.one_shot_folders import draw_folders
 
     draw_folders(images, out=out, ways=ways, runs=runs, seed=seed)
-    print(f"wrote {runs} runs of {ways} ways to {out}")
+    print(f"wrote {show.counted(runs, 'run')} of {ways} ways to {out}")
 
 
 @app.command()

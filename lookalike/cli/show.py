@@ -90,6 +90,11 @@ def table(columns: Iterable[str]) -> Table:
     return made
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things: `1 item`, `2,000 items`; `many` where the plural takes more than an s."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def printable(name: str) -> str:
     """A name from outside, on one line and without control characters."""
     return name if name.isprintable() else ascii(name)

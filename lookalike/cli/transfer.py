@@ -85,12 +85,12 @@ def add(
         from lookalike.cli.embeddings import EmbeddedItems
 
         candidates = EmbeddedItems(source, column)
-        at_once, things = BATCH_EMBEDDINGS, "embeddings"
+        at_once, thing = BATCH_EMBEDDINGS, "embedding"
     else:
         from lookalike.cli.images import list_images
 
         candidates = list_images(source)
-        at_once, things = BATCH_IMAGES, "images"
+        at_once, thing = BATCH_IMAGES, "image"
     console, total = show.console(stderr=True), len(candidates)
     done = stored = 0
     with open_backend(target, bundle, data, read_only=False, device=device, thumbnails=thumbnails) as backend:
@@ -99,7 +99,7 @@ def add(
 
             check_model(source, backend.get_gallery(gallery).model)
         batches = _stored(backend, gallery, candidates, at_once)
-        with closing(batches), told(console, "add", things) as tell:
+        with closing(batches), told(console, "add", f"{thing}s") as tell:
             for outcomes in batches:
                 for candidate, outcome in outcomes:
                     if isinstance(outcome, Exception):
@@ -109,9 +109,9 @@ def add(
                 done += len(outcomes)
                 tell(done, total)
     if not stored:
-        raise InvalidDataset(f"none of the {total:,} {things} of {source} could be stored")
+        raise InvalidDataset(f"of {show.counted(total, thing)} of {source} none could be stored")
     skipped = f" ({total - stored:,} skipped)" if stored < total else ""
-    print(f"stored {stored:,} items in gallery {gallery}{skipped}")
+    print(f"stored {show.counted(stored, 'item')} in gallery {gallery}{skipped}")
 
 
 def export(
@@ -137,7 +137,7 @@ def export(
                 append([_row(item) for item in batch])
                 written += len(batch)
                 tell(written, exported.item_count)
-    print(f"wrote {written:,} items of gallery {gallery} to {out}")
+    print(f"wrote {show.counted(written, 'item')} of gallery {gallery} to {out}")
 
 
 def _column_of_embeddings(source: Path, named: str) -> str:

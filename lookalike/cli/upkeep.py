@@ -73,7 +73,8 @@ def describe(
         print(show.as_json(found))
         return
     out = show.console()
-    out.print(f"gallery {found.id}: {found.item_count:,} items of model {found.model}, generation {found.generation}")
+    items = show.counted(found.item_count, "item")
+    out.print(f"gallery {found.id}: {items} of model {found.model}, generation {found.generation}")
     if found.damage:
         out.print(f"damaged: {found.damage}")
     if found.index:
@@ -83,8 +84,9 @@ def describe(
     if found.stats:
         stats = found.stats
         out.print(
-            f"{stats.disk_bytes:,} bytes on disk, {stats.memory_bytes:,} in memory; {stats.fresh_items:,} items not "
-            f"sealed yet, {stats.dead_rows:,} dead rows" + (f"; {stats.busy}" if stats.busy else "")
+            f"{stats.disk_bytes:,} bytes on disk, {stats.memory_bytes:,} in memory; "
+            f"{show.counted(stats.fresh_items, 'item')} not sealed yet, {show.counted(stats.dead_rows, 'dead row')}"
+            + (f"; {stats.busy}" if stats.busy else "")
         )
         if stats.last_failure:
             out.print(f"background work last failed: {stats.last_failure}")
@@ -142,12 +144,12 @@ def purge(
     with open_backend(target, bundle, data, read_only=not force) as backend:
         purged = backend.purge_items(gallery, filter, force=force)
     if force:
-        print(f"deleted {purged.count:,} items of gallery {gallery}")
+        print(f"deleted {show.counted(purged.count, 'item')} of gallery {gallery}")
         return
     for name in purged.sample:
         print(name.id)
     more = f", the first {len(purged.sample)} of them above" if purged.count > len(purged.sample) else ""
-    print(f"would delete {purged.count:,} items of gallery {gallery}{more}; --force deletes them")
+    print(f"would delete {show.counted(purged.count, 'item')} of gallery {gallery}{more}; --force deletes them")
 
 
 def reindex(
@@ -212,11 +214,13 @@ def verify(
         for problem in found.problems:
             print(f"{problem.path}: {problem.what}" + (" (made again)" if problem.repaired else ""))
         left = sum(not problem.repaired for problem in found.problems)
-        said = f"gallery {found.gallery}: {found.item_count:,} items, {found.file_count:,} files checked, "
+        items, files = show.counted(found.item_count, "item"), show.counted(found.file_count, "file")
+        said = f"gallery {found.gallery}: {items}, {files} checked, "
         if not left:
             print(said + ("all damage is mended" if found.problems else "nothing is wrong"))
         else:
-            print(said + f"{left:,} problems left" + ("" if repair else "; --repair mends what the store can"))
+            advice = "" if repair else "; --repair mends what the store can"
+            print(f"{said}{show.counted(left, 'problem')} left{advice}")
     if not found.sound:
         raise typer.Exit(DAMAGED)
 
@@ -239,7 +243,7 @@ def migrate(
     """
     with open_backend(target, bundle, data, read_only=False, device=device) as backend:
         done = _finished(backend, backend.migrate_gallery(gallery, new, model=model, alias=alias))
-    items = f"{done.gallery.item_count:,} items" if done.gallery else "nothing"
+    items = show.counted(done.gallery.item_count, "item") if done.gallery else "nothing"
     print(f"gallery {new} holds {items}" + (f"; alias {alias} stands for it" if alias else ""))
 
 
@@ -303,7 +307,8 @@ def restore(
     """Make a new gallery from a snapshot of a gallery."""
     with open_backend(target, bundle, data, read_only=False) as backend:
         done = _finished(backend, backend.restore_gallery(gallery, snapshot, new))
-    print(f"gallery {new} holds {done.gallery.item_count:,} items" if done.gallery else f"restored gallery {new}")
+    items = show.counted(done.gallery.item_count, "item") if done.gallery else ""
+    print(f"gallery {new} holds {items}" if items else f"restored gallery {new}")
 
 
 def alias(

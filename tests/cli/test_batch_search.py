@@ -66,7 +66,7 @@ def test_nothing_is_left_of_a_failed_run(
     (bad / "a.png").write_bytes(b"no image")
     ran = run("batch-search", bad, "--gallery", filled, "--out", out, *where)
     assert ran.code == 2
-    assert "none of the 1 images" in ran.err
+    assert "of 1 image of" in ran.err
     assert list(out.parent.iterdir()) == []
 
 

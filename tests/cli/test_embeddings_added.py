@@ -92,7 +92,7 @@ def test_a_bad_row_is_listed_and_skipped(
     )
     run("gallery", "create", name, *where)
     ran = run("gallery", "add", name, rows, *where)
-    assert ran.out == f"stored 1 items in gallery {name} (1 skipped)\n"
+    assert ran.out == f"stored 1 item in gallery {name} (1 skipped)\n"
     assert ran.err.startswith("skipped bad: ")
     assert why in ran.err
     assert [*listed(run, name, where)] == ["good"]
@@ -107,7 +107,7 @@ def test_embeddings_that_are_no_lists_of_numbers_are_skipped(
         ran = run("gallery", "add", name, rows, *where)
         assert ran.code == 2
         assert "skipped a: " in ran.err
-        assert "none of the 1 embeddings" in ran.err
+        assert "of 1 embedding of" in ran.err
 
 
 def test_a_table_that_cannot_be_taken_is_refused(
@@ -120,7 +120,7 @@ def test_a_table_that_cannot_be_taken_is_refused(
     rows = table(tmp_path / "rows.parquet", item=["a", "b", "a"], embedding=one * 3)
     run("gallery", "add", name, rows, *where).failed_with("2 rows would be item 'a'")
     rows = table(tmp_path / "rows.parquet", item=["a", None], embedding=one * 2)
-    run("gallery", "add", name, rows, *where).failed_with("1 rows have no item")
+    run("gallery", "add", name, rows, *where).failed_with("1 row without item")
     run("gallery", "add", name, rows, "--embeddings", "other", *where).failed_with("no column 'other'", "'embedding'")
     run("gallery", "add", name, pictures, "--embeddings", "x", *where).failed_with("no .parquet table")
     run("gallery", "add", name, tmp_path / "none.parquet", *where).failed_with("no such folder or manifest")

@@ -113,7 +113,7 @@ def test_an_export_is_imported_as_it_was_recorded(
         lines = file.read_text().splitlines()
         client.delete_feedback(next(each.id for each in client.list_feedback() if each.case_id == "5"))
         file.write_text("\n".join([*lines, lines[0]]))
-        assert run("feedback", "import", file).out == f"recorded 1 cases of {file}; 299 were there already\n"
+        assert run("feedback", "import", file).out == f"recorded 1 case of {file}; 299 were there already\n"
         after = {case["case_id"]: case for case in exported(run, target, back)}
     assert after.pop("0") == before[0] | {"is_match": False}  # said later, and left as it is
     assert after == {case["case_id"]: case for case in before[1:]}

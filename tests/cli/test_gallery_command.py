@@ -270,7 +270,7 @@ def test_bad_input_is_refused_in_one_line(
     (tmp_path / "empty" / "a.png").write_bytes(b"no image")
     ran = run("gallery", "add", name, tmp_path / "empty", *where)
     assert ran.code == 2
-    assert "none of the 1 images" in ran.err
+    assert "of 1 image of" in ran.err
     for content in ("name,identity\nx,y\n", "path\n\xff\n"):
         (tmp_path / "bad.csv").write_bytes(content.encode("latin-1"))
         run("gallery", "add", name, tmp_path / "bad.csv", *where).failed_with("bad.csv")

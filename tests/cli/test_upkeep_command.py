@@ -229,7 +229,7 @@ def test_damage_is_found_and_mended(
     (data / "g" / "store.sqlite").write_bytes(b"damage")
     lost = run("gallery", "verify", "g", "--repair", *alone)
     assert lost.code == 1
-    assert "1 problems left" in lost.out
+    assert "1 problem left" in lost.out
 
 
 def test_a_gallery_is_named_as_a_resource_too(run: Run, where: list[str], filled: str) -> None:
