@@ -129,6 +129,9 @@ def test_an_empty_list_tells_a_slip_of_the_pen(run: Run, bundle: Bundle, where: 
     assert f"no snapshots of a gallery {name}" in run("gallery", "snapshots", name, *where).err
     run("gallery", "snapshot", name, "one", *where)
     assert run("gallery", "snapshots", name, *where).err == ""
+    run("gallery", "delete", name, *where)
+    kept = run("gallery", "snapshots", name, *where)
+    assert (kept.code, kept.err, "one" in kept.out) == (0, "", True)
 
 
 def test_what_is_not_there_names_the_list_that_shows_what_is(
@@ -138,6 +141,7 @@ def test_what_is_not_there_names_the_list_that_shows_what_is(
     image = pictures / "loose.png"
     for command, listing in (
         (["gallery", "list", "nowhere"], "`lookalike gallery list`"),
+        (["gallery", "snapshots", "nowhere"], "`lookalike gallery list`"),
         (["search", image, "--gallery", "nowhere"], "`lookalike gallery list`"),
         (["verify", image, f"galleries/{name}/items/none"], f"no item 'none' in gallery '{name}'"),
         (["gallery", "delete", name, "none"], f"`lookalike gallery list {name}`"),
