@@ -252,7 +252,7 @@ def recalibrated(
             if file.is_file()
         }
     except OSError as error:
-        raise StorageFailed(f"cannot read the bundle at {bundle.path}: {error}") from error
+        raise _unreadable(bundle.path, error) from error
     files[MANIFEST] = manifest.model_dump_json(indent=2).encode()
     files[CALIBRATION] = calibration.model_dump_json(indent=2).encode()
     files[_CARD] = f"{note.rstrip()}\n\n".encode() + files.get(_CARD, b"")
@@ -306,6 +306,11 @@ def _parsed(path: Path, files: Mapping[str, bytes]) -> _Parsed:
         raise DamagedData(f"{path} was written by another version of lookalike: {_first(error)}") from error
 
 
+def _unreadable(path: Path, error: OSError) -> StorageFailed:
+    file = f"{Path(error.filename).name}: " if error.filename else ""
+    return StorageFailed(f"cannot read the bundle at {path}: {file}{error.strerror or error}")
+
+
 def _read_verified(path: Path, only: Sequence[str] | None = None) -> dict[str, bytes]:
     """The files that the checksums list, or `only` those named."""
     if not (path / MANIFEST).is_file():
@@ -321,7 +326,7 @@ def _read_verified(path: Path, only: Sequence[str] | None = None) -> dict[str, b
             f"the bundle at {path} lacks {Path(error.filename).name}; restore it or train again"
         ) from error
     except OSError as error:
-        raise StorageFailed(f"cannot read the bundle at {path}: {error}") from error
+        raise _unreadable(path, error) from error
     except ValueError as error:  # not ASCII, or a name that no file can have
         raise DamagedData(f"{path / SUMS} is no list of checksums: {error}; restore the bundle") from error
     for name, content in files.items():

@@ -89,5 +89,9 @@ def read_lines(path: Path) -> Iterator[Feedback]:
                         ) from error
     except FileNotFoundError as error:
         raise NotFound(f"no file of feedback at {path}; write one with `lookalike feedback export`") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageFailed(f"cannot read {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidDataset(
+            f"{path} is no text in UTF-8; write such files with `lookalike feedback export`"
+        ) from error
+    except OSError as error:
+        raise StorageFailed(f"cannot read {path}: {error.strerror or error}") from error

@@ -190,8 +190,9 @@ def zip_members(path: Path) -> list[str]:
         with _opened(path) as archive:
             names = [member.filename for member in archive.infolist() if not member.is_dir()]
     except (OSError, zipfile.BadZipFile) as error:
+        why = getattr(error, "strerror", None) or error
         raise InvalidDataset(
-            f"{path} cannot be read as a zip ({error}); give a whole .zip file", field="data.path"
+            f"{path} cannot be read as a zip ({why}); give a whole .zip file", field="data.path"
         ) from error
     for name in names:
         check_inside(name, where=str(path))

@@ -38,8 +38,11 @@ def read_toml(path: Path, *, kind: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise NotFound(f"no {kind} {path}; give the path of a .toml file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRecipe(f"{path} cannot be read as a {kind} ({error}); give the path of a .toml file") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRecipe(f"{path} cannot be read as a {kind}: it is no text in UTF-8; give a .toml file") from error
+    except OSError as error:
+        why = error.strerror or error
+        raise InvalidRecipe(f"{path} cannot be read as a {kind} ({why}); give the path of a .toml file") from error
 
 
 def parse_toml(text: str, *, where: str) -> dict[str, Any]:

@@ -127,9 +127,8 @@ def _snapshots(folder: Path, *, full: bool) -> Iterator[Finding]:
                     f"lookalike gallery delete-snapshot {copy.gallery} {copy.id}",
                 )
     except (LookalikeError, OSError) as error:
-        yield Finding(
-            check="snapshots", state="fail", what=f"they cannot be read: {error}", do="correct the rights of the folder"
-        )
+        what = f"they cannot be read: {getattr(error, 'strerror', None) or error}"
+        yield Finding(check="snapshots", state="fail", what=what, do="correct the rights of the folder")
 
 
 def _aliases(folder: Path) -> Iterator[Finding]:

@@ -83,6 +83,14 @@ def test_a_folder_without_a_bundle_is_named(tmp_path: Path) -> None:
         Bundle.load(tmp_path)
 
 
+def test_a_file_that_the_system_does_not_read_is_named_without_numbers(tmp_path: Path, make_bundle: MakeBundle) -> None:
+    path = make_bundle(tmp_path / "b").path
+    (path / "calibration.json").unlink()
+    (path / "calibration.json").mkdir()
+    with pytest.raises(StorageFailed, match=r"cannot read the bundle at .*: calibration\.json: Is a directory$"):
+        Bundle.load(path)
+
+
 def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path, make_bundle: MakeBundle) -> None:
     old = make_bundle(tmp_path / "b", extra_files={"old.txt": b""})
     with pytest.raises(AlreadyExists):

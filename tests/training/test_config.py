@@ -256,12 +256,12 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path) -> None:
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InvalidRecipe, match="cannot be read as a recipe"):
+    with pytest.raises(InvalidRecipe, match="cannot be read as a recipe: it is no text in UTF-8"):
         load_recipe(path)
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRecipe, match="cannot be read as a recipe"):
+    with pytest.raises(InvalidRecipe, match=r"cannot be read as a recipe \(Is a directory\)"):
         load_recipe(tmp_path)
 
 
