@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,11 @@ _EXTRA_OF_MODULE = {
     "training": "train",
 }
 """The extra that brings each module which the base install, the client alone, lacks."""
+
+_FIELD = re.compile(
+    r"(?:(?:gallery\.)?index\.(?=(?:structure|min_recall|memory_bytes|vectors)\b)|(?=target_f(?:ar|pir)\b))(?P<name>\w+)"
+)
+"""Fields that commands have options for, as messages of servers and engines begin with them."""
 
 _EXTRA_OF_COMMAND = {
     **dict.fromkeys(("train", "evaluate", "calibrate", "compare", "one-shot"), "train"),
@@ -108,7 +114,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (LookalikeError, CallFailed) as error:
-        return _failed(str(error))
+        return _failed(_by_option(str(error)))
     except OSError as error:
         return _failed(_of_disk(error))
     except UnicodeEncodeError as error:
@@ -116,6 +122,12 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return _failed(f"{name} holds bytes that are no UTF-8, as names and filters are; give it as it is listed")
+
+
+def _by_option(message: str) -> str:
+    """A message that begins with a field of the API, with the option of that field instead."""
+    found = _FIELD.match(message)
+    return message if found is None else f"--{found['name'].replace('_', '-')}{message[found.end() :]}"
 
 
 def _of_disk(error: OSError) -> str:

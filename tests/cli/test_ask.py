@@ -111,7 +111,9 @@ def test_bad_requests_are_refused_in_one_line(run: Run, where: list[str], name: 
     run("search", a, "--gallery", name, "-k", "0", *where).failed_with("-k")
     run("search", a, "--gallery", name, "-k", "1000000000", *where).failed_with("-k")
     run("verify", a, a, "--point", "nonsense", *where).failed_with("nonsense", "strict")
-    run("verify", a, a, "--target-far", "1e-9", *where).failed_with("smallest rate")
+    run("verify", a, a, "--target-far", "1e-9", *where).failed_with(
+        "lookalike: --target-far 1e-09 is below", "smallest rate"
+    )
     run("verify", a, a, "--target-far", "0", *where).failed_with("--target-far")
     run("search", a, "--gallery", name, "--target-fpir", "2", *where).failed_with("--target-fpir")
     both = ("--target-fpir", "0.5", "--target-far", "0.1")

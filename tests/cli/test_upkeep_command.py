@@ -95,7 +95,8 @@ def test_a_gallery_is_configured_indexed_and_shown(run: Run, where: list[str], f
     shown = run("gallery", "show", filled, *where).out
     assert "7 items" in shown
     assert "exact, recall 0.9 or more" in shown
-    run("gallery", "reindex", filled, "--structure", "tree", *where).failed_with("structure", "hnsw")
+    run("gallery", "reindex", filled, "--structure", "tree", *where).failed_with("lookalike: --structure is", "hnsw")
+    run("gallery", "configure", filled, "--vectors", "int8", *where).failed_with("lookalike: --vectors is", "float16")
     assert run("gallery", "reindex", filled, "--vectors", "float16", *where).code == 0
     assert "recall 0.9 or more, vectors in float16" in run("gallery", "show", filled, *where).out
     run("gallery", "configure", filled, "--vectors", "half", *where).failed_with("float32", "float16")
