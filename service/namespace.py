@@ -74,8 +74,14 @@ class Namespace:
         return self.catalog.create(gallery_id, model, settings=settings, publishing=publishing)
 
     def snapshots(self, name: str) -> tuple[str, tuple[Copy, ...]]:
-        """The id of the gallery whose snapshots a name or an alias stands for, and these."""
+        """The id of the gallery whose snapshots a name or an alias stands for, and these.
+
+        Raises NotFound where there is no such gallery, nor was one that snapshots were kept of.
+        """
         gallery_id = self._kept_under(name)
+        if not self.shelf.has_kept(gallery_id):
+            with suppress(DamagedData):  # it is there
+                self.catalog.get(gallery_id)
         return gallery_id, self.shelf.list(gallery_id)
 
     def delete_snapshot(self, gallery_id: str, snapshot_id: str) -> None:

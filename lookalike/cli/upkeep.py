@@ -277,8 +277,6 @@ def snapshots(
             table.add_row(copy.id, generation, f"{copy.size_bytes:,}", made, copy.damage)
             if json:
                 print(show.as_json(copy))
-        if not table.row_count:  # one that was deleted keeps its snapshots
-            backend.get_gallery(gallery)
     if not json:
         show.console().print(table)
     if not table.row_count:

@@ -84,6 +84,8 @@ def test_a_gallery_is_copied_and_brought_back(stubs: Stubs, filled: str) -> None
 
     stubs.upkeep.DeleteSnapshot(upkeep_pb2.DeleteSnapshotRequest(name=copy_name))
     assert list(stubs.upkeep.ListSnapshots(listing).snapshots) == []
+    nowhere = upkeep_pb2.ListSnapshotsRequest(parent="galleries/nowhere")
+    assert refused(stubs.upkeep.ListSnapshots, nowhere).code() is grpc.StatusCode.NOT_FOUND
     error = refused(stubs.upkeep.DeleteSnapshot, upkeep_pb2.DeleteSnapshotRequest(name=copy_name))
     assert error.code() is grpc.StatusCode.NOT_FOUND
     restore.gallery_id = f"{filled}-again"
