@@ -114,6 +114,9 @@ class IndexSettings:
     vectors: Precision = "float32"
     """What sealed vectors are kept in beside the store. "float16" takes half the memory; decisions are the same, and
     each search reads its candidates from the store."""
+    taken_over: str = ""
+    """Of what a migration writes to: the old gallery's settings that it has taken over, as the migration notes them; ""
+    keeps the note that there is."""
 
 
 # What is answered, beside `index.found`

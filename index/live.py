@@ -113,11 +113,18 @@ class Live:
 
     def change_settings(self, settings: IndexSettings, token: Token | None = None) -> None:
         with self.write_lock():
-            if settings.margin is None:
-                settings = replace(settings, margin=self.settings.margin)
+            settings = self._kept(settings)
             self.store.record_settings(json.dumps(asdict(settings)), token)
             with self._settling:
                 self.settings = settings
+
+    def _kept(self, settings: IndexSettings) -> IndexSettings:
+        """These, with what nobody chooses as it is where they do not say."""
+        return replace(
+            settings,
+            margin=self.settings.margin if settings.margin is None else settings.margin,
+            taken_over=settings.taken_over or self.settings.taken_over,
+        )
 
     @contextmanager
     def write_lock(self) -> Iterator[None]:

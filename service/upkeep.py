@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +92,7 @@ class Migration:
 
     The old gallery may be written to meanwhile; passes are repeated until few items are left. Then writes wait while
     these are copied and the alias moves, so that each is in the gallery that the alias stands for; so is what was said
-    meanwhile of how the old one is indexed.
+    since the first beginning of how the old one is indexed.
     """
 
     def __init__(self, engine: Engine, source: str, target: str, *, alias: str = "") -> None:
@@ -143,8 +145,7 @@ class Migration:
         source = self._source
         self._engine.names.check_loaded(self._engine.model)
         self.check_images(tell)
-        settings = replace(source.stats().settings, margin=None)  # learned by the model that it leaves
-        target = self._target or self._engine.create_gallery(self._target_id, settings)
+        target, taken_over = self._begun(source.stats().settings)
         self._made = set(_origins(target))
         since, before = 0, math.inf
         for turn in itertools.count(1):
@@ -167,10 +168,32 @@ class Migration:
             if source.generation != since:
                 self._copy(target, since, "embedding, last pass", tell)
                 self._drop_deleted(target)
-            _configure_alike(target, settings, replace(source.stats().settings, margin=None))
+            self._configure_alike(target, taken_over, source.stats().settings)
             if self._alias:
                 self._engine.names.put_alias(self._alias, target.id, of_loaded=self._engine.model)
         return target
+
+    def _begun(self, settings: IndexSettings) -> tuple[GalleryEngine, dict[str, Any]]:
+        """The target, and the source's settings that were taken over or left when its migration was first begun: noted
+        with the target, so that one begun again after it was broken off knows what has changed since."""
+        if self._target is None:
+            chosen = IndexSettings(**_chosen(settings), taken_over=self._note(settings))
+            return self._engine.create_gallery(self._target_id, chosen), _chosen(settings)
+        noted = json.loads(self._target.stats().settings.taken_over or "{}")
+        if noted.get("created") == self._source.created.isoformat():
+            return self._target, noted["settings"]
+        with self._engine.names.gate.closed():
+            self._target.configure(replace(self._target.stats().settings, taken_over=self._note(settings)))
+        return self._target, _chosen(settings)
+
+    def _note(self, settings: IndexSettings) -> str:
+        return json.dumps({"created": self._source.created.isoformat(), "settings": _chosen(settings)})
+
+    def _configure_alike(self, target: GalleryEngine, before: dict[str, Any], settings: IndexSettings) -> None:
+        """Change of the target's settings what was changed of the source's."""
+        changed = {name: value for name, value in _chosen(settings).items() if value != before.get(name, value)}
+        if changed:
+            target.configure(replace(target.stats().settings, **changed, taken_over=self._note(settings)))
 
     def check_images(self, tell: OnProgress = lambda _: None) -> None:
         """Raises ImagesNeeded, naming the items whose image is neither stored nor imported, and InvalidInput when the
@@ -301,11 +324,9 @@ class Migration:
             return
 
 
-def _configure_alike(target: GalleryEngine, before: IndexSettings, after: IndexSettings) -> None:
-    """Change of the target's settings what was changed of the source's."""
-    changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
-    if changed:
-        target.configure(replace(target.stats().settings, **changed))
+def _chosen(settings: IndexSettings) -> dict[str, Any]:
+    """Those that somebody chose: the margin was learned by the model that is left, or by the one that is moved to."""
+    return {name: value for name, value in asdict(settings).items() if name not in {"margin", "taken_over"}}
 
 
 def _origins(gallery: GalleryEngine) -> dict[str, str]:

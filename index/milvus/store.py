@@ -258,6 +258,7 @@ class MilvusStore:
 
     def change_settings(self, settings: IndexSettings) -> None:
         with self._write() as record:
+            settings = replace(settings, taken_over=settings.taken_over or record.settings.taken_over)
             self._replace(replace(record, settings=settings))
 
     def correct_size(self) -> None:

@@ -327,6 +327,32 @@ def test_settings_changed_during_a_migration_are_taken_over(old: Engine, new: En
     assert (settings.min_recall, settings.structure) == (0.8, "hnsw")
 
 
+@pytest.mark.parametrize("made_before", [False, True])
+def test_settings_changed_after_a_migration_was_broken_off_are_taken_over(
+    old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch, made_before: bool
+) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 2)
+    new.names.put_alias("now", "old")
+    if made_before:
+        new.create_gallery("new")
+
+    def cancel(progress: Progress) -> None:
+        if progress.stage.startswith("embedding") and progress.done == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        upkeep.Migration(new, "old", "new", alias="now").run(cancel)
+    new.gallery("new").reindex(IndexSettings(structure="hnsw", memory_bytes=7))
+    configure(old, "now", IndexSettings(min_recall=0.8), "min_recall")
+    upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+    settings = new.gallery("now").stats().settings
+    assert (settings.min_recall, settings.structure, settings.memory_bytes) == (0.8, "hnsw", 7)
+
+    configure(new, "now", IndexSettings(min_recall=0.6), "min_recall")
+    upkeep.Migration(new, "old", "new", alias="now").run(lambda progress: None)
+    assert new.gallery("now").stats().settings.min_recall == 0.6, "of the old gallery nothing was changed since"
+
+
 def test_settings_changed_while_an_alias_moves_are_those_of_its_new_gallery(
     old: Engine, new: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
