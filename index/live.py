@@ -38,6 +38,11 @@ from index.threads import step_back
 SEAL_AFTER = 4096
 """Fresh rows that are worth a new segment."""
 
+RETRY_SECONDS = 60.0
+"""After which a sealing in the background that failed is tried again; twice as long after each that fails as well."""
+
+_LONGEST_RETRY_SECONDS = 3600.0
+
 STORE = "store.sqlite"
 SEGMENTS = "segments"
 SUMS = "sums.json"
@@ -62,6 +67,8 @@ class Live:
         self.seals = 0
         self.compactions = 0
         self._failed_at = 0
+        self._retry_seconds = RETRY_SECONDS
+        self._retry: threading.Timer | None = None
         self._seal_after = seal_after
         self._writes = WriteQueue()
         self._sealing = threading.RLock()  # taken before the lock of `_writes`
@@ -75,6 +82,8 @@ class Live:
             self.settings = _settings(self.store)
             self._load()
         except BaseException:
+            self.closed = True
+            self._stop_retrying()
             self.store.close()
             raise
 
@@ -176,6 +185,7 @@ class Live:
             nothing_new = not len(since.fresh.keys_N) and start == len(sealed)
             whole = everything and len(sealed) == 1 and not since.unsealed
             if (nothing_new or whole) and not (anew and sealed):
+                self._note_success()
                 return
             merges = start < len(sealed)
             self.busy = "compacting" if merges else "sealing"
@@ -205,7 +215,7 @@ class Live:
                 self.busy = ""
             remove_segments(self.segments_folder, except_for=[one.digest for one in ranges])
             self._sums.keep()
-            self.last_failure = ""
+            self._note_success()
             self.compactions += merges
             self.seals += not merges
             del since, merged  # which hold what has just been replaced
@@ -249,6 +259,7 @@ class Live:
         """Refuse new writes, let running ones end, break off sealing, and close the files."""
         with self._writes.held():
             self.closed = True
+            self._stop_retrying()
         with self._sealing, self._writes.held():
             self.store.close()
 
@@ -340,8 +351,8 @@ class Live:
     def _seal_behind(self) -> None:
         """Seal in the background where there is enough to seal; the caller holds the write lock, or is alone."""
         snapshot = self.snapshot
-        enough = len(snapshot.fresh.keys_N) >= self._seal_at() or any(
-            is_dying(part, self._seal_after) for part in snapshot.parts[:-1]
+        enough = len(snapshot.fresh.keys_N) >= self._seal_at() or (
+            not self.last_failure and any(is_dying(part, self._seal_after) for part in snapshot.parts[:-1])
         )
         if enough and (self._sealer is None or not self._sealer.is_alive()):
             self._sealer = threading.Thread(target=self._seal_quietly, name=f"seal-{self.id}")
@@ -370,8 +381,28 @@ class Live:
             _log.exception("gallery %r stays unsealed for now", self.id)
 
     def _note_failure(self, why: str) -> None:
-        self._failed_at = len(self.snapshot.fresh.keys_N)
-        self.last_failure = why
+        """Tell it, and try again later: there may be room by then, and nobody who writes."""
+        with self._writes.held():
+            self._failed_at = len(self.snapshot.fresh.keys_N)
+            self.last_failure = why
+            self._stop_retrying()
+            if not self.closed:
+                self._retry = threading.Timer(self._retry_seconds, self._seal_again)
+                self._retry.daemon = True
+                self._retry.start()
+            self._retry_seconds = min(2 * self._retry_seconds, _LONGEST_RETRY_SECONDS)
+
+    def _note_success(self) -> None:
+        self._stop_retrying()
+        self.last_failure, self._retry_seconds = "", RETRY_SECONDS
+
+    def _seal_again(self) -> None:
+        if self.last_failure:
+            self._seal_quietly()
+
+    def _stop_retrying(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
 
     def _read_again(
         self, parts: Sequence[Part], first_key: int, last_key: int, settings: IndexSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from embedding.decision import Judge, Vectors
 from embedding.errors import LookalikeError, StorageFailed
 from index import Catalog, Gallery, IndexSettings, Item, ModelRef
 from index.engine import Structure
+from index.live import RETRY_SECONDS
 from index.planner import FEWEST
 from tests.index.contract import items_of, pairs, ranked
 
@@ -134,6 +136,80 @@ def test_sealing_that_fails_for_whatever_reason_is_told_and_not_begun_with_every
         assert begun == 1
     write(*(f"c{i}" for i in range(24)))
     assert (filled.stats().last_failure, filled.stats().fresh) == ("", 0)
+
+
+def test_sealing_that_failed_is_tried_again_by_itself_at_growing_intervals(
+    filled: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody writes after the failure, and the disk has room from the third attempt on."""
+    waits: list[float] = []
+    timer, real, refusals = threading.Timer, os.fsync, iter(range(2))
+
+    def at_once(seconds: float, action: Callable[[], None]) -> threading.Timer:
+        waits.append(seconds)
+        return timer(0, action)
+
+    def refuse(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread() and next(refusals, None) is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    live = filled._live
+    live._seal_after = 20
+    monkeypatch.setattr(threading, "Timer", at_once)
+    monkeypatch.setattr("os.fsync", refuse)
+    filled.upsert([Item(name=f"a{i}", embedding=pool[i]) for i in range(24)])
+    assert live._sealer is not None
+    live._sealer.join(timeout=20)
+    assert waits
+    while live.last_failure:
+        retry = live._retry
+        assert retry is not None
+        retry.join(timeout=20)
+        assert not retry.is_alive()
+    assert (filled.stats().last_failure, filled.stats().fresh) == ("", 0)
+    assert waits == [RETRY_SECONDS, 2 * RETRY_SECONDS]
+    assert live._retry_seconds == RETRY_SECONDS
+
+
+def test_a_gallery_that_closes_is_not_sealed_later(
+    catalog: Catalog, filled: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError("no room for a graph")
+
+    live = filled._live
+    live._seal_after = 20
+    monkeypatch.setattr("index.live.plan_segment", exhausted)
+    filled.upsert([Item(name=f"a{i}", embedding=pool[i]) for i in range(24)])
+    assert live._sealer is not None
+    live._sealer.join(timeout=20)
+    assert live._retry is not None
+    assert live._retry.is_alive()
+    catalog.close()
+    live._retry.join(timeout=20)
+    assert not live._retry.is_alive()
+
+
+def test_items_that_died_do_not_begin_with_every_write_a_sealing_that_fails(
+    filled: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = 0
+
+    def exhausted(*_: object, **__: object) -> None:
+        nonlocal begun
+        begun += 1
+        raise MemoryError("no room for a graph")
+
+    live = filled._live
+    filled.compact()
+    live._seal_after = 10
+    monkeypatch.setattr("index.live.plan_segment", exhausted)
+    for name in [item.name for item in filled.iterate()][:24]:
+        filled.delete([name])
+        if live._sealer is not None:
+            live._sealer.join(timeout=20)
+    assert begun == 1
 
 
 @pytest.mark.parametrize("structure", ["hnsw", "ivf-flat"])
