@@ -350,7 +350,11 @@ class GalleryEngine(Protocol):
         """Merge all into one segment without dead rows, and give disk and memory back."""
 
     def reindex(self, settings: IndexSettings | None = None, *, on_progress: OnProgress | None = None) -> Stats:
-        """Store `settings` when given, then compact and tune anew, whatever there was."""
+        """Compact and tune anew, whatever there was, as `settings` say when given.
+
+        These are stored with what came of it: work that is broken off leaves the settings that were. So do settings
+        that are stored meanwhile, which hold from the next sealing on.
+        """
 
     def snapshot(self, folder: Path, *, on_progress: OnProgress | None = None) -> int:
         """Write a whole copy of one generation into a new folder and return the generation.

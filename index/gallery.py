@@ -323,10 +323,8 @@ class Gallery:
         self._live.seal(everything=True, on_progress=on_progress)
 
     def reindex(self, settings: IndexSettings | None = None, *, on_progress: OnProgress | None = None) -> Stats:
-        """Store `settings` when given, then compact and tune anew, whatever there was."""
-        if settings is not None:
-            self._live.change_settings(settings)
-        self._live.seal(everything=True, anew=True, on_progress=on_progress)
+        """Compact and tune anew, whatever there was; `settings`, when given, are stored with what came of it."""
+        self._live.seal(everything=True, anew=True, settings=settings, on_progress=on_progress)
         return self.stats()
 
     def snapshot(self, folder: Path, *, on_progress: OnProgress | None = None) -> int:

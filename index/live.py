@@ -167,10 +167,18 @@ class Live:
 
     # Sealing
 
-    def seal(self, *, everything: bool = False, anew: bool = False, on_progress: OnProgress | None = None) -> None:
+    def seal(
+        self,
+        *,
+        everything: bool = False,
+        anew: bool = False,
+        settings: IndexSettings | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
         """Write fresh rows into a segment, merged with those of like size or with `everything`.
 
-        With `anew` even where there is nothing to merge. Writers wait for the last step alone.
+        With `anew` even where there is nothing to merge. Writers wait for the last step alone. It is done as `settings`
+        say when given, which are stored in the same step, unless others were stored meanwhile.
         """
         self._check_writable()
         step = self.steps(on_progress)
@@ -180,11 +188,15 @@ class Live:
                 last_key = self.store.header.next_key - 1
                 start = 0 if everything else merge_from(since, self._seal_after)
                 first_key = sealed[start - 1].last_key + 1 if start else 0
-                settings = self.settings  # to the end: whether rows are read again depends on them
+                before = self.settings
+                # To the end: whether rows are read again depends on them.
+                settings = self._kept(settings) if settings is not None else before
                 precise = self._read_again(since.parts[start:], first_key, last_key, settings)
             nothing_new = not len(since.fresh.keys_N) and start == len(sealed)
             whole = everything and len(sealed) == 1 and not since.unsealed
             if (nothing_new or whole) and not (anew and sealed):
+                if settings != before:
+                    self.change_settings(settings)
                 self._note_success()
                 return
             merges = start < len(sealed)
@@ -207,7 +219,13 @@ class Live:
                     )
                 with self.write_lock():
                     live = self._rows.resealed(segments, since=since)
-                    self.store.record_segments(ranges)
+                    if settings != before and self.settings == self._kept(before):
+                        chosen = self._kept(settings)
+                        self.store.record_segments(ranges, json.dumps(asdict(chosen)))
+                        with self._settling:
+                            self.settings = chosen
+                    else:
+                        self.store.record_segments(ranges)
                     self._adopt(live, ranges, self.snapshot.generation)
             except OSError as error:
                 raise StorageFailed(f"gallery {self.id!r} cannot be sealed: {error}") from error

@@ -123,8 +123,9 @@ class Store(Reading):
                 raise
         return outcomes
 
-    def record_segments(self, sealed: Sequence[SealedRange]) -> None:
-        """Make these the segments to open from now on; the gallery's generation stays."""
+    def record_segments(self, sealed: Sequence[SealedRange], settings: str | None = None) -> None:
+        """Make these the segments to open from now on, and store the settings that they were made by when given; the
+        gallery's generation stays."""
         with translated(self._path):
             self._own.execute("BEGIN IMMEDIATE")
             try:
@@ -140,11 +141,15 @@ class Store(Reading):
                     )
                 if not sealed:
                     self._own.execute("DELETE FROM tombstones")
+                if settings is not None:
+                    self._own.execute("UPDATE gallery SET settings = ?", (settings,))
                 self._own.execute("COMMIT")
             except BaseException:
                 if self._own.in_transaction:
                     self._own.execute("ROLLBACK")
                 raise
+        if settings is not None:
+            self.header = replace(self.header, settings=settings)
 
     def record_settings(self, settings: str, token: Token | None = None) -> None:
         """Store how the gallery is to be indexed, with a receipt that says so; its generation stays."""

@@ -247,8 +247,10 @@ class MilvusGallery:
 
     def reindex(self, settings: IndexSettings | None = None, *, on_progress: OnProgress | None = None) -> Stats:
         if settings is not None:
-            self.configure(settings)
+            check_settings(settings)
         self.compact(on_progress=on_progress)
+        if settings is not None:
+            self.configure(settings)
         return self.stats()
 
     def snapshot(self, folder: Path, *, on_progress: OnProgress | None = None) -> int:

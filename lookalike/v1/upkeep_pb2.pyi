@@ -83,7 +83,9 @@ class ReindexGalleryRequest(_message.Message):
     """Check the settings, and change nothing: no operation is begun, and the response names none. AIP-163."""
     @_builtins.property
     def index(self) -> _gallery_pb2.IndexSettings:
-        """How to index it from now on; unset keeps the settings that it has."""
+        """How to index it from now on; unset keeps the settings that it has. They are stored when the work is done: an operation
+        that fails or is cancelled leaves those that were, and none replaces what UpdateGallery has stored meanwhile.
+        """
 
     def __init__(
         self,

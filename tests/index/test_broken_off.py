@@ -141,6 +141,38 @@ def test_a_snapshot_and_a_restoration_are_broken_off_within_a_file(
     assert [path.name for path in catalog.root.iterdir() if path.name.startswith(".")] == [".lock"]
 
 
+def test_indexing_anew_that_is_broken_off_leaves_the_settings_that_were(catalog: Catalog, sealed: Gallery) -> None:
+    def cancel(progress: Progress) -> None:
+        if progress.stage == "copying":
+            raise Cancelled("enough")
+
+    before, asked = sealed.stats().settings, IndexSettings(min_recall=0.7, structure="hnsw", vectors="float16")
+    with pytest.raises(Cancelled, match="enough"):
+        sealed.reindex(asked, on_progress=cancel)
+    assert sealed.stats().settings == before
+    sealed.reindex(asked)
+    assert sealed.stats().settings == asked
+    catalog.close()
+    with Catalog(catalog.root) as again:
+        assert again.get("shapes").stats().settings == asked
+
+
+def test_settings_stored_while_a_gallery_is_indexed_anew_stay(sealed: Gallery) -> None:
+    meanwhile = IndexSettings(min_recall=0.6)
+
+    def configure(progress: Progress) -> None:
+        if progress.stage == "copying":
+            sealed.configure(meanwhile)
+
+    sealed.reindex(IndexSettings(min_recall=0.7), on_progress=configure)
+    assert sealed.stats().settings == meanwhile
+
+
+def test_an_empty_gallery_that_is_indexed_anew_has_the_settings(gallery: Gallery) -> None:
+    gallery.reindex(IndexSettings(min_recall=0.7))
+    assert gallery.stats().settings.min_recall == 0.7
+
+
 @pytest.mark.parametrize("work", ["verify", "reindex", "snapshot"])
 def test_who_waits_for_a_sealing_to_end_is_broken_off(sealed: Gallery, tmp_path: Path, work: str) -> None:
     """A background compaction of a large gallery takes long."""
