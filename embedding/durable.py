@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 
 def sync_folder(folder: Path) -> None:
@@ -14,6 +18,30 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename_folder(folder: Path, target: Path) -> None:
+    """Give a folder another name beside it, durably.
+
+    Raises OSError where the disk refuses: its name is what it was then, unless the error says that it is not.
+    """
+    folder.rename(target)
+    try:
+        sync_folder(target.parent)
+    except OSError as error:
+        try:
+            target.rename(folder)
+        except OSError:
+            why = f"{error.strerror or error}; it is done all the same, but may not outlast a power cut"
+            raise OSError(error.errno, why) from error
+        raise
+
+
+def clear_away(folder: Path) -> None:
+    """Remove a folder that has lost its name; the log says when the disk does not let go of it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        _log.warning("%s cannot be removed, and takes room until the next start", folder)
 
 
 def replace_file(path: Path, data: bytes, *, restore: bool = False) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from embedding.durable import sync_folder
+from embedding.durable import clear_away, rename_folder, sync_folder
 from embedding.errors import (
     AlreadyExists,
     Busy,
@@ -190,11 +190,10 @@ class Catalog:
             if gallery is not None:
                 gallery.close()
             try:
-                path.rename(gone)
-                sync_folder(self.root)
+                rename_folder(path, gone)
             except OSError as error:
                 raise _refused(path, error) from error
-            shutil.rmtree(gone, ignore_errors=True)
+            clear_away(gone)
 
     def close(self) -> None:
         """Close every gallery and let another process write."""
@@ -231,8 +230,7 @@ class Catalog:
             sync_folder(making)
             with publishing or nullcontext(), self._changing:
                 self._check_free(gallery_id, final)
-                making.rename(final)
-                sync_folder(self.root)
+                rename_folder(making, final)
             return self.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
         except OSError as error:
             raise _refused(final, error) from error

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embedding.durable import sync_folder
+from embedding.durable import rename_folder, sync_folder
 from embedding.errors import AlreadyExists, DamagedData, StorageFailed
 from index.connections import connect, translated
 from index.engine import OnProgress
@@ -48,7 +48,7 @@ class Contents(BaseModel):
 def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
     """Copy a gallery into a new folder and return the generation copied.
 
-    Raises AlreadyExists, and StorageFailed with nothing left behind.
+    Raises AlreadyExists, and StorageFailed with nothing left behind, unless the error says so.
     """
     if folder.exists():
         raise AlreadyExists(f"there is something at {folder} already; name a new folder")
@@ -77,8 +77,7 @@ def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
         _synced(partial / CONTENTS)
         for below in [path for path in partial.rglob("*") if path.is_dir()] + [partial]:
             sync_folder(below)
-        partial.rename(folder)
-        sync_folder(folder.parent)
+        rename_folder(partial, folder)
     except OSError as error:
         raise StorageFailed(f"the disk refused the snapshot {folder}: {error}") from error
     finally:

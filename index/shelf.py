@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from embedding.durable import clear_away, rename_folder
 from embedding.errors import AlreadyExists, DamagedData, NotFound, StorageFailed
 from index.absent import no_snapshot
 from index.copies import CONTENTS, PARTIAL, altered, missing, model_of, read_contents
@@ -143,10 +144,10 @@ class Shelf:
             raise no_snapshot(snapshot_id, gallery_id)
         gone = folder.with_name(f"{_DELETED}{uuid.uuid4().hex}")
         try:
-            folder.rename(gone)
-            shutil.rmtree(gone)
+            rename_folder(folder, gone)
         except OSError as error:
             raise _refused(folder, error) from error
+        clear_away(gone)
 
     def restore(
         self,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from embedding.decision import Judge, Vectors
-from embedding.errors import StorageFailed
+from embedding.errors import AlreadyExists, NotFound, StorageFailed
 from index import Catalog, Gallery, IndexSettings, Item, ModelRef
 from index.aliases import Aliases
 from index.filters import parse_filter
@@ -124,13 +124,21 @@ OUTSIDE: dict[str, Callable[[Catalog, ModelRef, Path], object]] = {
     "shelve": lambda catalog, _, __: Shelf(catalog.root).create(catalog.get("shapes"), "one"),
     "unshelve": lambda catalog, _, __: Shelf(catalog.root).delete("shapes", "there"),
 }
+CARRIED_OUT: dict[str, Callable[[Catalog], bool]] = {
+    "create": lambda catalog: "fresh" in {gallery.id for gallery in catalog.list()},
+    "delete": lambda catalog: "other" not in {gallery.id for gallery in catalog.list()},
+    "restore": lambda catalog: "restored" in {gallery.id for gallery in catalog.list()},
+    "alias": lambda catalog: "best" in Aliases(catalog.root).all(),
+    "shelve": lambda catalog: len(Shelf(catalog.root).list("shapes")) == 2,
+    "unshelve": lambda catalog: not Shelf(catalog.root).list("shapes"),
+}
 CALLS = {
     "create": ("Path.mkdir", "os.fsync", "Path.rename"),
-    "delete": ("Path.rename",),
+    "delete": ("Path.rename", "os.fsync"),
     "restore": ("Path.mkdir", "os.fsync", "Path.rename"),
     "alias": ("Path.open", "os.fsync", "Path.replace"),
     "shelve": ("Path.mkdir", "Path.open", "os.fsync", "Path.rename"),
-    "unshelve": ("Path.rename",),
+    "unshelve": ("Path.rename", "os.fsync"),
 }
 """What each of them asks of the disk."""
 
@@ -150,27 +158,84 @@ def test_each_call_of_work_on_whole_galleries(
     filled.snapshot(tmp_path / "copy")
     Shelf(catalog.root).create(filled, "there")
     catalog.create("other", model)
-    carried_out = {
-        "create": lambda: "fresh" in {gallery.id for gallery in catalog.list()},
-        "delete": lambda: "other" not in {gallery.id for gallery in catalog.list()},
-        "restore": lambda: "restored" in {gallery.id for gallery in catalog.list()},
-        "alias": lambda: "best" in Aliases(catalog.root).all(),
-        "shelve": lambda: len(Shelf(catalog.root).list("shapes")) == 2,
-        "unshelve": lambda: not Shelf(catalog.root).list("shapes"),
-    }[operation]
     for name in CALLS[operation]:
         with monkeypatch.context() as patch:
             _refuse(patch, name, code)
             with pytest.raises(StorageFailed, match=os.strerror(code)):
                 OUTSIDE[operation](catalog, model, tmp_path / "copy")
-        assert not carried_out()
+        assert not CARRIED_OUT[operation](catalog)
         assert filled.size == 48
     OUTSIDE[operation](catalog, model, tmp_path / "copy")
-    assert carried_out()
+    assert CARRIED_OUT[operation](catalog)
     assert [path.name for path in catalog.root.rglob("*partial*")] == []
     assert filled.verify().problems == []
     if operation == "restore":
         assert catalog.get("restored").verify().problems == []
+
+
+RENAMING = ("create", "delete", "restore", "shelve", "unshelve")
+
+
+@pytest.mark.parametrize("operation", RENAMING)
+@pytest.mark.parametrize("is_taken_back", [True, False])
+def test_a_name_that_the_disk_refuses_to_keep(
+    catalog: Catalog,
+    filled: Gallery,
+    model: ModelRef,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    is_taken_back: bool,
+) -> None:
+    """The folder has its new name and this cannot be synced: it is taken back, or told that it is done."""
+    filled.snapshot(tmp_path / "copy")
+    Shelf(catalog.root).create(filled, "there")
+    catalog.create("other", model)
+
+    def refuse(*_: object) -> None:
+        if not is_taken_back:
+            patch.setattr(Path, "rename", refuse)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embedding.durable.sync_folder", refuse)
+        with pytest.raises(StorageFailed, match=os.strerror(errno.EIO)) as refused:
+            OUTSIDE[operation](catalog, model, tmp_path / "copy")
+    assert CARRIED_OUT[operation](catalog) == ("done all the same" in str(refused.value)) == (not is_taken_back)
+    assert [path.name for path in catalog.root.rglob(".*") if path.name.startswith((".making", ".there", ".one"))] == []
+    if is_taken_back:
+        OUTSIDE[operation](catalog, model, tmp_path / "copy")
+        assert CARRIED_OUT[operation](catalog)
+    else:
+        with pytest.raises((AlreadyExists, NotFound)):
+            OUTSIDE[operation](catalog, model, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("operation", ["delete", "unshelve"])
+def test_what_is_deleted_and_cannot_be_removed_is_gone_all_the_same(
+    catalog: Catalog,
+    filled: Gallery,
+    model: ModelRef,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    operation: str,
+) -> None:
+    Shelf(catalog.root).create(filled, "there")
+    catalog.create("other", model)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.unlink", refuse)
+        OUTSIDE[operation](catalog, model, tmp_path)
+    assert CARRIED_OUT[operation](catalog)
+    assert "takes room until the next start" in caplog.text
+    catalog.close()
+    with Catalog(catalog.root):
+        Shelf(catalog.root).clear_away()
+    assert list(catalog.root.rglob(".deleted-*")) == []
 
 
 def _refuse(patch: pytest.MonkeyPatch, name: str, code: int) -> None:
