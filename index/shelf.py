@@ -163,12 +163,13 @@ class Shelf:
 
         Raises NotFound, also when it is deleted meanwhile, AlreadyExists, DamagedData.
         """
-        self.get(gallery_id, snapshot_id)
         folder = self._path(gallery_id, snapshot_id)
+        before = _made(folder)
         try:
+            self.get(gallery_id, snapshot_id)
             return catalog.restore(into, folder, on_progress=on_progress, publishing=publishing)
         except (DamagedData, StorageFailed) as error:
-            if folder.is_dir():
+            if folder.is_dir() and _made(folder) == before:
                 raise
             raise NotFound(
                 f"snapshot {snapshot_id!r} of gallery {gallery_id!r} was deleted while it was restored",
@@ -179,6 +180,14 @@ class Shelf:
         check_gallery_id(gallery_id, field="parent")
         check_gallery_id(snapshot_id, field="name")
         return self._root / gallery_id / snapshot_id
+
+
+def _made(folder: Path) -> tuple[int, int] | None:
+    """What tells a snapshot from another of its name, None where there is none."""
+    with suppress(OSError):
+        contents = (folder / CONTENTS).stat()
+        return contents.st_ino, contents.st_mtime_ns
+    return None
 
 
 def _bytes(folder: Path) -> int:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from embedding.decision import Vectors
 from embedding.errors import AlreadyExists, DamagedData, InvalidInput, NotFound
-from index import Catalog, Gallery, ModelRef, Progress
+from index import Catalog, Gallery, Item, ModelRef, Progress
 from index.copies import CONTENTS
 from index.live import STORE
 from index.shelf import FOLDER, Shelf
@@ -122,14 +123,21 @@ def test_what_is_no_snapshot_is_not_listed(catalog: Catalog, filled: Gallery) ->
     assert shelf.galleries() == ("shapes",)
 
 
+@pytest.mark.parametrize("is_made_again", [False, True])
 def test_a_snapshot_that_is_deleted_while_it_is_restored_is_not_told_to_be_damaged(
-    catalog: Catalog, filled: Gallery
+    catalog: Catalog, filled: Gallery, pool: Vectors, is_made_again: bool
 ) -> None:
     shelf = Shelf(catalog.root)
     shelf.create(filled, "one")
+    turns = iter([True])
 
     def deleting(_: Progress) -> None:
-        shelf.delete("shapes", "one")
+        if next(turns, False):
+            shelf.delete("shapes", "one")
+            if is_made_again:
+                filled.upsert([Item(name="new", embedding=pool[0])])
+                filled.compact()
+                shelf.create(filled, "one")
 
     with pytest.raises(NotFound, match="deleted while it was restored"):
         shelf.restore(catalog, "shapes", "one", into="again", on_progress=deleting)
