@@ -67,6 +67,11 @@ class Filter(Protocol):
     def text(self) -> str:
         """The condition in canonical form: equal texts are equal conditions, so that engines may cache by it."""
 
+    @property
+    def newer_than(self) -> int:
+        """A generation that all accepted items were written after, 0 where it does not say so; engines look no further
+        back."""
+
     def sql(self) -> tuple[str, Sequence[str | int | float | None]]:
         """An SQLite condition and its parameters ("?").
 

@@ -161,9 +161,14 @@ class Reading:
         """Up to `size` items by rising name, those after `after`."""
         condition, parameters = allowed.sql() if allowed else ("1", ())
         with self._lent(deadline) as connection:
+            older = self._last_key(connection, allowed.newer_than) if allowed else 0
+            newer = self.header.next_key - 1 - older
+            # By name, so many are looked at that `size` of them are newer; by key, all that are newer.
+            by_key = older and newer**2 < size * self.header.size
+            where, name = ("key > ? AND +name > ?", "+name") if by_key else ("name > ?", "name")
             rows = connection.execute(
-                f"SELECT {_ITEM} FROM items WHERE {LIVING} AND name > ? AND ({condition}) ORDER BY name LIMIT ?",
-                (after, *parameters, size),
+                f"SELECT {_ITEM} FROM items WHERE {where} AND {LIVING} AND ({condition}) ORDER BY {name} LIMIT ?",
+                (*([older] if by_key else []), after, *parameters, size),
             ).fetchall()
         return [self._item(row) for row in rows]
 
@@ -179,9 +184,28 @@ class Reading:
     def count(self, allowed: Filter, deadline: Deadline | None) -> int:
         condition, parameters = allowed.sql()
         with self._lent(deadline) as connection:
-            row = connection.execute(f"SELECT count(*) FROM items WHERE {LIVING} AND ({condition})", parameters)
+            older = self._last_key(connection, allowed.newer_than)
+            where, keys = ("key > ? AND ", [older]) if older else ("", [])
+            row = connection.execute(
+                f"SELECT count(*) FROM items WHERE {where}{LIVING} AND ({condition})", (*keys, *parameters)
+            )
             count: int = row.fetchone()[0]
         return count
+
+    def _last_key(self, connection: sqlite3.Connection, generation: int) -> int:
+        """A key such that all versions up to it were written in this generation or before, and all beyond after it:
+        both rise together, so that it is found by halving. 0 for none."""
+        last, beyond = 0, self.header.next_key if generation else 1
+        while beyond - last > 1:
+            middle = (last + beyond) // 2
+            row = connection.execute(
+                "SELECT key, generation FROM items WHERE key <= ? AND key > ? ORDER BY key DESC LIMIT 1", (middle, last)
+            ).fetchone()
+            if row is None or row[1] <= generation:
+                last = middle
+            else:
+                beyond = row[0]
+        return last
 
     def entries(self, keys_P: Keys, telling: Telling) -> Entries:
         """What is said of the item versions of these keys, the dead ones included while a snapshot shows them.
@@ -236,9 +260,11 @@ class Reading:
         """Keys, rising, of the items that lived in a generation which a snapshot still shows and that pass a filter."""
         condition, parameters = allowed.sql()
         with self._lent(deadline) as connection:
+            older = self._last_key(connection, allowed.newer_than)
+            where, keys = ("key > ? AND ", [older]) if older else ("", [])
             rows = connection.execute(
-                f"SELECT key FROM items WHERE generation <= ? AND (died IS NULL OR died > ?) AND ({condition})",
-                (generation, generation, *parameters),
+                f"SELECT key FROM items WHERE {where}generation <= ? AND (died IS NULL OR died > ?) AND ({condition})",
+                (*keys, generation, generation, *parameters),
             )
             keys_R = np.fromiter((key for (key,) in rows), np.int64)
         keys_R.sort()

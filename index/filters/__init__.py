@@ -52,6 +52,7 @@ from index.filters.nodes import (
     Prefix,
     UpdateTime,
     Value,
+    newer_than,
 )
 from index.filters.sql import Parameter, condition
 from index.items import Item
@@ -130,6 +131,10 @@ class ItemFilter:
     @property
     def text(self) -> str:
         return str(self.node)
+
+    @property
+    def newer_than(self) -> int:
+        return newer_than(self.node)
 
     def sql(self) -> tuple[str, list[Parameter]]:
         """An SQLite condition, never NULL, over the columns of `items`, and its parameters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -113,6 +114,21 @@ class Or:
 
 
 Node: TypeAlias = Comparison | Not | And | Or
+
+
+def newer_than(node: Node) -> int:
+    """A generation that all items which the node accepts were written after; 0 where it does not say so."""
+    match node:
+        case Comparison(Generation(), operator, int() | float() as value):
+            if operator is Operator.MORE:
+                return max(0, math.floor(value))
+            if operator in {Operator.AT_LEAST, Operator.EQUAL, Operator.HAS}:
+                return max(0, math.ceil(value) - 1)
+            return 0
+        case And(nodes):
+            return max(map(newer_than, nodes))
+        case _:
+            return 0
 
 
 def quoted(text: str) -> str:

@@ -51,6 +51,10 @@ class MetadataIs:
     def text(self) -> str:
         return f"{self.field} = {self.value!r}"
 
+    @property
+    def newer_than(self) -> int:
+        return 0
+
     def sql(self) -> tuple[str, Sequence[str | int | float | None]]:
         return "json_extract(metadata, ?) = ?", [f'$."{self.field}"', self.value]
 

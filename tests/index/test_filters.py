@@ -16,8 +16,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from embedding.decision import Judge, Vectors
 from embedding.errors import InvalidFilter
 from index import Catalog, ModelRef
+from index.deadline import Deadline
 from index.filters import MAX_COMPARISONS, MAX_DEPTH, MAX_FILTER, parse_filter
 from index.items import Item
 from index.metadata import metadata_json
@@ -441,3 +443,92 @@ def test_the_examples_of_the_documentation_parse() -> None:
     assert len(examples) == 7
     for shown in examples:
         assert parse_filter(shown) is not None
+
+
+GENERATIONS = (
+    "generation > {}",
+    "generation >= {}",
+    "generation = {}",
+    "generation:{}",
+    "generation < {}",
+    "NOT generation > {}",
+    "generation > {}.5",
+    "generation > {} OR name:a*",
+    "generation > {} AND name:a*",
+    "name:a* AND (generation >= {} AND generation != 3)",
+    "NOT (generation <= {} OR name:b*)",
+)
+
+
+@pytest.mark.parametrize("text", GENERATIONS)
+@pytest.mark.parametrize("page_size", [1, 100])
+def test_of_what_is_newer_than_a_generation_nothing_is_missed(
+    catalog: Catalog, model: ModelRef, pool: Vectors, judge: Judge, text: str, page_size: int
+) -> None:
+    """Versions overwritten, deleted and purged leave gaps among the keys."""
+    gallery = catalog.create("newer", model)
+    for turn in range(12):
+        names = [f"{'ab'[(turn + i) % 2]}{(turn * i) % 7}" for i in range(turn % 4 + 1)]
+        gallery.upsert([Item(name=name, embedding=pool[0]) for name in dict.fromkeys(names)])
+        if turn % 3 == 2:
+            gallery.delete(names[:1])
+    every = list(gallery.iterate())
+    for generation in range(gallery.generation + 2):
+        allowed = parse_filter(text.format(generation))
+        assert allowed is not None
+        expected = [each.name for each in every if allowed.accepts(each)]
+        found, token = [], ""
+        while True:
+            page, token = gallery.list(page_size=page_size, page_token=token, allowed=allowed)
+            found += [each.name for each in page]
+            if not token:
+                break
+        assert found == expected
+        assert gallery.count(allowed) == len(expected)
+        near = gallery.search(pool[0], k=100, judge=judge, allowed=allowed).neighbors
+        assert sorted(neighbor.item.name for neighbor in near) == expected
+        assert allowed.newer_than <= min([each.generation for each in every if allowed.accepts(each)], default=99) - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("generation > 7", 7),
+        ("generation >= 7", 6),
+        ("generation >= 6.5", 6),
+        ("generation = 7", 6),
+        ("generation:7", 6),
+        ("generation > 7 AND name:a* AND generation > 9", 9),
+        ("generation > -3", 0),
+        ("generation < 7", 0),
+        ("generation != 7", 0),
+        ("generation > 7 OR name:a*", 0),
+        ("NOT generation > 7", 0),
+        ("metadata.generation > 7", 0),
+    ],
+)
+def test_how_far_back_a_filter_looks(text: str, expected: int) -> None:
+    allowed = parse_filter(text)
+    assert allowed is not None
+    assert allowed.newer_than == expected
+
+
+def test_what_was_written_last_is_found_without_reading_the_rest(
+    catalog: Catalog, model: ModelRef, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Deadline):
+        looks = 0
+
+        def check(self) -> None:
+            self.looks += 1
+
+    gallery = catalog.create("many", model)
+    gallery.upsert([Item(name=f"item-{i:04}", embedding=pool[0]) for i in range(4000)])
+    since = gallery.generation
+    gallery.upsert([Item(name=f"item-{i:04}", embedding=pool[1]) for i in range(0, 4000, 400)])
+    allowed, steps = parse_filter(f"generation > {since}"), Counting()
+    assert allowed is not None
+    monkeypatch.setattr("index.reading._LOOK_EVERY", 1)
+    page, token = gallery.list(page_size=256, allowed=allowed, deadline=steps)
+    assert (len(page), token, gallery.count(allowed, deadline=steps)) == (10, "", 10)
+    assert steps.looks < 4000, "of SQLite's machine; a scan takes several for each item"
