@@ -25,6 +25,7 @@ from index.planner import CROSSOVER, plan_segment
 from index.progress import LOOK_SECONDS, Steps
 from index.reading import SealedRange
 from index.receipts import Token
+from index.retry import Retry
 from index.rows import LiveRows
 from index.sealing import is_dying, living_rows, merge_from, moved_most, told
 from index.segments import Blocks, Planned, Segment, open_segment, remove_segments, segment_path, write_segment
@@ -37,11 +38,6 @@ from index.threads import step_back
 
 SEAL_AFTER = 4096
 """Fresh rows that are worth a new segment."""
-
-RETRY_SECONDS = 60.0
-"""After which a sealing in the background that failed is tried again; twice as long after each that fails as well."""
-
-_LONGEST_RETRY_SECONDS = 3600.0
 
 STORE = "store.sqlite"
 SEGMENTS = "segments"
@@ -67,8 +63,7 @@ class Live:
         self.seals = 0
         self.compactions = 0
         self._failed_at = 0
-        self._retry_seconds = RETRY_SECONDS
-        self._retry: threading.Timer | None = None
+        self._retry = Retry(self._seal_again)
         self._seal_after = seal_after
         self._writes = WriteQueue()
         self._sealing = threading.RLock()  # taken before the lock of `_writes`
@@ -83,7 +78,7 @@ class Live:
             self._load()
         except BaseException:
             self.closed = True
-            self._stop_retrying()
+            self._retry.stop()
             self.store.close()
             raise
 
@@ -277,7 +272,7 @@ class Live:
         """Refuse new writes, let running ones end, break off sealing, and close the files."""
         with self._writes.held():
             self.closed = True
-            self._stop_retrying()
+            self._retry.stop()
         with self._sealing, self._writes.held():
             self.store.close()
 
@@ -403,24 +398,18 @@ class Live:
         with self._writes.held():
             self._failed_at = len(self.snapshot.fresh.keys_N)
             self.last_failure = why
-            self._stop_retrying()
             if not self.closed:
-                self._retry = threading.Timer(self._retry_seconds, self._seal_again)
-                self._retry.daemon = True
-                self._retry.start()
-            self._retry_seconds = min(2 * self._retry_seconds, _LONGEST_RETRY_SECONDS)
+                self._retry.later()
 
     def _note_success(self) -> None:
-        self._stop_retrying()
-        self.last_failure, self._retry_seconds = "", RETRY_SECONDS
+        if self.last_failure:
+            with self._writes.held():
+                self.last_failure = ""
+                self._retry.reset()
 
     def _seal_again(self) -> None:
         if self.last_failure:
             self._seal_quietly()
-
-    def _stop_retrying(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
 
     def _read_again(
         self, parts: Sequence[Part], first_key: int, last_key: int, settings: IndexSettings

@@ -16,8 +16,8 @@ from embedding.decision import Judge, Vectors
 from embedding.errors import LookalikeError, StorageFailed
 from index import Catalog, Gallery, IndexSettings, Item, ModelRef
 from index.engine import Structure
-from index.live import RETRY_SECONDS
 from index.planner import FEWEST
+from index.retry import RETRY_SECONDS
 from tests.index.contract import items_of, pairs, ranked
 
 OPERATIONS: dict[str, Callable[[Gallery, Path], object]] = {
@@ -163,13 +163,13 @@ def test_sealing_that_failed_is_tried_again_by_itself_at_growing_intervals(
     live._sealer.join(timeout=20)
     assert waits
     while live.last_failure:
-        retry = live._retry
+        retry = live._retry.waiting
         assert retry is not None
         retry.join(timeout=20)
         assert not retry.is_alive()
     assert (filled.stats().last_failure, filled.stats().fresh) == ("", 0)
     assert waits == [RETRY_SECONDS, 2 * RETRY_SECONDS]
-    assert live._retry_seconds == RETRY_SECONDS
+    assert live._retry._seconds == RETRY_SECONDS
 
 
 def test_a_gallery_that_closes_is_not_sealed_later(
@@ -184,11 +184,12 @@ def test_a_gallery_that_closes_is_not_sealed_later(
     filled.upsert([Item(name=f"a{i}", embedding=pool[i]) for i in range(24)])
     assert live._sealer is not None
     live._sealer.join(timeout=20)
-    assert live._retry is not None
-    assert live._retry.is_alive()
+    retry = live._retry.waiting
+    assert retry is not None
+    assert retry.is_alive()
     catalog.close()
-    live._retry.join(timeout=20)
-    assert not live._retry.is_alive()
+    retry.join(timeout=20)
+    assert not retry.is_alive()
 
 
 def test_items_that_died_do_not_begin_with_every_write_a_sealing_that_fails(
