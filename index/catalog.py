@@ -231,7 +231,10 @@ class Catalog:
             with publishing or nullcontext(), self._changing:
                 self._check_free(gallery_id, final)
                 rename_folder(making, final)
-            return self.get(gallery_id)  # opening a large one takes long: nobody else waits for it to name something
+            try:
+                return self.get(gallery_id)  # which takes long for a large one: nobody waits for it to name something
+            except StorageFailed as error:
+                raise StorageFailed(f"{error}; the gallery cannot be opened now, and is made all the same") from error
         except OSError as error:
             raise _refused(final, error) from error
         finally:

@@ -211,6 +211,27 @@ def test_a_name_that_the_disk_refuses_to_keep(
             OUTSIDE[operation](catalog, model, tmp_path / "copy")
 
 
+@pytest.mark.parametrize("operation", ["create", "restore"])
+def test_a_gallery_that_is_made_and_cannot_be_opened_is_told_to_be_made(
+    catalog: Catalog,
+    filled: Gallery,
+    model: ModelRef,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+) -> None:
+    filled.snapshot(tmp_path / "copy")
+
+    def refuse(_: object) -> None:
+        raise StorageFailed("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("index.live.Live._load", refuse)
+        with pytest.raises(StorageFailed, match=r"too many open files.* made all the same"):
+            OUTSIDE[operation](catalog, model, tmp_path / "copy")
+    assert CARRIED_OUT[operation](catalog)
+
+
 @pytest.mark.parametrize("operation", ["delete", "unshelve"])
 def test_what_is_deleted_and_cannot_be_removed_is_gone_all_the_same(
     catalog: Catalog,
