@@ -79,7 +79,7 @@ def write_copy(live: Live, folder: Path, on_progress: OnProgress | None) -> int:
             sync_folder(below)
         rename_folder(partial, folder)
     except OSError as error:
-        raise StorageFailed(f"the disk refused the snapshot {folder}: {error}") from error
+        raise StorageFailed(f"the disk refused the snapshot {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return generation

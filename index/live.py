@@ -223,7 +223,7 @@ class Live:
                         self.store.record_segments(ranges)
                     self._adopt(live, ranges, self.snapshot.generation)
             except OSError as error:
-                raise StorageFailed(f"gallery {self.id!r} cannot be sealed: {error}") from error
+                raise StorageFailed(f"gallery {self.id!r} cannot be sealed: {error.strerror or error}") from error
             finally:
                 self.busy = ""
             remove_segments(self.segments_folder, except_for=[one.digest for one in ranges])
@@ -262,7 +262,7 @@ class Live:
                     self.store.record_segments(ranges)
                     self._adopt(self._loaded(segments, ranges), ranges, self.snapshot.generation)
             except OSError as error:
-                raise StorageFailed(f"gallery {self.id!r} cannot be rebuilt: {error}") from error
+                raise StorageFailed(f"gallery {self.id!r} cannot be rebuilt: {error.strerror or error}") from error
             finally:
                 self.busy = ""
             self.seal(everything=True, anew=True, on_progress=on_progress)
