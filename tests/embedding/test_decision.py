@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from embedding.calibration import Calibration, ErrorRates, Histogram, MatchProbability
+from embedding.calibration import CELLS_PER_UNIT, Calibration, ErrorRates, Histogram, MatchProbability
 from embedding.decision import (
     Judge,
     OperatingPoint,
@@ -22,6 +22,7 @@ from embedding.decision import (
     checked_embeddings,
     distance,
     distances,
+    distances_of_pairs,
 )
 from embedding.errors import InvalidOperatingPoint, InvalidVector
 
@@ -55,6 +56,9 @@ def test_a_distance_depends_on_its_own_two_vectors_alone(width: int, rows: int, 
 def test_rows_beyond_one_block_are_measured_alike() -> None:
     items, query = unit(5000, 24), unit(1, 24, 1)[0]
     assert (distances(query, items) == np.array([distance(query, item) for item in items])).all()
+    others = items[::-1].copy()
+    pairs_P = distances_of_pairs(items, others)
+    assert all(pairs_P[row] == distance(items[row], others[row]) for row in range(0, 5000, 7))
 
 
 def test_distances_leave_their_input_alone() -> None:
@@ -99,7 +103,7 @@ def test_coinciding_and_opposite_vectors() -> None:
     a = unit(1, 64)[0]
     assert distance(a, a) == 0
     assert distance(a, -a) == pytest.approx(2)
-    assert distance(a, -a) <= 2
+    assert all(distance(each, -each) <= 2 for each in unit(100, 64)), "rounding adds up to more for some"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,18 @@ def test_a_good_vector_keeps_its_bits() -> None:
     assert checked_embedding(vector.astype("<f4").tobytes(), 16).tobytes() == vector.tobytes()
 
 
+@pytest.mark.parametrize(("length", "is_unit"), [(0.9989, False), (0.9991, True), (1.0009, True), (1.0011, False)])
+def test_the_length_of_a_vector_may_be_off_by_a_thousandth(length: float, is_unit: bool) -> None:
+    rows = unit(3, 16)
+    rows[1] *= np.float32(length)
+    for check in (lambda: checked_embedding(rows[1], 16), lambda: checked_embeddings(rows, 16)):
+        if is_unit:
+            check()
+        else:
+            with pytest.raises(InvalidVector, match="length"):
+                check()
+
+
 def test_the_default_threshold_is_the_learned_margin(calibration: Calibration) -> None:
     judge = Judge(calibration, model="m")
     at = judge.judge(0.75)
@@ -131,6 +147,14 @@ def test_the_default_threshold_is_the_learned_margin(calibration: Calibration) -
     above = judge.judge(float(np.nextafter(np.float32(0.75), np.float32(1))))
     assert above.verdict is Verdict.NON_MATCH
     assert above.match_probability < 0.5
+
+
+def test_a_decision_tells_its_evidence(calibration: Calibration) -> None:
+    second = calibration.model_copy(update={"version": 2})
+    at = Judge(second, OperatingPoint(threshold=0.5, uncertain_within=0.1), model="m").judge(0.4375)
+    assert (at.verdict, at.is_match) == (Verdict.UNCERTAIN, False)
+    assert (at.far, at.far_upper95, at.frr) == (0.01, 0.03, 0.2)
+    assert (at.distance, at.threshold, at.model, at.calibration) == (0.4375, 0.5, "m", 2)
 
 
 def test_rates_between_rows_are_the_worse_of_both(calibration: Calibration) -> None:
@@ -142,6 +166,7 @@ def test_rates_between_rows_are_the_worse_of_both(calibration: Calibration) -> N
 def test_rates_below_the_first_row_reject_all(calibration: Calibration) -> None:
     rates = calibration.rates_at(0.1)
     assert (rates.far, rates.frr) == (0.0, 1.0)
+    assert (rates.far_upper95, rates.frr_upper95) == (0.02, 1.0)
 
 
 @given(t=st.floats(0, 2, width=32))
@@ -161,6 +186,8 @@ def test_rates_never_flatter_a_neighbouring_row(calibration: Calibration, t: flo
     [
         (OperatingPoint(), 0.75),
         (OperatingPoint(threshold=0.3), float(np.float32(0.3))),
+        (OperatingPoint(threshold=0.0), 0.0),
+        (OperatingPoint(threshold=2.0), 2.0),
         (OperatingPoint(name="far-1e-2"), 0.5),
         (OperatingPoint(target_far=3 / 600), 0.25),
         (OperatingPoint(target_far=0.01), 0.5),
@@ -178,11 +205,14 @@ def test_operating_points(calibration: Calibration, point: OperatingPoint, thres
     [
         (OperatingPoint(target_far=0.004), "smallest rate"),
         (OperatingPoint(target_far=0.0), r"\(0, 1\]"),
+        (OperatingPoint(target_far=1.5), r"\(0, 1\]"),
         (OperatingPoint(target_far=float("nan")), r"\(0, 1\]"),
         (OperatingPoint(threshold=2.5), r"\[0, 2\]"),
         (OperatingPoint(threshold=float("nan")), r"\[0, 2\]"),
         (OperatingPoint(name="nope"), "far-1e-2, learned-margin"),
         (OperatingPoint(threshold=1.0, target_far=0.1), "one of"),
+        (OperatingPoint(threshold=1.0, name="far-1e-2"), "one of"),
+        (OperatingPoint(target_fpir=0.1, target_far=0.1), "one of"),
         (OperatingPoint(uncertain_within=-0.1), "uncertain_within"),
         (OperatingPoint(uncertain_within=2.1), "uncertain_within"),
     ],
@@ -202,6 +232,7 @@ def test_an_unsupported_point_is_refused(calibration: Calibration, point: Operat
         (1.0, 11, 0.5),
         (1.0, 100, 0.5),
         (0.09, 0, 0.5),
+        (0.1, 0, 1.0),
         (1.0, 200, 0.25),
     ],
 )
@@ -215,6 +246,7 @@ def test_a_rate_of_searches_tightens_the_threshold_with_the_gallery(
     ("rate", "among", "message"),
     [
         (0.1, 21, r"among 21 items takes a false-accept rate of 0\.00476 .*; ask for 0\.105 or more, or learn"),
+        (0.5, 200, r"ask for 1 or more, or learn"),
         (1.0, 201, r"600 impostor pairs support; learn the calibration"),
         (0.0, 5, r"target_fpir must lie in \(0, 1\]"),
         (float("nan"), 5, r"\(0, 1\]"),
@@ -227,6 +259,15 @@ def test_a_rate_of_searches_that_is_not_supported_is_refused(
     with pytest.raises(InvalidOperatingPoint, match=message) as caught:
         Judge(calibration, OperatingPoint(target_fpir=rate), model="m", among=among)
     assert caught.value.field == "operating_point.target_fpir"
+
+
+def test_a_rate_below_the_smallest_measured_is_refused(calibration: Calibration) -> None:
+    """Where images of different identities coincide, even the smallest threshold accepts them."""
+    coinciding = calibration.model_copy(update={"curve": calibration.curve[2:]})
+    for point, among in ((OperatingPoint(target_far=0.05), None), (OperatingPoint(target_fpir=0.1), 2)):
+        with pytest.raises(InvalidOperatingPoint, match=r"rate of 0\.05; the smallest measured is 0\.1") as caught:
+            Judge(coinciding, point, model="m", among=among)
+        assert caught.value.field == f"operating_point.{'target_fpir' if among else 'target_far'}"
 
 
 @pytest.mark.parametrize("among", [10, 100, 400])
@@ -308,10 +349,33 @@ def test_an_explicit_threshold_has_the_rates_of_the_row_that_it_is(calibration: 
         assert (judge.rates.far, judge.rates.frr) == (0.01, 0.2)
 
 
+def test_the_last_cell_of_a_histogram_is_that_of_distance_two() -> None:
+    assert Histogram(cells=(0, 2 * CELLS_PER_UNIT), counts=(1, 1), effective=1)
+    for cells, counts in (((2 * CELLS_PER_UNIT + 1,), (1,)), ((0,), (0,))):
+        with pytest.raises(ValueError, match=r"less than or equal|greater than or equal"):
+            Histogram(cells=cells, counts=counts, effective=1)
+
+
 @pytest.mark.parametrize(("cells", "counts"), [((1, 1), (2, 3)), ((2, 1), (2, 3)), ((1, 2), (2,))])
 def test_a_histogram_names_each_cell_once(cells: tuple[int, ...], counts: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="rise strictly, with a count each"):
         Histogram(cells=cells, counts=counts, effective=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"probability": {"kind": "logistic", "midpoint": 0.75, "slope": float("inf")}}, "finite"),
+        ({"probability": {"kind": "logistic", "midpoint": 0.75, "slope": 0.0}}, "greater than 0"),
+        ({"probability": {"kind": "logistic", "midpoint": 0.5, "slope": 8.0}}, "must equal learned_margin"),
+        ({"rates": ()}, "Extra inputs"),
+    ],
+)
+def test_a_calibration_that_cannot_be_meant_is_refused(
+    calibration: Calibration, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Calibration.model_validate(calibration.model_dump() | changed)
 
 
 def test_a_calibration_survives_json_bit_for_bit(calibration: Calibration) -> None:
@@ -342,5 +406,6 @@ def test_many_embeddings_are_checked_as_one_is() -> None:
         with pytest.raises(InvalidVector, match=message) as refused:
             checked_embeddings(bad, 16)
         assert refused.value.field == "embeddings[3]"
-    with pytest.raises(InvalidVector, match="shape"):
-        checked_embeddings(good, 15)
+    for wrong_shape, width in ((good, 15), (good[0], 16), (good[None], 16)):
+        with pytest.raises(InvalidVector, match="shape"):
+            checked_embeddings(wrong_shape, width)
