@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator as operators
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -107,7 +106,4 @@ def _number(value: Any) -> Any:
     """Whole numbers beyond 64 bits as the float64 that SQLite makes of them."""
     if not isinstance(value, int) or isinstance(value, bool) or value in _INT64:
         return value
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    return float(value)

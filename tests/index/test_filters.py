@@ -231,6 +231,13 @@ def test_blank_text_is_no_filter() -> None:
         ("generation = soon", 14, ["a number"]),
         ("update_time > 5", 15, ["RFC 3339"]),
         ('update_time > "2026-05-01T12:00:00"', 15, ["offset"]),
+        ('generation = "3"', 14, ["a number"]),
+        ('name:"*"', 6, ["FIELD:*"]),
+        ("metadata:a*", 10, ["in quotes"]),
+        ('name = "a\x00"', 8, ["NUL"]),
+        ('metadata."a\x01b" = 1', 10, ["control characters"]),
+        ('metadata."a*" = 1', 10, ["no wildcard"]),
+        (r'name = "a*\""', 8, ["at its end"]),
         ("name = a AND AND", 14, ["a field"]),
         ("name = a )", 10, ["here: AND, OR, the end"]),
         ("(name = a ]", 11, ["here: AND, OR, )"]),
@@ -261,10 +268,11 @@ def test_filters_have_limits() -> None:
             parse_filter(around)
     many = " OR ".join(["name = a"] * MAX_COMPARISONS)
     assert accepts(many, item(name="a"))
+    assert parse_filter("name = " + "a" * (MAX_FILTER - 7)) is not None
     nested = "NOT (" * 10_000 + "name = a" + ")" * 10_000
     for text in (
         many + " OR name = b",
-        "name = " + "a" * MAX_FILTER,
+        "name = " + "a" * (MAX_FILTER - 6),
         nested,
         nested[:MAX_FILTER],
         "NOT (" * 300 + many,
