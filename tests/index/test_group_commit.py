@@ -12,7 +12,7 @@ import pytest
 from embedding.decision import Judge, Vectors
 from embedding.errors import DeadlineExceeded, LookalikeError, NotFound, StaleEtag
 from index import Catalog, Deadline, Gallery, Item
-from index.filters import parse_filter
+from index.filters import ItemFilter, parse_filter
 from index.store import Purge, Upsert
 from tests.index.contract import pairs
 
@@ -104,6 +104,39 @@ def test_closing_refuses_what_waits(gallery: Gallery, pool: Vectors, tmp_path: P
         for one in waiting:
             with pytest.raises(NotFound, match="deleted or closed"):
                 one.result()
+
+
+def test_a_write_that_gives_up_just_as_its_turn_comes_passes_it_on(filled: Gallery, pool: Vectors) -> None:
+    everything = parse_filter("name:*")
+    assert everything is not None
+    live = filled._live
+    looked, passed = threading.Event(), threading.Event()
+
+    class PassesMeanwhile(Deadline):
+        def check(self) -> None:
+            if len(live._writes):
+                looked.set()
+                assert passed.wait(timeout=20)
+                raise DeadlineExceeded("passed")
+
+    late = threading.Thread(target=_purged_late, args=[filled, everything, PassesMeanwhile()], daemon=True)
+    patient = threading.Thread(target=filled.upsert, args=[[Item(name="new", embedding=pool[0])]], daemon=True)
+    with live.write_lock():
+        late.start()
+        assert looked.wait(timeout=20)
+        patient.start()
+        while len(live._writes) < 2:
+            threading.Event().wait(0.01)
+    passed.set()  # the turn was that of the first, which takes it no more
+    for writer in (late, patient):
+        writer.join(timeout=20)
+        assert not writer.is_alive()
+    assert filled.get("new")
+
+
+def _purged_late(gallery: Gallery, allowed: ItemFilter, deadline: Deadline) -> None:
+    with pytest.raises(DeadlineExceeded):
+        gallery.purge(allowed, deadline=deadline)
 
 
 def test_a_purge_gives_up_at_its_deadline_wherever_it_is(
