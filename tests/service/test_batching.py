@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from embedding.errors import DeadlineExceeded, InvalidImage, Overloaded
 from service.batching.batcher import Batcher
 from tests.service.batches import (
     HeldEncoder,
+    decoding_ahead,
     embed,
     encoder,
     entered,
@@ -22,7 +24,7 @@ from tests.service.batches import (
 )
 from tests.service.harness import png
 
-__all__ = ["encoder"]  # a fixture of another module
+__all__ = ["decoding_ahead", "encoder"]  # fixtures of another module
 
 
 def test_what_arrives_during_a_batch_shares_the_next(encoder: HeldEncoder) -> None:
@@ -158,7 +160,8 @@ def test_what_waits_too_long_is_not_embedded_unless_somebody_else_has_time(encod
         await entered(encoder)
         late = asyncio.create_task(embed(batcher, png(1), seconds_left=0.05))
         shared = [asyncio.create_task(embed(batcher, png(2), seconds_left=left)) for left in (0.05, None)]
-        while batcher.waiting < 2 and not late.done():
+        shared += [asyncio.create_task(embed(batcher, png(3), seconds_left=left)) for left in (60.0, 0.05)]
+        while batcher.waiting < 3 and not late.done():
             await settled()
         began = time.monotonic()
         while time.monotonic() < began + 0.06:
@@ -167,9 +170,38 @@ def test_what_waits_too_long_is_not_embedded_unless_somebody_else_has_time(encod
         await asyncio.gather(running, *shared)
         with pytest.raises(DeadlineExceeded):
             await late
-        assert encoder.batches == [1, 1]
+        assert encoder.batches == [1, 2]
 
     run(encoder, story)
+
+
+def test_the_deadline_of_a_large_call_is_that_of_all_its_images(encoder: HeldEncoder) -> None:
+    async def story(batcher: Batcher) -> None:
+        encoder.let_go.set()
+        batcher._workbench.batch_pace.record(1e6)  # a batch is known to take long
+        outcomes = await batcher.embed_all([png(seed) for seed in range(3)], seconds_left=60.0)
+        assert [type(outcome) for outcome in outcomes.values()] == [DeadlineExceeded] * 3
+        assert encoder.batches == []
+
+    run(encoder, story, batch_size=1)
+
+
+@pytest.mark.parametrize("threads", ["_decoders", "_encode_thread"])
+def test_closing_leaves_nobody_waiting_for_what_was_not_begun(decoding_ahead: HeldEncoder, threads: str) -> None:
+    async def story(batcher: Batcher) -> None:
+        decoding_ahead.let_go.set()
+        held = threading.Event()
+        getattr(batcher, threads).submit(held.wait, 20)
+        waiting = asyncio.create_task(embed(batcher, png(1)))
+        while not getattr(batcher, threads)._work_queue.qsize():
+            await asyncio.sleep(0.001)
+        closing = asyncio.create_task(asyncio.to_thread(batcher.close))
+        (outcome,) = await asyncio.gather(waiting, return_exceptions=True)
+        held.set()
+        await closing
+        assert isinstance(outcome, asyncio.CancelledError)
+
+    run(decoding_ahead, story, decode_threads=1)
 
 
 def test_too_many_images_are_refused_before_they_cost_anything(encoder: HeldEncoder) -> None:

@@ -161,6 +161,24 @@ def test_what_takes_next_to_no_time_is_embedded_without_a_thread(
     run(encoder, story, cache_bytes=0)
 
 
+def test_what_turns_out_too_large_for_the_event_loop_is_decoded_elsewhere(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    encoder = held_encoder(bundle, monkeypatch, brief=True)
+    monkeypatch.setattr(workbench, "INSTANT_SECONDS", 60.0)
+    monkeypatch.setattr(workbench, "INSTANT_BYTES", 2**20)
+    monkeypatch.setattr(workbench, "BRIEF_PIXELS", 300)
+    large = png(2, size=(32, 32))
+
+    async def story(batcher: Batcher) -> None:
+        encoder.let_go.set()
+        await embed(batcher, png(1))  # since nothing is known of the first
+        assert np.array_equal(await embed(batcher, large), Encoder(bundle, device="cpu").encode([large])[0])
+
+    run(encoder, story)
+
+
 def test_calls_that_come_at_the_same_time_share_the_first_batch(encoder: HeldEncoder) -> None:
     async def story(batcher: Batcher) -> None:
         encoder.let_go.set()
