@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from embedding.decision import Judge, Vectors
-from embedding.errors import DeadlineExceeded, LookalikeError, NotFound, StaleEtag
+from embedding.errors import DeadlineExceeded, LookalikeError, NotFound, StaleEtag, StorageFailed
 from index import Catalog, Deadline, Gallery, Item
 from index.filters import ItemFilter, parse_filter
 from index.store import Purge, Upsert
@@ -132,6 +132,68 @@ def test_a_write_that_gives_up_just_as_its_turn_comes_passes_it_on(filled: Galle
         writer.join(timeout=20)
         assert not writer.is_alive()
     assert filled.get("new")
+
+
+def test_a_write_that_another_carries_out_as_its_deadline_passes_is_told_as_done(
+    filled: Gallery, pool: Vectors
+) -> None:
+    everything = parse_filter("name:*")
+    assert everything is not None
+    live = filled._live
+    looked, carried_out = threading.Event(), threading.Event()
+    waiting = threading.current_thread()
+
+    class PassesMeanwhile(Deadline):
+        def check(self) -> None:
+            if threading.current_thread() is waiting and len(live._writes):
+                looked.set()
+                assert carried_out.wait(timeout=20)
+                raise DeadlineExceeded("passed")
+
+    def other() -> None:
+        with live.write_lock():
+            locked.set()
+            assert looked.wait(timeout=20)
+        filled.upsert([Item(name="new", embedding=pool[0])])
+        carried_out.set()
+
+    locked = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        done = threads.submit(other)
+        assert locked.wait(timeout=20)
+        filled.purge(everything, deadline=PassesMeanwhile())
+        done.result()
+    assert [item.name for item in filled.iterate()] == ["new"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), sqlite3.OperationalError("no"), StorageFailed("full")])
+def test_what_refuses_a_whole_group_is_told_to_each_by_an_error_of_its_own(
+    gallery: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    live, cause = gallery._live, OSError("the disk")
+
+    def refusing(*_: object, **__: object) -> None:
+        raise error from cause
+
+    def write(name: str) -> None:
+        try:
+            gallery.upsert([Item(name=name, embedding=pool[0])])
+        except Exception as told:
+            refusals.append(told)
+
+    refusals: list[Exception] = []
+    monkeypatch.setattr(live.store, "write", refusing)
+    writers = [threading.Thread(target=write, args=[f"{i}"], daemon=True) for i in range(3)]
+    with live.write_lock():
+        for writer in writers:
+            writer.start()
+        while len(live._writes) < 3:
+            threading.Event().wait(0.01)
+    for writer in writers:
+        writer.join(timeout=20)
+        assert not writer.is_alive()
+    assert [(type(told), str(told), told.__cause__) for told in refusals] == [(type(error), str(error), cause)] * 3
+    assert len({id(told) for told in refusals}) == 3, "their tracebacks would grow into one"
 
 
 def _purged_late(gallery: Gallery, allowed: ItemFilter, deadline: Deadline) -> None:
