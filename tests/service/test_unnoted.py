@@ -16,7 +16,7 @@ from index import receipts
 from index.receipts import Token
 from lookalike.v1 import alias_pb2, gallery_pb2, upkeep_pb2
 from service import once as once_module
-from service.once import Ledger, Once
+from service.once import Ledger, Once, token_of
 from service.settings import Settings
 from tests.service.harness import Loop, connected, finished, info, refused, rich, served
 
@@ -106,6 +106,72 @@ def test_what_is_remembered_without_a_note_is_bounded(once: Once, monkeypatch: p
         for each in asked:
             done(once, each, lambda _: Answer())
     assert list(once._ledger._unnoted) == [each.id for each in asked[-3:]]
+
+
+def test_what_is_remembered_without_a_note_is_bounded_in_bytes(once: Once, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receipts, "KEPT_BYTES", 100)
+    asked = [token() for _ in range(3)]
+    with full_disk(monkeypatch):
+        for each in asked[:2]:
+            once._ledger.end(each, bytes(50))
+        assert list(once._ledger._unnoted) == [each.id for each in asked[:2]]
+        once._ledger.end(asked[2], bytes(101))
+    assert list(once._ledger._unnoted) == [asked[2].id], "the last one, whatever it takes"
+
+
+def test_what_a_caller_who_left_has_asked_for_is_done_and_noted(once: Once) -> None:
+    asked = token()
+
+    async def leaves() -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def work(again: bool) -> Answer:
+            begun.set()
+            await go_on.wait()
+            return Answer()
+
+        caller = asyncio.create_task(once._noted(asked, Answer, work))
+        await begun.wait()
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+        go_on.set()
+        await once.finished()
+
+    asyncio.run(leaves())
+    assert once._ledger.begin(asked) == (b"", False)
+
+
+def test_of_many_who_wait_for_one_that_fails_the_next_does_it_for_all(once: Once) -> None:
+    asked, calls = token(), []
+
+    async def together() -> list[Answer | BaseException]:
+        async def work(again: bool) -> Answer:
+            calls.append(again)
+            await asyncio.sleep(0)
+            if len(calls) == 1:
+                raise NotFound("not yet")
+            return Answer()
+
+        return await asyncio.gather(*(once._noted(asked, Answer, work) for _ in range(4)), return_exceptions=True)
+
+    failed, *answered = asyncio.run(together())
+    assert isinstance(failed, NotFound)
+    assert answered == [Answer()] * 3
+    assert calls == [False, False]
+
+
+def test_what_tells_one_request_from_another() -> None:
+    request = gallery_pb2.DeleteGalleryRequest(name="x", request_id=str(uuid.uuid4()))
+    one = token_of(request)
+    assert one is not None
+    upper = gallery_pb2.DeleteGalleryRequest(name="x", request_id=request.request_id.upper())
+    assert token_of(upper) == one, "a UUID is the same in capitals"
+    of_an_alias = token_of(alias_pb2.DeleteAliasRequest(name="x", request_id=request.request_id))
+    assert of_an_alias is not None
+    assert (of_an_alias.id, of_an_alias.digest == one.digest) == (one.id, False), "another method, of the same bytes"
+    assert token_of(gallery_pb2.DeleteGalleryRequest(name="x")) is None
+    request.validate_only = True
+    assert token_of(request) is None, "what only asks whether it could be done leaves no receipt"
 
 
 def test_a_request_that_began_long_ago_is_new(once: Once, monkeypatch: pytest.MonkeyPatch) -> None:
