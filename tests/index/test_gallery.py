@@ -6,7 +6,7 @@ import itertools
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,6 +38,8 @@ from index import (
     ModelRef,
 )
 from index.filters import ItemFilter, parse_filter
+from index.sealing import moved_most
+from index.snapshot import Part
 from tests.nested import nested
 
 
@@ -253,6 +255,38 @@ def test_many_writes_seal_themselves(tmp_path: Path, model: ModelRef, pool: Vect
         assert len(gallery.search(pool[0], k=1000, judge=judge).neighbors) == 400
     with Catalog(tmp_path, read_only=True) as catalog:
         assert catalog.get("many").size == 400
+
+
+def test_compacting_writes_what_has_changed_and_nothing_else(filled: Gallery) -> None:
+    segments = filled._live.segments_folder
+
+    def compacted() -> list[str]:
+        filled.compact()
+        return sorted(path.name for path in segments.iterdir())
+
+    (whole,) = compacted()
+    assert compacted() == [whole]
+    assert filled.stats().compactions == 1
+    filled.delete(["item-03"])
+    (without,) = compacted()
+    assert without != whole
+    assert filled.stats().compactions == 2
+    filled.delete([item.name for item in filled.iterate()])
+    assert compacted() == [], "no segment without rows"
+    assert filled.verify().problems == []
+
+
+def test_what_is_written_during_a_seal_keeps_its_generation(
+    filled: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(parts: Sequence[Part]) -> float:
+        filled.upsert([Item(name="meanwhile", embedding=pool[0])])
+        return moved_most(parts)
+
+    monkeypatch.setattr("index.live.moved_most", meanwhile)
+    filled.seal()
+    assert filled.generation == filled.get("meanwhile").generation == 3
+    assert filled.stats().fresh == 1
 
 
 def test_a_closed_gallery_says_so(filled: Gallery, pool: Vectors, judge: Judge) -> None:

@@ -144,6 +144,24 @@ def test_a_gallery_changes_what_it_keeps_and_answers_alike(
                 assert dist == distance(query, again.get(name).embedding)
 
 
+def test_some_segments_alone_are_read_again_from_the_store(
+    tmp_path: Path, model: ModelRef, judge_at: Callable[[float], Judge], pool: Vectors
+) -> None:
+    """A large one stays rounded, and no row of it comes to lie in the next."""
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", model, settings=IndexSettings(vectors="float16"))
+        for start, end in ((0, 36), (36, 40), (40, 44)):
+            gallery.upsert([Item(name=f"{row:02}", embedding=pool[row]) for row in range(start, end)])
+            if end == 44:
+                gallery.configure(IndexSettings(vectors="float32"))
+            gallery.seal()
+        assert sorted(file.suffix for file in tmp_path.glob("g/segments/*/vectors.*")) == [".f16", ".f32"]
+        assert [part.size for part in gallery._live.snapshot.parts] == [36, 8, 0]
+        assert gallery.verify().problems == []
+        found = gallery.matches(pool[35], judge=judge_at(2)).neighbors
+        assert sorted(match.item.name for match in found) == [f"{row:02}" for row in range(44)]
+
+
 def test_what_is_kept_changes_only_between_segments(
     tmp_path: Path, model: ModelRef, judge: Judge, pool: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,47 @@ def test_what_the_shelf_refuses(catalog: Catalog, filled: Gallery) -> None:
         shelf.restore(catalog, "shapes", "one", into="shapes")
 
 
+@pytest.mark.parametrize(("of", "name"), [("..", "shapes"), ("shapes", ".."), ("shapes", "../../shapes"), ("", "one")])
+def test_no_name_leads_out_of_the_shelf(catalog: Catalog, filled: Gallery, of: str, name: str) -> None:
+    shelf = Shelf(catalog.root)
+    shelf.create(filled, "one")
+    for call in (shelf.get, shelf.delete, shelf.model):
+        with pytest.raises(InvalidInput):
+            call(of, name)
+    with pytest.raises(InvalidInput):
+        shelf.restore(catalog, of, name, into="again")
+    assert [item.name for item in filled.iterate()]
+
+
+def test_a_snapshot_goes_at_once_and_its_folder_says_that_there_were_some(
+    catalog: Catalog, filled: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(catalog.root)
+    assert (shelf.keeps("shapes"), shelf.has_kept("shapes")) == (False, False)
+    shelf.create(filled, "one")
+    assert (shelf.keeps("shapes"), shelf.has_kept("shapes")) == (True, True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embedding.durable.shutil.rmtree", lambda *_, **__: None)  # as where the process is killed
+        shelf.delete("shapes", "one")
+    assert shelf.list("shapes") == (), "never half of one"
+    assert (shelf.keeps("shapes"), shelf.has_kept("shapes")) == (False, True)
+    with pytest.raises(NotFound):
+        shelf.model("shapes", "one")
+
+
+def test_damage_that_only_reading_finds_is_told_as_such(catalog: Catalog, filled: Gallery) -> None:
+    shelf = Shelf(catalog.root)
+    shelf.create(filled, "one")
+    store: Path = catalog.root / FOLDER / "shapes" / "one" / STORE
+    content = bytearray(store.read_bytes())
+    content[-1] ^= 1
+    store.write_bytes(content)
+    assert [bool(copy.damage) for full in (False, True) for copy in shelf.list("shapes", full=full)] == [False, True]
+    with pytest.raises(DamagedData):
+        shelf.restore(catalog, "shapes", "one", into="again")
+
+
 def test_a_damaged_snapshot_is_listed_as_such_refused_and_can_be_deleted(catalog: Catalog, filled: Gallery) -> None:
     shelf = Shelf(catalog.root)
     sound = shelf.create(filled, "sound")

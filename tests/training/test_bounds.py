@@ -7,6 +7,7 @@ import pytest
 
 from tests.training.populations import Array, Labels, random_effects, unequal
 from training.bounds import (
+    Resampled,
     across_variance,
     degrees_of_freedom,
     far_upper_bounds,
@@ -114,6 +115,19 @@ def test_super_classes_of_one_identity_are_the_identities() -> None:
         assert [getattr(row, name) for row in grouped.curve] == pytest.approx(
             [getattr(row, name) for row in plain.curve]
         )
+
+
+def test_the_larger_of_two_variances_counts() -> None:
+    few = Resampled(np.array([1.0, 4.0]), np.array([5, 6]), np.array([2.0, 3.0]))
+    many = Resampled(np.array([2.0, 3.0]), np.array([50, 60]), np.array([20.0, 30.0]))
+    found = few.at_least(many)
+    assert [each.tolist() for each in found] == [[2.0, 4.0], [5, 6], [2.0, 3.0]]
+
+
+def test_two_identities_bound_no_false_accepts() -> None:
+    emb, labels = random_effects(2, 6)
+    table = measure_pairs(held_out(emb, labels), max_items=99, seed=0)
+    assert far_upper_bounds(table, np.array([0.1, 0.7, 2.0], dtype=np.float32)).tolist() == [1.0] * 3
 
 
 def test_bounds_hold_for_unseen_super_classes() -> None:

@@ -13,6 +13,7 @@ from embedding.decision import distance
 from embedding.errors import InvalidDataset
 from tests.training.populations import Array, Labels, random_effects
 from training import calibration as module
+from training.bounds import far_bounds, frr_bounds
 from training.calibration import calibrate, promised_versus_realised
 from training.pairs import held_out, measure_pairs
 from training.probability import Distances, fit_logistic
@@ -185,6 +186,31 @@ def test_promised_versus_realised() -> None:
     padded = np.pad(confusable[0], ((0, 0), (0, 6)))
     assert not any(promise.held for promise in promised_versus_realised(calibration, padded, confusable[1]))
     assert promised_versus_realised(calibration, *unseen, targets=[1e-5]) == []
+
+
+def test_a_promise_reaches_to_the_smallest_supported_rate_and_its_bound() -> None:
+    calibration = calibrate(*random_effects(40, 6, seed=1), protocol="identity-disjoint")
+    unseen = random_effects(40, 6, seed=2)
+    (promise,) = promised_versus_realised(calibration, *unseen, targets=[calibration.smallest_supported_far])
+    bound = promise.promised_far_upper95
+    assert promise.model_copy(update={"realised_far": bound}).held
+    assert not promise.model_copy(update={"realised_far": np.nextafter(bound, 1)}).held
+
+
+def test_pairs_that_are_kept_say_to_how_many_independent_ones_they_amount() -> None:
+    emb, labels = random_effects(40, 6, seed=1)
+    calibration = calibrate(emb, labels, protocol="identity-disjoint")
+    table = measure_pairs(held_out(emb, labels), max_items=999, seed=0)
+    at_margin = np.array([calibration.learned_margin], dtype=np.float32)
+    kept = calibration.held_out
+    assert kept is not None
+    for histogram, dist, bounds in (
+        (kept.matching, table.matching, frr_bounds(table, at_margin)),
+        (kept.impostor, table.impostor, far_bounds(table, at_margin)),
+    ):
+        assert sum(histogram.counts) == len(dist)
+        assert 1 < histogram.effective < len(dist)
+        assert histogram.effective == pytest.approx(len(dist) / bounds.effect_T[0])
 
 
 def test_rates_that_coinciding_identities_put_out_of_reach_are_not_promised() -> None:

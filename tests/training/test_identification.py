@@ -111,3 +111,11 @@ def test_prediction_is_cautious_where_queries_differ() -> None:
     predicted = false_identification_rate(100 / 100_000, 500)
     assert expected_over_galleries(alike, items, 500) == pytest.approx(predicted, rel=0.01)
     assert expected_over_galleries(uneven, items, 500) < 0.85 * predicted
+
+
+def test_no_gallery_is_measured_that_some_query_has_too_few_others_for() -> None:
+    emb, labels = random_effects(4, 9)
+    kept = np.r_[0:9, 9:11, 18:20, 27:29]  # six others for each of the first identity, thirteen for the rest
+    data = held_out(emb[kept], labels[kept])
+    rows = identification_table(calibrate(data.embeddings, data.identities, protocol="identity-disjoint"), data)
+    assert {row.gallery: row.measured is not None for row in rows} == {1: True, 10: False, 100: False}
