@@ -276,6 +276,25 @@ def test_compacting_writes_what_has_changed_and_nothing_else(filled: Gallery) ->
     assert filled.verify().problems == []
 
 
+def test_a_segment_that_is_mostly_dead_is_written_anew_however_large(gallery: Gallery, pool: Vectors) -> None:
+    """From a quarter on, and what is worth a segment."""
+    gallery.upsert([Item(name=f"a{i:02}", embedding=pool[i]) for i in range(40)])
+    gallery.seal()
+    gallery.upsert([Item(name=f"b{i}", embedding=pool[40 + i]) for i in range(4)])
+    gallery.seal()
+    gallery.delete([f"a{i:02}" for i in range(10)])
+    gallery._live._seal_after = 10
+    gallery.seal()
+    assert (gallery.stats().dead, len(gallery.stats().segments)) == (10, 2), "a quarter exactly"
+    gallery._live._seal_after = 3
+    gallery.delete(["a10"])  # begins it in the background
+    sealer = gallery._live._sealer
+    assert sealer is not None
+    sealer.join()
+    assert (gallery.stats().dead, len(gallery.stats().segments)) == (0, 1)
+    assert gallery.verify().problems == []
+
+
 def test_what_is_written_during_a_seal_keeps_its_generation(
     filled: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:

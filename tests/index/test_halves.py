@@ -162,6 +162,24 @@ def test_some_segments_alone_are_read_again_from_the_store(
         assert sorted(match.item.name for match in found) == [f"{row:02}" for row in range(44)]
 
 
+def test_a_segment_merged_of_several_says_how_far_any_row_was_moved(
+    tmp_path: Path, model: ModelRef, pool: Vectors
+) -> None:
+    exact = np.eye(pool.shape[1], dtype=np.float32)  # which float16 holds as they are
+    with Catalog(tmp_path) as catalog:
+        gallery = catalog.create("g", model, settings=IndexSettings(vectors="float16"))
+        for some in (pool[:40], exact, pool[40:41]):
+            number = len(gallery._live.snapshot.parts)
+            gallery.upsert([Item(name=f"{number}-{row}", embedding=vector) for row, vector in enumerate(some)])
+            gallery.seal()
+        before = [part for part in gallery._live.snapshot.parts if part.segment]
+        farthest = max(part.segment.manifest.moved for part in before if part.segment)
+        assert moved_most(before) == farthest > min(part.segment.manifest.moved for part in before if part.segment)
+        gallery.compact()
+        (merged,) = [part.segment for part in gallery._live.snapshot.parts if part.segment]
+        assert merged.manifest.moved >= farthest
+
+
 def test_what_is_kept_changes_only_between_segments(
     tmp_path: Path, model: ModelRef, judge: Judge, pool: Vectors, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from embedding.bundle import Bundle
-from embedding.errors import AlreadyExists, GalleryAliased, LookalikeError, NotFound
+from embedding.errors import AlreadyExists, GalleryAliased, GalleryNotEmpty, LookalikeError, ModelMismatch, NotFound
 from index import Gallery
 from index.aliases import Aliases
 from index.catalog import Catalog
+from index.live import STORE
 from service.engine import Engine
 
 _HELD_UP = 0.5  # seconds that somebody who must wait is given to go on all the same
@@ -140,6 +141,42 @@ def test_a_gallery_made_while_its_alias_is_deleted_gets_the_name(
     assert held == [True]
     engine.create_gallery("new")
     assert names_of(engine) == (["new", "old"], {})
+
+
+def test_no_name_is_given_for_what_is_not_there_or_answers_no_more(engine: Engine) -> None:
+    names, model = engine.names, engine.gallery("old").model
+    names.shelf.create(engine.gallery("old"), "copy")
+    assert names.to_restore("new", "old", "copy") == ("old", "copy")
+    for name, snapshot in (("old", "none"), ("nowhere", "copy")):
+        with pytest.raises(NotFound):
+            names.to_restore("new", name, snapshot)
+    names.delete_gallery("old", validate_only=True)
+    with pytest.raises(NotFound):
+        names.delete_gallery("nowhere", force=True, validate_only=True)
+    names.put_alias("new", "old", of_loaded=model)
+    names.unloaded.add(model.fingerprint)
+    with pytest.raises(ModelMismatch, match="unloaded meanwhile"):
+        names.put_alias("newer", "old", of_loaded=model)
+    with pytest.raises(ModelMismatch, match="unloaded meanwhile"):
+        names.create_gallery("newer", model)
+    assert names_of(engine) == (["old"], {"new": "old"})
+
+
+def test_a_damaged_gallery_keeps_its_name_and_can_be_deleted(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "galleries"
+    with Engine.open(bundle.path, folder, device="cpu") as engine:
+        for name in ("old", "hurt"):
+            engine.create_gallery(name)
+    (folder / "hurt" / STORE).write_bytes(b"damage")
+    with Engine.open(bundle.path, folder, device="cpu") as engine:
+        with pytest.raises(AlreadyExists, match="there is a gallery 'hurt'"):
+            engine.names.put_alias("hurt", "old")
+        with pytest.raises(GalleryNotEmpty, match="damaged and may hold items"):
+            engine.names.delete_gallery("hurt")
+        engine.names.delete_gallery("hurt", force=True, validate_only=True)
+        assert (folder / "hurt").is_dir()
+        engine.names.delete_gallery("hurt", force=True)
+        engine.names.put_alias("hurt", "old")
 
 
 def test_the_engines_of_all_models_wait_for_each_other(engine: Engine) -> None:
