@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,29 @@ def test_a_gallery_that_cannot_be_opened_is_told_of(catalog: Catalog, sealed: Ga
         assert (found.sound, found.items, [problem.path for problem in found.problems]) == (False, 0, ["store.sqlite"])
         with pytest.raises(NotFound):
             writer.verify("nowhere")
+
+
+def test_a_gallery_whose_segments_lack_items_opens_from_the_store(
+    catalog: Catalog, sealed: Gallery, pool: Vectors, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that says of a segment that it holds what is not in it."""
+    sealed.upsert([Item(name="fresh", embedding=pool[0])])
+    names = sorted(item.name for item in sealed.iterate())
+    catalog.close()
+    with closing(sqlite3.connect(catalog.root / "shapes" / "store.sqlite")) as store, store:
+        store.execute("UPDATE segments SET last_key = last_key + 1")
+    with Catalog(catalog.root) as writer:
+        gallery = writer.get("shapes")
+        assert "its segments lack items" in caplog.text
+        assert [(problem.path, problem.what) for problem in gallery.verify().problems] == [
+            ("segments", "items are missing")
+        ]
+        assert sorted(item.name for item in gallery.iterate()) == names
+        assert gallery.verify().sound
+    with closing(sqlite3.connect(catalog.root / "shapes" / "store.sqlite")) as store, store:
+        store.execute("UPDATE gallery SET size = size + 1")
+    with Catalog(catalog.root) as writer, pytest.raises(DamagedData, match="restore it from a copy"):
+        writer.get("shapes")
 
 
 def test_what_opening_has_mended_is_told_of_once(catalog: Catalog, sealed: Gallery) -> None:
