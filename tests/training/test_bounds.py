@@ -10,6 +10,7 @@ from training.bounds import (
     Resampled,
     across_variance,
     degrees_of_freedom,
+    far_bounds,
     far_upper_bounds,
     frr_upper_bounds,
     group_across_variance,
@@ -127,7 +128,17 @@ def test_the_larger_of_two_variances_counts() -> None:
 def test_two_identities_bound_no_false_accepts() -> None:
     emb, labels = random_effects(2, 6)
     table = measure_pairs(held_out(emb, labels), max_items=99, seed=0)
-    assert far_upper_bounds(table, np.array([0.1, 0.7, 2.0], dtype=np.float32)).tolist() == [1.0] * 3
+    found = far_bounds(table, np.array([0.1, 0.7, 1.0], dtype=np.float32))
+    assert found.upper_T.tolist() == [1.0] * 3
+    assert found.effect_T.tolist() == [len(table.impostor)] * 3, "they amount to one pair"
+
+
+def test_where_nothing_errs_identities_are_the_evidence_and_not_pairs() -> None:
+    emb, labels = random_effects(10, 6)
+    table = measure_pairs(held_out(emb, labels), max_items=99, seed=0)
+    assert (len(table.matching), len(table.impostor)) == (150, 1620)
+    assert 0.2 < far_upper_bounds(table, np.array([0], dtype=np.float32))[0] < 1
+    assert 0.2 < frr_upper_bounds(table, np.array([2], dtype=np.float32))[0] < 1
 
 
 def test_bounds_hold_for_unseen_super_classes() -> None:
