@@ -51,6 +51,10 @@ class WriteQueue:
                 try:
                     if ticket.outcome is None:
                         self._commit_waiting(commit)
+                except BaseException:
+                    with suppress(ValueError):
+                        self._waiting.remove(ticket)  # its caller is told; left there, it would be woken for the others
+                    raise
                 finally:
                     self._writing.release()
                     self._wake_next()

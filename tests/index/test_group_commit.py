@@ -106,6 +106,38 @@ def test_closing_refuses_what_waits(gallery: Gallery, pool: Vectors, tmp_path: P
                 one.result()
 
 
+def test_a_commit_that_fails_unforeseen_fails_for_the_writer_who_led_alone(
+    gallery: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = gallery._live
+    committed = live.store.write
+    outcomes: dict[str, BaseException | None] = {}
+
+    def failing_once(*_: object, **__: object) -> None:
+        monkeypatch.setattr(live.store, "write", committed)
+        raise RuntimeError("a mistake of ours")
+
+    def write(name: str) -> None:
+        try:
+            gallery.upsert([Item(name=name, embedding=pool[0])])
+            outcomes[name] = None
+        except RuntimeError as error:
+            outcomes[name] = error
+
+    monkeypatch.setattr(live.store, "write", failing_once)
+    writers = [threading.Thread(target=write, args=[f"{i}"], daemon=True) for i in range(4)]
+    with live.write_lock():
+        for writer in writers:
+            writer.start()
+        while len(live._writes) < 4:
+            threading.Event().wait(0.01)
+    for writer in writers:
+        writer.join(timeout=20)
+    assert len(outcomes) == 4, "the others waited for ever"
+    assert [str(error) for error in outcomes.values() if error] == ["a mistake of ours"]
+    assert {name for name, error in outcomes.items() if error is None} == {item.name for item in gallery.iterate()}
+
+
 def test_a_write_that_gives_up_just_as_its_turn_comes_passes_it_on(filled: Gallery, pool: Vectors) -> None:
     everything = parse_filter("name:*")
     assert everything is not None
