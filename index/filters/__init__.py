@@ -281,8 +281,8 @@ def _string(literal: Token) -> str | Prefix:
     """The string without quotes and escapes; a prefix when its last asterisk is meant as one."""
     at = literal.start_pos or 0
     text = str(literal) if literal.type == "BARE" else literal[1:-1]
-    plain = _ESCAPE.sub("", text)
-    if "*" in plain[:-1] or (plain.endswith("*") and not text.endswith("*")):
+    plain = _ESCAPE.sub("x", text)  # whatever is escaped is no wildcard, and ends none
+    if "*" in plain[:-1]:
         raise _Wrong(at, "* stands for the rest of a string, at its end; write \\* for an asterisk")
     prefix = plain.endswith("*")
     first = at + (literal.type != "BARE")

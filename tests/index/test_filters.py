@@ -242,6 +242,7 @@ def test_blank_text_is_no_filter() -> None:
         ('metadata."a\x01b" = 1', 10, ["control characters"]),
         ('metadata."a*" = 1', 10, ["no wildcard"]),
         (r'name = "a*\""', 8, ["at its end"]),
+        (r'name = "a*\*"', 8, ["at its end"]),
         ("name = a AND AND", 14, ["a field"]),
         ("name = a )", 10, ["here: AND, OR, the end"]),
         ("(name = a ]", 11, ["here: AND, OR, )"]),
