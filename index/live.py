@@ -387,10 +387,8 @@ class Live:
         except (DamagedData, StorageFailed, Busy) as error:
             self._note_failure(str(error))
             _log.warning("gallery %r stays unsealed for now: %s", self.id, error)
-        except (
-            Exception
-        ) as error:  # MemoryError among them; or the next write would begin it again, and each after that
-            self._note_failure(repr(error))
+        except Exception as error:  # MemoryError among them
+            self._note_failure(repr(error))  # or the next write would begin it again, and each after that
             _log.exception("gallery %r stays unsealed for now", self.id)
 
     def _note_failure(self, why: str) -> None:

@@ -106,33 +106,40 @@ def test_closing_refuses_what_waits(gallery: Gallery, pool: Vectors, tmp_path: P
                 one.result()
 
 
-def test_a_commit_that_fails_unforeseen_fails_for_the_writer_who_led_alone(
-    gallery: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    live = gallery._live
-    committed = live.store.write
-    outcomes: dict[str, BaseException | None] = {}
-
-    def failing_once(*_: object, **__: object) -> None:
-        monkeypatch.setattr(live.store, "write", committed)
-        raise RuntimeError("a mistake of ours")
+def write_as_one_group(gallery: Gallery, pool: Vectors, writers: int) -> dict[str, Exception | None]:
+    """What each of several writers was told whose writes waited together; those who still wait are not among them."""
+    outcomes: dict[str, Exception | None] = {}
 
     def write(name: str) -> None:
         try:
             gallery.upsert([Item(name=name, embedding=pool[0])])
             outcomes[name] = None
-        except RuntimeError as error:
+        except Exception as error:
             outcomes[name] = error
 
-    monkeypatch.setattr(live.store, "write", failing_once)
-    writers = [threading.Thread(target=write, args=[f"{i}"], daemon=True) for i in range(4)]
-    with live.write_lock():
-        for writer in writers:
-            writer.start()
-        while len(live._writes) < 4:
+    threads = [threading.Thread(target=write, args=[f"{i}"], daemon=True) for i in range(writers)]
+    with gallery._live.write_lock():
+        for thread in threads:
+            thread.start()
+        while len(gallery._live._writes) < writers:
             threading.Event().wait(0.01)
-    for writer in writers:
-        writer.join(timeout=20)
+    for thread in threads:
+        thread.join(timeout=20)
+    return outcomes
+
+
+def test_a_commit_that_fails_unforeseen_fails_for_the_writer_who_led_alone(
+    gallery: Gallery, pool: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = gallery._live
+    committed = live.store.write
+
+    def failing_once(*_: object, **__: object) -> None:
+        monkeypatch.setattr(live.store, "write", committed)
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(live.store, "write", failing_once)
+    outcomes = write_as_one_group(gallery, pool, 4)
     assert len(outcomes) == 4, "the others waited for ever"
     assert [str(error) for error in outcomes.values() if error] == ["a mistake of ours"]
     assert {name for name, error in outcomes.items() if error is None} == {item.name for item in gallery.iterate()}
@@ -207,23 +214,10 @@ def test_what_refuses_a_whole_group_is_told_to_each_by_an_error_of_its_own(
     def refusing(*_: object, **__: object) -> None:
         raise error from cause
 
-    def write(name: str) -> None:
-        try:
-            gallery.upsert([Item(name=name, embedding=pool[0])])
-        except Exception as told:
-            refusals.append(told)
-
-    refusals: list[Exception] = []
     monkeypatch.setattr(live.store, "write", refusing)
-    writers = [threading.Thread(target=write, args=[f"{i}"], daemon=True) for i in range(3)]
-    with live.write_lock():
-        for writer in writers:
-            writer.start()
-        while len(live._writes) < 3:
-            threading.Event().wait(0.01)
-    for writer in writers:
-        writer.join(timeout=20)
-        assert not writer.is_alive()
+    outcomes = write_as_one_group(gallery, pool, 3)
+    assert len(outcomes) == 3, "some wait for ever"
+    refusals = [told for told in outcomes.values() if told is not None]
     assert [(type(told), str(told), told.__cause__) for told in refusals] == [(type(error), str(error), cause)] * 3
     assert len({id(told) for told in refusals}) == 3, "their tracebacks would grow into one"
 
