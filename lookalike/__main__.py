@@ -81,6 +81,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from embedding.errors import LookalikeError
     from embedding.extras import installing
+    from embedding.printable import printable
     from lookalike.errors import CallFailed
 
     if not _speaks():
@@ -120,8 +121,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except UnicodeEncodeError as error:
         if not _is_no_text(error):
             raise
-        name = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return _failed(f"{name} holds bytes that are no UTF-8, as names and filters are; give it as it is listed")
+        given = printable(error.object)
+        return _failed(f"{given} holds bytes that are no UTF-8, as names and filters are; give it as it is listed")
 
 
 def _by_option(message: str) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from embedding.errors import InvalidDataset
 from embedding.images import IMAGE_SUFFIXES
+from embedding.printable import printable
 from index.batch import Query
 
 _MARK_EVERY = 1024  # images, of which the name of one is kept
@@ -54,7 +55,7 @@ class ImageFolder:
         at = min(row // _MARK_EVERY, len(marks) - 1)
         start = marks[at].split("/") if marks else ()
         for name in islice(_walk(self._root, "", self._listed, start), row - max(0, at) * _MARK_EVERY, None):
-            yield Query(_printable(name), Path(self._root, name))
+            yield Query(printable(name), Path(self._root, name))
 
     @cached_property
     def _known(self) -> _Known:
@@ -120,8 +121,3 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself: told when it is read
         return False
-
-
-def _printable(name: str) -> str:
-    """The name as text, also where the file system has bytes that are none."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

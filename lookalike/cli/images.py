@@ -11,6 +11,7 @@ from typing import Any
 from embedding.errors import InvalidDataset
 from embedding.image_files import image_files
 from embedding.images import READABLE_SUFFIXES
+from embedding.printable import printable
 from lookalike.cli.rows import identity_in, is_empty, metadata_in
 from lookalike.types import JSON, NewItem
 
@@ -77,14 +78,9 @@ def _folder(root: Path) -> Iterator[ImageFile]:
     for relative in image_files(root):
         path = root / relative
         if path.is_file():
-            name = _as_text(relative)
+            name = printable(relative)
             above = PurePosixPath(name).parent.as_posix()
             yield ImageFile(path, name, None if above == "." else above, {"path": name})
-
-
-def _as_text(name: str) -> str:
-    """The name as text, also where the file system has bytes that are none."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _manifest(table: Path) -> Iterator[ImageFile]:
